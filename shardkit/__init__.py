@@ -1,0 +1,1 @@
+"""shardkit: many logical shards on a few PostgreSQL servers, as an extension of SQLAlchemy."""

@@ -1,0 +1,322 @@
+"""`shardkit.toml`: reads it, validates it, makes a `Topology`.
+
+A file looks like this (written by `shardkit local up`, or by hand):
+
+    [cluster]
+    name = "demo"
+    logical_shards = 64
+
+    [admin]                                  # the login that owns the schemas; commands use it
+    user = "shardkit_admin"
+    password = "…"                           # or password_file = "/run/secrets/admin"
+
+    [pool]
+    size = 5                                 # connections kept per endpoint and process
+    overflow = 5                             # more than that under load
+    timeout = 5.0                            # seconds to wait for one
+
+    [[physical]]
+    name = "alpha"
+    logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
+    primary = "postgresql://shardkit_app:…@127.0.0.1:5501/shardkit"
+    replicas = ["postgresql://shardkit_app:…@127.0.0.1:5502/shardkit"]
+
+Other tables may stand beside these under `[services]` (Redis, Memcached addresses); everything
+else is refused, naming the key. Called by `Cluster.from_file` and the command line; never opens
+a connection.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import stat
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from shardkit.errors import ConfigurationError
+from shardkit.topology import (
+    MAX_LOGICAL_SHARDS,
+    Endpoint,
+    PhysicalShard,
+    Role,
+    ShardMap,
+    Topology,
+)
+
+__all__ = ["AdminLogin", "ClusterConfig", "Config", "PhysicalConfig", "PoolConfig", "load"]
+
+DRIVER = "postgresql+psycopg"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
+
+
+class ClusterConfig(_Table):
+    """`[cluster]`: what is fixed when the cluster is created."""
+
+    name: Name
+    logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
+
+
+class AdminLogin(_Table):
+    """`[admin]`: the login that owns schemas and runs migrations."""
+
+    user: Annotated[str, Field(min_length=1, max_length=63)]
+    password: SecretStr | None = None
+    password_file: str | None = None
+
+    def secret(self, folder: Path) -> str | None:
+        """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
+        if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
+            return from_environment
+        if self.password_file is not None:
+            return (folder / self.password_file).read_text(encoding="utf-8").strip()
+        return self.password.get_secret_value() if self.password else None
+
+
+class PoolConfig(_Table):
+    """`[pool]`: connections per endpoint and process."""
+
+    size: Annotated[int, Field(ge=1, le=1000)] = 5
+    overflow: Annotated[int, Field(ge=0, le=1000)] = 5
+    timeout: Annotated[float, Field(gt=0, le=300)] = 5.0
+    connect_timeout: Annotated[int, Field(ge=1, le=300)] = 5
+    prepare_statements: bool = True
+    """False behind PgBouncer older than 1.21, which cannot carry prepared statements."""
+
+    @field_validator("timeout")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("must be finite")
+        return value
+
+
+class PhysicalConfig(_Table):
+    """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
+
+    name: Name
+    logical_shards: str
+    primary: SecretStr
+    replicas: tuple[SecretStr, ...] = Field(default=(), strict=False)
+    admin: SecretStr | None = None
+    """Direct address of the primary for commands, when `primary` names a PgBouncer."""
+
+    @property
+    def shard_numbers(self) -> tuple[int, ...]:
+        """The logical shards of the ranges, in the order written."""
+        return tuple(parse_ranges(self.logical_shards))
+
+
+class Config(_Table):
+    """The whole file, validated."""
+
+    cluster: ClusterConfig
+    admin: AdminLogin
+    pool: PoolConfig = PoolConfig()
+    physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
+    services: Mapping[str, str] = Field(default_factory=dict)
+    """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
+
+    @model_validator(mode="after")
+    def _placed_once(self) -> Self:
+        total = self.cluster.logical_shards
+        owner: dict[int, str] = {}
+        names: set[str] = set()
+        for shard in self.physical:
+            if shard.name in names:
+                raise ValueError(f"physical: name {shard.name!r} is used twice; rename one")
+            names.add(shard.name)
+            for number in shard.shard_numbers:
+                if number >= total:
+                    raise ValueError(
+                        f"physical.{shard.name}.logical_shards: {number} is beyond the last "
+                        f"logical shard {total - 1}; cluster.logical_shards is {total}"
+                    )
+                if number in owner:
+                    raise ValueError(
+                        f"physical.{shard.name}.logical_shards: {number} is already placed on "
+                        f"{owner[number]!r}; each logical shard has one owner"
+                    )
+                owner[number] = shard.name
+        if missing := sorted(set(range(total)) - owner.keys()):
+            raise ValueError(
+                f"physical.logical_shards: {format_ranges(missing)} placed nowhere; "
+                f"every logical shard from 0 to {total - 1} needs an owner"
+            )
+        return self
+
+    def topology(self, folder: Path) -> Topology:
+        """Return the topology the file describes.
+
+        Args:
+            folder: where a relative `password_file` is looked up.
+
+        Raises:
+            ConfigurationError: an address cannot be read, or two endpoints share one.
+        """
+        password = self.admin.secret(folder)
+        physical: dict[str, PhysicalShard] = {}
+        seen: dict[tuple[str | None, int, str | None], str] = {}
+        owners: list[str] = [""] * self.cluster.logical_shards
+        for shard in self.physical:
+            key = f"physical.{shard.name}"
+            primary = _url(shard.primary, f"{key}.primary")
+            replicas = [_url(r, f"{key}.replicas[{i}]") for i, r in enumerate(shard.replicas)]
+            for place, url in [
+                (f"{key}.primary", primary),
+                *((f"{key}.replicas[{i}]", url) for i, url in enumerate(replicas)),
+            ]:
+                address = (url.host, url.port or 5432, url.database)
+                if address in seen:
+                    raise ConfigurationError(
+                        f"{place}: {url.host}:{address[1]}/{url.database} is already "
+                        f"{seen[address]}; two endpoints cannot be one server"
+                    )
+                seen[address] = place
+            admin = _url(shard.admin, f"{key}.admin") if shard.admin else primary
+            physical[shard.name] = PhysicalShard(
+                name=shard.name,
+                primary=Endpoint(shard.name, Role.PRIMARY, primary),
+                replicas=tuple(Endpoint(shard.name, Role.REPLICA, url) for url in replicas),
+                admin_url=admin.set(username=self.admin.user, password=password),
+            )
+            for number in shard.shard_numbers:
+                owners[number] = shard.name
+        shard_map = ShardMap(tuple(owners), (1,) * len(owners))
+        return Topology(self.cluster.name, physical, shard_map)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Config, Topology]:
+    """Read and validate a configuration file.
+
+    Args:
+        path: the file, usually `shardkit.toml`.
+
+    Raises:
+        ConfigurationError: one line with the file, the key and the remedy.
+    """
+    file = Path(path)
+    try:
+        mode = file.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ConfigurationError(f"{file}: is a directory; name the shardkit.toml in it")
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{file}: no such file; name one with --config, or run `shardkit local up`"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file}: cannot be read: {error}") from None
+    try:
+        config = Config.model_validate(tomllib.loads(text))
+        if stat.S_IMODE(mode) & 0o007 and _holds_secret(config):
+            raise ConfigurationError(
+                f"{file}: holds passwords and others may read it; run `chmod 600 {file}`"
+            )
+        return config, config.topology(file.parent)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{file}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{file}: {_first_problem(error)}") from None
+    except ConfigurationError as error:
+        if error.message.startswith(str(file)):
+            raise
+        raise ConfigurationError(f"{file}: {error.message}") from None
+    except OSError as error:
+        raise ConfigurationError(f"{file}: admin.password_file: {error}") from None
+
+
+def parse_ranges(text: str) -> Iterable[int]:
+    """Yield the numbers of `"0-7, 16"`.
+
+    Raises:
+        ValueError: the text is not a list of numbers and ascending ranges.
+    """
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit()) or (
+            dash and not (last.isascii() and last.isdigit())
+        ):
+            raise ValueError(f"logical_shards: {part.strip()!r} is not a number or a range a-b")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low or high >= MAX_LOGICAL_SHARDS:
+            raise ValueError(
+                f"logical_shards: {part.strip()!r} must ascend and stay below {MAX_LOGICAL_SHARDS}"
+            )
+        yield from range(low, high + 1)
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Return sorted numbers as ranges: 0, 1, 2, 7 gives `"0-2, 7"`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _url(secret: SecretStr, place: str) -> URL:
+    try:
+        url = make_url(secret.get_secret_value())
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            f"{place}: not an address; write postgresql://user:password@host:port/database"
+        ) from None
+    if url.get_backend_name() != "postgresql" or not (url.host and url.database and url.username):
+        raise ConfigurationError(
+            f"{place}: must be postgresql:// with user, host and database, all of them"
+        )
+    return url.set(drivername=DRIVER)
+
+
+def _holds_secret(config: Config) -> bool:
+    urls = [u for p in config.physical for u in (p.primary, *p.replicas)]
+    return config.admin.password is not None or any(
+        make_url(u.get_secret_value()).password for u in urls
+    )
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Turn the first finding of pydantic into `key: what is wrong; remedy`."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        allowed = _allowed_keys(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+        return f"{key}: unknown key; {meant}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
+    tables: dict[Any, type[_Table]] = {
+        "cluster": ClusterConfig,
+        "admin": AdminLogin,
+        "pool": PoolConfig,
+        "physical": PhysicalConfig,
+    }
+    return sorted(tables[location[0]].model_fields if location else Config.model_fields)

@@ -1,0 +1,176 @@
+"""Every exception shardkit raises, so that callers can catch by family.
+
+    ShardkitError
+    ├── ConfigurationError
+    ├── RoutingError
+    │   ├── NoShardKeyError
+    │   ├── InvalidShardKeyError
+    │   ├── ScatterNotAllowedError
+    │   ├── CrossShardWriteError
+    │   ├── ShardKeyChangeError
+    │   ├── ReadOnlySessionError
+    │   └── UnsupportedStatementError
+    ├── IdError
+    │   ├── InvalidIdError
+    │   └── ClockMovedBackError           retryable
+    ├── UnavailableError                  retryable
+    │   ├── EndpointUnavailableError      retryable
+    │   └── PoolTimeoutError              retryable
+    ├── GatherError
+    └── OperationError
+        ├── RefusedError
+        ├── TryAgainError                 retryable
+        ├── MigrationError
+        └── LocalServerError
+
+`retryable` means: the same call may succeed with no change by the caller, and nothing was
+committed. Errors of the driver and of SQLAlchemy pass through untouched, except failures to
+reach a server, which become `UnavailableError` with the cause kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class ShardkitError(Exception):
+    """A shardkit operation failed.
+
+    Attributes:
+        hint: what the reader should do about it, or None when the message says it all.
+        logical_shard: the logical shard concerned, when one is known.
+        endpoint: the server concerned as `physical/role@host:port`, when one is known.
+        retryable: whether the same call may succeed unchanged, nothing having been committed.
+    """
+
+    retryable = False
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        hint: str | None = None,
+        logical_shard: int | None = None,
+        endpoint: str | None = None,
+    ) -> None:
+        self.message = message or (self.__doc__ or type(self).__name__).strip().splitlines()[0]
+        self.hint = hint
+        self.logical_shard = logical_shard
+        self.endpoint = endpoint
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        where = [
+            text
+            for text in (
+                None if self.logical_shard is None else f"logical shard {self.logical_shard}",
+                self.endpoint,
+            )
+            if text
+        ]
+        located = f"{self.message} [{', '.join(where)}]" if where else self.message
+        return f"{located} ({self.hint})" if self.hint else located
+
+
+class ConfigurationError(ShardkitError):
+    """The configuration is wrong; correct the named key and start again."""
+
+
+class RoutingError(ShardkitError):
+    """The call cannot be routed; the caller has to change it."""
+
+
+class NoShardKeyError(RoutingError):
+    """No shard key was found; filter on the shard key or on an id, or add all_shards()."""
+
+
+class InvalidShardKeyError(RoutingError):
+    """The shard key has a value that cannot place a row; give a real value of its type."""
+
+
+class ScatterNotAllowedError(NoShardKeyError):
+    """The statement touches every logical shard; say so with .options(all_shards())."""
+
+
+class CrossShardWriteError(RoutingError):
+    """One unit of work would write to several physical shards; nothing was written."""
+
+
+class ShardKeyChangeError(RoutingError):
+    """A shard key never changes; insert a new row under the new key and delete the old one."""
+
+
+class ReadOnlySessionError(RoutingError):
+    """A reader session cannot write; use cluster.writer()."""
+
+
+class UnsupportedStatementError(RoutingError):
+    """The statement cannot be answered exactly over several logical shards."""
+
+
+class IdError(ShardkitError):
+    """An id could not be read or made."""
+
+
+class InvalidIdError(IdError, ValueError):
+    """The value is not an id of this layout."""
+
+
+class ClockMovedBackError(IdError):
+    """The clock stands too far behind the last id; wait for it to catch up."""
+
+    retryable = True
+
+
+class UnavailableError(ShardkitError):
+    """A server needed for the call is unavailable; try again."""
+
+    retryable = True
+
+
+class EndpointUnavailableError(UnavailableError):
+    """A server does not accept connections; try again once it is back."""
+
+
+class PoolTimeoutError(UnavailableError):
+    """No pooled connection came free in time; try again or raise pool_size."""
+
+
+class GatherError(ShardkitError):
+    """Some physical shards did not answer a scatter.
+
+    Attributes:
+        failures: exception by physical shard name.
+        answered: names of the physical shards that did answer.
+    """
+
+    def __init__(self, failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None:
+        self.failures = dict(failures)
+        self.answered = answered
+        first = next(iter(self.failures.values()))
+        super().__init__(
+            f"no answer from physical shard {', '.join(sorted(self.failures))}: {first}",
+            hint=f"{len(answered)} other physical shards answered",
+        )
+
+
+class OperationError(ShardkitError):
+    """A shardkit command failed."""
+
+
+class RefusedError(OperationError):
+    """The command was refused as unsafe before it changed anything."""
+
+
+class TryAgainError(OperationError):
+    """The command cannot run now; try again."""
+
+    retryable = True
+
+
+class MigrationError(OperationError):
+    """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class LocalServerError(OperationError):
+    """An embedded server did not start or stop; its log says why."""

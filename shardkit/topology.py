@@ -1,0 +1,127 @@
+"""Where data lives: endpoints, physical shards, and the map from logical to physical shard.
+
+Plain immutable values, made by `shardkit.config` from `shardkit.toml` and read by everything
+below it. This module never opens a connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+from sqlalchemy import URL
+
+__all__ = [
+    "MAX_LOGICAL_SHARDS",
+    "Endpoint",
+    "PhysicalShard",
+    "Role",
+    "ShardMap",
+    "Topology",
+    "schema_name",
+]
+
+MAX_LOGICAL_SHARDS = 8192
+"""Logical shards the 13 bits of an id can name. Source: docs/architecture.md, decision 1."""
+
+
+def schema_name(logical_shard: int) -> str:
+    """Return the PostgreSQL schema of a logical shard: 42 gives `shard_0042`."""
+    return f"shard_{logical_shard:04d}"
+
+
+class Role(StrEnum):
+    """What a server is for: a primary takes writes, a replica replays them."""
+
+    PRIMARY = "primary"
+    REPLICA = "replica"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One server address with one role.
+
+    Attributes:
+        physical: name of the physical shard it serves.
+        role: primary or replica.
+        url: address, database and application login; its password never appears in `repr`.
+    """
+
+    physical: str
+    role: Role
+    url: URL = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.physical}/{self.role}@{self.url.host}:{self.url.port or 5432}"
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalShard:
+    """One PostgreSQL primary and its replicas.
+
+    Attributes:
+        name: how people call it.
+        primary: where writes go.
+        replicas: where reads may go; possibly empty.
+        admin_url: the primary again, with the login that owns the schemas; used by commands.
+    """
+
+    name: str
+    primary: Endpoint
+    replicas: tuple[Endpoint, ...]
+    admin_url: URL = field(repr=False)
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The primary, then the replicas in the order of the configuration."""
+        return (self.primary, *self.replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardMap:
+    """Owner of every logical shard.
+
+    *Invariant:* `owners[n]` names the physical shard of logical shard n; `epochs[n]` counts
+    its hand-overs, starting at 1.
+    """
+
+    owners: tuple[str, ...]
+    epochs: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def owner(self, logical_shard: int) -> str:
+        """Return the name of the physical shard that holds a logical shard."""
+        return self.owners[logical_shard]
+
+    def owned_by(self, physical: str) -> tuple[int, ...]:
+        """Return the logical shards of a physical shard, ascending; possibly empty."""
+        return tuple(n for n, owner in enumerate(self.owners) if owner == physical)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The shard map plus every endpoint.
+
+    Attributes:
+        name: name of the cluster, for people.
+        physical: physical shards by name, in the order of the configuration.
+        shard_map: owner of every logical shard.
+    """
+
+    name: str
+    physical: Mapping[str, PhysicalShard]
+    shard_map: ShardMap
+
+    @cached_property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Every endpoint, physical shard after physical shard, primaries first."""
+        return tuple(e for shard in self.physical.values() for e in shard.endpoints)
+
+    @property
+    def n_logical_shards(self) -> int:
+        """The fixed number of logical shards."""
+        return len(self.shard_map)
