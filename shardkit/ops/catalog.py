@@ -1,0 +1,114 @@
+"""The tables and functions shardkit itself owns, as DDL.
+
+Two places hold them. The admin schema `shardkit` exists once on every physical shard: who it
+is, and one ownership row per logical shard it has or had. Each logical shard's schema holds the
+state of its id generator, so that it replicates, moves and fails over with the data.
+
+`shardkit migrate apply` runs these statements with the admin login; they can be run again at
+any time. The application role gets the rights listed here and owns nothing.
+Source: docs/architecture.md, decisions 6 and 7.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from shardkit.ids import EPOCH_MS, SEQUENCE_BITS
+from shardkit.topology import schema_name
+
+__all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements"]
+
+ADMIN_SCHEMA = "shardkit"
+
+# Takes locks on new objects only.
+_ADMIN_TABLES = """
+CREATE SCHEMA IF NOT EXISTS shardkit;
+REVOKE ALL ON SCHEMA shardkit FROM PUBLIC;
+CREATE TABLE IF NOT EXISTS shardkit.identity (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    cluster text NOT NULL,
+    physical text NOT NULL,
+    logical_shards integer NOT NULL,
+    id_epoch_ms bigint NOT NULL
+);
+CREATE TABLE IF NOT EXISTS shardkit.ownership (
+    logical_shard integer PRIMARY KEY,
+    epoch bigint NOT NULL,
+    state text NOT NULL CHECK (state IN ('active', 'importing', 'fenced', 'retired')),
+    moved_to text
+);
+"""
+
+# One row lock, held for one statement: ranges handed to concurrent callers are disjoint.
+# SECURITY DEFINER with a fixed search_path: the application role has no right on the row itself.
+_LEASE_FUNCTION = f"""
+CREATE OR REPLACE FUNCTION shardkit.lease_ids(shard integer, n integer) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
+DECLARE
+    last bigint;
+BEGIN
+    IF n NOT BETWEEN 1 AND 100000 THEN
+        RAISE EXCEPTION 'lease of % ids: must be 1 to 100000', n USING ERRCODE = '22023';
+    END IF;
+    EXECUTE format(
+        'UPDATE %I.shardkit_id_state SET state = greatest(state + 1, '
+        '(floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint - {EPOCH_MS})'
+        ' << {SEQUENCE_BITS}) + $1 - 1 RETURNING state',
+        'shard_' || lpad(shard::text, 4, '0')
+    ) INTO last USING n;
+    RETURN last - n + 1;
+END
+$$;
+"""
+
+
+def admin_statements(
+    *, cluster: str, physical: str, n_logical_shards: int, app_role: str
+) -> list[sql.Composable]:
+    """Return the statements that create or complete the admin schema of one physical shard."""
+    role = sql.Identifier(app_role)
+    return [
+        sql.SQL(_ADMIN_TABLES),
+        sql.SQL(_LEASE_FUNCTION),
+        sql.SQL("REVOKE ALL ON FUNCTION shardkit.lease_ids(integer, integer) FROM PUBLIC"),
+        sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
+        sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
+        sql.SQL("GRANT EXECUTE ON FUNCTION shardkit.lease_ids(integer, integer) TO {}").format(
+            role
+        ),
+        sql.SQL(
+            "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
+            "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
+        ).format(cluster, physical, n_logical_shards, EPOCH_MS),
+    ]
+
+
+def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.Composable]:
+    """Return the statements that create or complete the schema of one logical shard.
+
+    They belong in one transaction: a shard is owned as soon as its schema exists.
+    """
+    schema = sql.Identifier(schema_name(logical_shard))
+    role = sql.Identifier(app_role)
+    return [
+        sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema),
+        sql.SQL(
+            "CREATE TABLE IF NOT EXISTS {}.shardkit_id_state ("
+            "one boolean PRIMARY KEY DEFAULT true CHECK (one), state bigint NOT NULL)"
+        ).format(schema),
+        sql.SQL(
+            "INSERT INTO {}.shardkit_id_state (state) VALUES (0) ON CONFLICT DO NOTHING"
+        ).format(schema),
+        sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(schema, role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA {} "
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
+        ).format(schema, role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}"
+        ).format(schema, role),
+        sql.SQL(
+            "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
+            "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"
+        ).format(logical_shard),
+    ]
