@@ -32,7 +32,7 @@ from shardkit.errors import (
 from shardkit.ops.apply import Limits, MigrationOutcome, run
 from shardkit.ops.direct import connect
 from shardkit.ops.ledger import Ledger, read
-from shardkit.ops.plan import MigrationPlan, decide
+from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
 from shardkit.ops.revisions import Revision, load, locate
 from shardkit.topology import Topology
 
@@ -41,6 +41,7 @@ __all__ = [
     "MigrationOutcome",
     "MigrationPlan",
     "MigrationStatus",
+    "PhysicalPlan",
     "PhysicalStatus",
     "apply",
     "load_revisions",
