@@ -12,13 +12,16 @@ import hashlib
 import importlib.util
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import Script, ScriptDirectory
 from alembic.util import CommandError
+from sqlalchemy import Dialect
 
 from shardkit.errors import ConfigurationError, MigrationError
 from shardkit.ops.safety import check
@@ -92,16 +95,29 @@ def load(folder: Path) -> tuple[Revision, ...]:
         str(folder), version_locations=[str(versions if versions.is_dir() else folder)]
     )
     try:
-        heads = script.get_heads()
+        with warnings.catch_warnings():
+            # Alembic only warns about a missing predecessor, and forgets the revision.
+            warnings.filterwarnings("error", message="Revision .* is not present")
+            heads = script.get_heads()
         if len(heads) > 1:
             raise MigrationError(
                 f"{folder}: there are {len(heads)} heads: {', '.join(sorted(heads))}",
                 hint="merge them with `alembic merge heads`",
             )
         scripts = list(script.walk_revisions())
-    except (CommandError, ImportError, SyntaxError) as error:
+    except (CommandError, ImportError, SyntaxError, UserWarning) as error:
         raise MigrationError(f"{folder}: revisions cannot be loaded: {error}") from error
     return tuple(_render(item) for item in reversed(scripts))
+
+
+class _NoConnection:
+    """What `op.get_bind()` returns: it knows the dialect and refuses everything else."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"there is no connection to call {name}() on")
 
 
 def _render(script: Script) -> Revision:
@@ -112,6 +128,8 @@ def _render(script: Script) -> Revision:
         dialect_opts={"paramstyle": "named"},
         opts={"as_sql": True, "output_buffer": io.StringIO()},
     )
+    # Alembic's stand-in would drop the parameters of what is executed through it.
+    context.impl.connection = context.connection = _NoConnection(context.dialect)  # type: ignore[assignment]
     context.impl.static_output = statements.append  # type: ignore[method-assign, assignment]
     try:
         with Operations.context(context):

@@ -42,7 +42,8 @@ def _rule(pattern: str, problem: str, remedy: str) -> _Rule:
 # Each pattern is matched at the start of one statement without its comments and literals.
 _RULES = (
     _rule(
-        r"(COMMIT|ROLLBACK|BEGIN|START\s+TRANSACTION|END|ABORT|SAVEPOINT|RELEASE|PREPARE\s+TRANS)\b",
+        r"(COMMIT|ROLLBACK|BEGIN|START\s+TRANSACTION|END|ABORT|SAVEPOINT|RELEASE"
+        r"|PREPARE\s+TRANSACTION)\b",
         "controls the transaction",
         "the runner commits each logical shard together with its ledger row; split the revision",
     ),
