@@ -62,5 +62,3 @@ def test_the_readme_names_no_command_that_does_not_exist() -> None:
 )
 def test_an_error_has_one_exit_code(error: ShardkitError, code: int) -> None:
     assert exit_code(error) == code
-
-

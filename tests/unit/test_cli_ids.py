@@ -47,7 +47,7 @@ def test_what_is_no_id_is_one_line_and_exit_2(
     assert error.count("\n") == 1
 
 
-def test_a_negative_number_is_no_id(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_negative_number_is_no_id() -> None:
     assert run("ids", "parse", "--", "-5") == 2
 
 
