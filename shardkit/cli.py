@@ -2,12 +2,13 @@
 
     0 done    1 failed    2 usage or configuration    3 refused as unsafe    4 try again
 
-It parses and prints; every decision is a function elsewhere.
+Groups live in `shardkit.commands`. It parses and prints; every decision is a function elsewhere.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from collections.abc import Sequence
 
 import typer
@@ -24,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(migrate.group, name="migrate")
-app.add_typer(ids.group, name="ids")
+app.add_typer(migrate.app, name="migrate")
+app.add_typer(ids.app, name="ids")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=arguments)
     except ShardkitError as error:
-        print(f"shardkit: {error}", file=sys.stderr)
+        where = f" [{error.endpoint}]" if error.endpoint else ""
+        colour = "red" if sys.stderr.isatty() else None
+        typer.secho(f"error: {error.message}{where}", fg=colour, err=True)
+        if error.hint:
+            typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(exit_code(error))
 
 
