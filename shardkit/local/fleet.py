@@ -23,8 +23,8 @@ from shardkit.local.options import LocalOptions
 from shardkit.local.postgres import PostgresServer
 from shardkit.local.server import ServerKind, ServerProcess
 from shardkit.local.services import MemcachedServer, PgBouncerServer, RedisServer
-from shardkit.local.settings import DATABASE, REPLICATION_ROLE
-from shardkit.local.state import State
+from shardkit.local.settings import DATABASE, REPLICATION_ROLE, host_rules, ident_map
+from shardkit.local.state import ServerState, State
 from shardkit.topology import Role
 
 __all__ = ["Fleet"]
@@ -68,22 +68,13 @@ class Fleet:
         fleet = cls(layout, options, layout.passwords(), clock, old)
         fleet._add_postgres()
         fleet._add_services()
-        fleet.write_shared(
-            "replication.pgpass",
-            f"*:*:*:{REPLICATION_ROLE}:{fleet.passwords[REPLICATION_ROLE]}\n",
-            is_secret=True,
-        )
+        fleet._write_shared()
         return fleet
 
     @property
     def ports(self) -> set[int]:
         """Ports in use by this cluster."""
         return {server.port for server in self.servers.values()}
-
-    @property
-    def owner_name(self) -> str:
-        """Login name of the user of this process."""
-        return pwd.getpwuid(os.geteuid()).pw_name
 
     @property
     def caches(self) -> list[ServerProcess]:
@@ -114,10 +105,20 @@ class Fleet:
         middle = [server for server in everything if server not in (*last, *poolers)]
         return [group for group in (poolers, middle, last) if group]
 
-    def write_shared(self, name: str, text: str, *, is_secret: bool = False) -> None:
-        """Write a file that the servers' account may read, for itself only when secret."""
-        path = self.layout.conf / name
-        write_file(path, text, 0o600 if is_secret else 0o644, self.layout.account)
+    def remembered(self) -> dict[str, ServerState]:
+        """Return every server as the state file keeps it, none running."""
+        remembered = {}
+        for server in self.servers.values():
+            known = self.old.servers.get(server.name) if self.old else None
+            remembered[server.name] = ServerState(
+                server.name,
+                server.kind,
+                server.physical,
+                server.port,
+                server.program.version,
+                is_initialised=known is not None and known.is_initialised and server.has_data(),
+            )
+        return remembered
 
     def pooled(self, physical: str) -> dict[str, int]:
         """Return the ports behind a PgBouncer by database name: the primary's is `shardkit`."""
@@ -177,6 +178,15 @@ class Fleet:
             claim_folder(folder, 0o700, self.layout.account)
         self.servers[name] = server
         return server
+
+    def _write_shared(self) -> None:
+        """Write the files that all PostgreSQL servers read."""
+        conf, account = self.layout.conf, self.layout.account
+        owner = pwd.getpwuid(os.geteuid()).pw_name
+        write_file(conf / "pg_hba.conf", host_rules(), 0o644)
+        write_file(conf / "pg_ident.conf", ident_map((owner, account.name)), 0o644)
+        login = f"*:*:*:{REPLICATION_ROLE}:{self.passwords[REPLICATION_ROLE]}\n"
+        write_file(conf / "replication.pgpass", login, 0o600, account)
 
     def _data_version(self) -> int | None:
         """Return the major version that made the existing data, or None for new data."""

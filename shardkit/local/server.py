@@ -130,6 +130,10 @@ class ServerProcess(ABC):
     def before_launch(self) -> None:
         """Write the configuration; called while no process of the server runs."""
 
+    def has_data(self) -> bool:
+        """Return whether the folder holds what an earlier start made."""
+        return self.folder.is_dir()
+
     @property
     def role(self) -> Role | None:
         """Primary or replica for PostgreSQL, else None."""
