@@ -68,11 +68,16 @@ class PhotoService:
             created_at=self._clock(),
         )
         async with self._database.writer() as session:
-            owner = await session.get(User, viewer.id, with_for_update=True)
-            if owner is None:
-                raise NotFoundError("There is no such person.")
-            session.add(photo)
-            owner.photo_count += 1
+            try:
+                owner = await session.get(User, viewer.id, with_for_update=True)
+                if owner is None:
+                    raise NotFoundError("There is no such person.")
+                session.add(photo)
+                owner.photo_count += 1
+                await session.flush()
+            except BaseException:
+                await self._blobs.delete(key)  # nothing can be committed any more
+                raise
             await session.commit()
             return _photo_out(photo, owner, liked=False)
 
