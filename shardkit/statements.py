@@ -1,0 +1,434 @@
+"""Finds the shard keys in a statement: the only walker of SQL expressions.
+
+`shards_of` answers with the logical shards whose rows a statement can touch, or None for all of
+them, and raises when tables of different logical shards would have to meet. It reads the
+expression tree and the bound values and never compiles or runs anything.
+
+How: every table occurrence is a node. An equality between two columns that place their rows by
+the same rule says that matching rows lie on one shard, so it joins their nodes. A comparison of
+such a column with values confines its node. At the end each group of joined nodes has one
+answer. Values inside a subquery confine the subquery alone: `NOT EXISTS` would turn them round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import (
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    Column,
+    CompoundSelect,
+    Delete,
+    Insert,
+    Label,
+    Select,
+    Table,
+    TextClause,
+    Update,
+)
+from sqlalchemy.orm import UserDefinedOption
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import ColumnElement, Grouping
+from sqlalchemy.sql.selectable import (
+    AliasedReturnsRows,
+    FromClause,
+    Join,
+    SelectBase,
+    Subquery,
+)
+from sqlalchemy.sql.visitors import ExternallyTraversible
+
+from shardkit.errors import (
+    NoShardKeyError,
+    ShardKeyChangeError,
+    UnsupportedStatementError,
+)
+from shardkit.models import REFERENCE_SCHEMA, Sharding, sharding_of
+from shardkit.router import Router, Strategy
+
+__all__ = ["AllShards", "Params", "all_shards", "shards_of"]
+
+Params = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+"""Values passed beside a statement: none, one set, or many."""
+
+CO_LOCATE: Final = (
+    "join on the shard key, or read one table first and pass its values to the other with in_()"
+)
+
+
+class AllShards(UserDefinedOption):
+    """Says that a statement may go to every logical shard; made by `all_shards`."""
+
+
+def all_shards() -> AllShards:
+    """Return the option that allows a statement without a shard key.
+
+    Example:
+        >>> from sqlalchemy import select
+        >>> statement = select(Photo).order_by(Photo.id.desc()).limit(20)  # doctest: +SKIP
+        >>> session.scalars(statement.options(all_shards()))  # doctest: +SKIP
+    """
+    return AllShards()
+
+
+def shards_of(statement: Any, params: Params, router: Router) -> frozenset[int] | None:
+    """Return the logical shards a statement concerns, or None for every one.
+
+    Args:
+        statement: a SELECT, INSERT, UPDATE or DELETE, ORM or Core.
+        params: the values passed with it.
+        router: places the key values.
+
+    Returns:
+        At least one logical shard; a statement over reference tables only gives shard 0, since
+        every server has them.
+
+    Raises:
+        NoShardKeyError: the statement names no sharded table.
+        InvalidShardKeyError: a key value cannot place a row.
+        ShardKeyChangeError: an UPDATE sets a placing column.
+        UnsupportedStatementError: rows of several logical shards would have to meet.
+    """
+    if isinstance(statement, TextClause):
+        raise NoShardKeyError(
+            "a text() statement names no logical shard",
+            hint='pass bind_arguments={"logical_shard": n}, or write it with select()',
+        )
+    walk = _Walk(router, params if isinstance(params, Mapping) else {})
+    if isinstance(statement, Insert):
+        return walk.insert(statement, params)
+    if isinstance(statement, Update):
+        _refuse_key_change(statement)
+    walk.statement(statement)
+    return walk.answer()
+
+
+class _Node:
+    """One occurrence of a sharded table in a statement."""
+
+    __slots__ = ("confined", "depth", "group", "name")
+
+    def __init__(self, name: str, depth: int) -> None:
+        self.name = name
+        self.depth = depth
+        self.confined: frozenset[int] | None = None
+        self.group: _Node = self
+
+    def root(self) -> _Node:
+        node = self
+        while node.group is not node:
+            node = node.group
+        return node
+
+    def join(self, other: _Node) -> None:
+        a, b = self.root(), other.root()
+        if a is not b:
+            # The root of a group is of its outermost query, whose values count.
+            deep, shallow = (a, b) if a.depth > b.depth else (b, a)
+            if deep.depth == shallow.depth:
+                shallow.confine(deep.confined)
+            deep.group = shallow
+
+    def confine(self, shards: frozenset[int] | None) -> None:
+        if shards is not None:
+            self.confined = shards if self.confined is None else self.confined & shards
+
+
+class _Walk:
+    """One pass over one statement."""
+
+    def __init__(self, router: Router, params: Mapping[str, Any]) -> None:
+        self.router = router
+        self.params = params
+        self.nodes: dict[int, _Node] = {}
+        self.n_reference = 0
+        self.depth = 0
+
+    # -- answer
+
+    def answer(self) -> frozenset[int] | None:
+        groups = {id(node.root()): node.root() for node in self.nodes.values()}
+        if not groups:
+            if self.n_reference:
+                return frozenset({0})
+            raise NoShardKeyError(
+                "the statement names no sharded table",
+                hint='pass bind_arguments={"logical_shard": n} to run it on one logical shard',
+            )
+        confined = [group.confined for group in groups.values()]
+        if len(confined) == 1:
+            # Values that exclude each other select no row; any one shard can say so.
+            return confined[0] if confined[0] is None or confined[0] else frozenset({0})
+        together = frozenset().union(*(shards or () for shards in confined))
+        if None in confined or len(together) > 1:
+            names = sorted(group.name for group in groups.values())
+            raise UnsupportedStatementError(
+                f"rows of {' and '.join(names)} may lie on different logical shards", hint=CO_LOCATE
+            )
+        return together or frozenset({0})
+
+    # -- statements
+
+    def statement(self, statement: Any) -> None:
+        if isinstance(statement, Select):
+            self.select(statement)
+        elif isinstance(statement, Update | Delete):
+            self.element(statement.table)
+            for clause in statement._where_criteria:
+                self.criterion(clause)
+            if isinstance(statement, Update):
+                self.elements((statement._values or {}).values())
+        else:
+            self.element(statement)
+
+    def insert(self, statement: Insert, params: Params) -> frozenset[int] | None:
+        sharding = _base_sharding(statement.table)
+        if sharding is None:
+            self.element(statement.table)
+            return self.answer()
+        if statement.select is not None:
+            raise UnsupportedStatementError(
+                "INSERT from SELECT is not routed", hint="read the rows, then session.add_all()"
+            )
+        rows: list[Mapping[Any, Any]]
+        if isinstance(params, Sequence):
+            rows = list(params)
+        else:
+            multi = [row for rows in statement._multi_values for row in rows]
+            rows = [{**row, **(params or {})} for row in (multi or [statement._values or {}])]
+        shards = frozenset(self._shard_of_row(sharding, row) for row in rows)
+        if len(shards) > 1:
+            raise UnsupportedStatementError(
+                f"one INSERT for {len(shards)} logical shards", hint="use session.add_all()"
+            )
+        return shards
+
+    def _shard_of_row(self, sharding: Sharding, row: Mapping[Any, Any]) -> int:
+        values = {getattr(name, "key", name): value for name, value in row.items()}
+        for name in (sharding.key, *sharding.placing):
+            if name in values:
+                value = values[name]
+                if isinstance(value, BindParameter):
+                    value = self._value(value)
+                strategy = sharding.placing.get(name, sharding.strategy)
+                return self.router.shard(strategy, value)
+        raise NoShardKeyError(
+            f"INSERT without {sharding.key}, the shard key", hint="name it in values()"
+        )
+
+    def select(self, select: Select[Any]) -> None:
+        self.elements(select._raw_columns)
+        froms: Iterable[Any] = select._from_obj
+        if select._setup_joins:
+            # The ORM knows how relationships join; let it spell the ON clauses out.
+            froms = select.get_final_froms()
+        self.elements(froms)
+        for clause in select._where_criteria:
+            self.criterion(clause)
+        self.elements(select._having_criteria)
+        self.elements(select._order_by_clauses)
+        self.elements(select._group_by_clauses)
+
+    # -- expressions
+
+    def elements(self, elements: Iterable[Any]) -> None:
+        for element in elements:
+            self.element(element)
+
+    def element(self, element: Any) -> None:
+        """Note the tables of any expression, and walk the subqueries in it."""
+        if isinstance(element, Column):
+            if element.table is not None:
+                self.node(element.table)
+        elif isinstance(element, Table):
+            self.node(element)
+        elif isinstance(element, Join):
+            self.element(element.left)
+            self.element(element.right)
+            if element.onclause is not None:
+                self.criterion(element.onclause, outer=element.isouter or element.full)
+        elif isinstance(element, SelectBase):
+            self.depth += 1
+            selects = element.selects if isinstance(element, CompoundSelect) else (element,)
+            for select in selects:
+                if isinstance(select, Select):
+                    self.select(select)
+                else:
+                    self.children(select)
+            self.depth -= 1
+        elif isinstance(element, AliasedReturnsRows):
+            if _base_table(element) is not None:
+                self.node(element)
+            else:
+                self.element(element.element)
+        elif isinstance(element, ExternallyTraversible):
+            self.children(element)
+
+    def children(self, element: ExternallyTraversible) -> None:
+        self.elements(element.get_children())
+
+    def criterion(self, clause: Any, *, outer: bool = False) -> None:
+        """Read one condition that every row of the query meets.
+
+        Args:
+            outer: whether it is the ON clause of an outer join, whose values confine nothing.
+        """
+        if isinstance(clause, Grouping):
+            self.criterion(clause.element, outer=outer)
+        elif isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+            for part in clause.clauses:
+                self.criterion(part, outer=outer)
+        else:
+            if isinstance(clause, BinaryExpression):
+                self.equality(clause)
+            if not outer:
+                for node, shards in self.confining(clause).values():
+                    # A value of a subquery says nothing about the rows of the query around it.
+                    if node.depth == self.depth:
+                        node.root().confine(shards)
+            self.element(clause)
+
+    def equality(self, clause: BinaryExpression[Any]) -> None:
+        """Join the nodes of two columns that an equality, or IN (SELECT …), makes equal."""
+        left = self.placing(clause.left)
+        right = None
+        if clause.operator is operators.eq:
+            right = self.placing(clause.right)
+        elif clause.operator is operators.in_op:
+            inner = _plain_select(clause.right)
+            if inner is not None:
+                self.depth += 1
+                right = self.placing(inner._raw_columns[0])
+                self.depth -= 1
+        if left and right and left[1] == right[1]:
+            left[0].join(right[0])
+
+    def confining(self, clause: Any) -> dict[int, tuple[_Node, frozenset[int]]]:
+        """Return what a condition confines: node and shards, by identity of the node."""
+        if isinstance(clause, Grouping):
+            return self.confining(clause.element)
+        if isinstance(clause, BooleanClauseList):
+            parts = [self.confining(part) for part in clause.clauses]
+            if clause.operator is operators.or_:
+                common = set(parts[0]).intersection(*parts[1:])
+                return {
+                    key: (parts[0][key][0], frozenset().union(*(part[key][1] for part in parts)))
+                    for key in common
+                }
+            if clause.operator is not operators.and_:
+                return {}
+            merged: dict[int, tuple[_Node, frozenset[int]]] = {}
+            for part in parts:
+                for key, (node, shards) in part.items():
+                    merged[key] = (node, merged[key][1] & shards if key in merged else shards)
+            return merged
+        if not isinstance(clause, BinaryExpression):
+            return {}
+        column, value = clause.left, clause.right
+        if clause.operator is operators.eq and isinstance(column, BindParameter):
+            column, value = value, column
+        if isinstance(value, Grouping):
+            value = value.element
+        if not isinstance(value, BindParameter) or not (found := self.placing(column)):
+            return {}
+        node, strategy = found
+        if clause.operator is operators.eq:
+            return {id(node): (node, frozenset({self.router.shard(strategy, self._value(value))}))}
+        if clause.operator is operators.in_op:
+            return {id(node): (node, self.router.shards(strategy, self._value(value)))}
+        return {}
+
+    def placing(self, element: Any) -> tuple[_Node, Strategy] | None:
+        """Return node and rule of a column that places its row, or None for anything else."""
+        column = _source_column(element)
+        if column is None or column.table is None:
+            return None
+        sharding = _base_sharding(column.table)
+        strategy = sharding.placing.get(column.name) if sharding else None
+        node = self.node(column.table) if strategy else None
+        return (node, strategy) if node and strategy else None
+
+    def node(self, table: FromClause) -> _Node | None:
+        """Return the node of a table occurrence, or None when it is not sharded."""
+        key = hash(table)  # annotated copies of one table share their hash
+        if key in self.nodes:
+            node = self.nodes[key]
+            if self.depth < node.depth and node.group is node:
+                node.depth = self.depth
+            return node
+        base = _base_table(table)
+        if base is None:
+            self.element(table)
+            return None
+        if sharding_of(base) is None:
+            if base.schema != REFERENCE_SCHEMA:
+                raise UnsupportedStatementError(
+                    f"table {base.name} is neither Sharded nor Reference, so it lives nowhere",
+                    hint="add the mixin to its class",
+                )
+            self.n_reference += 1
+            return None
+        node = self.nodes[key] = _Node(base.name, self.depth)
+        return node
+
+    def _value(self, parameter: BindParameter[Any]) -> Any:
+        if parameter.key in self.params:
+            return self.params[parameter.key]
+        return parameter.effective_value
+
+
+def _base_table(element: Any) -> Table | None:
+    """Return the table under aliases, or None for a subquery."""
+    while isinstance(element, AliasedReturnsRows):
+        element = element.element
+    return element if isinstance(element, Table) else None
+
+
+def _base_sharding(element: Any) -> Sharding | None:
+    table = _base_table(element)
+    return None if table is None else sharding_of(table)
+
+
+def _source_column(element: Any) -> Column[Any] | ColumnElement[Any] | None:
+    """Return the table column behind labels and plain subquery columns."""
+    while True:
+        if isinstance(element, Label | Grouping):
+            element = element.element
+        elif isinstance(table := getattr(element, "table", None), AliasedReturnsRows) and (
+            isinstance(table, Subquery) or _base_table(table) is None
+        ):
+            proxies = element._proxies
+            if len(proxies) != 1:
+                return None
+            element = proxies[0]
+        else:
+            return element if isinstance(element, ColumnElement) and table is not None else None
+
+
+def _plain_select(element: Any) -> Select[Any] | None:
+    """Return the SELECT of `IN (SELECT …)` when every one of its rows counts by itself."""
+    while isinstance(element, Grouping) or hasattr(element, "element"):
+        element = element.element
+    if (
+        isinstance(element, Select)
+        and len(element._raw_columns) == 1
+        and element._limit_clause is None
+        and element._offset_clause is None
+        and element._fetch_clause is None
+        and not element._group_by_clauses
+    ):
+        return element
+    return None
+
+
+def _refuse_key_change(statement: Update) -> None:
+    sharding = _base_sharding(statement.table)
+    if sharding is None:
+        return
+    for column in statement._values or {}:
+        name = getattr(column, "name", column)
+        if name in sharding.placing or name == sharding.key:
+            raise ShardKeyChangeError(f"UPDATE would set {name}, which places the row")
