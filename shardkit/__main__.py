@@ -1,0 +1,5 @@
+"""`python -m shardkit` runs the command line."""
+
+from shardkit.cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""The root of the command line: mounts the groups, turns errors into one line and an exit code.
+
+    0 done    1 failed    2 usage or configuration    3 refused as unsafe    4 try again
+
+It parses and prints; every decision is a function elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from shardkit.commands import ids, migrate
+from shardkit.errors import ConfigurationError, IdError, RefusedError, ShardkitError
+
+__all__ = ["app", "exit_code", "main"]
+
+app = typer.Typer(
+    name="shardkit",
+    help="Many logical shards on a few PostgreSQL servers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(migrate.group, name="migrate")
+app.add_typer(ids.group, name="ids")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits the process."""
+    try:
+        app(args=arguments)
+    except ShardkitError as error:
+        print(f"shardkit: {error}", file=sys.stderr)
+        sys.exit(exit_code(error))
+
+
+def exit_code(error: ShardkitError) -> int:
+    """Return the exit code an error stands for."""
+    if isinstance(error, ConfigurationError | IdError):
+        return 2
+    if isinstance(error, RefusedError):
+        return 3
+    return 4 if error.retryable else 1
