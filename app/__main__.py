@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from app.main import create_app
 from app.settings import Settings
-from shardkit.config import load
+from shardkit import AsyncCluster
 from shardkit.errors import ConfigurationError
 
 N_PORTS = 50
@@ -32,7 +32,7 @@ def main(
     """Serve the photo service until interrupted."""
     try:
         settings = Settings.read(os.environ, config=config, host=host, port=port)
-        load(settings.config)
+        AsyncCluster.from_file(settings.config)  # refuse a wrong file in one line; opens nothing
     except (ConfigurationError, ValidationError) as error:
         typer.echo(f"error: {_one_line(error)}", err=True)
         raise typer.Exit(USAGE) from None

@@ -151,7 +151,7 @@ class BodyLimit:
         app: ASGIApp,
         default: int,
         paths: Mapping[str, int],
-        timeout: float,  # noqa: ASYNC109 - a setting, not the timeout of this call
+        timeout: float,
         respond: Respond,
     ) -> None:
         self._app = app
@@ -182,7 +182,7 @@ class _Body:
         self,
         receive: Receive,
         limit: int,
-        timeout: float,  # noqa: ASYNC109 - a setting
+        timeout: float,
     ) -> None:
         self.limit = limit
         self.reason = f"The request is larger than the {_size(limit)} allowed here."
@@ -308,5 +308,3 @@ def _size(n_bytes: int) -> str:
         if n_bytes >= factor:
             return f"{n_bytes / factor:.0f} {unit}"
     return f"{n_bytes} bytes"
-
-

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import tomllib
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
@@ -13,7 +15,6 @@ from app.photos.images import ImageLimits, ImageWorkers
 from app.photos.store import BlobStore, FileBlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
-from shardkit.config import load
 
 __all__ = ["Resources", "open_resources"]
 
@@ -48,12 +49,9 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     Raises:
         ConfigurationError: the configuration of the cluster is wrong.
     """
-    config, _ = load(settings.config)
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
-        workers = ImageWorkers(
-            settings.image_workers, ImageLimits(max_pixels=settings.max_pixels)
-        )
+        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
         stack.push_async_callback(workers.close)
         yield Resources(
             settings=settings,
@@ -62,5 +60,11 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             blobs=FileBlobStore(settings.media_folder),
             workers=workers,
             clock=clock,
-            redis_url=config.services.get("redis"),
+            redis_url=_services(settings.config).get("redis"),
         )
+
+
+def _services(config: Path) -> Mapping[str, str]:
+    """Return `[services]` of a configuration file that the cluster has accepted already."""
+    services: Mapping[str, str] = tomllib.loads(config.read_text("utf-8")).get("services", {})
+    return services

@@ -6,13 +6,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
-from app.accounts.schemas import Credentials, ProfileOut, ProfilePatch, SessionOut, SignUp, ViewerOut
+from app.accounts.schemas import (
+    Credentials,
+    ProfileOut,
+    ProfilePatch,
+    SessionOut,
+    SignUp,
+    ViewerOut,
+)
 from app.accounts.service import LogIn
 from app.deps import Accounts, MaybeViewer, SignedIn, begin_login, end_login
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["accounts"])
+
+Everywhere = Annotated[bool, Query(description="end all log-ins, not only this one")]
 
 
 @router.post("/users", status_code=status.HTTP_201_CREATED)
@@ -37,7 +46,7 @@ async def log_out(
     request: Request,
     response: Response,
     accounts: Accounts,
-    everywhere: Annotated[bool, Query(description="end all log-ins, not only this one")] = False,
+    everywhere: Everywhere = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> None:
     """Log out."""
     await accounts.log_out(viewer, everywhere=everywhere)

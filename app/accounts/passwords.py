@@ -37,9 +37,7 @@ class Passwords:
 
     async def hash(self, password: str) -> str:
         """Return the encoded hash of a password, with its salt and parameters."""
-        return await to_thread.run_sync(
-            self._hasher.hash, password, limiter=self._limit()
-        )
+        return await to_thread.run_sync(self._hasher.hash, password, limiter=self._limit())
 
     async def verify(self, encoded: str | None, password: str) -> bool:
         """Tell whether a password belongs to a hash; takes as long when there is no hash.

@@ -39,8 +39,7 @@ class AccountRepository:
     async def user_by_name(self, name: str) -> User | None:
         """Return the user of a name however typed, or None."""
         user_id = await find_user_id(self._session, name)
-        user = None if user_id is None else await self._session.get(User, user_id)
-        return user
+        return None if user_id is None else await self._session.get(User, user_id)
 
     async def users(self, user_ids: Iterable[int]) -> dict[int, User]:
         """Return users by id; ids of nobody are missing. One statement per physical shard."""

@@ -27,7 +27,9 @@ __all__ = [
 
 MIN_PASSWORD_BYTES, MAX_PASSWORD_BYTES = 8, 1024
 
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def _printable(value: str) -> str:

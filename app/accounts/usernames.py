@@ -25,7 +25,7 @@ def canonical(name: str) -> str:
         ValueError: not a name that can be had.
 
     Example:
-        >>> canonical(" @Ａna.Lima ")
+        >>> canonical(" @Ana.Lima ")
         'ana.lima'
     """
     folded = unicodedata.normalize("NFKC", name).casefold().strip().removeprefix("@")

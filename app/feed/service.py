@@ -35,17 +35,11 @@ class FeedService:
             owners = await GraphRepository(session).followee_ids(viewer.id, self._max_followees)
             rows = await PhotoRepository(session).of_owners([*owners, viewer.id], before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](
-                items=await describe(session, photos, viewer), next_cursor=cursor
-            )
+            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
 
-    async def newest(
-        self, viewer: Viewer | None, before: int | None, n: int
-    ) -> Page[PhotoOut]:
+    async def newest(self, viewer: Viewer | None, before: int | None, n: int) -> Page[PhotoOut]:
         """Return a page of everybody's photos, newest first; reads every shard."""
         async with self._database.reader() as session:
             rows = await PhotoRepository(session).of_everybody(before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](
-                items=await describe(session, photos, viewer), next_cursor=cursor
-            )
+            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)

@@ -42,6 +42,7 @@ async def delete(photo_id: Id, viewer: SignedIn, photos: Photos) -> None:
 
 @router.get("/users/{username}/photos")
 async def grid(
+    *,
     username: str,
     viewer: MaybeViewer,
     accounts: Accounts,
@@ -75,19 +76,13 @@ async def comments(
 
 
 @router.post("/photos/{photo_id}/comments", status_code=status.HTTP_201_CREATED)
-async def comment(
-    photo_id: Id, given: CommentIn, viewer: SignedIn, photos: Photos
-) -> CommentOut:
+async def comment(photo_id: Id, given: CommentIn, viewer: SignedIn, photos: Photos) -> CommentOut:
     """Write a comment."""
     return await photos.comment(viewer, photo_id, given)
 
 
-@router.delete(
-    "/photos/{photo_id}/comments/{comment_id}", status_code=status.HTTP_204_NO_CONTENT
-)
-async def delete_comment(
-    photo_id: Id, comment_id: Id, viewer: SignedIn, photos: Photos
-) -> None:
+@router.delete("/photos/{photo_id}/comments/{comment_id}", status_code=status.HTTP_204_NO_CONTENT)
+async def delete_comment(photo_id: Id, comment_id: Id, viewer: SignedIn, photos: Photos) -> None:
     """Delete one's own comment, or any under one's own photo."""
     await photos.delete_comment(viewer, photo_id, comment_id)
 

@@ -41,9 +41,7 @@ class PhotoRepository:
         statement = select(Photo).where(Photo.owner_id.in_(owner_ids))
         if before is not None:
             statement = statement.where(Photo.id < before)
-        return (
-            await self._session.scalars(statement.order_by(Photo.id.desc()).limit(n))
-        ).all()
+        return (await self._session.scalars(statement.order_by(Photo.id.desc()).limit(n))).all()
 
     async def of_everybody(self, before: int | None, n: int) -> Sequence[Photo]:
         """Return the newest photos of all shards below an id, newest first."""

@@ -117,9 +117,7 @@ class PhotoService:
         async with self._database.reader() as session:
             rows = await PhotoRepository(session).of_owners([owner_id], before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](
-                items=await describe(session, photos, viewer), next_cursor=cursor
-            )
+            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
 
     async def like(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Like a photo; liking twice is liking once.

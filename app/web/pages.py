@@ -59,7 +59,7 @@ PagesDep = Annotated[Pages, Depends(get_pages)]
 
 @router.get("/")
 async def home(
-    request: Request, viewer: MaybeViewer, feed: Feed, pages: PagesDep, cursor: Cursor = None
+    *, request: Request, viewer: MaybeViewer, feed: Feed, pages: PagesDep, cursor: Cursor = None
 ) -> Response:
     """Show the home feed, or what this is to a stranger."""
     if viewer is None:
@@ -69,13 +69,12 @@ async def home(
     async def load() -> Mapping[str, Any]:
         return {"page": await feed.home(viewer, cursor, FEED_PAGE), "back": back}
 
-    return pages.streamed(
-        request, ("home.html", load), title="Home", viewer=viewer, here="home"
-    )
+    return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
 
 
 @router.get("/explore")
 async def explore(
+    *,
     request: Request,
     viewer: MaybeViewer,
     accounts: Accounts,
@@ -182,9 +181,7 @@ async def settings(
     try:
         await accounts.edit(viewer, ProfilePatch.model_validate(values))
     except (AppError, ValidationError) as error:
-        return _again(
-            pages, "settings.html", "Edit profile", error, viewer=viewer, values=values
-        )
+        return _again(pages, "settings.html", "Edit profile", error, viewer=viewer, values=values)
     return _go(f"/u/{viewer.username}")
 
 
@@ -235,6 +232,7 @@ async def upload(
 
 @router.get("/u/{username}")
 async def profile(
+    *,
     request: Request,
     username: str,
     viewer: MaybeViewer,
@@ -262,6 +260,7 @@ async def profile(
 
 @router.get("/u/{username}/{direction}")
 async def people(
+    *,
     request: Request,
     username: str,
     direction: str,
@@ -308,6 +307,7 @@ async def unfollow(request: Request, username: str, viewer: SignedIn, graph: Gra
 
 @router.get("/p/{photo_id}")
 async def photo(
+    *,
     request: Request,
     photo_id: Id,
     viewer: MaybeViewer,
@@ -390,9 +390,7 @@ def _go(path: str) -> RedirectResponse:
     return RedirectResponse(quote(path, safe="/?=#&%:@"), SEE_OTHER)
 
 
-def _again(
-    pages: Pages, template: str, title: str, error: Exception, **context: Any
-) -> Response:
+def _again(pages: Pages, template: str, title: str, error: Exception, **context: Any) -> Response:
     """Show a refused form again with what was typed and why it was refused."""
     problem = problem_of(error)
     errors = [_sentence(field) for field in problem.errors or ()] or [problem.detail]

@@ -77,9 +77,7 @@ class Pages:
             context: what the template needs.
         """
         names = {"title": title, "viewer": viewer, "here": here, **context}
-        text = "".join(
-            self._render(part, names) for part in ("top.html", template, "bottom.html")
-        )
+        text = "".join(self._render(part, names) for part in ("top.html", template, "bottom.html"))
         return HTMLResponse(text, status)
 
     def streamed(

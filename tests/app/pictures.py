@@ -20,7 +20,9 @@ def _scene(width: int, height: int) -> Any:
 
 
 @cache
-def jpeg(width: int = 1600, height: int = 1200, *, orientation: int = 1, gps: bool = False) -> bytes:
+def jpeg(
+    width: int = 1600, height: int = 1200, *, orientation: int = 1, gps: bool = False
+) -> bytes:
     """Return a JPEG of a colour ramp, with camera metadata when asked for."""
     picture = _scene(width, height).copy()
     if orientation != 1:
