@@ -110,9 +110,9 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.C
             "ALTER DEFAULT PRIVILEGES IN SCHEMA {} "
             "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
         ).format(schema, role),
-        sql.SQL(
-            "ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}"
-        ).format(schema, role),
+        sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}").format(
+            schema, role
+        ),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

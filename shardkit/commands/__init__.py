@@ -1,0 +1,1 @@
+"""The command groups of `shardkit`, one module each; `shardkit.cli` mounts them."""

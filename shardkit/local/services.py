@@ -1,0 +1,123 @@
+"""The embedded servers beside PostgreSQL: Redis, Memcached and PgBouncer.
+
+Called by `cluster`; each class says how one program is launched in the foreground.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from shardkit.local.account import write_file
+from shardkit.local.layout import Layout
+from shardkit.local.ports import HOST
+from shardkit.local.server import ServerKind, ServerProcess
+from shardkit.local.settings import pgbouncer_ini, userlist
+
+__all__ = ["MemcachedServer", "PgBouncerServer", "RedisServer"]
+
+_ANSWER_TIMEOUT = 1.0
+
+
+class RedisServer(ServerProcess):
+    """A Redis that keeps its data in an append-only file.
+
+    Attributes:
+        fsync: whether that file is written out every second.
+    """
+
+    kind: ClassVar[ServerKind] = ServerKind.REDIS
+    fsync: bool = True
+
+    @property
+    def address(self) -> str:
+        """The address for `[services]`."""
+        return f"redis://{HOST}:{self.port}/0"
+
+    def command(self) -> Sequence[str | Path]:
+        """Return the command line."""
+        return [
+            self.program.path,
+            *("--bind", HOST, "--port", str(self.port), "--dir", str(self.folder)),
+            *("--daemonize", "no", "--save", "", "--appendonly", "yes"),
+            *("--appendfsync", "everysec" if self.fsync else "no"),
+        ]
+
+    def is_ready(self) -> bool:
+        """Return whether it answers a ping; it does not while it loads its file."""
+        return (_answer(self.port, b"PING\r\n") or b"").startswith(b"+PONG")
+
+
+class MemcachedServer(ServerProcess):
+    """A Memcached with 64 MiB, empty after every start."""
+
+    kind: ClassVar[ServerKind] = ServerKind.MEMCACHED
+
+    @property
+    def address(self) -> str:
+        """The address for `[services]`."""
+        return f"{HOST}:{self.port}"
+
+    def command(self) -> Sequence[str | Path]:
+        """Return the command line; no UDP."""
+        return [self.program.path, "-l", HOST, "-p", str(self.port), "-U", "0", "-m", "64"]
+
+    def is_ready(self) -> bool:
+        """Return whether it answers a request for its version."""
+        return (_answer(self.port, b"version\r\n") or b"").startswith(b"VERSION")
+
+
+class PgBouncerServer(ServerProcess):
+    """A PgBouncer in front of one physical shard.
+
+    Clients ask for `shardkit` to reach the primary, `shardkit_1`, `shardkit_2` for the replicas.
+
+    Attributes:
+        databases: gives PostgreSQL's port by name, asked at each launch.
+    """
+
+    kind: ClassVar[ServerKind] = ServerKind.PGBOUNCER
+
+    layout: Layout
+    passwords: Mapping[str, str]
+    databases: Callable[[], Mapping[str, int]]
+
+    @property
+    def address(self) -> str:
+        """The address for `[services]`."""
+        return f"{HOST}:{self.port}"
+
+    def before_launch(self) -> None:
+        """Write its configuration; the logins are readable by the servers' account only."""
+        logins = self.layout.conf / f"{self.name}.userlist"
+        write_file(logins, userlist(self.passwords), 0o600, self.account)
+        text = pgbouncer_ini(
+            port=self.port,
+            databases=self.databases(),
+            sockets=str(self.layout.sockets),
+            userlist_file=str(logins),
+        )
+        write_file(self.layout.conf / f"{self.name}.ini", text, 0o644)
+        (self.layout.sockets / f".s.PGSQL.{self.port}").unlink(missing_ok=True)
+
+    def command(self) -> Sequence[str | Path]:
+        """Return the command line."""
+        return [self.program.path, self.layout.conf / f"{self.name}.ini"]
+
+    def is_ready(self) -> bool:
+        """Return whether it accepts connections."""
+        return _answer(self.port, b"") is not None
+
+
+def _answer(port: int, request: bytes) -> bytes | None:
+    """Return the first bytes a server answers to a request, or None when it does not."""
+    try:
+        with socket.create_connection((HOST, port), timeout=_ANSWER_TIMEOUT) as connection:
+            if not request:
+                return b""
+            connection.sendall(request)
+            return connection.recv(64)
+    except OSError:
+        return None

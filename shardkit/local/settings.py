@@ -1,0 +1,230 @@
+"""The text of every configuration file an embedded cluster needs. Pure: writes nothing.
+
+Called by `postgres`, `services` and `cluster`, which write what they get.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardkit.config import PoolConfig
+from shardkit.local.options import LocalOptions
+from shardkit.local.ports import HOST
+
+__all__ = [
+    "ADMIN_ROLE",
+    "APP_ROLE",
+    "DATABASE",
+    "REPLICATION_ROLE",
+    "SUPERUSER",
+    "PhysicalAddresses",
+    "host_rules",
+    "ident_map",
+    "pgbouncer_ini",
+    "postgres_conf",
+    "shardkit_toml",
+    "userlist",
+]
+
+DATABASE = "shardkit"
+ADMIN_ROLE = "shardkit_admin"
+APP_ROLE = "shardkit_app"
+REPLICATION_ROLE = "shardkit_replication"
+SUPERUSER = "postgres"
+"""Used to create the roles, over the unix socket by its owner only; it has no password."""
+
+_MANY_SHARDS = 64
+"""Above so many logical shards a scatter locks more relations than the smaller lock table holds."""
+
+
+def postgres_conf(
+    *,
+    name: str,
+    port: int,
+    sockets: str,
+    options: LocalOptions,
+    folder: str,
+    primary_conninfo: str | None,
+) -> str:
+    """Return the `postgresql.conf` of one server.
+
+    Args:
+        name: server name; becomes `cluster_name` and the standby's `application_name`.
+        port: TCP port.
+        sockets: folder of the unix socket.
+        options: shape of the cluster.
+        folder: where the host rules and the ident map lie.
+        primary_conninfo: how a replica reaches its primary; None on a primary.
+    """
+    locks = 1024 if options.logical_shards > _MANY_SHARDS else 256
+    values = {
+        "listen_addresses": HOST,
+        "port": str(port),
+        "unix_socket_directories": sockets,
+        "hba_file": f"{folder}/pg_hba.conf",
+        "ident_file": f"{folder}/pg_ident.conf",
+        "cluster_name": name,
+        "max_connections": "200",
+        "max_prepared_transactions": "64",
+        "max_locks_per_transaction": str(locks),
+        "max_worker_processes": "32",
+        "max_wal_senders": "24",
+        "max_replication_slots": "24",
+        "max_logical_replication_workers": "16",
+        "shared_buffers": f"{options.shared_buffers_mb}MB",
+        "wal_level": "logical",
+        # Log kept for replicas that were away, without slots: a slot would hold log without
+        # bound for a replica that never returns, and does not follow a failover.
+        "wal_keep_size": "512MB",
+        "max_slot_wal_keep_size": "2GB",
+        "wal_log_hints": "on",
+        "wal_retrieve_retry_interval": "200ms",
+        "hot_standby": "on",
+        "hot_standby_feedback": "on",
+        "fsync": "on" if options.fsync else "off",
+        "password_encryption": "scram-sha-256",
+        "timezone": "UTC",
+        "log_timezone": "UTC",
+        "log_line_prefix": "%m [%p] %q%u@%d %a ",
+        "log_lock_waits": "on",
+        "lc_messages": "C",
+    }
+    if primary_conninfo is not None:
+        values["primary_conninfo"] = primary_conninfo
+    values.update(options.settings)
+    lines = [f"{key} = {_quoted(value)}" for key, value in values.items()]
+    return "\n".join(["# Written by shardkit at every start; use ALTER SYSTEM instead.", *lines, ""])
+
+
+def host_rules() -> str:
+    """Return `pg_hba.conf`: passwords for everybody, and the owner as superuser by socket."""
+    return f"""\
+# TYPE  DATABASE     USER                       ADDRESS       METHOD
+local   all          {SUPERUSER}                                 peer map=owner
+local   all          all                                      scram-sha-256
+host    all          {ADMIN_ROLE},{APP_ROLE}   {HOST}/32  scram-sha-256
+host    replication  {REPLICATION_ROLE}       {HOST}/32  scram-sha-256
+"""
+
+
+def ident_map(users: Sequence[str]) -> str:
+    """Return `pg_ident.conf`: the users of the system who may be the superuser."""
+    return "".join(f"owner {json.dumps(user)} {SUPERUSER}\n" for user in dict.fromkeys(users))
+
+
+def pgbouncer_ini(
+    *, port: int, databases: Mapping[str, int], sockets: str, userlist_file: str
+) -> str:
+    """Return the `pgbouncer.ini` of one physical shard, in transaction mode.
+
+    Args:
+        port: where it listens.
+        databases: PostgreSQL's port by the name clients ask for.
+        sockets: folder of its unix socket.
+        userlist_file: logins and passwords.
+    """
+    lines = [f"{n} = host={HOST} port={p} dbname={DATABASE}" for n, p in databases.items()]
+    return "\n".join(
+        [
+            "[databases]",
+            *lines,
+            "",
+            "[pgbouncer]",
+            f"listen_addr = {HOST}",
+            f"listen_port = {port}",
+            f"unix_socket_dir = {sockets}",
+            "pool_mode = transaction",
+            "auth_type = scram-sha-256",
+            f"auth_file = {userlist_file}",
+            f"admin_users = {ADMIN_ROLE}",
+            "max_client_conn = 1000",
+            "default_pool_size = 20",
+            "server_login_retry = 1",
+            "",
+        ]
+    )
+
+
+def userlist(passwords: Mapping[str, str]) -> str:
+    """Return PgBouncer's `userlist.txt` for the application's and the admin's login."""
+    return "".join(f'"{role}" "{passwords[role]}"\n' for role in (APP_ROLE, ADMIN_ROLE))
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalAddresses:
+    """Where one physical shard's servers listen.
+
+    Attributes:
+        name: of the physical shard.
+        logical_shards: what is first placed there, as ranges.
+        primary: port of the primary.
+        replicas: ports of the replicas.
+    """
+
+    name: str
+    logical_shards: str
+    primary: int
+    replicas: tuple[int, ...] = field(default=())
+
+
+def shardkit_toml(
+    *,
+    logical_shards: int,
+    physical: Sequence[PhysicalAddresses],
+    services: Mapping[str, str],
+    passwords: Mapping[str, str],
+    pool: PoolConfig | None = None,
+) -> str:
+    """Return a complete `shardkit.toml`.
+
+    Args:
+        logical_shards: their fixed number.
+        physical: one entry per physical shard.
+        services: addresses of the other servers, by name.
+        passwords: by role.
+        pool: settings a person changed and wants to keep; None for the defaults.
+    """
+
+    def url(port: int) -> str:
+        return _toml(f"postgresql://{APP_ROLE}:{passwords[APP_ROLE]}@{HOST}:{port}/{DATABASE}")
+
+    lines = [
+        "# Written by `shardkit local up`, and again when an address changes; [pool] is kept.",
+        "[cluster]",
+        'name = "local"',
+        f"logical_shards = {logical_shards}",
+        "",
+        "[admin]",
+        f"user = {_toml(ADMIN_ROLE)}",
+        f"password = {_toml(passwords[ADMIN_ROLE])}",
+    ]
+    if pool is not None and pool.model_fields_set:
+        lines += ["", "[pool]"]
+        lines += [
+            f"{key} = {json.dumps(getattr(pool, key))}" for key in sorted(pool.model_fields_set)
+        ]
+    for shard in physical:
+        replicas = ", ".join(url(port) for port in shard.replicas)
+        lines += [
+            "",
+            "[[physical]]",
+            f"name = {_toml(shard.name)}",
+            f"logical_shards = {_toml(shard.logical_shards)}",
+            f"primary = {url(shard.primary)}",
+            f"replicas = [{replicas}]",
+        ]
+    if services:
+        lines += ["", "[services]", *(f"{key} = {_toml(value)}" for key, value in services.items())]
+    return "\n".join([*lines, ""])
+
+
+def _toml(text: str) -> str:
+    """Return a TOML basic string; JSON's escapes are a subset of TOML's."""
+    return json.dumps(text)
+
+
+def _quoted(value: str) -> str:
+    """Return a value as PostgreSQL's configuration files quote it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
