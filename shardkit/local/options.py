@@ -17,7 +17,7 @@ from shardkit.topology import MAX_LOGICAL_SHARDS
 __all__ = ["PHYSICAL_NAMES", "LocalOptions"]
 
 PHYSICAL_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split()
+    ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]
 )
 """Names of physical shards, in the order they are given out."""
 

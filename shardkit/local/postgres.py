@@ -245,7 +245,7 @@ class PostgresServer(ServerProcess):
             f"GRANT EXECUTE ON FUNCTION pg_promote(boolean, integer), pg_reload_conf(), "
             f"pg_wal_replay_pause(), pg_wal_replay_resume() TO {ADMIN_ROLE}",
         ]
-        if self.program.major >= 15:  # noqa: PLR2004  first version with rights on parameters
+        if self.program.major >= 15:
             statements += [
                 f"GRANT pg_checkpoint TO {ADMIN_ROLE}",
                 "GRANT ALTER SYSTEM ON PARAMETER primary_conninfo, synchronous_standby_names, "
@@ -253,6 +253,6 @@ class PostgresServer(ServerProcess):
             ]
         else:
             statements.append("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-        if self.program.major >= 16:  # noqa: PLR2004  first version with this role
+        if self.program.major >= 16:
             statements.append(f"GRANT pg_create_subscription TO {ADMIN_ROLE}")
         return statements

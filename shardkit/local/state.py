@@ -114,7 +114,7 @@ class State:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
-                raise LocalServerError(  # noqa: TRY301  the one refusal among many failures
+                raise LocalServerError(
                     f"{file}: written by another version of shardkit",
                     hint="stop the cluster with that version, or delete the folder",
                 )
