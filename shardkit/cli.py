@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except ShardkitError as error:
         where = f" [{error.endpoint}]" if error.endpoint else ""
-        typer.secho(f"error: {error.message}{where}", fg="red", err=True)
+        colour = "red" if sys.stderr.isatty() else None
+        typer.secho(f"error: {error.message}{where}", fg=colour, err=True)
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(exit_code(error))
