@@ -14,6 +14,7 @@ from app.feed.service import FeedService
 from app.graph.service import GraphService
 from app.photos.service import PhotoService
 from app.resources import Resources
+from app.settings import Settings
 
 __all__ = [
     "TOKEN_HEADER",
@@ -26,6 +27,7 @@ __all__ = [
     "begin_login",
     "end_login",
     "get_resources",
+    "session_limits",
 ]
 
 TOKEN_HEADER = "shardkit-token"  # noqa: S105 - the name, not a token
@@ -56,11 +58,21 @@ DatabaseDep = Annotated[Database, Depends(get_database)]
 
 async def get_accounts(resources: ResourcesDep, database: DatabaseDep) -> AccountService:
     """Return the account service."""
-    limits = SessionLimits(
-        idle=dt.timedelta(seconds=resources.settings.session_idle),
-        absolute=dt.timedelta(seconds=resources.settings.session_absolute),
+    return AccountService(
+        database,
+        resources.passwords,
+        resources.clock,
+        session_limits(resources.settings),
+        resources.sign_ups,
     )
-    return AccountService(database, resources.passwords, resources.clock, limits)
+
+
+def session_limits(settings: Settings) -> SessionLimits:
+    """Return when log-ins end."""
+    return SessionLimits(
+        idle=dt.timedelta(seconds=settings.session_idle),
+        absolute=dt.timedelta(seconds=settings.session_absolute),
+    )
 
 
 async def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
