@@ -13,7 +13,7 @@ answer. Values inside a subquery confine the subquery alone: `NOT EXISTS` would 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import (
     BinaryExpression,
@@ -198,7 +198,8 @@ class _Walk:
             rows = list(params)
         else:
             multi = [row for rows in statement._multi_values for row in rows]
-            rows = [{**row, **(params or {})} for row in (multi or [statement._values or {}])]
+            rows = [{**cast("Any", row), **(params or {})}
+                    for row in (multi or [statement._values or {}])]  # fmt: skip
         shards = frozenset(self._shard_of_row(sharding, row) for row in rows)
         if len(shards) > 1:
             raise UnsupportedStatementError(
@@ -327,7 +328,8 @@ class _Walk:
             return merged
         if not isinstance(clause, BinaryExpression):
             return {}
-        column, value = clause.left, clause.right
+        column: Any = clause.left
+        value: Any = clause.right
         if clause.operator is operators.eq and isinstance(column, BindParameter):
             column, value = value, column
         if isinstance(value, Grouping):
@@ -403,7 +405,7 @@ def _source_column(element: Any) -> Column[Any] | ColumnElement[Any] | None:
             proxies = element._proxies
             if len(proxies) != 1:
                 return None
-            element = proxies[0]
+            element = cast("Any", proxies[0])
         else:
             return element if isinstance(element, ColumnElement) and table is not None else None
 
