@@ -88,6 +88,7 @@ def read_status(directory: str | os.PathLike[str]) -> LocalStatus:
         LocalServerError: the state file cannot be read.
     """
     folder = Path(directory).absolute()
+    folder = folder.parent.resolve() / folder.name
     state = State.load(folder / "state.json")
     owner = state.owner if state is not None and state.is_owned else None
     return LocalStatus(
@@ -119,7 +120,7 @@ def stop_cluster(
     """
     before = read_status(directory)
     state = State.load(before.directory / "state.json")
-    if state is None and not before.directory.is_dir():
+    if state is None and not (before.directory / "shardkit.lock").exists():
         return 0
     if state is not None and state.owner is not None and state.is_owned:
         if not state.is_supervised:
@@ -133,7 +134,7 @@ def stop_cluster(
     with _acquired(layout, clock):
         left = State.load(layout.state)
         if left is not None:
-            end_leftovers(left)
+            end_leftovers(left, layout.data)
         if delete_data:
             layout.delete()
     return before.n_running
