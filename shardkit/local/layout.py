@@ -30,13 +30,13 @@ from shardkit.errors import LocalServerError, RefusedError
 from shardkit.local.account import Account, claim_folder, is_reachable, write_file
 from shardkit.local.binaries import SHARED_FOLDER
 
-__all__ = ["Layout"]
+__all__ = ["LOCK_NAME", "Layout"]
 
 _LONGEST_SOCKET_PATH = 107
 """Bytes a unix socket's path may have on Linux. Source: unix(7), `sun_path`."""
 
-_LOCK = "shardkit.lock"
-_FILES = (_LOCK, "shardkit.toml", "state.json", "passwords.json", "supervisor.log")
+LOCK_NAME = "shardkit.lock"
+_FILES = (LOCK_NAME, "shardkit.toml", "state.json", "passwords.json", "supervisor.log")
 _ROLES = ("shardkit_admin", "shardkit_app", "shardkit_replication")
 
 
@@ -66,7 +66,7 @@ class Layout:
         """
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory = directory.parent.resolve() / directory.name
-        if directory.is_dir() and not (directory / _LOCK).exists() and any(directory.iterdir()):
+        if directory.is_dir() and not (directory / LOCK_NAME).exists() and any(directory.iterdir()):
             raise RefusedError(
                 f"{directory}: holds other files and no cluster; it is left alone",
                 hint="name an empty or a new folder with --dir",
@@ -100,7 +100,7 @@ class Layout:
     @property
     def lock(self) -> Path:
         """The file whose lock says that the owner lives."""
-        return self.directory / _LOCK
+        return self.directory / LOCK_NAME
 
     @property
     def conf(self) -> Path:

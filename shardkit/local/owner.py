@@ -72,11 +72,12 @@ class Warden:
         self._child.wait()
 
 
-def end_leftovers(state: State, data: Path) -> int:
+def end_leftovers(state: State | None, data: Path) -> int:
     """End the servers that an owner left behind when it was killed.
 
     Args:
-        state: as that owner last wrote it; the caller holds the lock of the directory.
+        state: as that owner last wrote it, or None when it cannot be read; the caller holds
+            the lock of the directory.
         data: folder of the servers' data.
 
     Returns:
@@ -85,10 +86,9 @@ def end_leftovers(state: State, data: Path) -> int:
     Raises:
         LocalServerError: a process survives SIGKILL.
     """
-    found: set[ProcessMark] = set()
+    found = _inside(data)
     has_main = False
-    for server in state.servers.values():
-        found.update(processes.processes_in(data / server.name))
+    for server in state.servers.values() if state else ():
         main = server.process
         if main is not None and processes.is_alive(main):
             found.add(main)
@@ -100,10 +100,15 @@ def end_leftovers(state: State, data: Path) -> int:
     if has_main:
         processes.wait_gone(found, STOP_TIMEOUT)
     # What was forked meanwhile is in the folders, too.
-    left = {mark for name in state.servers for mark in processes.processes_in(data / name)}
-    left |= {mark for mark in found if processes.is_alive(mark)}
+    left = _inside(data) | {mark for mark in found if processes.is_alive(mark)}
     for mark in left:
         processes.send(mark, signal.SIGKILL)
     if stuck := processes.wait_gone(left, STOP_TIMEOUT):
         raise LocalServerError(f"processes {', '.join(str(m.pid) for m in stuck)} cannot be ended")
     return len(found)
+
+
+def _inside(data: Path) -> set[ProcessMark]:
+    """Return the server processes that work in any server's folder."""
+    folders = data.iterdir() if data.is_dir() else ()
+    return {mark for folder in folders for mark in processes.processes_in(folder)}

@@ -22,7 +22,7 @@ from shardkit.local.processes import ProcessMark, boot_id, is_alive
 
 __all__ = ["DirectoryLock", "ServerState", "State", "acquire"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class State:
             if content["format"] != _FORMAT:
                 raise LocalServerError(
                     f"{file}: written by another version of shardkit",
-                    hint="stop the cluster with that version, or delete the folder",
+                    hint="begin anew with `shardkit local down --delete-data`",
                 )
             # Marks of another boot name nothing; those of a copied folder name servers of the
             # original.
