@@ -26,9 +26,11 @@ class SystemClock:
     """The clock of the operating system."""
 
     def unix_ms(self) -> int:
+        """Return wall time in milliseconds since 1970-01-01 UTC."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
+        """Return seconds since the machine started."""
         return time.monotonic()
 
 

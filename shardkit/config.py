@@ -15,6 +15,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
     overflow = 5                             # more than that under load
     timeout = 5.0                            # seconds to wait for one
 
+    [migrations]
+    location = "app:migrations"              # package:folder, or a path from this file's folder
+
     [[physical]]
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
@@ -59,7 +62,15 @@ from shardkit.topology import (
     Topology,
 )
 
-__all__ = ["AdminLogin", "ClusterConfig", "Config", "PhysicalConfig", "PoolConfig", "load"]
+__all__ = [
+    "AdminLogin",
+    "ClusterConfig",
+    "Config",
+    "MigrationsConfig",
+    "PhysicalConfig",
+    "PoolConfig",
+    "load",
+]
 
 DRIVER = "postgresql+psycopg"
 
@@ -112,6 +123,13 @@ class PoolConfig(_Table):
         return value
 
 
+class MigrationsConfig(_Table):
+    """`[migrations]`: where the revisions of the application's tables are."""
+
+    location: Annotated[str, Field(min_length=1)] | None = None
+    """`package:folder`, or a path from the folder of the file; None when there are none."""
+
+
 class PhysicalConfig(_Table):
     """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
 
@@ -134,6 +152,7 @@ class Config(_Table):
     cluster: ClusterConfig
     admin: AdminLogin
     pool: PoolConfig = PoolConfig()
+    migrations: MigrationsConfig = MigrationsConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -317,6 +336,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "cluster": ClusterConfig,
         "admin": AdminLogin,
         "pool": PoolConfig,
+        "migrations": MigrationsConfig,
         "physical": PhysicalConfig,
     }
     return sorted(tables[location[0]].model_fields if location else Config.model_fields)

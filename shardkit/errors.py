@@ -4,8 +4,8 @@
     ├── ConfigurationError
     ├── RoutingError
     │   ├── NoShardKeyError
+    │   │   └── ScatterNotAllowedError
     │   ├── InvalidShardKeyError
-    │   ├── ScatterNotAllowedError
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError
@@ -16,6 +16,7 @@
     ├── UnavailableError                  retryable
     │   ├── EndpointUnavailableError      retryable
     │   └── PoolTimeoutError              retryable
+    ├── OutcomeUnknownError
     ├── GatherError
     └── OperationError
         ├── RefusedError
@@ -134,6 +135,10 @@ class EndpointUnavailableError(UnavailableError):
 
 class PoolTimeoutError(UnavailableError):
     """No pooled connection came free in time; try again or raise pool_size."""
+
+
+class OutcomeUnknownError(ShardkitError):
+    """The answer to COMMIT was lost; read the rows before you write them again."""
 
 
 class GatherError(ShardkitError):

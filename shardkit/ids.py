@@ -2,7 +2,7 @@
 
     bit offset  field                         width  range
     63          sign, always 0                1      0
-    23-62       milliseconds since EPOCH_MS   40     0 to 2^40 - 1, ends in October 2060
+    23-62       milliseconds since EPOCH_MS   40     0 to 2^40 - 1, ends in November 2060
     10-22       logical shard                 13     0 to 8191
     0-9         sequence                      10     0 to 1023, carries into the millisecond
 
@@ -16,6 +16,9 @@ numbers end at 2^53. Source: docs/architecture.md, decision 2.
 from __future__ import annotations
 
 import datetime as dt
+import os
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardkit.clock import SYSTEM, Clock
@@ -25,6 +28,7 @@ __all__ = [
     "EPOCH_MS",
     "MAX_ID",
     "IdBlock",
+    "IdMinter",
     "IdParts",
     "compose",
     "max_id_at",
@@ -120,7 +124,7 @@ def max_id_at(time: dt.datetime) -> int:
 
 
 class IdBlock:
-    """A leased range of ids of one logical shard, used up one by one.
+    """A leased range of ids of one logical shard, used up from the front.
 
     *Invariant:* a value is handed out at most once, and none after `expires`: what is left of
     a block then is dropped, so that ids of several owners stay at most `ttl` out of order.
@@ -130,28 +134,97 @@ class IdBlock:
         logical_shard: the shard the ids will carry.
         first: first generator state of the range, from `shardkit.lease_ids`.
         n: length of the range.
-        ttl: seconds the block may be used.
-        clock: source of the monotonic time that ends it.
+        expires: monotonic time, in seconds, from which on it hands out nothing.
     """
 
-    __slots__ = ("_clock", "_end", "_next", "expires", "logical_shard")
+    __slots__ = ("_end", "_next", "expires", "logical_shard")
 
-    def __init__(
-        self, logical_shard: int, first: int, n: int, *, ttl: float, clock: Clock = SYSTEM
-    ) -> None:
+    def __init__(self, logical_shard: int, first: int, n: int, *, expires: float) -> None:
         self.logical_shard = logical_shard
         self._next = first
         self._end = first + n
-        self._clock = clock
-        self.expires = clock.monotonic() + ttl
+        self.expires = expires
 
-    def take(self) -> int | None:
-        """Return the next id, or None when the block is used up or expired."""
-        if self._next >= self._end or self._clock.monotonic() >= self.expires:
-            return None
-        state = self._next
-        self._next += 1
-        return compose(state >> SEQUENCE_BITS, self.logical_shard, state & SEQUENCE_MASK)
+    def take(self, n: int, *, now: float) -> list[int]:
+        """Return the next ids, ascending: n of them, or fewer when the block ends."""
+        if now >= self.expires:
+            return []
+        states = range(self._next, min(self._next + n, self._end))
+        self._next = states.stop
+        return [
+            compose(state >> SEQUENCE_BITS, self.logical_shard, state & SEQUENCE_MASK)
+            for state in states
+        ]
+
+
+Lease = Callable[[Mapping[int, int]], Mapping[int, int]]
+"""Reserves ranges: number of ids by logical shard in, first generator state by shard out."""
+
+
+class IdMinter:
+    """Mints ids for any logical shard from blocks leased in that shard's database.
+
+    Thread-safe, and safe to share between tasks of an event loop: no lock is held while a
+    lease is fetched, so two callers may each fetch a block, which wastes ids but repeats none.
+    A child process forgets the blocks of its parent.
+
+    Args:
+        lease: fetches ranges, one round trip per physical shard.
+        block_size: ids leased ahead for a shard that mints one at a time.
+        block_ttl: seconds a block may be used; also the most that ids of two processes can be
+            out of time order. Source: docs/architecture.md, "Ids".
+        clock: source of monotonic time.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        *,
+        block_size: int = 64,
+        block_ttl: float = 0.2,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self._lease = lease
+        self._block_size = block_size
+        self._block_ttl = block_ttl
+        self._clock = clock
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def mint(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
+        """Return new ids by logical shard, ascending within each.
+
+        Args:
+            counts: how many ids each logical shard needs.
+
+        Raises:
+            UnavailableError: a lease could not be fetched (retryable).
+        """
+        now = self._clock.monotonic()
+        with self._lock:
+            minted = {
+                shard: block.take(n, now=now) if (block := self._blocks.get(shard)) else []
+                for shard, n in counts.items()
+            }
+        missing = {
+            shard: n - len(minted[shard]) for shard, n in counts.items() if len(minted[shard]) < n
+        }
+        if not missing:
+            return minted
+        sizes = {shard: max(n, self._block_size) for shard, n in missing.items()}
+        # The block's life counts from before the request: its values are from then.
+        asked = self._clock.monotonic()
+        for shard, first in self._lease(sizes).items():
+            block = IdBlock(shard, first, sizes[shard], expires=float("inf"))
+            minted[shard] += block.take(missing[shard], now=asked)
+            block.expires = asked + self._block_ttl
+            with self._lock:
+                self._blocks[shard] = block
+        return minted
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: dict[int, IdBlock] = {}
 
 
 def _ms(time: dt.datetime) -> int:

@@ -39,24 +39,30 @@ CREATE TABLE IF NOT EXISTS shardkit.ownership (
 );
 """
 
-# One row lock, held for one statement: ranges handed to concurrent callers are disjoint.
-# SECURITY DEFINER with a fixed search_path: the application role has no right on the row itself.
+# Row locks of one statement, taken in ascending order so that two callers cannot deadlock; they
+# make concurrently leased ranges disjoint. SECURITY DEFINER with a fixed search_path: the
+# application role has no right on the rows themselves.
 _LEASE_FUNCTION = f"""
-CREATE OR REPLACE FUNCTION shardkit.lease_ids(shard integer, n integer) RETURNS bigint
+CREATE OR REPLACE FUNCTION shardkit.lease_ids(shards integer[], counts integer[])
+RETURNS TABLE (logical_shard integer, first_state bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
 DECLARE
-    last bigint;
+    n integer;
+    state bigint;
 BEGIN
-    IF n NOT BETWEEN 1 AND 100000 THEN
-        RAISE EXCEPTION 'lease of % ids: must be 1 to 100000', n USING ERRCODE = '22023';
-    END IF;
-    EXECUTE format(
-        'UPDATE %I.shardkit_id_state SET state = greatest(state + 1, '
-        '(floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint - {EPOCH_MS})'
-        ' << {SEQUENCE_BITS}) + $1 - 1 RETURNING state',
-        'shard_' || lpad(shard::text, 4, '0')
-    ) INTO last USING n;
-    RETURN last - n + 1;
+    FOR logical_shard, n IN SELECT s, c FROM unnest(shards, counts) AS t (s, c) ORDER BY s LOOP
+        IF n IS NULL OR n NOT BETWEEN 1 AND 100000 THEN
+            RAISE EXCEPTION 'lease of % ids: must be 1 to 100000', n USING ERRCODE = '22023';
+        END IF;
+        EXECUTE format(
+            'UPDATE %I.shardkit_id_state SET state = greatest(state + 1, '
+            '(floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint - {EPOCH_MS})'
+            ' << {SEQUENCE_BITS}) + $1 - 1 RETURNING state',
+            'shard_' || lpad(logical_shard::text, 4, '0')
+        ) INTO STRICT state USING n;
+        first_state := state - n + 1;
+        RETURN NEXT;
+    END LOOP;
 END
 $$;
 """
@@ -64,16 +70,16 @@ $$;
 
 def admin_statements(
     *, cluster: str, physical: str, n_logical_shards: int, app_role: str
-) -> list[sql.Composable]:
+) -> list[sql.SQL | sql.Composed]:
     """Return the statements that create or complete the admin schema of one physical shard."""
     role = sql.Identifier(app_role)
     return [
         sql.SQL(_ADMIN_TABLES),
         sql.SQL(_LEASE_FUNCTION),
-        sql.SQL("REVOKE ALL ON FUNCTION shardkit.lease_ids(integer, integer) FROM PUBLIC"),
+        sql.SQL("REVOKE ALL ON FUNCTION shardkit.lease_ids(integer[], integer[]) FROM PUBLIC"),
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
-        sql.SQL("GRANT EXECUTE ON FUNCTION shardkit.lease_ids(integer, integer) TO {}").format(
+        sql.SQL("GRANT EXECUTE ON FUNCTION shardkit.lease_ids(integer[], integer[]) TO {}").format(
             role
         ),
         sql.SQL(
@@ -83,7 +89,7 @@ def admin_statements(
     ]
 
 
-def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.Composable]:
+def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.SQL | sql.Composed]:
     """Return the statements that create or complete the schema of one logical shard.
 
     They belong in one transaction: a shard is owned as soon as its schema exists.
@@ -104,9 +110,9 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.C
             "ALTER DEFAULT PRIVILEGES IN SCHEMA {} "
             "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
         ).format(schema, role),
-        sql.SQL(
-            "ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}"
-        ).format(schema, role),
+        sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}").format(
+            schema, role
+        ),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

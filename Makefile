@@ -1,0 +1,53 @@
+# Daily commands; `make` alone lists them. Needs python3 (3.11 or newer) and nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Further arguments: make test ARGS="tests/unit -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-unit lint type format bench lock clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
+		awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: ## make .venv from requirements.lock; does nothing when it is up to date
+	@$(PYTHON) scripts/setup.py
+
+run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.0.0.1:8000
+	@$(BIN)/python -m app.run $(ARGS)
+
+test: ## every test, on real servers; installs what they need when root on Debian
+	@$(PYTHON) scripts/setup.py --system
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: setup ## the tests that need no server
+	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
+
+lint: setup ## style, formatting and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+type: setup ## mypy --strict over the library, the application, tests and benchmarks
+	@$(BIN)/mypy
+
+format: setup ## rewrite the files as lint wants them
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup ## every benchmark, with its baseline in the same run
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
+	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
+	@$(BIN)/python -m uv pip compile pyproject.toml --all-extras --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --quiet \
+		--custom-compile-command "make lock" --upgrade -o requirements.lock
+
+clean: ## stop the embedded cluster; remove it, the virtual environment and caches
+	@if [ -x $(BIN)/shardkit ]; then $(BIN)/shardkit local down --delete-data || true; fi
+	@rm -rf .venv .shardkit .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache dist build
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

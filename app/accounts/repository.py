@@ -1,0 +1,93 @@
+"""Statements about users and log-ins."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import delete, select, update
+
+from app.accounts.handles import find_user_id
+from app.accounts.models import LoginSession, User
+from app.errors import NotFoundError
+from shardkit import AsyncReadSession, AsyncWriteSession, all_shards
+
+__all__ = ["AccountRepository"]
+
+
+class AccountRepository:
+    """Users and log-ins as one session sees them.
+
+    Args:
+        session: where to read; methods that write need a write session of their own.
+    """
+
+    def __init__(self, session: AsyncReadSession) -> None:
+        self._session = session
+
+    async def user(self, user_id: int) -> User:
+        """Return a user.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        user = await self._session.get(User, user_id)
+        if user is None:
+            raise NotFoundError("There is no such person.")
+        return user
+
+    async def user_by_name(self, name: str) -> User | None:
+        """Return the user of a name however typed, or None."""
+        user_id = await find_user_id(self._session, name)
+        return None if user_id is None else await self._session.get(User, user_id)
+
+    async def users(self, user_ids: Iterable[int]) -> dict[int, User]:
+        """Return users by id; ids of nobody are missing. One statement per physical shard."""
+        wanted = set(user_ids)
+        if not wanted:
+            return {}
+        found = await self._session.scalars(select(User).where(User.id.in_(wanted)))
+        return {user.id: user for user in found}
+
+    async def newest(self, n: int) -> Sequence[User]:
+        """Return the newest users of all shards, newest first."""
+        statement = select(User).order_by(User.id.desc()).limit(n).options(all_shards())
+        return (await self._session.scalars(statement)).all()
+
+    async def login(self, login_id: int) -> LoginSession | None:
+        """Return a log-in, or None."""
+        return await self._session.get(LoginSession, login_id)
+
+
+async def touch_login(session: AsyncWriteSession, login: LoginSession, now: dt.datetime) -> None:
+    """Remember that a log-in was used; commits."""
+    statement = (
+        update(LoginSession)
+        .where(LoginSession.user_id == login.user_id, LoginSession.id == login.id)
+        .values(last_seen_at=now)
+    )
+    await session.execute(statement)
+    await session.commit()
+
+
+async def delete_logins(
+    session: AsyncWriteSession,
+    user_id: int,
+    *,
+    only: int | None = None,
+    expired_at: dt.datetime | None = None,
+) -> None:
+    """Delete log-ins of a user.
+
+    Args:
+        session: the transaction.
+        user_id: whose.
+        only: this one, or None for all.
+        expired_at: those that ended before this time, or None for all.
+    """
+    statement = delete(LoginSession).where(LoginSession.user_id == user_id)
+    if only is not None:
+        statement = statement.where(LoginSession.id == only)
+    if expired_at is not None:
+        statement = statement.where(LoginSession.expires_at < expired_at)
+    await session.execute(statement)

@@ -1,0 +1,287 @@
+"""Sign-up, log-in, log-out and profiles.
+
+Called by the API and by the pages. A log-in is checked on the primary every time, so that a
+log-out takes effect at once whatever the replicas have seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.accounts.handles import GRACE, reserve
+from app.accounts.models import LoginSession, User
+from app.accounts.passwords import Passwords
+from app.accounts.repository import AccountRepository, delete_logins, touch_login
+from app.accounts.schemas import (
+    Credentials,
+    PersonOut,
+    ProfileOut,
+    ProfilePatch,
+    SignUp,
+    ViewerOut,
+)
+from app.clock import Clock
+from app.database import Database
+from app.errors import BusyError, NotFoundError, SignInFailedError
+from app.graph.repository import GraphRepository
+from app.ids import parse_id
+from shardkit.errors import InvalidIdError
+
+__all__ = ["AccountService", "LogIn", "SessionLimits", "Viewer"]
+
+SECRET_BYTES = 32
+"""Random bytes of a log-in's secret: 256 bits."""
+
+TOUCH_AFTER = dt.timedelta(minutes=5)
+"""How stale `last_seen_at` may become, so that reading does not write every time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """When a log-in ends.
+
+    Attributes:
+        idle: after so long without use.
+        absolute: after so long in any case.
+    """
+
+    idle: dt.timedelta
+    absolute: dt.timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """The person who is logged in.
+
+    Attributes:
+        id: the user id.
+        username: the canonical name.
+        display_name: how the person is called.
+        bio: what the person says about themselves.
+        login_id: id of the log-in used.
+    """
+
+    id: int
+    username: str
+    display_name: str
+    bio: str
+    login_id: int
+
+    def out(self) -> ViewerOut:
+        """Return the viewer as clients see it."""
+        return ViewerOut(
+            id=self.id, username=self.username, display_name=self.display_name, bio=self.bio
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LogIn:
+    """A log-in that just began.
+
+    Attributes:
+        viewer: who.
+        token: `"<log-in id>.<secret>"`; the id routes, the secret proves.
+        expires_at: when it ends at the latest.
+    """
+
+    viewer: Viewer
+    token: str
+    expires_at: dt.datetime
+
+
+class AccountService:
+    """What people do with accounts.
+
+    Args:
+        database: the client's sessions.
+        passwords: the hasher.
+        clock: the time.
+        limits: when log-ins end.
+        sign_ups: how many may run at the same time; each holds two connections, and sign-ups
+            that hold one and wait for another must not empty the pool for each other.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        passwords: Passwords,
+        clock: Clock,
+        limits: SessionLimits,
+        sign_ups: asyncio.Semaphore,
+    ) -> None:
+        self._database = database
+        self._passwords = passwords
+        self._clock = clock
+        self._limits = limits
+        self._sign_ups = sign_ups
+
+    async def sign_up(self, wanted: SignUp) -> LogIn:
+        """Create an account and log it in.
+
+        Raises:
+            UsernameTakenError: somebody has the name.
+        """
+        password_hash = await self._passwords.hash(wanted.password)
+        user = await self.create(wanted.username, wanted.display_name, password_hash)
+        return await self._begin(user)
+
+    async def create(
+        self, username: str, display_name: str, password_hash: str, bio: str = ""
+    ) -> User:
+        """Create a user with a unique name; see `app.accounts.handles` for the order.
+
+        Raises:
+            UsernameTakenError: somebody has the name.
+            BusyError: the database took so long that the name may be given to another.
+        """
+        started = self._clock()
+        user = User(
+            username=username,
+            display_name=display_name or username,
+            bio=bio,
+            password_hash=password_hash,
+            created_at=started,
+        )
+        async with self._sign_ups, self._database.writer() as session:
+            session.add(user)
+            await session.flush()
+            await reserve(self._database, username, user.id, started)
+            if self._clock() - started > GRACE / 2:
+                raise BusyError
+            await session.commit()
+        return user
+
+    async def log_in(self, given: Credentials) -> LogIn:
+        """Begin a log-in.
+
+        Raises:
+            SignInFailedError: the name or the password is wrong; both look and last the same.
+        """
+        async with self._database.primary() as session:
+            user = await AccountRepository(session).user_by_name(given.username)
+        encoded = None if user is None else user.password_hash
+        if not await self._passwords.verify(encoded, given.password) or user is None:
+            raise SignInFailedError
+        return await self._begin(user)
+
+    async def log_out(self, viewer: Viewer, *, everywhere: bool = False) -> None:
+        """End this log-in, or all of the person."""
+        async with self._database.writer() as session:
+            only = None if everywhere else viewer.login_id
+            await delete_logins(session, viewer.id, only=only)
+            await session.commit()
+
+    async def viewer(self, token: str | None) -> Viewer | None:
+        """Return who a log-in token belongs to, or None when it is no valid one.
+
+        Args:
+            token: as the client sent it; anything at all.
+        """
+        login_id, secret = _split(token)
+        if login_id is None:
+            return None
+        now = self._clock()
+        async with self._database.primary() as session:
+            repository = AccountRepository(session)
+            try:
+                login = await repository.login(login_id)
+            except InvalidIdError:
+                return None
+            if login is None or not hmac.compare_digest(login.token_hash, _digest(secret)):
+                return None
+            if now >= login.expires_at or now - login.last_seen_at >= self._limits.idle:
+                return None
+            try:
+                user = await repository.user(login.user_id)
+            except NotFoundError:
+                return None
+            viewer = _viewer(user, login.id)
+            if now - login.last_seen_at >= TOUCH_AFTER:
+                await touch_login(session, login, now)
+            return viewer
+
+    async def profile(self, name: str, viewer: Viewer | None) -> ProfileOut:
+        """Return a profile as a viewer sees it.
+
+        Raises:
+            NotFoundError: nobody has the name.
+        """
+        async with self._database.reader() as session:
+            user = await AccountRepository(session).user_by_name(name)
+            if user is None:
+                raise NotFoundError("There is no such person.")
+            followed = viewer is not None and await GraphRepository(session).follows(
+                viewer.id, user.id
+            )
+        return ProfileOut(
+            id=user.id,
+            username=user.username,
+            display_name=user.display_name,
+            bio=user.bio,
+            photo_count=user.photo_count,
+            follower_count=user.follower_count,
+            following_count=user.following_count,
+            created_at=user.created_at,
+            followed_by_me=followed,
+            is_me=viewer is not None and viewer.id == user.id,
+        )
+
+    async def edit(self, viewer: Viewer, patch: ProfilePatch) -> ViewerOut:
+        """Change the viewer's profile and return it."""
+        async with self._database.writer() as session:
+            user = await AccountRepository(session).user(viewer.id)
+            if patch.display_name is not None:
+                user.display_name = patch.display_name or user.username
+            if patch.bio is not None:
+                user.bio = patch.bio
+            await session.commit()
+            return _viewer(user, viewer.login_id).out()
+
+    async def newest(self, n: int) -> Sequence[PersonOut]:
+        """Return people who joined last, newest first."""
+        async with self._database.reader() as session:
+            users = await AccountRepository(session).newest(n)
+        return [person_out(user) for user in users]
+
+    async def _begin(self, user: User) -> LogIn:
+        now = self._clock()
+        secret = secrets.token_urlsafe(SECRET_BYTES)
+        login = LoginSession(
+            user_id=user.id,
+            token_hash=_digest(secret),
+            created_at=now,
+            last_seen_at=now,
+            expires_at=now + self._limits.absolute,
+        )
+        async with self._database.writer() as session:
+            await delete_logins(session, user.id, expired_at=now)
+            session.add(login)
+            await session.commit()
+        return LogIn(_viewer(user, login.id), f"{login.id}.{secret}", login.expires_at)
+
+
+def person_out(user: User) -> PersonOut:
+    """Return a user as it appears in lists."""
+    return PersonOut(id=user.id, username=user.username, display_name=user.display_name)
+
+
+def _viewer(user: User, login_id: int) -> Viewer:
+    return Viewer(user.id, user.username, user.display_name, user.bio, login_id)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _split(token: str | None) -> tuple[int | None, str]:
+    login_id, _, secret = (token or "").partition(".")
+    try:
+        return parse_id(login_id), secret
+    except ValueError:
+        return None, ""

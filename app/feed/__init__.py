@@ -1,0 +1,1 @@
+"""The home feed and what is new everywhere."""

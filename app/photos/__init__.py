@@ -1,0 +1,1 @@
+"""Photos: upload, pictures, likes and comments."""

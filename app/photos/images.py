@@ -1,0 +1,190 @@
+"""Turns an uploaded file into the sizes the service stores, or says why it will not.
+
+Called by the photo service. The decoding itself happens in `decoder.py`, in processes of their
+own with limits on memory, processor time and pixels; this module starts them, hands them work,
+and replaces one that dies or takes too long. Never decodes anything in the server's process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import (
+    BusyError,
+    DamagedImageError,
+    EmptyUploadError,
+    TooManyPixelsError,
+    UnsupportedImageError,
+    UploadError,
+)
+from app.photos import decoder
+
+__all__ = ["SIZES", "ImageLimits", "ImageWorkers", "PreparedImage"]
+
+SIZES = tuple(decoder.SIZES)
+"""Longest sides of the stored pictures, in pixels, largest first."""
+
+_KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "VIRTUAL_ENV")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What one picture may cost.
+
+    Attributes:
+        max_pixels: width times height, read from the header before decoding.
+        memory_bytes: address space of a decoding process.
+        cpu_seconds: processor time per picture.
+        timeout: seconds until the process is killed and the picture refused.
+        max_waiting: uploads that may wait for a free process.
+    """
+
+    max_pixels: int = 40_000_000
+    memory_bytes: int = 768 * 1024 * 1024
+    cpu_seconds: int = 5
+    timeout: float = 15.0
+    max_waiting: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """A decoded and re-encoded picture.
+
+    Attributes:
+        width: pixels of the largest size.
+        height: pixels of the largest size.
+        sizes: JPEG bytes by size.
+    """
+
+    width: int
+    height: int
+    sizes: Mapping[int, bytes]
+
+
+class ImageWorkers:
+    """A few decoding processes.
+
+    *Invariant:* at most `n` processes exist, and one serves one picture at a time.
+
+    Args:
+        n: number of processes; each uses one core.
+        limits: what one picture may cost.
+    """
+
+    def __init__(self, n: int = 1, limits: ImageLimits | None = None) -> None:
+        self.limits = limits or ImageLimits()
+        self._free = asyncio.Semaphore(n)
+        self._idle: list[Process] = []
+        self._waiting = 0
+
+    async def prepare(self, data: bytes) -> PreparedImage:
+        """Return the sizes of an uploaded picture.
+
+        Raises:
+            EmptyUploadError: no bytes.
+            UnsupportedImageError: not JPEG, PNG or WebP by its first bytes.
+            TooManyPixelsError: the header announces more than `max_pixels`.
+            DamagedImageError: it cannot be decoded to its end within the limits.
+            BusyError: too many uploads wait already.
+        """
+        if not data:
+            raise EmptyUploadError
+        async with self._worker() as process:
+            try:
+                async with asyncio.timeout(self.limits.timeout):
+                    return await self._ask(process, data)
+            except (TimeoutError, OSError, EOFError, ValueError) as error:
+                raise DamagedImageError(
+                    "The image could not be decoded within the limits of this service."
+                ) from error
+
+    async def close(self) -> None:
+        """End the processes; idempotent."""
+        while self._idle:
+            await _end(self._idle.pop())
+
+    @contextlib.asynccontextmanager
+    async def _worker(self) -> AsyncIterator[Process]:
+        """Lend a process; one that was interrupted in the middle of its work is ended."""
+        if self._waiting >= self.limits.max_waiting:
+            raise BusyError
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        process: Process | None = None
+        try:
+            process = self._idle.pop() if self._idle else await self._start()
+            if process.returncode is not None:
+                process = await self._start()
+            try:
+                yield process
+            except UploadError as refused:
+                if not isinstance(refused.__cause__, Exception):
+                    self._idle.append(process)
+                    process = None
+                raise
+            self._idle.append(process)
+            process = None
+        finally:
+            if process is not None:
+                await _end(process)
+            self._free.release()
+
+    async def _start(self) -> Process:
+        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            str(Path(decoder.__file__)),
+            str(self.limits.memory_bytes),
+            str(self.limits.cpu_seconds),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,  # what a picture makes the library print is nobody's log
+            env=environment | {"VIPS_CONCURRENCY": "1"},
+        )
+
+    async def _ask(self, process: Process, data: bytes) -> PreparedImage:
+        if process.stdin is None or process.stdout is None:
+            raise OSError("a decoding process has no pipes")
+        head = {"length": len(data), "max_pixels": self.limits.max_pixels}
+        process.stdin.write(json.dumps(head).encode() + b"\n" + data)
+        await process.stdin.drain()
+        line = await process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError("a decoding process ended")
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise self._refusal(answer["refused"])
+        sizes = {
+            int(size): await process.stdout.readexactly(length)
+            for size, length in answer["lengths"].items()
+        }
+        return PreparedImage(answer["width"], answer["height"], sizes)
+
+    def _refusal(self, reason: str) -> UploadError:
+        match reason:
+            case "unsupported":
+                return UnsupportedImageError()
+            case "pixels":
+                return TooManyPixelsError(
+                    f"The image has more than {self.limits.max_pixels // 1_000_000} megapixels."
+                )
+            case _:
+                return DamagedImageError()
+
+
+async def _end(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()

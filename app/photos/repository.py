@@ -1,0 +1,87 @@
+"""Statements about photos, likes and comments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, select
+
+from app.errors import NotFoundError
+from app.photos.models import Comment, Like, Photo
+from shardkit import AsyncReadSession, AsyncWriteSession, all_shards
+
+__all__ = ["PhotoRepository", "delete_photo", "locked_photo"]
+
+
+class PhotoRepository:
+    """Photos as one session sees them.
+
+    Args:
+        session: where to read.
+    """
+
+    def __init__(self, session: AsyncReadSession) -> None:
+        self._session = session
+
+    async def photo(self, photo_id: int) -> Photo:
+        """Return a photo.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        photo = await self._session.get(Photo, photo_id)
+        if photo is None:
+            raise NotFoundError("There is no such photo.")
+        return photo
+
+    async def of_owners(
+        self, owner_ids: Sequence[int], before: int | None, n: int
+    ) -> Sequence[Photo]:
+        """Return the newest photos of some people below an id, newest first."""
+        statement = select(Photo).where(Photo.owner_id.in_(owner_ids))
+        if before is not None:
+            statement = statement.where(Photo.id < before)
+        return (await self._session.scalars(statement.order_by(Photo.id.desc()).limit(n))).all()
+
+    async def of_everybody(self, before: int | None, n: int) -> Sequence[Photo]:
+        """Return the newest photos of all shards below an id, newest first."""
+        statement = select(Photo)
+        if before is not None:
+            statement = statement.where(Photo.id < before)
+        statement = statement.order_by(Photo.id.desc()).limit(n).options(all_shards())
+        return (await self._session.scalars(statement)).all()
+
+    async def liked_among(self, user_id: int, photo_ids: Sequence[int]) -> set[int]:
+        """Return which of some photos a person likes."""
+        if not photo_ids:
+            return set()
+        statement = select(Like.photo_id).where(
+            Like.photo_id.in_(photo_ids), Like.user_id == user_id
+        )
+        return set(await self._session.scalars(statement))
+
+    async def comments(self, photo_id: int, after: int | None, n: int) -> Sequence[Comment]:
+        """Return comments of a photo above an id, oldest first."""
+        statement = select(Comment).where(Comment.photo_id == photo_id)
+        if after is not None:
+            statement = statement.where(Comment.id > after)
+        return (await self._session.scalars(statement.order_by(Comment.id).limit(n))).all()
+
+
+async def locked_photo(session: AsyncWriteSession, photo_id: int) -> Photo:
+    """Return a photo, locked until the transaction ends, so that its counts stay exact.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    photo = await session.get(Photo, photo_id, with_for_update=True)
+    if photo is None:
+        raise NotFoundError("There is no such photo.")
+    return photo
+
+
+async def delete_photo(session: AsyncWriteSession, photo: Photo) -> None:
+    """Delete a photo with its likes and comments, all on its shard."""
+    await session.execute(delete(Like).where(Like.photo_id == photo.id))
+    await session.execute(delete(Comment).where(Comment.photo_id == photo.id))
+    await session.delete(photo)

@@ -1,0 +1,267 @@
+"""Upload, look at, like, comment and delete photos.
+
+Called by the API and the pages. The bytes are stored before the row and removed after it: a
+crash leaves at worst bytes nobody points to, never a photo without its picture.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+from app.accounts.models import User
+from app.accounts.repository import AccountRepository
+from app.accounts.service import Viewer, person_out
+from app.addresses import MEDIA
+from app.clock import Clock
+from app.database import Database
+from app.errors import ForbiddenError, NotFoundError
+from app.paging import Page, cut
+from app.photos.images import SIZES, ImageWorkers
+from app.photos.models import Comment, Like, Photo
+from app.photos.repository import PhotoRepository, delete_photo, locked_photo
+from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
+from app.photos.store import BlobStore
+from shardkit import AsyncReadSession
+
+__all__ = ["PhotoService", "describe", "image_url", "images_of"]
+
+KEY_BYTES = 16
+"""Random bytes of a blob key: nobody guesses the address of a picture."""
+
+
+class PhotoService:
+    """What people do with photos.
+
+    Args:
+        database: the client's sessions.
+        blobs: where the bytes go.
+        workers: the decoding processes.
+        clock: the time.
+    """
+
+    def __init__(
+        self, database: Database, blobs: BlobStore, workers: ImageWorkers, clock: Clock
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._workers = workers
+        self._clock = clock
+
+    async def upload(self, viewer: Viewer, data: bytes, caption: str) -> PhotoOut:
+        """Store a photo and return it.
+
+        Raises:
+            UploadError: the file is refused; nothing was stored.
+            BusyError: too many uploads wait already.
+        """
+        prepared = await self._workers.prepare(data)
+        key = secrets.token_hex(KEY_BYTES)
+        await self._blobs.put(key, prepared.sizes)
+        photo = Photo(
+            owner_id=viewer.id,
+            caption=caption,
+            width=prepared.width,
+            height=prepared.height,
+            blob_key=key,
+            like_count=0,
+            comment_count=0,
+            created_at=self._clock(),
+        )
+        async with self._database.writer() as session:
+            try:
+                owner = await session.get(User, viewer.id, with_for_update=True)
+                if owner is None:
+                    raise NotFoundError("There is no such person.")
+                session.add(photo)
+                owner.photo_count += 1
+                await session.flush()
+            except BaseException:
+                await self._blobs.delete(key)  # nothing can be committed any more
+                raise
+            await session.commit()
+            return _photo_out(photo, owner, liked=False)
+
+    async def delete(self, viewer: Viewer, photo_id: int) -> None:
+        """Delete one's own photo with everything under it.
+
+        Raises:
+            NotFoundError: there is no such photo.
+            ForbiddenError: it is somebody else's.
+        """
+        async with self._database.writer() as session:
+            photo = await locked_photo(session, photo_id)
+            if photo.owner_id != viewer.id:
+                raise ForbiddenError("This photo belongs to somebody else.")
+            await delete_photo(session, photo)
+            owner = await session.get(User, photo.owner_id, with_for_update=True)
+            if owner is not None:
+                owner.photo_count -= 1
+            await session.commit()
+        await self._blobs.delete(photo.blob_key)
+
+    async def photo(self, photo_id: int, viewer: Viewer | None) -> PhotoOut:
+        """Return a photo as a viewer sees it.
+
+        Raises:
+            NotFoundError: there is no such photo.
+        """
+        async with self._database.reader() as session:
+            photo = await PhotoRepository(session).photo(photo_id)
+            (shown,) = await describe(session, [photo], viewer)
+            return shown
+
+    async def grid(
+        self, owner_id: int, viewer: Viewer | None, before: int | None, n: int
+    ) -> Page[PhotoOut]:
+        """Return a page of one person's photos, newest first."""
+        async with self._database.reader() as session:
+            rows = await PhotoRepository(session).of_owners([owner_id], before, n + 1)
+            photos, cursor = cut(rows, n, lambda photo: photo.id)
+            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
+
+    async def like(self, viewer: Viewer, photo_id: int) -> LikesOut:
+        """Like a photo; liking twice is liking once.
+
+        Raises:
+            NotFoundError: there is no such photo.
+        """
+        async with self._database.writer() as session:
+            photo = await locked_photo(session, photo_id)
+            if await session.get(Like, (photo_id, viewer.id)) is None:
+                session.add(Like(photo_id=photo_id, user_id=viewer.id, created_at=self._clock()))
+                photo.like_count += 1
+            await session.commit()
+        return LikesOut(photo_id=photo_id, like_count=photo.like_count, liked_by_me=True)
+
+    async def unlike(self, viewer: Viewer, photo_id: int) -> LikesOut:
+        """Take a like back; doing so twice is doing so once.
+
+        Raises:
+            NotFoundError: there is no such photo.
+        """
+        async with self._database.writer() as session:
+            photo = await locked_photo(session, photo_id)
+            like = await session.get(Like, (photo_id, viewer.id))
+            if like is not None:
+                await session.delete(like)
+                photo.like_count -= 1
+            await session.commit()
+        return LikesOut(photo_id=photo_id, like_count=photo.like_count, liked_by_me=False)
+
+    async def comment(self, viewer: Viewer, photo_id: int, given: CommentIn) -> CommentOut:
+        """Write a comment under a photo.
+
+        Raises:
+            NotFoundError: there is no such photo.
+        """
+        comment = Comment(
+            photo_id=photo_id, author_id=viewer.id, body=given.body, created_at=self._clock()
+        )
+        async with self._database.writer() as session:
+            photo = await locked_photo(session, photo_id)
+            session.add(comment)
+            photo.comment_count += 1
+            await session.commit()
+        return CommentOut(
+            id=comment.id,
+            photo_id=photo_id,
+            author=viewer.out(),
+            body=comment.body,
+            created_at=comment.created_at,
+        )
+
+    async def delete_comment(self, viewer: Viewer, photo_id: int, comment_id: int) -> None:
+        """Delete one's own comment, or any comment under one's own photo.
+
+        Raises:
+            NotFoundError: there is no such comment under this photo.
+            ForbiddenError: it is somebody else's.
+        """
+        async with self._database.writer() as session:
+            photo = await locked_photo(session, photo_id)
+            comment = await session.get(Comment, comment_id)
+            if comment is None or comment.photo_id != photo_id:
+                raise NotFoundError("There is no such comment.")
+            if viewer.id not in {comment.author_id, photo.owner_id}:
+                raise ForbiddenError("This comment belongs to somebody else.")
+            await session.delete(comment)
+            photo.comment_count -= 1
+            await session.commit()
+
+    async def comments(self, photo_id: int, after: int | None, n: int) -> Page[CommentOut]:
+        """Return a page of the comments under a photo, oldest first.
+
+        Raises:
+            NotFoundError: there is no such photo.
+        """
+        async with self._database.reader() as session:
+            repository = PhotoRepository(session)
+            await repository.photo(photo_id)
+            rows = await repository.comments(photo_id, after, n + 1)
+            comments, cursor = cut(rows, n, lambda comment: comment.id)
+            authors = await AccountRepository(session).users(c.author_id for c in comments)
+        shown = [
+            CommentOut(
+                id=comment.id,
+                photo_id=comment.photo_id,
+                author=person_out(authors[comment.author_id]),
+                body=comment.body,
+                created_at=comment.created_at,
+            )
+            for comment in comments
+            if comment.author_id in authors
+        ]
+        return Page[CommentOut](items=shown, next_cursor=cursor)
+
+    async def picture(self, key: str, size: int) -> bytes:
+        """Return the bytes of one size.
+
+        Raises:
+            NotFoundError: there are none.
+        """
+        data = await self._blobs.get(key, size) if size in SIZES else None
+        if data is None:
+            raise NotFoundError("There is no such picture.")
+        return data
+
+
+async def describe(
+    session: AsyncReadSession, photos: Sequence[Photo], viewer: Viewer | None
+) -> Sequence[PhotoOut]:
+    """Return photos with their owners and the viewer's likes: two statements per server."""
+    owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
+    liked: set[int] = set()
+    if viewer is not None:
+        ids = [photo.id for photo in photos]
+        liked = await PhotoRepository(session).liked_among(viewer.id, ids)
+    return [
+        _photo_out(photo, owners[photo.owner_id], liked=photo.id in liked)
+        for photo in photos
+        if photo.owner_id in owners
+    ]
+
+
+def image_url(blob_key: str, size: int) -> str:
+    """Return the address of one size of a picture."""
+    return f"{MEDIA}/{blob_key}/{size}.jpg"
+
+
+def images_of(blob_key: str) -> dict[str, str]:
+    """Return the addresses of a picture by size."""
+    return {str(size): image_url(blob_key, size) for size in SIZES}
+
+
+def _photo_out(photo: Photo, owner: User, *, liked: bool) -> PhotoOut:
+    return PhotoOut(
+        id=photo.id,
+        owner=person_out(owner),
+        caption=photo.caption,
+        width=photo.width,
+        height=photo.height,
+        images=images_of(photo.blob_key),
+        like_count=photo.like_count,
+        comment_count=photo.comment_count,
+        liked_by_me=liked,
+        created_at=photo.created_at,
+    )

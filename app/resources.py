@@ -1,0 +1,76 @@
+"""What one server process holds open: made at start, closed at stop, never at import."""
+
+from __future__ import annotations
+
+import asyncio
+import tomllib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.accounts.passwords import Passwords
+from app.clock import Clock
+from app.photos.images import ImageLimits, ImageWorkers
+from app.photos.store import BlobStore, FileBlobStore
+from app.settings import Settings
+from shardkit import AsyncCluster
+
+__all__ = ["Resources", "open_resources"]
+
+MAX_SIGN_UPS = 4
+"""A sign-up holds two connections; a pool has at least five by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Everything a request may need that outlives it.
+
+    Attributes:
+        settings: as given at start.
+        cluster: the databases.
+        passwords: the hasher.
+        blobs: the bytes of pictures.
+        workers: the decoding processes.
+        clock: the time.
+        sign_ups: how many sign-ups may hold connections at the same time.
+        redis_url: address of Redis, or None when there is none.
+    """
+
+    settings: Settings
+    cluster: AsyncCluster
+    passwords: Passwords
+    blobs: BlobStore
+    workers: ImageWorkers
+    clock: Clock
+    sign_ups: asyncio.Semaphore
+    redis_url: str | None = None
+
+
+@asynccontextmanager
+async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Resources]:
+    """Open everything a server needs, and close it at the end.
+
+    Raises:
+        ConfigurationError: the configuration of the cluster is wrong.
+    """
+    async with AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
+        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
+        stack.push_async_callback(workers.close)
+        yield Resources(
+            settings=settings,
+            cluster=cluster,
+            passwords=await asyncio.to_thread(Passwords, settings.hash_workers),
+            blobs=FileBlobStore(settings.media_folder),
+            workers=workers,
+            clock=clock,
+            sign_ups=asyncio.Semaphore(MAX_SIGN_UPS),
+            redis_url=_services(settings.config).get("redis"),
+        )
+
+
+def _services(config: Path) -> Mapping[str, str]:
+    """Return `[services]` of a configuration file that the cluster has accepted already."""
+    services: Mapping[str, str] = tomllib.loads(config.read_text("utf-8")).get("services", {})
+    return services

@@ -1,0 +1,67 @@
+"""What the operator may set: arguments of `python -m app` first, then `APP_…` variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Settings"]
+
+PREFIX = "APP_"
+
+
+class Settings(BaseModel):
+    """Settings of one server process; durations in seconds.
+
+    Attributes:
+        config: the `shardkit.toml` of the cluster.
+        host: address to listen on.
+        port: port to listen on; taken ones make the server try the next.
+        media: folder of the pictures; by default beside the configuration file.
+        max_upload_bytes: size of one uploaded file.
+        max_body_bytes: size of any other request.
+        body_timeout: until a request must have arrived whole.
+        max_pixels: width times height of an upload.
+        image_workers: decoding processes.
+        hash_workers: passwords hashed at the same time; each takes 46 MiB.
+        session_idle: a log-in unused for so long ends.
+        session_absolute: a log-in older than this ends.
+        fresh_reads: how long after a write a client's reads see it for certain.
+        max_followees: people one account may follow.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: Path = Path("shardkit.toml")
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    media: Path | None = None
+    max_upload_bytes: Annotated[int, Field(gt=0)] = 10 * 1024 * 1024
+    max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024
+    body_timeout: Annotated[float, Field(gt=0)] = 60.0
+    max_pixels: Annotated[int, Field(gt=0)] = 40_000_000
+    image_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    hash_workers: Annotated[int, Field(ge=1, le=64)] = 2
+    session_idle: Annotated[float, Field(gt=0)] = 14 * 86_400.0
+    session_absolute: Annotated[float, Field(gt=0)] = 90 * 86_400.0
+    fresh_reads: Annotated[float, Field(gt=0)] = 60.0
+    max_followees: Annotated[int, Field(gt=0)] = 5000
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], **given: object) -> Self:
+        """Return the settings of the environment, overridden by what was given and not None."""
+        named = {
+            name: environment[PREFIX + name.upper()]
+            for name in cls.model_fields
+            if PREFIX + name.upper() in environment
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls.model_validate({**named, **chosen})
+
+    @property
+    def media_folder(self) -> Path:
+        """Where the pictures live."""
+        return self.media or self.config.parent / ".shardkit" / "media"

@@ -1,0 +1,403 @@
+"""The pages: everything the API does, for a person with a browser and no script.
+
+Called by nobody but browsers; the same services as the API do the work. Forms are sent with
+POST and answered with a redirect. A form that is refused is shown again with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import RedirectResponse
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import UploadFile
+
+from app.accounts.schemas import Credentials, ProfilePatch, SignUp
+from app.accounts.usernames import canonical
+from app.deps import (
+    Accounts,
+    Feed,
+    Graph,
+    MaybeViewer,
+    Photos,
+    ResourcesDep,
+    SignedIn,
+    begin_login,
+    end_login,
+)
+from app.errors import (
+    AppError,
+    BodyTooLargeError,
+    EmptyUploadError,
+    NotFoundError,
+    UploadError,
+    problem_of,
+)
+from app.ids import Id
+from app.paging import Cursor
+from app.photos.schemas import Caption, CommentIn
+from app.web.rendering import Pages
+
+__all__ = ["local_path", "router"]
+
+router = APIRouter(include_in_schema=False)
+
+FEED_PAGE, GRID_PAGE, COMMENT_PAGE, PEOPLE_PAGE = 10, 24, 50, 30
+SEE_OTHER = 303
+
+
+async def get_pages(request: Request) -> Pages:
+    """Return the templates."""
+    return cast("Pages", request.app.state.pages)
+
+
+PagesDep = Annotated[Pages, Depends(get_pages)]
+
+
+@router.get("/")
+async def home(
+    *, request: Request, viewer: MaybeViewer, feed: Feed, pages: PagesDep, cursor: Cursor = None
+) -> Response:
+    """Show the home feed, or what this is to a stranger."""
+    if viewer is None:
+        return pages.whole("landing.html", title="Welcome")
+    back = "/" if cursor is None else f"/?cursor={cursor}"
+
+    async def load() -> Mapping[str, Any]:
+        return {"page": await feed.home(viewer, cursor, FEED_PAGE), "back": back}
+
+    return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
+
+
+@router.get("/explore")
+async def explore(
+    *,
+    request: Request,
+    viewer: MaybeViewer,
+    accounts: Accounts,
+    feed: Feed,
+    pages: PagesDep,
+    cursor: Cursor = None,
+) -> Response:
+    """Show everybody's newest photos and the newest people."""
+
+    async def load() -> Mapping[str, Any]:
+        people = await accounts.newest(12) if cursor is None else ()
+        return {"page": await feed.newest(viewer, cursor, GRID_PAGE), "people": people}
+
+    return pages.streamed(
+        request, ("explore.html", load), title="Explore", viewer=viewer, here="explore"
+    )
+
+
+@router.get("/search")
+async def search(q: Annotated[str, Query(max_length=100)] = "") -> Response:
+    """Go to the profile of a name."""
+    try:
+        return _go(f"/u/{canonical(q)}")
+    except ValueError:
+        raise NotFoundError("There is no such person.") from None
+
+
+@router.get("/signup")
+async def sign_up_form(viewer: MaybeViewer, pages: PagesDep) -> Response:
+    """Show the form for a new account."""
+    if viewer is not None:
+        return _go("/")
+    values = {"username": "", "display_name": ""}
+    return pages.whole("signup.html", title="Sign up", values=values, errors=())
+
+
+@router.post("/signup")
+async def sign_up(request: Request, accounts: Accounts, pages: PagesDep) -> Response:
+    """Create an account and log it in."""
+    values = await _fields(request, "username", "display_name", "password")
+    try:
+        login = await accounts.sign_up(SignUp.model_validate(values))
+    except (AppError, ValidationError) as error:
+        return _again(pages, "signup.html", "Sign up", error, values=values)
+    response = _go("/")
+    begin_login(request, response, login)
+    return response
+
+
+@router.get("/login")
+async def log_in_form(
+    viewer: MaybeViewer,
+    pages: PagesDep,
+    goto: Annotated[str, Query(alias="next", max_length=200)] = "/",
+) -> Response:
+    """Show the form to log in."""
+    if viewer is not None:
+        return _go(local_path(goto))
+    values = {"username": "", "next": local_path(goto)}
+    return pages.whole("login.html", title="Log in", here="login", values=values, errors=())
+
+
+@router.post("/login")
+async def log_in(request: Request, accounts: Accounts, pages: PagesDep) -> Response:
+    """Log in."""
+    values = await _fields(request, "username", "password", "next")
+    given = {"username": values["username"], "password": values["password"]}
+    try:
+        login = await accounts.log_in(Credentials.model_validate(given))
+    except (AppError, ValidationError) as error:
+        values["next"] = local_path(values["next"])
+        return _again(pages, "login.html", "Log in", error, values=values)
+    response = _go(local_path(values["next"]))
+    begin_login(request, response, login)
+    return response
+
+
+@router.post("/logout")
+async def log_out(request: Request, viewer: MaybeViewer, accounts: Accounts) -> Response:
+    """Log out."""
+    values = await _fields(request, "everywhere")
+    if viewer is not None:
+        await accounts.log_out(viewer, everywhere=bool(values["everywhere"]))
+    response = _go("/")
+    end_login(request, response)
+    return response
+
+
+@router.get("/settings")
+async def settings_form(viewer: SignedIn, pages: PagesDep) -> Response:
+    """Show the form for the profile."""
+    values = {"display_name": viewer.display_name, "bio": viewer.bio}
+    return pages.whole(
+        "settings.html", title="Edit profile", viewer=viewer, values=values, errors=()
+    )
+
+
+@router.post("/settings")
+async def settings(
+    request: Request, viewer: SignedIn, accounts: Accounts, pages: PagesDep
+) -> Response:
+    """Change the profile."""
+    values = await _fields(request, "display_name", "bio")
+    try:
+        await accounts.edit(viewer, ProfilePatch.model_validate(values))
+    except (AppError, ValidationError) as error:
+        return _again(pages, "settings.html", "Edit profile", error, viewer=viewer, values=values)
+    return _go(f"/u/{viewer.username}")
+
+
+@router.get("/upload")
+async def upload_form(viewer: SignedIn, pages: PagesDep, resources: ResourcesDep) -> Response:
+    """Show the form to upload a photo."""
+    return pages.whole(
+        "upload.html",
+        title="Upload",
+        viewer=viewer,
+        here="upload",
+        values={"caption": ""},
+        errors=(),
+        megabytes=resources.settings.max_upload_bytes >> 20,
+    )
+
+
+@router.post("/upload")
+async def upload(
+    request: Request, viewer: SignedIn, photos: Photos, pages: PagesDep, resources: ResourcesDep
+) -> Response:
+    """Store a photo."""
+    caption = ""
+    try:
+        async with request.form(max_files=1, max_fields=10) as form:
+            caption = str(form.get("caption") or "")
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise EmptyUploadError("Choose a photo first.")
+            data = await file.read()
+        checked = TypeAdapter(Caption).validate_python(caption)
+        photo = await photos.upload(viewer, data, checked)
+    except BodyTooLargeError:
+        raise
+    except (UploadError, ValidationError) as error:
+        return _again(
+            pages,
+            "upload.html",
+            "Upload",
+            error,
+            viewer=viewer,
+            here="upload",
+            values={"caption": caption},
+            megabytes=resources.settings.max_upload_bytes >> 20,
+        )
+    return _go(f"/p/{photo.id}")
+
+
+@router.get("/u/{username}")
+async def profile(
+    *,
+    request: Request,
+    username: str,
+    viewer: MaybeViewer,
+    accounts: Accounts,
+    photos: Photos,
+    pages: PagesDep,
+    cursor: Cursor = None,
+) -> Response:
+    """Show a person and their photos; whether the person exists is known before the head."""
+    found = await accounts.profile(username, viewer)
+
+    async def load() -> Mapping[str, Any]:
+        page = await photos.grid(found.id, viewer, cursor, GRID_PAGE)
+        return {"page": page, "path": f"/u/{found.username}"}
+
+    return pages.streamed(
+        request,
+        ("grid.html", load),
+        title=f"{found.display_name} (@{found.username})",
+        viewer=viewer,
+        here="me" if found.is_me else "",
+        first=("profile.html", {"profile": found}),
+    )
+
+
+@router.get("/u/{username}/{direction}")
+async def people(
+    *,
+    request: Request,
+    username: str,
+    direction: str,
+    viewer: MaybeViewer,
+    accounts: Accounts,
+    graph: Graph,
+    pages: PagesDep,
+    cursor: Cursor = None,
+) -> Response:
+    """Show who follows a person, or whom the person follows."""
+    if direction not in {"followers", "following"}:
+        raise NotFoundError
+    found = await accounts.profile(username, None)
+    read = graph.followers if direction == "followers" else graph.following
+
+    async def load() -> Mapping[str, Any]:
+        page = await read(found.username, cursor, PEOPLE_PAGE)
+        return {
+            "page": page,
+            "username": found.username,
+            "heading": direction,
+            "path": f"/u/{found.username}/{direction}",
+            "followed": await graph.followed_among(viewer, [p.id for p in page.items]),
+        }
+
+    return pages.streamed(
+        request, ("people.html", load), title=f"{found.username}: {direction}", viewer=viewer
+    )
+
+
+@router.post("/u/{username}/follow")
+async def follow(request: Request, username: str, viewer: SignedIn, graph: Graph) -> Response:
+    """Follow a person."""
+    person = await graph.follow(viewer, username)
+    return await _back(request, f"/u/{person.username}")
+
+
+@router.post("/u/{username}/unfollow")
+async def unfollow(request: Request, username: str, viewer: SignedIn, graph: Graph) -> Response:
+    """Unfollow a person."""
+    person = await graph.unfollow(viewer, username)
+    return await _back(request, f"/u/{person.username}")
+
+
+@router.get("/p/{photo_id}")
+async def photo(
+    *,
+    request: Request,
+    photo_id: Id,
+    viewer: MaybeViewer,
+    photos: Photos,
+    pages: PagesDep,
+    cursor: Cursor = None,
+) -> Response:
+    """Show a photo with its comments; whether it exists is known before the head."""
+    shown = await photos.photo(photo_id, viewer)
+    path = f"/p/{photo_id}"
+
+    async def load() -> Mapping[str, Any]:
+        page = await photos.comments(photo_id, cursor, COMMENT_PAGE)
+        return {"page": page, "path": path, "owner_id": shown.owner.id}
+
+    return pages.streamed(
+        request,
+        ("comments.html", load),
+        title=f"Photo by {shown.owner.username}",
+        viewer=viewer,
+        first=("photo.html", {"photo": shown, "path": path}),
+    )
+
+
+@router.post("/p/{photo_id}/like")
+async def like(request: Request, photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+    """Like a photo."""
+    await photos.like(viewer, photo_id)
+    return await _back(request, f"/p/{photo_id}")
+
+
+@router.post("/p/{photo_id}/unlike")
+async def unlike(request: Request, photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+    """Take a like back."""
+    await photos.unlike(viewer, photo_id)
+    return await _back(request, f"/p/{photo_id}")
+
+
+@router.post("/p/{photo_id}/delete")
+async def delete(photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+    """Delete a photo."""
+    await photos.delete(viewer, photo_id)
+    return _go(f"/u/{viewer.username}")
+
+
+@router.post("/p/{photo_id}/comments")
+async def comment(request: Request, photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+    """Write a comment."""
+    given = CommentIn.model_validate(await _fields(request, "body"))
+    written = await photos.comment(viewer, photo_id, given)
+    return _go(f"/p/{photo_id}#c{written.id}")
+
+
+@router.post("/p/{photo_id}/comments/{comment_id}/delete")
+async def delete_comment(
+    photo_id: Id, comment_id: Id, viewer: SignedIn, photos: Photos
+) -> Response:
+    """Delete a comment."""
+    await photos.delete_comment(viewer, photo_id, comment_id)
+    return _go(f"/p/{photo_id}#comments")
+
+
+def local_path(text: str) -> str:
+    """Return a path of this site as given, or `/`: a form never leads to another site."""
+    is_local = text.startswith("/") and not text.startswith(("//", "/\\"))
+    return text if is_local and text.isascii() and text.isprintable() else "/"
+
+
+async def _fields(request: Request, *names: str) -> dict[str, str]:
+    async with request.form(max_files=0, max_fields=20) as form:
+        return {name: str(form.get(name) or "") for name in names}
+
+
+async def _back(request: Request, otherwise: str) -> Response:
+    back = local_path((await _fields(request, "back"))["back"])
+    return _go(back if back != "/" or otherwise == "/" else otherwise)
+
+
+def _go(path: str) -> RedirectResponse:
+    return RedirectResponse(quote(path, safe="/?=#&%:@"), SEE_OTHER)
+
+
+def _again(pages: Pages, template: str, title: str, error: Exception, **context: Any) -> Response:
+    """Show a refused form again with what was typed and why it was refused."""
+    problem = problem_of(error)
+    errors = [_sentence(field) for field in problem.errors or ()] or [problem.detail]
+    return pages.whole(template, title=title, status=problem.status, errors=errors, **context)
+
+
+def _sentence(field: BaseModel) -> str:
+    values = field.model_dump()
+    name = str(values["field"]).replace("_", " ").capitalize()
+    return f"{name} {values['message']}." if name else str(values["message"])

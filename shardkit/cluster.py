@@ -1,0 +1,162 @@
+"""`Cluster` and `AsyncCluster`: what an application opens once and asks for sessions.
+
+Both are thin: the configuration becomes a topology, `shardkit.connections` holds the pools, and
+`shardkit.session` does the work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from types import TracebackType
+from typing import Self
+
+from shardkit import config
+from shardkit.config import PoolConfig
+from shardkit.connections import AsyncConnections, Connections
+from shardkit.router import Placement, anywhere
+from shardkit.session import AsyncReadSession, AsyncWriteSession, ReadSession, WriteSession
+from shardkit.topology import Topology
+
+__all__ = ["AsyncCluster", "Cluster"]
+
+
+class Cluster:
+    """The whole cluster, for threads.
+
+    Thread-safe; make one per process. Sessions it returns belong to one thread each. Opens no
+    connection until a session needs one.
+
+    Args:
+        topology: endpoints and shard map, usually from `from_file`.
+        pool: sizes and time limits of the pools.
+        placement: chooses the logical shard of rows that nothing places yet.
+
+    Example:
+        >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
+        >>> with cluster.writer() as session:  # doctest: +SKIP
+        ...     session.add(Photo(owner_id=ana.id, caption="dawn"))
+        ...     session.commit()
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        pool: PoolConfig | None = None,
+        placement: Placement = anywhere,
+    ) -> None:
+        self.connections = Connections(topology, pool=pool, placement=placement)
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike[str] = "shardkit.toml", *, placement: Placement = anywhere
+    ) -> Self:
+        """Return the cluster that a configuration file describes.
+
+        Raises:
+            ConfigurationError: the file is wrong, naming file, key and remedy.
+        """
+        settings, topology = config.load(path)
+        return cls(topology, pool=settings.pool, placement=placement)
+
+    @property
+    def topology(self) -> Topology:
+        """Endpoints and shard map."""
+        return self.connections.topology
+
+    def writer(self) -> WriteSession:
+        """Return a session on the primaries; it writes to one physical shard per transaction."""
+        return WriteSession(self.connections)
+
+    def reader(self, *, after: str | None = None, max_lag: float | None = None) -> ReadSession:
+        """Return a read-only session on replicas.
+
+        Args:
+            after: token of a writer; what it wrote is then seen, at the price of asking the
+                primary. Anything that is not a token is treated as one that asks for everything.
+            max_lag: seconds of replication delay that are acceptable, above 0. Lag is not
+                measured yet, so any bound asks the primary. None accepts any delay.
+
+        Raises:
+            ValueError: max_lag is not above 0, or not finite.
+        """
+        return ReadSession(self.connections, after=after, max_lag=_checked(max_lag))
+
+    def close(self) -> None:
+        """Close every pooled connection; sessions still open keep theirs until they close."""
+        self.connections.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncCluster:
+    """The whole cluster, for asyncio: the words of `Cluster`, awaited.
+
+    Belongs to one event loop.
+
+    Example:
+        >>> async with AsyncCluster.from_file("shardkit.toml") as cluster:  # doctest: +SKIP
+        ...     async with cluster.reader() as session:
+        ...         photo = await session.get(Photo, photo_id)
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        pool: PoolConfig | None = None,
+        placement: Placement = anywhere,
+    ) -> None:
+        self.connections = AsyncConnections(topology, pool=pool, placement=placement)
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike[str] = "shardkit.toml", *, placement: Placement = anywhere
+    ) -> Self:
+        """Return the cluster that a configuration file describes; see `Cluster.from_file`."""
+        settings, topology = config.load(path)
+        return cls(topology, pool=settings.pool, placement=placement)
+
+    @property
+    def topology(self) -> Topology:
+        """Endpoints and shard map."""
+        return self.connections.topology
+
+    def writer(self) -> AsyncWriteSession:
+        """Return a session on the primaries; it writes to one physical shard per transaction."""
+        return AsyncWriteSession(self.connections)
+
+    def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
+        """Return a read-only session on replicas; see `Cluster.reader`."""
+        return AsyncReadSession(self.connections, after=after, max_lag=_checked(max_lag))
+
+    async def close(self) -> None:
+        """Close every pooled connection."""
+        await self.connections.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _checked(max_lag: float | None) -> float | None:
+    if max_lag is not None and not (math.isfinite(max_lag) and max_lag > 0):
+        raise ValueError(f"max_lag={max_lag!r}: give seconds above 0, or None for any delay")
+    return max_lag

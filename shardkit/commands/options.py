@@ -1,0 +1,19 @@
+"""Options that several commands share, so that they read and behave alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["ConfigOption", "DryRunOption", "JsonOption"]
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option("--config", envvar="SHARDKIT_CONFIG", help="The cluster's shardkit.toml."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done and change nothing.")
+]

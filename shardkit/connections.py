@@ -1,0 +1,323 @@
+"""Engines and pools: one per endpoint and purpose, and what sessions need around them.
+
+Sessions ask here for the engine of a logical shard, which is a view of the endpoint's engine
+with that shard's schema, so that all logical shards of a server share one pool. Connections are
+checked when they are opened (the right cluster, the right role) and looked at when they leave
+the pool (a dead socket is replaced unseen). Also fetches the blocks that ids are minted from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import Any, TypeVar
+
+import psycopg
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolExhaustedError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from shardkit import scatter
+from shardkit.clock import SYSTEM, Clock
+from shardkit.config import PoolConfig
+from shardkit.errors import (
+    ConfigurationError,
+    EndpointUnavailableError,
+    PoolTimeoutError,
+)
+from shardkit.ids import EPOCH_MS, IdMinter
+from shardkit.replicas import ReplicaSet
+from shardkit.router import Placement, Router, anywhere
+from shardkit.topology import Endpoint, Role, Topology, schema_name
+
+__all__ = ["AsyncConnections", "Connections", "Purpose", "connection_error"]
+
+T = TypeVar("T")
+
+# Takes no lock; one round trip for each connection opened, none for each use.
+_CHECK = """
+SELECT pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
+FROM shardkit.identity
+"""
+_LEASE = """
+SELECT logical_shard, first_state
+FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
+"""
+
+
+class Purpose(Enum):
+    """What a connection is for.
+
+    `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
+    what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
+    one connection that fetches blocks of ids while a writer holds its own.
+    """
+
+    WRITE = "write"
+    READ = "read"
+    LEASE = "lease"
+
+
+class _Core:
+    """What both kinds share; everything here runs in a thread or in a greenlet alike."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        pool: PoolConfig | None = None,
+        placement: Placement = anywhere,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self.topology = topology
+        self.router = Router(topology.n_logical_shards)
+        self.replica_sets = {
+            name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
+        }
+        self.placement = placement
+        self.ids = IdMinter(self._lease, clock=clock)
+        self._pool = pool or PoolConfig()
+        self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
+        self._views: dict[tuple[Endpoint, Purpose, int], Engine] = {}
+        self._scatterers: dict[tuple[Endpoint, Purpose], Engine] = {}
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forget_connections(reference()))
+
+    # -- engines
+
+    def engine(self, endpoint: Endpoint, purpose: Purpose) -> Engine:
+        """Return the engine of an endpoint for a purpose, the same one each time."""
+        key = (endpoint, purpose)
+        if key not in self._engines:
+            options: dict[str, Any] = {
+                "pool_size": 1 if purpose is Purpose.LEASE else self._pool.size,
+                "max_overflow": 0 if purpose is Purpose.LEASE else self._pool.overflow,
+                "pool_timeout": self._pool.timeout,
+                "pool_use_lifo": True,
+                "connect_args": self._connect_args(purpose),
+            }
+            if purpose is not Purpose.WRITE:
+                # Nothing is ever open on these connections, so nothing needs rolling back.
+                options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+            engine = self._create_engine(endpoint, options)
+            event.listen(engine, "connect", _checks_server(self.topology, endpoint))
+            event.listen(engine, "checkout", _replace_if_dead)
+            self._engines.setdefault(key, engine)
+        return self._engines[key]
+
+    def shard_engine(self, endpoint: Endpoint, purpose: Purpose, logical_shard: int) -> Engine:
+        """Return a view of an endpoint's engine in which tables are those of a logical shard."""
+        key = (endpoint, purpose, logical_shard)
+        view = self._views.get(key)
+        if view is None:
+            view = self.engine(endpoint, purpose).execution_options(
+                schema_translate_map={None: schema_name(logical_shard)}
+            )
+            self._views[key] = view
+        return view
+
+    def scatter_engine(self, endpoint: Endpoint, purpose: Purpose) -> Engine:
+        """Return a view of an endpoint's engine that runs one statement over many schemas."""
+        key = (endpoint, purpose)
+        if key not in self._scatterers:
+            self._scatterers[key] = scatter.view(self.engine(endpoint, purpose))
+        return self._scatterers[key]
+
+    def physical_of(self, logical_shard: int) -> str:
+        """Return the name of the physical shard that holds a logical shard."""
+        return self.topology.shard_map.owner(logical_shard)
+
+    def primary_of(self, physical: str) -> Endpoint:
+        """Return the primary of a physical shard."""
+        return self.topology.physical[physical].primary
+
+    def group(self, logical_shards: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Return logical shards by physical shard, both in ascending order of first use."""
+        groups: dict[str, list[int]] = {}
+        for shard in logical_shards:
+            groups.setdefault(self.physical_of(shard), []).append(shard)
+        return {physical: tuple(shards) for physical, shards in groups.items()}
+
+    def connect(self, engine: Engine, endpoint: Endpoint) -> Connection:
+        """Check a connection out that begins no transaction by itself.
+
+        Raises:
+            PoolTimeoutError: none came free in time (retryable).
+            EndpointUnavailableError: the server refuses connections (retryable).
+        """
+        try:
+            return Connection(engine, _allow_autobegin=False)
+        except (PoolExhaustedError, DBAPIError) as error:
+            raise connection_error(error, endpoint) from error
+
+    # -- to be provided
+
+    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+        raise NotImplementedError
+
+    def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Run tasks at the same time; return result or exception of each, in order."""
+        raise NotImplementedError
+
+    # -- ids
+
+    def _lease(self, counts: Mapping[int, int]) -> dict[int, int]:
+        firsts: dict[int, int] = {}
+        for physical, shards in self.group(sorted(counts)).items():
+            primary = self.primary_of(physical)
+            with self.connect(self.engine(primary, Purpose.LEASE), primary) as connection:
+                rows = connection.exec_driver_sql(
+                    _LEASE, {"shards": list(shards), "counts": [counts[s] for s in shards]}
+                )
+                firsts.update((row[0], row[1]) for row in rows)
+        return firsts
+
+    def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "connect_timeout": self._pool.connect_timeout,
+            "application_name": f"shardkit {purpose.value}",
+        }
+        if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
+            arguments["options"] = "-c default_transaction_read_only=on"
+        if not self._pool.prepare_statements:
+            arguments["prepare_threshold"] = None
+        return arguments
+
+
+class Connections(_Core):
+    """Connections for threads."""
+
+    _threads: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """Close every pooled connection; those in use close when they are returned."""
+        for engine in self._engines.values():
+            engine.dispose()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
+
+    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+        return create_engine(endpoint.url, **options)
+
+    def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Run tasks in threads; the last in the caller's own."""
+        if len(tasks) > 1 and self._threads is None:
+            self._threads = ThreadPoolExecutor(
+                max_workers=4 * len(self.topology.physical), thread_name_prefix="shardkit-scatter"
+            )
+        waiting = [self._threads.submit(task) for task in tasks[:-1]] if self._threads else []
+        results = [_outcome(tasks[-1])]
+        return [_outcome(future.result) for future in waiting] + results
+
+
+class AsyncConnections(_Core):
+    """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
+
+    async def close(self) -> None:
+        """Close every pooled connection."""
+        for engine in self._engines.values():
+            await greenlet_spawn(engine.dispose)
+
+    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+        return create_async_engine(endpoint.url, **options).sync_engine
+
+    def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Run tasks as greenlets of one event loop."""
+
+        async def run() -> list[T | Exception]:
+            outcomes: list[T | Exception] = await asyncio.gather(
+                *(greenlet_spawn(_outcome, task) for task in tasks)
+            )
+            return outcomes
+
+        return await_only(run())
+
+
+def connection_error(
+    error: Exception, endpoint: Endpoint
+) -> PoolTimeoutError | EndpointUnavailableError:
+    """Return the shardkit error for a connection that could not be had."""
+    if isinstance(error, PoolExhaustedError):
+        return PoolTimeoutError(endpoint=str(endpoint), hint="raise pool.size or try again")
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
+
+
+def _outcome(task: Callable[[], T]) -> T | Exception:
+    try:
+        return task()
+    except Exception as error:  # noqa: BLE001 - the caller decides what each failure means
+        return error
+
+
+def _forget_connections(cluster: _Core | None) -> None:
+    """Leave the parent's sockets to the parent."""
+    if cluster is not None:
+        for engine in cluster._engines.values():
+            engine.dispose(close=False)
+
+
+def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any], None]:
+    """Return the check of a new connection: the right cluster, physical shard and role."""
+    expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
+
+    def check(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(_CHECK)
+            row = cursor.fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+            row = None
+        finally:
+            cursor.close()
+            connection.rollback()
+        if row is None:
+            if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
+                raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
+            raise ConfigurationError(
+                "holds no shardkit schema",
+                endpoint=str(endpoint),
+                hint="run shardkit migrate apply",
+            )
+        in_recovery, *found = row
+        if in_recovery is not (endpoint.role is Role.REPLICA):
+            raise ConfigurationError(
+                f"is a {'replica' if in_recovery else 'primary'}, "
+                f"but the configuration says {endpoint.role}",
+                endpoint=str(endpoint),
+                hint="correct its place in shardkit.toml",
+            )
+        if tuple(found) != expected:
+            raise ConfigurationError(
+                "belongs to cluster {!r}, physical shard {!r}, {} logical shards, "
+                "id epoch {}".format(*found),
+                endpoint=str(endpoint),
+                hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
+            )
+
+    return check
+
+
+def _replace_if_dead(connection: Any, _record: Any, _proxy: Any) -> None:
+    """Have the pool replace a connection whose socket already says goodbye.
+
+    An idle server connection is silent; anything to read is the end of the stream or a notice
+    of shutdown. Costs one system call and no round trip.
+    """
+    driver = getattr(connection, "driver_connection", connection)
+    poll = select.poll()
+    try:
+        poll.register(driver.fileno(), select.POLLIN)
+    except psycopg.Error as error:
+        raise DisconnectionError from error
+    if poll.poll(0):
+        raise DisconnectionError

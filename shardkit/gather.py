@@ -1,0 +1,340 @@
+"""What a statement over several logical shards becomes: a plan, or a refusal.
+
+Pure. `plan` decides from the statement alone: what every logical shard runs (the branch), what
+each server does with the union of its branches, and how the answers of the servers combine into
+the rows one unsharded server would have given. It refuses whatever it cannot combine exactly.
+`shardkit.scatter` runs the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from sqlalchemy import (
+    BindParameter,
+    Boolean,
+    Column,
+    Date,
+    DateTime,
+    Float,
+    Integer,
+    Interval,
+    Label,
+    LargeBinary,
+    Numeric,
+    Over,
+    Select,
+    String,
+    Table,
+    Time,
+    UnaryExpression,
+    Uuid,
+)
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import CollationClause, ColumnElement, Grouping
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, SelectBase
+from sqlalchemy.sql.visitors import iterate
+
+from shardkit.errors import UnsupportedStatementError
+from shardkit.statements import Params
+
+__all__ = ["Plan", "plan"]
+
+_SORT: Final = "shardkit_sort_{}"
+
+# Collations differ between servers and from Python; these types order alike everywhere.
+_ORDERED_TYPES = (
+    Integer, Numeric, Float, Boolean, Date, DateTime, Time, Interval, Uuid, LargeBinary,
+)  # fmt: skip
+# Functions of one row. Any other may be an aggregate, which does not distribute over a union.
+_ROW_FUNCTIONS = frozenset((
+    "abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor",
+    "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round", "upper",
+))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SortKey:
+    """One ORDER BY column of a row: its position, direction, and where NULLs go."""
+
+    position: int
+    descending: bool
+    nulls_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a statement runs over several logical shards.
+
+    Attributes:
+        branch: what each logical shard runs.
+        tail: what each server puts after the union of its branches.
+        combine: makes the final rows of the rows of all servers.
+        n_columns: columns of the final rows; the branch may have more, for sorting.
+    """
+
+    branch: Select[Any]
+    tail: str
+    combine: Callable[[list[Sequence[Any]]], list[Sequence[Any]]]
+    n_columns: int
+
+
+def plan(statement: Any, params: Params) -> Plan:
+    """Decide how a statement runs over several logical shards.
+
+    Raises:
+        UnsupportedStatementError: it cannot be combined exactly; the message says why.
+    """
+    if not isinstance(statement, Select):
+        raise _refused(f"{type(statement).__name__} over several logical shards")
+    _refuse_unmergeable(statement)
+    limit, offset = (
+        _count(clause, params) for clause in (statement._limit_clause, statement._offset_clause)
+    )
+    bare = statement.order_by(None).limit(None).offset(None)
+    columns = statement._raw_columns
+    is_orm = statement._propagate_attrs.get("compile_state_plugin") == "orm"
+    n_columns = len(columns) if is_orm else len(list(statement.selected_columns))
+    aggregates = [_aggregate(column) for column in columns]
+    if any(aggregates) or statement._group_by_clauses:
+        combine = _grouping(statement, aggregates)
+        keys = [_among(statement, clause) for clause in statement._order_by_clauses]
+        return Plan(bare, "", _then(combine, _ordering(keys, limit, offset)), n_columns)
+    sort, branch, tail = [], bare, []
+    for i, clause in enumerate(statement._order_by_clauses):
+        expression, descending, nulls_first = _direction(clause)
+        _refuse_unordered(expression)
+        name = _SORT.format(i)
+        branch = branch.add_columns(expression.label(name))
+        sort.append(SortKey(n_columns + i, descending, nulls_first))
+        tail.append(
+            f"{name} {'DESC' if descending else 'ASC'} NULLS {'FIRST' if nulls_first else 'LAST'}"
+        )
+    text = f" ORDER BY {', '.join(tail)}" if tail else ""
+    if limit is not None:
+        text += f" LIMIT {limit + (offset or 0)}"
+    return Plan(branch, text, _ordering(sort, limit, offset), n_columns)
+
+
+# -- what can be merged
+
+
+def _refused(what: str, instead: str | None = None) -> UnsupportedStatementError:
+    return UnsupportedStatementError(f"{what} cannot be answered exactly", hint=instead)
+
+
+def _refuse_unmergeable(statement: Select[Any]) -> None:
+    reasons = {
+        "DISTINCT over several logical shards": statement._distinct,
+        "HAVING over several logical shards": statement._having_criteria,
+        "FETCH over several logical shards": statement._fetch_clause is not None,
+        "SELECT … FOR UPDATE over several logical shards": statement._for_update_arg is not None,
+        "a statement with prefixes, suffixes or hints over several logical shards": (
+            statement._prefixes or statement._suffixes or statement._hints
+        ),
+        "a statement with CTEs over several logical shards": statement._independent_ctes,
+    }
+    for what, present in reasons.items():
+        if present:
+            raise _refused(what, "filter on one shard key")
+    sources = [*statement._from_obj, *(join[0] for join in statement._setup_joins)]
+    for element in [*statement._raw_columns, *sources]:
+        for part in () if isinstance(element, Table) else iterate(cast("Any", element)):
+            if isinstance(part, CTE) or (
+                isinstance(part, AliasedReturnsRows) and isinstance(part.element, SelectBase)
+            ):
+                raise _refused("a subquery in FROM over several logical shards")
+    for column in statement._raw_columns:
+        inner = _unlabelled(column)
+        if isinstance(inner, Column | Table) or _is_aggregate(inner):
+            continue
+        for part in iterate(inner):
+            if isinstance(part, Over):
+                raise _refused("a window function over several logical shards")
+            if isinstance(part, FunctionElement) and part.name.lower() not in _ROW_FUNCTIONS:
+                raise _refused(
+                    f"{part.name}() over several logical shards",
+                    "count, sum, min and max alone in their column are merged",
+                )
+
+
+def _refuse_unordered(expression: Any) -> None:
+    kind = getattr(expression, "type", None)
+    if isinstance(kind, _ORDERED_TYPES):
+        return
+    if isinstance(kind, String) and _collated_c(expression):
+        return
+    raise _refused(
+        f"ORDER BY {expression} of type {kind}",
+        'servers and client agree on text order only in the C collation: .collate("C")'
+        if isinstance(kind, String)
+        else "sort by a number, time, boolean, UUID or bytes",
+    )
+
+
+def _collated_c(expression: Any) -> bool:
+    right = getattr(expression, "right", None)
+    return isinstance(right, CollationClause) and right.collation == "C"
+
+
+# -- order and limit
+
+
+def _direction(clause: Any) -> tuple[ColumnElement[Any], bool, bool]:
+    """Return expression, descending and NULLs-first of one ORDER BY term."""
+    descending, nulls_first = False, None
+    while isinstance(clause, UnaryExpression) and clause.modifier is not None:
+        if clause.modifier is operators.desc_op:
+            descending = True
+        elif clause.modifier is operators.nulls_first_op:
+            nulls_first = True
+        elif clause.modifier is operators.nulls_last_op:
+            nulls_first = False
+        clause = clause.element
+    if not isinstance(clause, ColumnElement) or not hasattr(clause, "label"):
+        raise _refused(f"ORDER BY {clause}", "name columns of the model")
+    if isinstance(clause, Label):
+        clause = clause.element
+    elif hasattr(clause, "element") and isinstance(clause.element, Label):  # label reference
+        clause = clause.element.element
+    # PostgreSQL sorts NULL as larger than every value.
+    return clause, descending, descending if nulls_first is None else nulls_first
+
+
+def _ordering(
+    keys: Sequence[SortKey], limit: int | None, offset: int | None
+) -> Callable[[list[Sequence[Any]]], list[Sequence[Any]]]:
+    stop = None if limit is None else limit + (offset or 0)
+
+    def combine(rows: list[Sequence[Any]]) -> list[Sequence[Any]]:
+        # Stable, last key first; the runs of the servers are sorted, so this is one merge.
+        for key in reversed(keys):
+            rows.sort(key=_rank(key), reverse=key.descending)
+        return rows[offset or 0 : stop]
+
+    return combine
+
+
+def _rank(key: SortKey) -> Callable[[Sequence[Any]], tuple[bool, bool, Any]]:
+    position = key.position
+    # With `reverse` the larger rank comes first, so NULLs rank high exactly when that is wanted.
+    nulls_high = key.nulls_first is key.descending
+
+    def rank(row: Sequence[Any]) -> tuple[bool, bool, Any]:
+        value = row[position]
+        if value is None:
+            return (nulls_high, False, 0)
+        if value != value:  # noqa: PLR0124 - NaN, which PostgreSQL sorts above every number
+            return (not nulls_high, True, 0)
+        return (not nulls_high, False, value)
+
+    return rank
+
+
+def _count(clause: Any, params: Params) -> int | None:
+    """Return the value of LIMIT or OFFSET."""
+    if clause is None:
+        return None
+    value = clause.effective_value if isinstance(clause, BindParameter) else clause
+    if isinstance(clause, BindParameter) and isinstance(params, dict):
+        value = params.get(clause.key, value)
+    if not isinstance(value, int) or value < 0:
+        raise _refused(f"LIMIT or OFFSET {value}", "give a whole number from 0")
+    return value
+
+
+# -- aggregates
+
+
+def _sum(values: Iterable[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    return sum(known[1:], start=known[0]) if known else None
+
+
+def _least(values: Iterable[Any]) -> Any:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _greatest(values: Iterable[Any]) -> Any:
+    return max((value for value in values if value is not None), default=None)
+
+
+_COMBINERS: Final = {"count": _sum, "sum": _sum, "min": _least, "max": _greatest}
+
+
+def _is_aggregate(element: Any) -> bool:
+    return isinstance(element, FunctionElement) and element.name.lower() in _COMBINERS
+
+
+def _unlabelled(column: Any) -> Any:
+    while isinstance(column, Label | Grouping):
+        column = column.element
+    return column
+
+
+def _aggregate(column: Any) -> Callable[[Iterable[Any]], Any] | None:
+    """Return how partial values of an aggregate column combine, or None for another column."""
+    function = _unlabelled(column)
+    if not _is_aggregate(function):
+        return None
+    for part in iterate(function.clauses):
+        if isinstance(part, FunctionElement) and part.name.lower() not in _ROW_FUNCTIONS:
+            raise _refused(f"{part.name}() inside {function.name}()")
+        if isinstance(part, UnaryExpression) and part.operator is operators.distinct_op:
+            raise _refused(f"{function.name}(DISTINCT …) over several logical shards")
+    name = function.name.lower()
+    if name in ("min", "max"):
+        for argument in function.clauses:
+            _refuse_unordered(argument)
+    return _COMBINERS[name]
+
+
+def _grouping(
+    statement: Select[Any], aggregates: Sequence[Callable[[Iterable[Any]], Any] | None]
+) -> Callable[[list[Sequence[Any]]], list[Sequence[Any]]]:
+    columns = [_unlabelled(column) for column in statement._raw_columns]
+    grouped = [_unlabelled(clause) for clause in statement._group_by_clauses]
+    keys = [i for i, aggregate in enumerate(aggregates) if aggregate is None]
+    for i in keys:
+        if not isinstance(columns[i], ColumnElement):
+            raise _refused("whole entities beside aggregates", "select their columns")
+        if not any(columns[i].compare(clause) for clause in grouped):
+            raise _refused(f"column {columns[i]} outside GROUP BY")
+    for clause in grouped:
+        if not any(clause.compare(columns[i]) for i in keys):
+            raise _refused(f"GROUP BY {clause} without selecting it", "add it to the columns")
+
+    def combine(rows: list[Sequence[Any]]) -> list[Sequence[Any]]:
+        groups: dict[tuple[Any, ...], list[Sequence[Any]]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[i] for i in keys), []).append(row)
+        return [
+            [
+                aggregate(row[i] for row in parts) if aggregate else parts[0][i]
+                for i, aggregate in enumerate(aggregates)
+            ]
+            for parts in groups.values()
+        ]
+
+    return combine
+
+
+def _among(statement: Select[Any], clause: Any) -> SortKey:
+    """Return the sort key of an ORDER BY term of an aggregate query, which must be a column."""
+    expression, descending, nulls_first = _direction(clause)
+    for i, column in enumerate(statement._raw_columns):
+        inner = _unlabelled(column)
+        if isinstance(inner, ColumnElement) and inner.compare(expression):
+            _refuse_unordered(inner)
+            return SortKey(i, descending, nulls_first)
+    raise _refused(f"ORDER BY {expression} beside aggregates", "add it to the columns")
+
+
+def _then(
+    first: Callable[[list[Sequence[Any]]], list[Sequence[Any]]],
+    second: Callable[[list[Sequence[Any]]], list[Sequence[Any]]],
+) -> Callable[[list[Sequence[Any]]], list[Sequence[Any]]]:
+    return lambda rows: second(first(rows))

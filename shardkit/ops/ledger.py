@@ -1,0 +1,191 @@
+"""What has been applied where: one ledger per logical shard, read per physical shard.
+
+The table `shardkit_version` in each logical shard's schema holds one row per revision, written
+in the transaction of the revision itself, so that it moves, replicates and fails over with the
+tables it describes. One more row, `shardkit`, stands for the objects shardkit owns there.
+Called by `shardkit.ops.migrate`; decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from shardkit.ops.catalog import admin_statements, logical_shard_statements
+from shardkit.ops.revisions import Revision
+from shardkit.topology import PhysicalShard, schema_name
+
+__all__ = [
+    "OWN",
+    "Identity",
+    "Ledger",
+    "Ownership",
+    "admin_script",
+    "logical_shard_digest",
+    "read",
+    "shard_script",
+]
+
+OWN = "shardkit"
+"""Ledger row of the objects shardkit itself keeps in a logical shard's schema."""
+
+SCHEMAS_PER_QUERY = 512
+"""Ledgers read in one statement; each holds one lock of `max_locks_per_transaction`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose server this is, as it says itself."""
+
+    cluster: str
+    physical: str
+    n_logical_shards: int
+    id_epoch_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """One ownership row."""
+
+    epoch: int
+    state: str
+    moved_to: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Everything a physical shard says about its schemas.
+
+    Attributes:
+        identity: None on a server shardkit has not used yet.
+        is_replica: whether the server replays another one's log and takes no writes.
+        digest: of the admin schema's statements when they last ran.
+        ownership: rows by logical shard.
+        applied: checksum by revision, by logical shard; no entry before the first.
+    """
+
+    identity: Identity | None = None
+    is_replica: bool = False
+    digest: str | None = None
+    ownership: Mapping[int, Ownership] = field(default_factory=dict)
+    applied: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+
+
+def read(connection: psycopg.Connection[Any]) -> Ledger:
+    """Return the ledger of one physical shard, in four queries whatever its size."""
+    # AccessShareLock on catalogues only.
+    used = connection.execute(
+        "SELECT to_regclass('shardkit.identity') IS NOT NULL, "
+        "obj_description(to_regnamespace('shardkit'), 'pg_namespace'), pg_is_in_recovery()"
+    ).fetchone()
+    if used is None or not used[0]:
+        return Ledger(is_replica=bool(used and used[2]))
+    row = connection.execute(
+        "SELECT cluster, physical, logical_shards, id_epoch_ms FROM shardkit.identity"
+    ).fetchone()
+    # AccessShareLock on the ownership table; row and ledger name by logical shard.
+    owned = connection.execute(
+        "SELECT o.logical_shard, o.epoch, o.state, o.moved_to, to_regclass(format("
+        "'shard_%s.shardkit_version', lpad(o.logical_shard::text, 4, '0'))) IS NOT NULL "
+        "FROM shardkit.ownership AS o ORDER BY o.logical_shard"
+    ).fetchall()
+    applied: dict[int, dict[str, str]] = {n: {} for n, *_, has_ledger in owned if has_ledger}
+    numbers = list(applied)
+    for start in range(0, len(numbers), SCHEMAS_PER_QUERY):
+        # AccessShareLock on each ledger.
+        query = sql.SQL(" UNION ALL ").join(
+            sql.SQL("SELECT {}, revision, checksum FROM {}").format(
+                n, sql.Identifier(schema_name(n), "shardkit_version")
+            )
+            for n in numbers[start : start + SCHEMAS_PER_QUERY]
+        )
+        for number, revision, checksum in connection.execute(query):
+            applied[number][revision] = checksum
+    return Ledger(
+        identity=Identity(*row) if row else None,
+        is_replica=used[2],
+        digest=used[1],
+        ownership={n: Ownership(epoch, state, to) for n, epoch, state, to, _ in owned},
+        applied=applied,
+    )
+
+
+def admin_script(shard: PhysicalShard, *, cluster: str, n_logical_shards: int) -> tuple[str, str]:
+    """Return the SQL that creates or completes the admin schema, and its digest.
+
+    The digest is stored as the schema's comment: a server that carries it needs nothing.
+    """
+    statements = admin_statements(
+        cluster=cluster,
+        physical=shard.name,
+        n_logical_shards=n_logical_shards,
+        app_role=shard.primary.url.username or "",
+    )
+    text = _text(statements)
+    digest = f"shardkit {_digest(text)}"
+    comment = sql.SQL("COMMENT ON SCHEMA shardkit IS {}").format(digest)
+    return _text([sql.SQL(text), comment]), digest
+
+
+def logical_shard_digest(app_role: str) -> str:
+    """Return the digest of the objects shardkit keeps in every logical shard."""
+    return _digest(_text(_own_statements(0, app_role)))
+
+
+def shard_script(
+    logical_shard: int, *, own: bool, app_role: str, revisions: Iterable[Revision]
+) -> str:
+    """Return the SQL of one logical shard's transaction, without BEGIN and COMMIT.
+
+    Args:
+        logical_shard: whose schema it runs in.
+        own: whether the objects shardkit owns are created or completed first.
+        app_role: the application's login, which gets its rights.
+        revisions: what is applied, in order.
+    """
+    schema = sql.Identifier(schema_name(logical_shard))
+    parts: list[sql.Composable] = []
+    ledger: list[sql.Composable] = []
+    if own:
+        parts += _own_statements(logical_shard, app_role)
+        ledger.append(sql.SQL("({}, {})").format(OWN, logical_shard_digest(app_role)))
+    # No other schema: an unqualified name is this logical shard's or a built-in.
+    parts.append(sql.SQL("SET LOCAL search_path = {}").format(schema))
+    for revision in revisions:
+        parts += [sql.SQL(text) for text in revision.statements]
+        ledger.append(sql.SQL("({}, {})").format(revision.id, revision.checksum))
+    parts.append(
+        sql.SQL(
+            "INSERT INTO {}.shardkit_version (revision, checksum) VALUES {} ON CONFLICT (revision) "
+            "DO UPDATE SET checksum = excluded.checksum, applied_at = excluded.applied_at"
+        ).format(schema, sql.SQL(", ").join(ledger))
+    )
+    return _text(parts)
+
+
+def _own_statements(logical_shard: int, app_role: str) -> list[sql.Composable]:
+    ledger = sql.Identifier(schema_name(logical_shard), "shardkit_version")
+    return [
+        *logical_shard_statements(logical_shard, app_role=app_role),
+        sql.SQL(
+            "CREATE TABLE IF NOT EXISTS {} (revision text PRIMARY KEY, checksum text NOT NULL, "
+            "applied_at timestamptz NOT NULL DEFAULT now())"
+        ).format(ledger),
+        # Default privileges of the schema would let the application write here.
+        sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, sql.Identifier(app_role)),
+        sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, sql.Identifier(app_role)),
+    ]
+
+
+def _text(statements: Iterable[sql.Composable]) -> str:
+    # A line of its own for the semicolon: a statement may end in a `--` comment.
+    return "\n;\n".join(statement.as_string(None).strip() for statement in statements)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

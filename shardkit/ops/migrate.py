@@ -1,0 +1,254 @@
+"""`shardkit migrate`: every logical shard brought to the same revision, resumably.
+
+Physical shards are worked on in parallel, logical shards one transaction at a time: the DDL and
+its ledger row commit together, so a run that dies anywhere is continued by the next. One runner
+at a time per physical shard, by a session lock. Called by the command line and by tests; how a
+transaction runs is `shardkit.ops.apply`, what is to be done is `shardkit.ops.plan`.
+
+    revisions = load_revisions("app:migrations", folder=Path())
+    outcome = apply(topology, revisions)
+    if outcome.error:
+        raise outcome.error
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from shardkit.errors import (
+    EndpointUnavailableError,
+    RefusedError,
+    ShardkitError,
+)
+from shardkit.ops.apply import Limits, MigrationOutcome, run
+from shardkit.ops.direct import connect
+from shardkit.ops.ledger import Ledger, read
+from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
+from shardkit.ops.revisions import Revision, load, locate
+from shardkit.topology import Topology
+
+__all__ = [
+    "Limits",
+    "MigrationOutcome",
+    "MigrationPlan",
+    "MigrationStatus",
+    "PhysicalPlan",
+    "PhysicalStatus",
+    "apply",
+    "load_revisions",
+    "plan",
+    "status",
+]
+
+LOCK_KEY = 0x7368_6172_646B_6974
+"""Key of the session lock that keeps runners apart: "shardkit" in ASCII."""
+
+LOCK_PAUSE = 0.1
+"""Seconds between two attempts to get it."""
+
+Connections = dict[str, psycopg.Connection[tuple[Any, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalStatus:
+    """How far one physical shard is.
+
+    Attributes:
+        physical: its name.
+        n_logical_shards: logical shards it holds or is to hold.
+        at: number of logical shards by their last revision; "" stands for none.
+        pending: number of logical shards by revision they lack.
+        laggards: logical shards that lack something, ascending.
+        error: why nothing is known, or None.
+    """
+
+    physical: str
+    n_logical_shards: int = 0
+    at: Mapping[str, int] | None = None
+    pending: Mapping[str, int] | None = None
+    laggards: tuple[int, ...] = ()
+    error: ShardkitError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationStatus:
+    """How far the cluster is.
+
+    Attributes:
+        head: the newest revision; None when there is none.
+        physical: one entry per physical shard, in the order of the configuration.
+    """
+
+    head: str | None
+    physical: tuple[PhysicalStatus, ...]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether every logical shard has every revision."""
+        return not any(shard.laggards or shard.error for shard in self.physical)
+
+
+def load_revisions(location: str, *, folder: Path) -> tuple[Revision, ...]:
+    """Return the revisions of a `migrations.location`, oldest first; possibly none.
+
+    Args:
+        location: `package:folder` or a path.
+        folder: what a relative path is relative to.
+
+    Raises:
+        ConfigurationError: there is no such folder.
+        MigrationError: a revision cannot be used; it is named.
+    """
+    return load(locate(location, folder=folder))
+
+
+def plan(topology: Topology, revisions: Sequence[Revision]) -> MigrationPlan:
+    """Return what `apply` would do now; changes nothing.
+
+    Raises:
+        RefusedError: `apply` would be refused, and why.
+    """
+    with _connections(topology) as (connections, failures):
+        return decide(topology, revisions, _read(connections) | failures)
+
+
+def apply(
+    topology: Topology,
+    revisions: Sequence[Revision],
+    *,
+    limits: Limits | None = None,
+    on_plan: Callable[[MigrationPlan], None] | None = None,
+    on_done: Callable[[str, int], None] | None = None,
+) -> MigrationOutcome:
+    """Bring every logical shard to the newest revision, creating those that do not exist.
+
+    A physical shard that does not answer does not stop the others; the outcome names it. May
+    be interrupted or killed at any point and run again.
+
+    Args:
+        topology: the cluster.
+        revisions: oldest first, from `load_revisions`.
+        limits: timeouts and retries; None for the defaults.
+        on_plan: called once, before anything changes.
+        on_done: called with physical and logical shard after each, from several threads.
+
+    Raises:
+        RefusedError: nothing was changed: another runner is at work, a server belongs to
+            something else, or an applied revision was edited.
+    """
+    with _connections(topology) as (connections, failures):
+        limits = limits or Limits()
+        _lock(connections, limits.patience)
+        decided = decide(topology, revisions, _read(connections) | failures)
+        if on_plan:
+            on_plan(decided)
+        return run(
+            topology,
+            decided,
+            connections,
+            limits=limits,
+            on_done=on_done or (lambda _physical, _logical_shard: None),
+        )
+
+
+def status(topology: Topology, revisions: Sequence[Revision]) -> MigrationStatus:
+    """Return how far every physical shard is; changes nothing.
+
+    Raises:
+        RefusedError: a server belongs to something else, or an applied revision was edited.
+    """
+    with _connections(topology) as (connections, failures):
+        ledgers = _read(connections)
+        decided = decide(topology, revisions, ledgers | failures)
+    entries = []
+    for physical in decided.physical:
+        if physical.error:
+            entries.append(PhysicalStatus(physical.physical, error=physical.error))
+            continue
+        pending = Counter(r.id for work in physical.work for r in work.revisions)
+        at: Counter[str] = Counter()
+        for work in physical.work:
+            missing = {revision.id for revision in work.revisions}
+            done = [revision.id for revision in revisions if revision.id not in missing]
+            at[done[-1] if done else ""] += 1
+        if physical.n_current:
+            at[revisions[-1].id if revisions else ""] += physical.n_current
+        entries.append(
+            PhysicalStatus(
+                physical.physical,
+                n_logical_shards=len(physical.work) + physical.n_current + len(physical.waiting),
+                at=dict(at),
+                pending={r.id: pending[r.id] for r in revisions if pending[r.id]},
+                laggards=tuple(
+                    sorted([work.logical_shard for work in physical.work] + [*physical.waiting])
+                ),
+            )
+        )
+    return MigrationStatus(revisions[-1].id if revisions else None, tuple(entries))
+
+
+@contextlib.contextmanager
+def _connections(
+    topology: Topology,
+) -> Iterator[tuple[Connections, dict[str, Ledger | ShardkitError]]]:
+    """Connect to every primary at once; closing them releases their locks."""
+    connections: Connections = {}
+    failures: dict[str, Ledger | ShardkitError] = {}
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(max(1, len(topology.physical))) as pool:
+            futures = {
+                name: pool.submit(connect, shard, application="shardkit migrate")
+                for name, shard in topology.physical.items()
+            }
+        for name, future in futures.items():
+            try:
+                connections[name] = future.result()
+            except EndpointUnavailableError as error:
+                failures[name] = error
+            else:
+                stack.callback(connections[name].close)
+        yield connections, failures
+
+
+def _lock(connections: Connections, patience: float) -> None:
+    """Take the session lock on every server, always in the same order.
+
+    Raises:
+        RefusedError: another runner holds one.
+    """
+    for name in sorted(connections):
+        for left in range(round(patience / LOCK_PAUSE), -1, -1):
+            # A session lock, released by the server when the connection ends.
+            row = (
+                connections[name].execute("SELECT pg_try_advisory_lock(%s)", (LOCK_KEY,)).fetchone()
+            )
+            if row and row[0]:
+                break
+            if not left:
+                raise RefusedError(
+                    f"another `shardkit migrate` is at work on physical shard {name!r}",
+                    hint="wait for it to end; nothing was changed",
+                )
+            threading.Event().wait(LOCK_PAUSE)
+
+
+def _read(connections: Connections) -> dict[str, Ledger | ShardkitError]:
+    def one(name: str) -> Ledger | ShardkitError:
+        try:
+            return read(connections[name])
+        except psycopg.OperationalError as error:
+            return EndpointUnavailableError(
+                f"physical shard {name!r} went away", hint=str(error).strip()
+            )
+
+    with ThreadPoolExecutor(max(1, len(connections))) as pool:
+        return dict(zip(connections, pool.map(one, connections), strict=True))

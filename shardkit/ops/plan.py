@@ -1,0 +1,230 @@
+"""What a migration would do, decided from what every physical shard says: pure.
+
+Called by `shardkit.ops.migrate` with the ledgers it has read. Given the same ledgers it always
+decides the same, and it refuses before anything has changed. It never opens a connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardkit.errors import RefusedError, ShardkitError
+from shardkit.ids import EPOCH_MS
+from shardkit.ops.ledger import OWN, Identity, Ledger, admin_script, logical_shard_digest
+from shardkit.ops.revisions import Revision
+from shardkit.topology import Topology
+
+__all__ = ["MigrationPlan", "PhysicalPlan", "ShardWork", "decide"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """What one logical shard still needs.
+
+    Attributes:
+        logical_shard: its number.
+        own: whether the objects shardkit keeps there are created or completed.
+        is_new: whether its schema does not exist yet.
+        revisions: what is applied, in order.
+    """
+
+    logical_shard: int
+    own: bool
+    is_new: bool
+    revisions: tuple[Revision, ...]
+
+    @property
+    def transactions(self) -> tuple[tuple[bool, tuple[Revision, ...]], ...]:
+        """The transactions to run: `(own, revisions)` each.
+
+        A new schema has no readers to hold up and is made in one; a used one gets a
+        transaction per revision, so that locks are held as briefly as can be.
+        """
+        if self.is_new or not self.revisions:
+            return ((self.own, self.revisions),)
+        own = ((True, ()),) if self.own else ()
+        return (*own, *((False, (revision,)) for revision in self.revisions))
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalPlan:
+    """What one physical shard still needs.
+
+    Attributes:
+        physical: its name.
+        admin: whether its admin schema is created or completed.
+        work: logical shards with something to do, ascending.
+        n_current: logical shards with nothing to do.
+        waiting: why a logical shard is left alone for now, by number.
+        error: why the whole physical shard is left alone, or None.
+    """
+
+    physical: str
+    admin: bool = False
+    work: tuple[ShardWork, ...] = ()
+    n_current: int = 0
+    waiting: Mapping[int, str] = field(default_factory=dict)
+    error: ShardkitError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationPlan:
+    """What a migration would do.
+
+    Attributes:
+        revisions: every known revision, oldest first.
+        physical: one plan per physical shard, in the order of the configuration.
+    """
+
+    revisions: tuple[Revision, ...]
+    physical: tuple[PhysicalPlan, ...]
+
+    @property
+    def n_work(self) -> int:
+        """Logical shards with something to do."""
+        return sum(len(plan.work) for plan in self.physical)
+
+    @property
+    def pending(self) -> tuple[Revision, ...]:
+        """Revisions some logical shard lacks, oldest first."""
+        ids = {r.id for plan in self.physical for work in plan.work for r in work.revisions}
+        return tuple(revision for revision in self.revisions if revision.id in ids)
+
+
+def decide(
+    topology: Topology,
+    revisions: Sequence[Revision],
+    ledgers: Mapping[str, Ledger | ShardkitError],
+) -> MigrationPlan:
+    """Return what every logical shard still needs.
+
+    Args:
+        topology: whose first placement counts for logical shards that exist nowhere yet.
+        revisions: oldest first.
+        ledgers: what each physical shard says, or why it says nothing, by name.
+
+    Raises:
+        RefusedError: a server belongs to something else, a logical shard has two owners, or
+            an applied revision was edited or is unknown here.
+    """
+    known = {name: ledger for name, ledger in ledgers.items() if isinstance(ledger, Ledger)}
+    for name, ledger in known.items():
+        _check_identity(topology, name, ledger)
+        _check_revisions(name, ledger, revisions)
+    owners = _owners(known)
+    silent = sorted(ledgers.keys() - known.keys())
+    moved = any(owner != topology.shard_map.owner(n) for n, owner in owners.items())
+    plans = []
+    for name in topology.physical:
+        found = ledgers[name]
+        if isinstance(found, ShardkitError):
+            plans.append(PhysicalPlan(name, error=found))
+        else:
+            # Where rows and configuration disagree, silence may hide a logical shard's home.
+            uncertain = silent if moved else []
+            plans.append(
+                _plan(
+                    topology, name, found, owners=owners, revisions=revisions, uncertain=uncertain
+                )
+            )
+    return MigrationPlan(tuple(revisions), tuple(plans))
+
+
+def _plan(
+    topology: Topology,
+    name: str,
+    ledger: Ledger,
+    *,
+    owners: Mapping[int, str],
+    revisions: Sequence[Revision],
+    uncertain: Sequence[str],
+) -> PhysicalPlan:
+    shard = topology.physical[name]
+    own_digest = logical_shard_digest(shard.primary.url.username or "")
+    _, admin_digest = admin_script(
+        shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
+    )
+    work: list[ShardWork] = []
+    waiting: dict[int, str] = {}
+    n_current = 0
+    placed = {n for n in topology.shard_map.owned_by(name) if n not in owners}
+    for number in sorted(placed | {n for n, owner in owners.items() if owner == name}):
+        is_new = number in placed
+        if is_new and uncertain:
+            waiting[number] = f"not created while {', '.join(uncertain)} may hold it"
+            continue
+        if not is_new and (state := ledger.ownership[number].state) != "active":
+            waiting[number] = f"is {state}: a move is under way"
+            continue
+        applied = ledger.applied.get(number, {})
+        own = applied.get(OWN) != own_digest
+        missing = tuple(revision for revision in revisions if revision.id not in applied)
+        if own or missing:
+            work.append(ShardWork(number, own, is_new or not applied, missing))
+        else:
+            n_current += 1
+    admin = ledger.identity is None or ledger.digest != admin_digest
+    return PhysicalPlan(name, admin, tuple(work), n_current, waiting)
+
+
+def _check_identity(topology: Topology, name: str, ledger: Ledger) -> None:
+    if ledger.is_replica:
+        raise RefusedError(
+            f"physical shard {name!r}: the address of its primary leads to a replica",
+            hint=f"correct physical.{name}.primary (or .admin) after a failover",
+        )
+    expected = Identity(topology.name, name, topology.n_logical_shards, EPOCH_MS)
+    if ledger.identity in {None, expected}:
+        return
+    raise RefusedError(
+        f"physical shard {name!r}: the server says it is {ledger.identity}, "
+        f"the configuration says {expected}",
+        hint="name the right server; the number of logical shards and the id epoch never change",
+    )
+
+
+def _check_revisions(name: str, ledger: Ledger, revisions: Sequence[Revision]) -> None:
+    expected = {revision.id: revision.checksum for revision in revisions}
+    for number, applied in ledger.applied.items():
+        if ledger.ownership[number].state == "retired":
+            continue
+        for revision, checksum in applied.items():
+            if revision == OWN:
+                continue
+            if revision not in expected:
+                raise RefusedError(
+                    f"revision {revision} is applied on {name!r} but unknown here",
+                    hint="run the version of the code that has it, or a newer one",
+                    logical_shard=number,
+                )
+            if checksum != expected[revision]:
+                raise RefusedError(
+                    f"revision {revision} was edited after it was applied on {name!r}",
+                    hint="restore its file and write the change as a new revision",
+                    logical_shard=number,
+                )
+
+
+def _owners(ledgers: Mapping[str, Ledger]) -> dict[int, str]:
+    """Return the physical shard of every logical shard that exists: the highest epoch wins.
+
+    A logical shard that was only handed over belongs to where it went, answering or not.
+    """
+    best: dict[int, tuple[int, bool, str]] = {}
+    for name, ledger in ledgers.items():
+        for number, row in ledger.ownership.items():
+            if row.state == "importing":
+                continue
+            active = row.state != "retired"
+            owner = name if active else row.moved_to or name
+            claim = (row.epoch, active, owner)
+            other = best.get(number)
+            if other and other[:2] == claim[:2] and active:
+                raise RefusedError(
+                    f"both {other[2]!r} and {name!r} own it at epoch {row.epoch}",
+                    hint="keep one: retire the other's row in shardkit.ownership by hand",
+                    logical_shard=number,
+                )
+            best[number] = max(best.get(number, claim), claim)
+    return {number: owner for number, (_, _, owner) in best.items()}

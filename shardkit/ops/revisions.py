@@ -1,0 +1,161 @@
+"""Alembic revisions as plain SQL: written once by the author, run on every logical shard.
+
+Each revision's `upgrade()` runs exactly once per command, in Alembic's offline mode, with no
+schema in any name; what it emits is kept as text. Alembic's `op` is one global proxy, so this
+happens in one thread; everything after it works on values. Called by `shardkit.ops.migrate`;
+never opens a connection. Revisions that need one are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from alembic.script import Script, ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Dialect
+
+from shardkit.errors import ConfigurationError, MigrationError
+from shardkit.ops.safety import check
+
+__all__ = ["Revision", "load", "locate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One step of the schema, rendered.
+
+    Attributes:
+        id: Alembic's identifier.
+        summary: first line of the revision's docstring.
+        path: the file it came from.
+        statements: the SQL of `upgrade()`, in order; possibly empty (a merge).
+        checksum: digest of the statements, white space apart; kept in the ledger.
+    """
+
+    id: str
+    summary: str
+    path: Path
+    statements: tuple[str, ...]
+    checksum: str
+
+
+def locate(location: str, *, folder: Path) -> Path:
+    """Return the folder a `migrations.location` names.
+
+    Args:
+        location: `package:folder` for revisions shipped inside a package, else a path.
+        folder: what a relative path is relative to: the folder of `shardkit.toml`.
+
+    Raises:
+        ConfigurationError: there is no such package or folder.
+    """
+    package, colon, inside = location.partition(":")
+    if colon:
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigurationError(
+                f"migrations.location: there is no package {package!r}",
+                hint="install it, run from its folder, or give a path",
+            )
+        found = Path(spec.submodule_search_locations[0]) / inside
+    else:
+        found = folder / location
+    if not found.is_dir():
+        raise ConfigurationError(
+            f"migrations.location: {found} is not a folder",
+            hint='write "package:folder" or a path from the folder of shardkit.toml',
+        )
+    return found
+
+
+def load(folder: Path) -> tuple[Revision, ...]:
+    """Read and render every revision of a folder, oldest first; possibly none.
+
+    Args:
+        folder: holds the revision files, directly or in `versions/` as Alembic lays it out.
+
+    Raises:
+        MigrationError: a revision cannot be loaded or rendered, has several heads, or contains
+            a statement `shardkit.ops.safety` refuses; the revision is named.
+    """
+    versions = folder / "versions"
+    script = ScriptDirectory(
+        str(folder), version_locations=[str(versions if versions.is_dir() else folder)]
+    )
+    try:
+        with warnings.catch_warnings():
+            # Alembic only warns about a missing predecessor, and forgets the revision.
+            warnings.filterwarnings("error", message="Revision .* is not present")
+            heads = script.get_heads()
+        if len(heads) > 1:
+            raise MigrationError(
+                f"{folder}: there are {len(heads)} heads: {', '.join(sorted(heads))}",
+                hint="merge them with `alembic merge heads`",
+            )
+        scripts = list(script.walk_revisions())
+    except (CommandError, ImportError, SyntaxError, UserWarning) as error:
+        raise MigrationError(f"{folder}: revisions cannot be loaded: {error}") from error
+    return tuple(_render(item) for item in reversed(scripts))
+
+
+class _NoConnection:
+    """What `op.get_bind()` returns: it knows the dialect and refuses everything else."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"there is no connection to call {name}() on")
+
+
+def _render(script: Script) -> Revision:
+    statements: list[str] = []
+    context = MigrationContext.configure(
+        dialect_name="postgresql",
+        # Any other style doubles the percent signs of literals.
+        dialect_opts={"paramstyle": "named"},
+        opts={"as_sql": True, "output_buffer": io.StringIO()},
+    )
+    # Alembic's stand-in would drop the parameters of what is executed through it.
+    context.impl.connection = context.connection = _NoConnection(context.dialect)  # type: ignore[assignment]
+    context.impl.static_output = statements.append  # type: ignore[method-assign, assignment]
+    try:
+        with Operations.context(context):
+            script.module.upgrade()
+    except Exception as error:
+        raise MigrationError(
+            f"revision {script.revision}: upgrade() cannot be written as plain SQL: {error}",
+            hint="it runs without a connection; use op.* and op.execute() with literal SQL, "
+            f"and bulk_insert() with typed columns, in {script.path}",
+        ) from error
+    for statement in statements:
+        if finding := check(statement):
+            raise MigrationError(
+                f"revision {script.revision} {finding.problem}: {finding.statement}",
+                hint=finding.remedy,
+            )
+    return Revision(
+        id=script.revision,
+        summary=(script.doc or "").strip().splitlines()[0] if script.doc else "",
+        path=Path(script.path),
+        statements=tuple(text.strip().rstrip(";") for text in statements),
+        checksum=checksum(statements),
+    )
+
+
+def checksum(statements: list[str] | tuple[str, ...]) -> str:
+    """Return a digest of statements that ignores how they are laid out."""
+    plain = "\0".join(re.sub(r"[\s;]+", " ", text).strip() for text in statements)
+    return hashlib.sha256(plain.encode()).hexdigest()

@@ -1,0 +1,176 @@
+"""Uploaded pictures: what is taken, what is refused, and what is left of the metadata."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pyvips
+
+from app.errors import (
+    DamagedImageError,
+    EmptyUploadError,
+    TooManyPixelsError,
+    UnsupportedImageError,
+    UploadError,
+)
+from app.photos.images import SIZES, ImageLimits, ImageWorkers
+from app.photos.store import FileBlobStore
+from tests.app import pictures
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[ImageWorkers]:
+    workers = ImageWorkers(1)
+    yield workers
+    await workers.close()
+
+
+def opened(data: bytes) -> Any:
+    return pyvips.Image.new_from_buffer(data, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "shape"),
+    [
+        (pictures.jpeg(), (1080, 810)),
+        (pictures.png(), (800, 600)),
+        (pictures.webp(), (640, 800)),
+        (pictures.jpeg(1, 1), (1, 1)),
+        (pictures.jpeg(8000, 40), (1080, 5)),
+        (pictures.jpeg(orientation=6), (810, 1080)),
+    ],
+    ids=["jpeg", "png with alpha", "webp", "one pixel", "panorama", "turned"],
+)
+async def test_four_sizes(workers: ImageWorkers, data: bytes, shape: tuple[int, int]) -> None:
+    prepared = await workers.prepare(data)
+
+    assert (prepared.width, prepared.height) == shape
+    assert tuple(prepared.sizes) == SIZES
+    for size, made in prepared.sizes.items():
+        picture = opened(made)
+        assert made.startswith(b"\xff\xd8\xff")
+        assert max(picture.width, picture.height) <= size
+        assert picture.bands in {1, 3}
+    small = opened(prepared.sizes[150])
+    if min(shape) >= 150:
+        assert (small.width, small.height) == (150, 150)
+
+
+async def test_all_metadata_is_gone(workers: ImageWorkers) -> None:
+    source = pictures.jpeg(gps=True, orientation=6)
+    assert b"Secret Person" in source
+
+    prepared = await workers.prepare(source)
+
+    for made in prepared.sizes.values():
+        assert b"Secret" not in made
+        assert b"Exif" not in made
+        fields = opened(made).get_fields()
+        assert not [name for name in fields if name.startswith(("exif", "xmp", "iptc"))]
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", EmptyUploadError),
+        (b"\xff", UnsupportedImageError),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", UnsupportedImageError),
+        (b"<!doctype html><script>1</script>", UnsupportedImageError),
+        (b"GIF89a" + bytes(200), UnsupportedImageError),
+        (b"RIFF\0\0\0\0WAVEfmt " + bytes(100), UnsupportedImageError),
+        (b"\xff\xd8\xff" + bytes(500), DamagedImageError),
+        (pictures.jpeg()[: len(pictures.jpeg()) // 2], DamagedImageError),
+        (pictures.png()[:-2000], DamagedImageError),
+        (pictures.webp()[:-500], DamagedImageError),
+        (pictures.bomb_png(), TooManyPixelsError),
+    ],
+    ids=[
+        "empty",
+        "one byte",
+        "svg",
+        "html",
+        "gif",
+        "wave in riff",
+        "magic only",
+        "half a jpeg",
+        "cut png",
+        "cut webp",
+        "30000 x 30000 png",
+    ],
+)
+async def test_refused(workers: ImageWorkers, data: bytes, error: type[UploadError]) -> None:
+    with pytest.raises(error):
+        await workers.prepare(data)
+
+    assert (await workers.prepare(pictures.jpeg(200, 200))).width == 200
+
+
+async def test_memory_limit_refuses_and_the_next_picture_works() -> None:
+    workers = ImageWorkers(1, replace(ImageLimits(), max_pixels=1 << 40, memory_bytes=200 << 20))
+    try:
+        with pytest.raises(DamagedImageError):
+            await workers.prepare(interlaced_giant())
+        assert (await workers.prepare(pictures.jpeg(200, 200))).width == 200
+    finally:
+        await workers.close()
+
+
+def interlaced_giant() -> bytes:
+    """Return a PNG whose decoder has to hold all of its 190 MB at once."""
+    return bytes(
+        pyvips.Image.black(8000, 8000, bands=3).pngsave_buffer(compression=1, interlace=True)
+    )
+
+
+async def test_killed_worker_costs_one_upload(workers: ImageWorkers) -> None:
+    await workers.prepare(pictures.jpeg(200, 200))
+    (process,) = workers._idle
+    os.kill(process.pid, signal.SIGKILL)
+    await process.wait()
+
+    assert (await workers.prepare(pictures.jpeg(200, 200))).width == 200
+
+
+async def test_timeout_kills_the_worker() -> None:
+    workers = ImageWorkers(1, replace(ImageLimits(), timeout=0.001))
+    with pytest.raises(DamagedImageError):
+        await workers.prepare(pictures.jpeg())
+    assert not workers._idle
+    await workers.close()
+
+
+async def test_files_store_all_sizes_or_none(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path / "media")
+    key = "0123456789abcdef" * 2
+
+    assert await store.get(key, 150) is None
+    await store.put(key, {150: b"small", 1080: b"large"})
+    await store.put(key, {150: b"small", 1080: b"large"})
+    assert await store.get(key, 1080) == b"large"
+    assert await store.get(key, 640) is None
+    assert leftovers(tmp_path) == []
+
+    await store.delete(key)
+    await store.delete(key)
+    assert await store.get(key, 150) is None
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return list(folder.rglob(".draft*"))
+
+
+@pytest.mark.parametrize("key", ["", "../../etc/passwd", "0" * 31, "G" * 32, "0" * 31 + "\n"])
+async def test_files_store_refuses_other_keys(tmp_path: Path, key: str) -> None:
+    store = FileBlobStore(tmp_path)
+    assert await store.get(key, 150) is None
+    await store.delete(key)
+    with pytest.raises(ValueError, match="not a blob key"):
+        await store.put(key, {150: b""})

@@ -1,0 +1,44 @@
+"""Every module says what it is for, and exports what it says."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shardkit
+
+MODULES = [
+    "shardkit",
+    *(
+        found.name
+        for found in pkgutil.walk_packages(shardkit.__path__, "shardkit.")
+        if not found.name.endswith("__main__")
+    ),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_has_a_text_and_exports_what_it_says(name: str) -> None:
+    module = importlib.import_module(name)
+    assert (module.__doc__ or "").strip(), "a module begins with its one job"
+    exported = getattr(module, "__all__", ())
+    assert len(set(exported)) == len(exported)
+    missing = [item for item in exported if not hasattr(module, item)]
+    assert not missing, "named in __all__ but not there"
+
+
+def test_imports_go_down_the_ladder_only() -> None:
+    program = Path(sys.executable).with_name("lint-imports")
+    run = subprocess.run(
+        [str(program), "--no-cache"],
+        cwd=Path(shardkit.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,118 @@
+"""Alembic revisions rendered to SQL, once, without a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardkit.errors import ConfigurationError, MigrationError
+from shardkit.ops.revisions import checksum, load, locate
+
+Write = Callable[..., None]
+
+TABLE = 'op.create_table("t", sa.Column("a", sa.Integer, server_default="5%% or %"))'
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a revision file: id, body of upgrade(), the revision before it."""
+
+    def _write(id: str, body: str, down: str | None = None) -> None:  # noqa: A002
+        tmp_path.joinpath(f"{id}.py").write_text(
+            f'"""Revision {id}."""\nimport sqlalchemy as sa\nfrom alembic import op\n'
+            f"revision = {id!r}\ndown_revision = {down!r}\n\n\ndef upgrade():\n    {body}\n"
+        )
+
+    return _write
+
+
+def test_revisions_come_oldest_first_as_plain_sql(tmp_path: Path, write: Write) -> None:
+    write("r2", 'op.add_column("t", sa.Column("b", sa.Text))', "r1")
+    write("r1", TABLE)
+    first, second = load(tmp_path)
+    assert (first.id, second.id) == ("r1", "r2")
+    assert first.summary == "Revision r1."
+    assert first.statements[0].startswith("CREATE TABLE t (")
+    assert "'5%% or %'" in first.statements[0]
+    assert second.statements == ("ALTER TABLE t ADD COLUMN b TEXT",)
+
+
+def test_the_versions_folder_of_alembic_is_found(tmp_path: Path, write: Write) -> None:
+    write("r1", "pass")
+    versions = tmp_path / "versions"
+    versions.mkdir()
+    (tmp_path / "r1.py").rename(versions / "r1.py")
+    assert [revision.id for revision in load(tmp_path)] == ["r1"]
+
+
+def test_an_empty_folder_has_no_revisions(tmp_path: Path) -> None:
+    assert load(tmp_path) == ()
+
+
+def test_the_checksum_ignores_layout_but_not_meaning(tmp_path: Path, write: Write) -> None:
+    assert checksum(["CREATE TABLE t (\n  a int)"]) == checksum(["CREATE TABLE t ( a int);"])
+    assert checksum(["SELECT 1"]) != checksum(["SELECT 2"])
+    write("r1", 'op.execute("SELECT 1")')
+    before = load(tmp_path)[0].checksum
+    write("r1", 'op.execute("SELECT 2")')
+    assert load(tmp_path)[0].checksum != before
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'op.get_bind().execute(sa.text("SELECT 1")).scalar()',
+        'op.get_bind().execute(sa.text("SELECT :a"), {"a": 1})',
+        "sa.inspect(op.get_bind()).get_table_names()",
+        "raise RuntimeError",
+        'op.execute("COMMIT")',
+        'op.execute("SET search_path = public")',
+        'op.create_index("i", "t", ["a"], postgresql_concurrently=True)',
+        'with op.get_context().autocommit_block(): op.execute("SELECT 1")',
+        'op.create_table("t", sa.Column("a", sa.Integer), schema="shard_0001")',
+    ],
+)
+def test_what_cannot_run_on_every_logical_shard_is_refused_by_name(
+    tmp_path: Path, write: Write, body: str
+) -> None:
+    write("r1", body)
+    with pytest.raises(MigrationError, match="revision r1") as caught:
+        load(tmp_path)
+    assert caught.value.hint
+
+
+def test_several_heads_are_refused(tmp_path: Path, write: Write) -> None:
+    write("r1", "pass")
+    write("r2", "pass", "r1")
+    write("r3", "pass", "r1")
+    with pytest.raises(MigrationError, match="2 heads: r2, r3"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["def broken(:", "import there_is_no_such_module"])
+def test_a_file_that_does_not_import_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r1.py").write_text(text + "\nrevision = 'r1'\ndown_revision = None\n")
+    with pytest.raises(MigrationError, match="revisions cannot be loaded"):
+        load(tmp_path)
+
+
+def test_a_missing_predecessor_is_named(tmp_path: Path, write: Write) -> None:
+    write("r2", "pass", "r1")
+    with pytest.raises(MigrationError, match="r1"):
+        load(tmp_path)
+
+
+def test_a_location_is_a_package_folder_or_a_path(tmp_path: Path) -> None:
+    assert locate("shardkit:ops", folder=tmp_path).name == "ops"
+    (tmp_path / "here").mkdir()
+    assert locate("here", folder=tmp_path) == tmp_path / "here"
+
+
+@pytest.mark.parametrize("location", ["nowhere", "no_such_package:x", "shardkit:nowhere", ":x"])
+def test_a_location_that_leads_nowhere_is_a_configuration_error(
+    tmp_path: Path, location: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"migrations\.location"):
+        locate(location, folder=tmp_path)
