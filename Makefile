@@ -47,7 +47,7 @@ lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .v
 		--custom-compile-command "make lock" --upgrade -o requirements.lock
 
 clean: ## stop the embedded cluster; remove it, the virtual environment and caches
-	@if [ -x $(BIN)/shardkit ]; then $(BIN)/shardkit local down --purge || true; fi
+	@if [ -x $(BIN)/shardkit ]; then $(BIN)/shardkit local down --delete-data || true; fi
 	@rm -rf .venv .shardkit .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache dist build
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

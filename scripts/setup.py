@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -81,7 +82,12 @@ def virtual_environment() -> None:
 
 def wanted() -> str:
     """Return a digest of everything the environment depends on."""
-    parts = [LOCK.read_bytes(), (ROOT / "pyproject.toml").read_bytes()]
+    import tomllib  # noqa: PLC0415  an older python3 gets as far as being refused
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    # The tools' settings take effect without a new environment.
+    metadata = json.dumps({name: table for name, table in project.items() if name != "tool"})
+    parts = [LOCK.read_bytes(), metadata.encode()]
     parts += [sys.version.encode(), str(ROOT).encode(), sys.executable.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -200,4 +206,7 @@ def fail(problem: str, remedy: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("set-up: interrupted; run it again")

@@ -1,5 +1,8 @@
-"""`python -m shardkit` runs the command line."""
+"""Runs the command line: `python -m shardkit`."""
+
+from __future__ import annotations
 
 from shardkit.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

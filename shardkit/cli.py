@@ -1,8 +1,9 @@
-"""The root of the command line: mounts the groups, turns errors into one line and an exit code.
+"""The `shardkit` command: mounts the command groups and turns errors into exit codes.
 
-    0 done    1 failed    2 usage or configuration    3 refused as unsafe    4 try again
+    0  done        2  wrong usage or configuration       4  cannot now, try again
+    1  failed      3  refused as unsafe                  130  interrupted
 
-It parses and prints; every decision is a function elsewhere.
+Groups live in `shardkit.commands`; they parse, call a function and print. No decisions here.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import click
 import typer
 
-from shardkit.commands import ids, migrate
+from shardkit.commands import ids, local, migrate
 from shardkit.errors import ConfigurationError, IdError, RefusedError, ShardkitError
 
 __all__ = ["app", "exit_code", "main"]
@@ -21,26 +23,41 @@ app = typer.Typer(
     name="shardkit",
     help="Many logical shards on a few PostgreSQL servers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(migrate.group, name="migrate")
-app.add_typer(ids.group, name="ids")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits the process."""
-    try:
-        app(args=arguments)
-    except ShardkitError as error:
-        print(f"shardkit: {error}", file=sys.stderr)
-        sys.exit(exit_code(error))
+app.add_typer(local.app, name="local")
+app.add_typer(migrate.app, name="migrate")
+app.add_typer(ids.app, name="ids")
 
 
 def exit_code(error: ShardkitError) -> int:
-    """Return the exit code an error stands for."""
+    """Return the exit code of an error: 2 wrong input, 3 refused, 4 retryable, else 1."""
     if isinstance(error, ConfigurationError | IdError):
         return 2
     if isinstance(error, RefusedError):
         return 3
     return 4 if error.retryable else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        arguments: what follows the program's name; None for those of the process.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except ShardkitError as error:
+        where = f" [{error.endpoint}]" if error.endpoint else ""
+        colour = "red" if sys.stderr.isatty() else None
+        typer.secho(f"error: {error.message}{where}", fg=colour, err=True)
+        if error.hint:
+            typer.echo(f"hint: {error.hint}", err=True)
+        sys.exit(exit_code(error))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -18,13 +18,13 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from shardkit import gather
+from shardkit import scatter
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import PoolConfig
 from shardkit.errors import (
@@ -83,7 +83,7 @@ class _Core:
         self._pool = pool or PoolConfig()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int], Engine] = {}
-        self._gatherers: dict[tuple[Endpoint, Purpose], Engine] = {}
+        self._scatterers: dict[tuple[Endpoint, Purpose], Engine] = {}
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_connections(reference()))
 
@@ -120,12 +120,12 @@ class _Core:
             self._views[key] = view
         return view
 
-    def gather_engine(self, endpoint: Endpoint, purpose: Purpose) -> Engine:
+    def scatter_engine(self, endpoint: Endpoint, purpose: Purpose) -> Engine:
         """Return a view of an endpoint's engine that runs one statement over many schemas."""
         key = (endpoint, purpose)
-        if key not in self._gatherers:
-            self._gatherers[key] = gather.view(self.engine(endpoint, purpose))
-        return self._gatherers[key]
+        if key not in self._scatterers:
+            self._scatterers[key] = scatter.view(self.engine(endpoint, purpose))
+        return self._scatterers[key]
 
     def physical_of(self, logical_shard: int) -> str:
         """Return the name of the physical shard that holds a logical shard."""
@@ -142,15 +142,15 @@ class _Core:
             groups.setdefault(self.physical_of(shard), []).append(shard)
         return {physical: tuple(shards) for physical, shards in groups.items()}
 
-    def connect(self, engine: Engine, endpoint: Endpoint) -> Any:
-        """Check a connection out.
+    def connect(self, engine: Engine, endpoint: Endpoint) -> Connection:
+        """Check a connection out that begins no transaction by itself.
 
         Raises:
             PoolTimeoutError: none came free in time (retryable).
             EndpointUnavailableError: the server refuses connections (retryable).
         """
         try:
-            return engine.connect()
+            return Connection(engine, _allow_autobegin=False)
         except (PoolExhaustedError, DBAPIError) as error:
             raise connection_error(error, endpoint) from error
 
@@ -205,7 +205,7 @@ class Connections(_Core):
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         if len(tasks) > 1 and self._threads is None:
             self._threads = ThreadPoolExecutor(
-                max_workers=4 * len(self.topology.physical), thread_name_prefix="shardkit-gather"
+                max_workers=4 * len(self.topology.physical), thread_name_prefix="shardkit-scatter"
             )
         # The caller's own thread takes the last task instead of only waiting.
         waiting = [self._threads.submit(task) for task in tasks[:-1]] if self._threads else []
@@ -226,7 +226,10 @@ class AsyncConnections(_Core):
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         async def run() -> list[T | Exception]:
-            return await asyncio.gather(*(greenlet_spawn(_outcome, task) for task in tasks))
+            outcomes: list[T | Exception] = await asyncio.gather(
+                *(greenlet_spawn(_outcome, task) for task in tasks)
+            )
+            return outcomes
 
         return await_only(run())
 

@@ -4,8 +4,8 @@
     ├── ConfigurationError
     ├── RoutingError
     │   ├── NoShardKeyError
+    │   │   └── ScatterNotAllowedError
     │   ├── InvalidShardKeyError
-    │   ├── ScatterNotAllowedError
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError

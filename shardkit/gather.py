@@ -1,18 +1,16 @@
-"""Scatter and exact merge: one statement over many logical shards, or a refusal.
+"""What a statement over several logical shards becomes: a plan, or a refusal.
 
-`plan` decides, from the statement alone: what every logical shard runs (the branch), what each
-server does with the union of its branches, and how the answers of the servers combine. It
-refuses whatever it cannot combine exactly. `view` makes the engine on which the branch, compiled
-once by SQLAlchemy, runs as one UNION ALL over the schemas of a server, with ORDER BY and LIMIT
-outside, where PostgreSQL turns them into a MergeAppend. Source: docs/architecture.md, decision 4.
+Pure. `plan` decides from the statement alone: what every logical shard runs (the branch), what
+each server does with the union of its branches, and how the answers of the servers combine into
+the rows one unsharded server would have given. It refuses whatever it cannot combine exactly.
+`shardkit.scatter` runs the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import (
     BindParameter,
@@ -20,7 +18,6 @@ from sqlalchemy import (
     Column,
     Date,
     DateTime,
-    Engine,
     Float,
     Integer,
     Interval,
@@ -34,26 +31,18 @@ from sqlalchemy import (
     Time,
     UnaryExpression,
     Uuid,
-    event,
 )
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import CollationClause, ColumnElement, Grouping
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, FromClause, SelectBase
+from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, SelectBase
 from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
 from shardkit.statements import Params
-from shardkit.topology import schema_name
 
-__all__ = ["OPTION", "Plan", "Scatter", "compose", "plan", "sql_of", "view"]
+__all__ = ["Plan", "plan"]
 
-OPTION: Final = "shardkit_scatter"
-"""Execution option that carries the `Scatter` of a statement to its server."""
-
-_ANY_SCHEMA: Final = "shardkit_any_shard"
-_DIALECT: Final = PGDialect_psycopg()
 _SORT: Final = "shardkit_sort_{}"
 
 # Collations differ between servers and from Python; these types order alike everywhere.
@@ -62,22 +51,8 @@ _ORDERED_TYPES = (
 )  # fmt: skip
 # Functions of one row. Any other may be an aggregate, which does not distribute over a union.
 _ROW_FUNCTIONS = frozenset(
-    "abs ceil char_length coalesce date_part date_trunc extract floor greatest jsonb_array_length "
-    "least length lower nullif round upper".split()
+    ["abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor", "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round", "upper"]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Scatter:
-    """What one server runs.
-
-    Attributes:
-        shards: the logical shards of that server to ask.
-        tail: ORDER BY and LIMIT of their union, or nothing.
-    """
-
-    shards: tuple[int, ...]
-    tail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,41 +118,6 @@ def plan(statement: Any, params: Params) -> Plan:
     return Plan(branch, text, _ordering(sort, limit, offset), n_columns)
 
 
-def view(engine: Engine) -> Engine:
-    """Return a view of an engine that runs statements carrying `OPTION` over many schemas."""
-    gatherer = engine.execution_options(schema_translate_map={None: _ANY_SCHEMA})
-    event.listen(gatherer, "before_cursor_execute", _scatter, retval=True)
-    return gatherer
-
-
-@lru_cache(maxsize=512)
-def compose(branch: str, scatter: Scatter) -> str:
-    """Return the SQL of one server: the union of a branch over its schemas, and the tail.
-
-    Args:
-        branch: compiled for the view's engine, so that its schema is a placeholder.
-        scatter: the schemas and the tail.
-    """
-    union = " UNION ALL ".join(
-        branch.replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.") for shard in scatter.shards
-    )
-    return union + scatter.tail
-
-
-def sql_of(branch: Any, scatter: Scatter) -> str:
-    """Return the SQL of one server for people to read; values stay parameters."""
-    compiled = branch.compile(dialect=_DIALECT, schema_translate_map={None: _ANY_SCHEMA})
-    text = compiled.preparer._render_schema_translates(compiled.string, {None: _ANY_SCHEMA})
-    return compose(text, scatter)
-
-
-def _scatter(
-    _connection: Any, _cursor: Any, statement: str, parameters: Any, context: Any, _many: bool
-) -> tuple[str, Any]:
-    scatter = context.execution_options.get(OPTION)
-    return (compose(statement, scatter) if scatter else statement), parameters
-
-
 # -- what can be merged
 
 
@@ -201,14 +141,14 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
             raise _refused(what, "filter on one shard key")
     sources = [*statement._from_obj, *(join[0] for join in statement._setup_joins)]
     for element in [*statement._raw_columns, *sources]:
-        for part in () if isinstance(element, Table) else iterate(element):
+        for part in () if isinstance(element, Table) else iterate(cast("Any", element)):
             if isinstance(part, CTE) or (
                 isinstance(part, AliasedReturnsRows) and isinstance(part.element, SelectBase)
             ):
                 raise _refused("a subquery in FROM over several logical shards")
     for column in statement._raw_columns:
         inner = _unlabelled(column)
-        if isinstance(inner, Column | FromClause) or _is_aggregate(inner):
+        if isinstance(inner, Column | Table) or _is_aggregate(inner):
             continue
         for part in iterate(inner):
             if isinstance(part, Over):

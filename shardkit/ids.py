@@ -200,8 +200,8 @@ class IdMinter:
         Raises:
             UnavailableError: a lease could not be fetched (retryable).
         """
+        now = self._clock.monotonic()
         with self._lock:
-            now = self._clock.monotonic()
             minted = {
                 shard: block.take(n, now=now) if (block := self._blocks.get(shard)) else []
                 for shard, n in counts.items()

@@ -36,6 +36,7 @@ class Sharding:
         minted: attribute of the id minted at flush, or None when the class maps its own
             primary key. The minted id carries the shard whatever the strategy.
         placing: how each column that determines the shard names it: column name to strategy.
+        attributes: names of the attributes of those columns.
         identity: position in the primary key of the column that places, with its strategy.
     """
 
@@ -44,6 +45,7 @@ class Sharding:
     strategy: Strategy
     minted: str | None
     placing: dict[str, Strategy]
+    attributes: tuple[str, ...]
     identity: tuple[int, Strategy]
 
     def shard_of_identity(self, router: Router, identity: tuple[Any, ...]) -> int:
@@ -155,7 +157,8 @@ def _sharding(cls: type[Any], minted: str | None) -> Sharding:
             "so equal keys could name two rows",
             hint="add the shard key to the primary key, or map none and get a minted id",
         )
-    return Sharding(key, key_column, strategy, minted, placing, identity)
+    attributes = (key,) if minted in (None, key) else (key, minted)
+    return Sharding(key, key_column, strategy, minted, placing, attributes, identity)
 
 
 def _maps_primary_key(cls: type[Any]) -> bool:

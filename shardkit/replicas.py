@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from shardkit.clock import SYSTEM, Clock
 from shardkit.topology import Endpoint, PhysicalShard
 
-__all__ = ["ReplicaSet"]
+__all__ = ["ReplicaSet", "physical_of_token", "token_of"]
+
+_TOKEN_VERSION = "0"
+"""First part of a token. Version 0 names the physical shards whose primary must answer."""
+
+_TOKEN_LIMIT = 4096
+"""Characters of the longest token that is looked at."""
 
 
 class ReplicaSet:
@@ -58,3 +64,18 @@ class ReplicaSet:
         if endpoint in self._down_until:
             with self._lock:
                 self._down_until.pop(endpoint, None)
+
+
+def token_of(written: Iterable[str]) -> str:
+    """Return the token of a commit, given the names of the physical shards it wrote to."""
+    return ":".join((_TOKEN_VERSION, *sorted(written)))
+
+
+def physical_of_token(token: str, everything: frozenset[str]) -> frozenset[str]:
+    """Return the names of the physical shards whose primary a reader must ask.
+
+    A token that cannot be read asks for everything: a reader may be slower, never staler.
+    """
+    version, *written = token.split(":") if len(token) <= _TOKEN_LIMIT else ("",)
+    known = version == _TOKEN_VERSION and everything.issuperset(written)
+    return frozenset(written) if known else everything

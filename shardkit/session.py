@@ -8,38 +8,37 @@ connection in which unqualified tables are those of its schema.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from sqlalchemy import Connection, Engine, Select, event, inspect
+from sqlalchemy import Connection, Engine, event, inspect
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, Session, UOWTransaction
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, UOWTransaction
+from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import gather
+from shardkit import gather, scatter
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
     CrossShardWriteError,
+    EndpointUnavailableError,
     GatherError,
-    InvalidShardKeyError,
     NoShardKeyError,
     OutcomeUnknownError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
-    ShardKeyChangeError,
+    UnavailableError,
     UnsupportedStatementError,
 )
-from shardkit.models import Sharding, sharding_of
-from shardkit.router import Route, Strategy
+from shardkit.placing import Placer, sharding_of_mapper, stored_shard
+from shardkit.relationships import refuse_joined_loads
+from shardkit.replicas import physical_of_token, token_of
+from shardkit.router import Route
 from shardkit.statements import AllShards, Params, shards_of
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession", "ReadSession", "WriteSession"]
-
-TOKEN_VERSION = "0"
-"""First part of a token. Version 0 names the physical shards whose primary must answer."""
-
 
 class ReadSession(Session):
     """A read-only session on replicas.
@@ -54,6 +53,7 @@ class ReadSession(Session):
     """
 
     role: ClassVar[Role] = Role.REPLICA
+    purpose: ClassVar[Purpose] = Purpose.READ
 
     def __init__(
         self,
@@ -66,9 +66,10 @@ class ReadSession(Session):
         options.setdefault("expire_on_commit", False)
         super().__init__(**options)
         self._cluster = connections
-        self._must_see = _shards_of_token(after, connections) if after is not None else frozenset()
+        everything = frozenset(connections.topology.physical)
+        self._must_see = frozenset() if after is None else physical_of_token(after, everything)
         if max_lag is not None:
-            self._must_see = frozenset(connections.topology.physical)
+            self._must_see = everything
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
 
@@ -88,7 +89,7 @@ class ReadSession(Session):
         if options.get("with_for_update"):
             self._writable()
         mapper = inspect(entity)
-        sharding = _sharding_of(mapper)
+        sharding = sharding_of_mapper(mapper)
         if sharding is not None:
             identity = _identity(mapper, ident)
             shard = sharding.shard_of_identity(self._cluster.router, identity)
@@ -110,7 +111,7 @@ class ReadSession(Session):
             plan = gather.plan(statement, params)
             branch, tail = plan.branch, plan.tail
         texts = (
-            (physical, gather.sql_of(branch, gather.Scatter(some, tail)))
+            (physical, scatter.sql_of(branch, scatter.Scatter(some, tail)))
             for physical, some in cluster.group(shards).items()
         )
         return Route(tuple(shards), cluster.router.total, self.role, tuple(texts))
@@ -159,6 +160,8 @@ class ReadSession(Session):
         if "logical_shard" in state.bind_arguments:
             return None
         shards = self._route(state.statement, state.parameters)
+        if state.is_select and state.is_orm_statement:
+            refuse_joined_loads(state.statement, state.bind_mapper, several=len(shards) > 1)
         if len(shards) == 1:
             state.bind_arguments["logical_shard"] = shards[0]
             return None
@@ -172,37 +175,11 @@ class ReadSession(Session):
     def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
         """Run one statement per physical shard, in parallel, and merge the answers."""
         plan = gather.plan(state.statement, state.parameters)
-        load, params = state._compile_state_cls, state.parameters
-        options: Mapping[str, Any] = state.execution_options
-        statement: Any = plan.branch
-        if load is not None:
-            statement, options, params = load.orm_pre_session_exec(
-                self, statement, params, options, state.bind_arguments, False
-            )
-        groups = self._cluster.group(shards)
-        tasks = []
-        for physical, some in groups.items():
-            connection = self._connection_for_bind(self._gatherer(physical))
-            here = {**options, gather.OPTION: gather.Scatter(some, plan.tail)}
-            tasks.append(_executes(connection, statement, params, here))
-        answers = dict(zip(groups, self._cluster.parallel(tasks), strict=True))
-        failures = {name: a for name, a in answers.items() if isinstance(a, Exception)}
-        for failure in failures.values():
-            if not isinstance(failure, DBAPIError) or self._can_retry(failure):
-                raise failure
-        if failures:
-            raise GatherError(failures, tuple(name for name in answers if name not in failures))
-        results = [
-            answer if load is None else
-            load.orm_setup_cursor_result(
-                self, statement, params, options, state.bind_arguments, answer
-            )
-            for answer in answers.values()
-        ]  # fmt: skip
-        frozen = [result.freeze() for result in results]
-        rows = plan.combine([row for part in frozen for row in part._rewrite_rows()])
-        merged = frozen[0].with_new_rows([tuple(row) for row in rows])()
-        return merged.columns(*range(plan.n_columns))
+        servers = {
+            physical: (self._connection_for_bind(self._scatterer(physical, some[0])), some)
+            for physical, some in self._cluster.group(shards).items()
+        }
+        return scatter.run(state, plan, servers, self._cluster.parallel)
 
     # -- connections
 
@@ -216,44 +193,40 @@ class ReadSession(Session):
                 hint="use objects of sharded classes, or select() with a shard key",
             )
         physical = self._cluster.physical_of(logical_shard)
-        endpoint, _ = self._root(physical)
-        return self._cluster.shard_engine(endpoint, self._purpose(endpoint), logical_shard)
+        endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
+        return self._cluster.shard_engine(endpoint, self.purpose, logical_shard)
 
-    def _gatherer(self, physical: str) -> Engine:
-        endpoint, _ = self._root(physical)
-        return self._cluster.gather_engine(endpoint, self._purpose(endpoint))
+    def _scatterer(self, physical: str, logical_shard: int) -> Engine:
+        endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
+        return self._cluster.scatter_engine(endpoint, self.purpose)
 
-    def _purpose(self, _endpoint: Endpoint) -> Purpose:
-        return Purpose.READ
-
-    def _root(self, physical: str) -> tuple[Endpoint, Connection]:
-        """Return this session's connection to a physical shard, opening it on first use."""
-        if physical not in self._roots:
-            self._roots[physical] = self._connect(physical)
-        return self._roots[physical]
-
-    def _connect(self, physical: str) -> tuple[Endpoint, Connection]:
+    def _open(self, physical: str, logical_shard: int) -> tuple[Endpoint, Connection]:
+        """Open this session's connection to a physical shard, as a view of one logical shard."""
         cluster = self._cluster
         replicas = cluster.replica_sets[physical]
         tried: set[Endpoint] = set()
         while True:
             must = physical in self._must_see
             endpoint = replicas.primary if must else replicas.choose(excluding=tried)
+            engine = cluster.shard_engine(endpoint, self.purpose, logical_shard)
             try:
-                engine = cluster.engine(endpoint, Purpose.READ)
                 connection = cluster.connect(engine, endpoint)
-            except Exception as error:
-                if endpoint.role is Role.PRIMARY or not getattr(error, "retryable", False):
+            except UnavailableError as error:
+                if endpoint.role is Role.PRIMARY:
                     raise
                 tried.add(endpoint)
-                replicas.failed(endpoint)
+                if isinstance(error, EndpointUnavailableError):
+                    replicas.failed(endpoint)
                 continue
             replicas.answered(endpoint)
+            self._roots[physical] = (endpoint, connection)
             return endpoint, connection
 
     def _connection_for_bind(self, engine: Any, *_: Any, **__: Any) -> Connection:
         """Return the view of this session's connection that shows one logical shard."""
-        endpoint, root = self._root_of(engine)
+        root = self._root_of(engine)
+        if root.engine is engine:
+            return root
         cached = self._shard_views.get(engine)
         if cached is not None and cached[0] is root:
             return cached[1]
@@ -262,10 +235,10 @@ class ReadSession(Session):
         self._shard_views[engine] = (root, shown)
         return shown
 
-    def _root_of(self, engine: Engine) -> tuple[Endpoint, Connection]:
-        for endpoint, root in self._roots.values():
+    def _root_of(self, engine: Engine) -> Connection:
+        for _, root in self._roots.values():
             if engine.pool is root.engine.pool:
-                return endpoint, root
+                return root
         raise NoShardKeyError("not an engine of this session")
 
     def _release(self) -> None:
@@ -280,7 +253,7 @@ class ReadSession(Session):
         """Run a statement, once more on another endpoint when its connection broke."""
         try:
             return super()._execute_internal(statement, *args, **options)
-        except DBAPIError as error:
+        except (DBAPIError, GatherError) as error:
             if options.get("_parent_execute_state") is not None or not self._can_retry(error):
                 raise self._explained(error) from error
             self._abandon_broken()
@@ -289,8 +262,8 @@ class ReadSession(Session):
         except DBAPIError as error:
             raise self._explained(error) from error
 
-    def _can_retry(self, error: DBAPIError) -> bool:
-        return error.connection_invalidated
+    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
+        return isinstance(error, GatherError) or error.connection_invalidated
 
     def _abandon_broken(self) -> None:
         for physical, (endpoint, connection) in list(self._roots.items()):
@@ -300,9 +273,9 @@ class ReadSession(Session):
                 del self._roots[physical]
                 connection.close()
 
-    def _explained(self, error: DBAPIError) -> Exception:
+    def _explained(self, error: DBAPIError | GatherError) -> Exception:
         """Return the shardkit error of a lost connection, or the error itself."""
-        if not error.connection_invalidated:
+        if isinstance(error, GatherError) or not error.connection_invalidated:
             return error
         broken = [endpoint for endpoint, connection in self._roots.values()
                   if connection.invalidated or connection.closed]  # fmt: skip
@@ -324,10 +297,10 @@ class WriteSession(ReadSession):
     """
 
     role: ClassVar[Role] = Role.PRIMARY
+    purpose: ClassVar[Purpose] = Purpose.WRITE
 
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
-        self.connection_callable = self._connection_of
         self._written: set[str] = set()
         self.token = ""
 
@@ -356,7 +329,7 @@ class WriteSession(ReadSession):
                 raise OutcomeUnknownError from error
             raise
         if self._written:
-            self.token = ":".join((TOKEN_VERSION, *sorted(self._written)))
+            self.token = token_of(self._written)
         self._ended()
 
     def rollback(self) -> None:
@@ -373,27 +346,17 @@ class WriteSession(ReadSession):
 
     def _prepare_flush(self) -> None:
         """Mint ids, place objects and check the unit of work, before anything is written."""
-        shards = {shard for obj in self.deleted if (shard := self._stored_shard(obj)) is not None}
-        for obj in self.dirty:
-            if (shard := self._stored_shard(obj)) is not None:
-                shards.add(shard)
-        new = [obj for obj in self.new if _sharding_of(inspect(obj).mapper) is not None]
-        shards |= _Placing(self, new).run()
+        cluster = self._cluster
+        shards = {
+            shard
+            for obj in (*self.deleted, *self.dirty)
+            if (shard := stored_shard(obj, cluster.router)) is not None
+        }
+        if self._new:
+            placer = Placer(cluster.router, cluster.placement, cluster.ids)
+            shards |= placer.run(self.new)
         if shards:
             self._note_written(shards)
-
-    def _stored_shard(self, obj: Any) -> int | None:
-        state: InstanceState[Any] = inspect(obj)
-        sharding = _sharding_of(state.mapper)
-        if sharding is None:
-            return None
-        for name in sharding.placing:
-            attribute = state.mapper.get_property_by_column(state.mapper.columns[name])
-            history = state.attrs[attribute.key].history
-            if history.deleted and history.added and history.deleted != history.added:
-                raise ShardKeyChangeError(f"{state.mapper.class_.__name__}.{name} was changed")
-        assert state.identity is not None, "only stored objects are dirty or deleted"
-        return sharding.shard_of_identity(self._cluster.router, state.identity)
 
     def _note_written(self, shards: set[int]) -> None:
         physical = {self._cluster.physical_of(shard) for shard in shards}
@@ -405,13 +368,19 @@ class WriteSession(ReadSession):
             )
         self._written |= physical
 
-    def _connection_of(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
-        sharding = _sharding_of(mapper)
+    def connection_callable(
+        self, mapper: Any = None, instance: Any = None, **_: Any
+    ) -> Connection:
+        """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
+        state = instance_state(instance)
+        sharding = sharding_of_mapper(state.mapper)
         if sharding is None:
-            raise UnsupportedStatementError(f"{mapper.class_.__name__} is not a sharded class")
-        state: InstanceState[Any] = inspect(instance)
-        identity = state.identity or mapper.primary_key_from_instance(instance)
-        shard = sharding.shard_of_identity(self._cluster.router, tuple(identity))
+            raise UnsupportedStatementError(
+                f"{state.mapper.class_.__name__} is not a sharded class, so it lives nowhere",
+                hint="reference tables cannot be written through a session yet",
+            )
+        identity = state.identity or tuple(state.mapper.primary_key_from_instance(instance))
+        shard = sharding.shard_of_identity(self._cluster.router, identity)
         return self._connection_for_bind(self.get_bind(logical_shard=shard))
 
     def _run(self, state: ORMExecuteState) -> Any:
@@ -425,18 +394,19 @@ class WriteSession(ReadSession):
 
     # -- connections
 
-    def _purpose(self, _endpoint: Endpoint) -> Purpose:
-        return Purpose.WRITE
-
-    def _root(self, physical: str) -> tuple[Endpoint, Connection]:
+    def _open(self, physical: str, logical_shard: int) -> tuple[Endpoint, Connection]:
         endpoint = self._cluster.primary_of(physical)
-        engine = self._cluster.engine(endpoint, Purpose.WRITE)
+        engine = self._cluster.shard_engine(endpoint, self.purpose, logical_shard)
         try:
             connection = Session._connection_for_bind(self, engine)
-        except DBAPIError as error:
+        except (DBAPIError, PoolExhaustedError) as error:
             raise connection_error(error, endpoint) from error
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
+
+    def _root_of(self, engine: Engine) -> Connection:
+        # Asked every time, so that each SAVEPOINT gets to know the connection.
+        return Session._connection_for_bind(self, super()._root_of(engine).engine)
 
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
@@ -447,107 +417,10 @@ class WriteSession(ReadSession):
     def _release(self) -> None:
         self._ended()
 
-    def _can_retry(self, error: DBAPIError) -> bool:
+    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
         """A statement of a transaction is never run again by itself."""
         del error
         return False
-
-
-class _Placing:
-    """Gives new objects of one flush their logical shards and ids."""
-
-    def __init__(self, session: WriteSession, new: Sequence[Any]) -> None:
-        self.session = session
-        self.cluster = session._cluster
-        self.pending = {id(obj): obj for obj in new}
-        self.shards: dict[int, int] = {}
-
-    def run(self) -> set[int]:
-        wanted: dict[int, list[Any]] = {}
-        for obj in self.pending.values():
-            shard = self.place(obj)
-            sharding = _needed(_sharding_of(inspect(obj).mapper))
-            if sharding.minted is None:
-                continue
-            given = getattr(obj, sharding.minted)
-            if given is None:
-                wanted.setdefault(shard, []).append((obj, sharding))
-            elif self.cluster.router.shard(Strategy.EMBEDDED, given) != shard:
-                raise InvalidShardKeyError(
-                    f"{type(obj).__name__}: id {given} carries another logical shard than "
-                    f"{sharding.key} names",
-                    hint="leave the id out; it is minted at flush",
-                    logical_shard=shard,
-                )
-        if wanted:
-            counts = {shard: len(objects) for shard, objects in wanted.items()}
-            for shard, ids in self.cluster.ids.mint(counts).items():
-                for (obj, sharding), new_id in zip(wanted[shard], ids, strict=True):
-                    setattr(obj, sharding.minted, new_id)
-        return set(self.shards.values())
-
-    def place(self, obj: Any) -> int:
-        """Return the logical shard of a new object, deciding it on the first call."""
-        if id(obj) in self.shards:
-            return self.shards[id(obj)]
-        state: InstanceState[Any] = inspect(obj)
-        sharding = _needed(_sharding_of(state.mapper))
-        value = getattr(obj, sharding.key)
-        router = self.cluster.router
-        if value is not None:
-            shard = router.shard(sharding.strategy, value)
-        elif sharding.key == sharding.minted:
-            shard = self.cluster.placement(router.total)
-        elif (parent := _parent(state, sharding)) is not None:
-            shard = self.place(parent) if id(parent) in self.pending else _stored(router, parent)
-        else:
-            raise NoShardKeyError(
-                f"{type(obj).__name__} was added without {sharding.key}, its shard key",
-                hint=f"set {sharding.key}, or the relationship that fills it",
-            )
-        self.shards[id(obj)] = shard
-        return shard
-
-
-def _parent(state: InstanceState[Any], sharding: Sharding) -> Any:
-    """Return the object whose key will fill the shard key at flush, through a relationship."""
-    for relationship in state.mapper.relationships:
-        pairs = relationship.local_remote_pairs or []
-        if not relationship.uselist and any(a is sharding.key_column for a, _ in pairs):
-            parent = state.dict.get(relationship.key)
-            if parent is not None:
-                return parent
-    # The parent may hold the child in a collection that has no relationship back.
-    session = state.session
-    for other in () if session is None else (*session.new, *session.identity_map.values()):
-        mapper = inspect(other).mapper
-        for relationship in mapper.relationships:
-            if relationship.mapper is state.mapper and any(
-                b is sharding.key_column for _, b in relationship.local_remote_pairs or []
-            ):
-                children = inspect(other).dict.get(relationship.key)
-                if children is not None and state.obj() in (
-                    children if relationship.uselist else (children,)
-                ):
-                    return other
-    return None
-
-
-def _stored(router: Any, obj: Any) -> int:
-    state: InstanceState[Any] = inspect(obj)
-    sharding = _needed(_sharding_of(state.mapper))
-    return sharding.shard_of_identity(
-        router, state.identity or tuple(state.mapper.primary_key_from_instance(obj))
-    )
-
-
-def _needed(sharding: Sharding | None) -> Sharding:
-    assert sharding is not None, "only sharded objects get here"
-    return sharding
-
-
-def _sharding_of(mapper: Mapper[Any]) -> Sharding | None:
-    return sharding_of(mapper.local_table)  # type: ignore[arg-type]
 
 
 def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
@@ -560,18 +433,6 @@ def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
 
 def _executes(connection: Connection, statement: Any, params: Any, options: Any) -> Any:
     return lambda: connection.execute(statement, params or {}, execution_options=options)
-
-
-def _shards_of_token(
-    token: str, connections: Connections | AsyncConnections
-) -> frozenset[str]:
-    """Return the physical shards whose primary a reader must ask.
-
-    A token that cannot be read asks for everything: a reader may be slower, never staler.
-    """
-    everything = frozenset(connections.topology.physical)
-    version, *written = token.split(":") if len(token) <= 4096 else ("",)
-    return frozenset(written) if version == TOKEN_VERSION and everything >= set(written) else everything
 
 
 @event.listens_for(ReadSession, "do_orm_execute", propagate=True)

@@ -47,14 +47,20 @@ class Endpoint:
         physical: name of the physical shard it serves.
         role: primary or replica.
         url: address, database and application login; its password never appears in `repr`.
+        address: `host:port/database`, which with the first two tells endpoints apart.
     """
 
     physical: str
     role: Role
-    url: URL = field(repr=False)
+    url: URL = field(repr=False, compare=False)
+    address: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        address = f"{self.url.host}:{self.url.port or 5432}/{self.url.database}"
+        object.__setattr__(self, "address", address)
 
     def __str__(self) -> str:
-        return f"{self.physical}/{self.role}@{self.url.host}:{self.url.port or 5432}"
+        return f"{self.physical}/{self.role}@{self.address}"
 
 
 @dataclass(frozen=True, slots=True)

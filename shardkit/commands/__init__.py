@@ -1,1 +1,1 @@
-"""The groups of the command line, one module each: they parse, call a function and print."""
+"""The command groups of `shardkit`, one module each; `shardkit.cli` mounts them."""

@@ -14,19 +14,20 @@ from shardkit.commands.options import JsonOption
 from shardkit.errors import InvalidIdError
 from shardkit.ids import IdParts, parse
 
-__all__ = ["group"]
+__all__ = ["app"]
 
-group = typer.Typer(no_args_is_help=True, help="Read the ids of rows.")
+app = typer.Typer(no_args_is_help=True, help="Read the ids of rows.")
 
 
-@group.callback()
+@app.callback()
 def ids() -> None:
     """Read the ids of rows."""
 
 
-@group.command("parse")
+@app.command("parse")
 def parse_ids(
     id: Annotated[list[str], typer.Argument(metavar="ID...", help="Decimal ids, as in a URL.")],
+    *,
     as_json: JsonOption = False,
 ) -> None:
     """Show when ids were minted, on which logical shard, and their sequence."""

@@ -20,9 +20,9 @@ from shardkit.ops import migrate as ops
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
-__all__ = ["group"]
+__all__ = ["app"]
 
-group = typer.Typer(no_args_is_help=True, help="Bring every logical shard to the newest revision.")
+app = typer.Typer(no_args_is_help=True, help="Bring every logical shard to the newest revision.")
 
 MigrationsOption = Annotated[
     str | None,
@@ -34,9 +34,10 @@ MigrationsOption = Annotated[
 DEFAULTS = ops.Limits()
 
 
-@group.command("apply")
+@app.command("apply")
 def apply_command(
     config: ConfigOption = Path("shardkit.toml"),
+    *,
     migrations: MigrationsOption = None,
     lock_timeout: Annotated[
         float, typer.Option(min=0.01, max=10, help="Seconds to queue for a lock.")
@@ -96,9 +97,10 @@ def apply_command(
         raise outcome.error
 
 
-@group.command("plan")
+@app.command("plan")
 def plan_command(
     config: ConfigOption = Path("shardkit.toml"),
+    *,
     migrations: MigrationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,9 +109,10 @@ def plan_command(
     _print_plan(ops.plan(topology, revisions), as_json=as_json)
 
 
-@group.command("status")
+@app.command("status")
 def status_command(
     config: ConfigOption = Path("shardkit.toml"),
+    *,
     migrations: MigrationsOption = None,
     as_json: JsonOption = False,
 ) -> None:

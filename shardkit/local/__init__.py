@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from shardkit.local.cluster import LocalCluster, LocalProgress
+from shardkit.local.cluster import LocalCluster
+from shardkit.local.journal import LocalProgress
 from shardkit.local.options import LocalOptions
-from shardkit.local.server import LocalServer, ServerKind, ServerStatus
+from shardkit.local.server import LocalServer, ServerKind, ServerStatus, log_tail
+from shardkit.local.status import LocalStatus, read_status, stop_cluster
 
 __all__ = [
     "LocalCluster",
     "LocalOptions",
     "LocalProgress",
     "LocalServer",
+    "LocalStatus",
     "ServerKind",
     "ServerStatus",
+    "log_tail",
+    "read_status",
+    "stop_cluster",
 ]

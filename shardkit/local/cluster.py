@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Self
+
+from psycopg.conninfo import make_conninfo
 
 from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import LocalServerError, RefusedError
@@ -25,38 +23,19 @@ from shardkit.local import ports
 from shardkit.local.account import server_account
 from shardkit.local.addresses import write_config
 from shardkit.local.fleet import Fleet
+from shardkit.local.journal import Journal, Progress
+from shardkit.local.launch import Launch
 from shardkit.local.layout import Layout
 from shardkit.local.options import LocalOptions
-from shardkit.local.owner import Warden, end_leftovers, stop_signal
+from shardkit.local.owner import end_leftovers
 from shardkit.local.postgres import PostgresServer
 from shardkit.local.processes import find
 from shardkit.local.server import LocalServer, ServerKind, ServerProcess
-from shardkit.local.settings import DATABASE, host_rules, ident_map
-from shardkit.local.state import DirectoryLock, ServerState, State
+from shardkit.local.settings import DATABASE
+from shardkit.local.state import DirectoryLock, State, acquire
 from shardkit.topology import Role
 
-__all__ = ["LocalCluster", "LocalProgress", "Progress"]
-
-_ATTEMPTS = 3
-"""Starts of one server when another program takes its port in between."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalProgress:
-    """How far a start or stop has come.
-
-    Attributes:
-        done: servers that are up (or down).
-        total: servers altogether.
-        what: what just happened, for people.
-    """
-
-    done: int
-    total: int
-    what: str
-
-
-Progress = Callable[[LocalProgress], None]
+__all__ = ["LocalCluster"]
 
 
 class LocalCluster:
@@ -86,14 +65,10 @@ class LocalCluster:
         self._wanted = options
         self._is_supervised = is_supervised
         self._clock = clock
-        self._guard = threading.RLock()
         self._cancelled = threading.Event()
-        self._fleet: Fleet | None = None
-        self._state: State | None = None
         self._lock: DirectoryLock | None = None
-        self._warden: Warden | None = None
-        self._progress: Progress | None = None
-        self._done = 0
+        self._fleet: Fleet | None = None
+        self._journal: Journal | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -142,7 +117,7 @@ class LocalCluster:
         server = self._server(name)
         if not isinstance(server, PostgresServer):
             raise LocalServerError(f"{name}: is no PostgreSQL server")
-        return f"{server.superuser_dsn} dbname={database}"
+        return make_conninfo(server.superuser_dsn, dbname=database)
 
     def start(self, progress: Progress | None = None) -> None:
         """Start every server; make their data when it is missing.
@@ -154,47 +129,43 @@ class LocalCluster:
             RefusedError: another process owns the directory, or its data has another shape.
             LocalServerError: a server did not start; everything is stopped again.
         """
-        self._progress, self._done = progress, 0
-        self._cancelled.clear()
         layout = Layout.of(self._directory, server_account())
-        lock = DirectoryLock(layout.lock)
-        if not lock.acquire():
-            raise _already_owned(layout)
-        self._lock = lock
+        self._lock = acquire(layout)
+        self._cancelled.clear()
         try:
-            self._prepare(layout)
-            self._start_all()
-            fleet = self._running()
+            fleet, journal = self._prepare(layout, progress)
+            self._fleet, self._journal = fleet, journal
+            Launch(fleet, journal, self._cancelled).up()
             write_config(fleet)
-            self._update(is_ready=True)
+            journal.ready()
         except BaseException:
-            self._cancelled.set()
             self.stop()
             raise
 
     def stop(self, progress: Progress | None = None) -> None:
         """Stop every server in good order; does nothing when nothing runs.
 
+        Args:
+            progress: called after each step, from several threads but never at once.
+
         Raises:
             LocalServerError: a process survives SIGKILL; the others are stopped all the same.
         """
         self._cancelled.set()
-        self._progress, self._done = progress, 0
+        fleet, journal, lock = self._fleet, self._journal, self._lock
         try:
-            if self._fleet is not None:
-                # Replicas first: a primary waits until they have everything, for ever when one
-                # is stuck. PgBouncer before both, so that it does not log their end.
-                for group in self._fleet.stop_order():
-                    _in_parallel(partial(self._stop_one, server) for server in group)
-                self._update(is_ready=False, owner=None)
+            if fleet is not None and journal is not None:
+                journal.restart_count(progress)
+                Launch(fleet, journal, self._cancelled).down()
+                journal.close(is_orderly=True)
+        except BaseException:
+            if journal is not None:
+                journal.close(is_orderly=False)
+            raise
         finally:
-            if self._warden is not None:
-                self._warden.dismiss()
-                self._warden = None
-            self._fleet = None
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+            self._fleet = self._journal = self._lock = None
+            if lock is not None:
+                lock.release()
 
     def start_server(self, name: str) -> None:
         """Start a server that was stopped or killed, on its data and port; returns when ready.
@@ -253,11 +224,11 @@ class LocalCluster:
         server.clone(primary)
         self.start_server(name)
 
-    def _prepare(self, layout: Layout) -> None:
+    def _prepare(self, layout: Layout, progress: Progress | None) -> tuple[Fleet, Journal]:
         """Clean up after the last owner, decide what is to run, and leave word of it."""
         old = State.load(layout.state)
-        if old is not None and (left := end_leftovers(old)):
-            self._say(f"ended {left} processes of an owner that was killed", total=0)
+        if old is not None:
+            end_leftovers(old)
         options = self._wanted or (old.options if old else LocalOptions())
         if old is not None and (reasons := old.options.changes_refused(options)):
             raise RefusedError(
@@ -266,145 +237,19 @@ class LocalCluster:
             )
         layout.prepare()
         fleet = Fleet.of(layout, options, old, self._clock)
-        users = [fleet.owner_name, layout.account.name]
-        for name, text in (("pg_hba.conf", host_rules()), ("pg_ident.conf", ident_map(users))):
-            fleet.write_shared(name, text)
-        self._fleet = fleet
-        self._warden = Warden()
-        self._state = State(
+        state = State(
             options,
             layout.data,
             layout.sockets,
             owner=find(os.getpid()),
             is_supervised=self._is_supervised,
-            servers={s.name: self._remembered(s, old) for s in fleet.servers.values()},
+            servers=fleet.remembered(),
         )
-        self._state.save(layout.state)
+        return fleet, Journal(layout.state, state, progress)
 
-    def _start_all(self) -> None:
-        fleet = self._running()
-        _in_parallel(
-            [
-                *(partial(self._start_physical, name) for name in fleet.options.physical_names),
-                *(partial(self._bring_up, server) for server in fleet.caches),
-            ],
-            self._cancelled,
-        )
-
-    def _start_physical(self, physical: str) -> None:
-        """Start one physical shard: its primary, then its replicas, then its PgBouncer."""
-        fleet = self._running()
-        members = fleet.members(physical)
-        made = [server for server in members if self._is_initialised(server)]
-        primaries = [server for server in made if server.role is Role.PRIMARY]
-        if made and not primaries:
-            raise LocalServerError(
-                f"{physical}: every server is a replica, none can be the primary",
-                hint="remove standby.signal from the folder of the one that is to be it",
-            )
-        primary = max(primaries, key=PostgresServer.timeline) if primaries else members[0]
-        for server in members:
-            server.primary = None if server is primary else primary
-        is_new = primary not in made
-        if is_new:
-            primary.initialise()
-        self._bring_up(primary)
-        if is_new:
-            primary.create_roles(fleet.passwords)
-            self._record(primary, is_initialised=True)
-        followers = [server for server in members if server is not primary]
-        _in_parallel(
-            [
-                partial(self._start_replica, s, primary, s in made and s not in primaries)
-                for s in followers
-            ],
-            self._cancelled,
-        )
-        for pooler in fleet.poolers(physical):
-            self._bring_up(pooler)
-
-    def _start_replica(
-        self, server: PostgresServer, primary: PostgresServer, is_usable: bool
-    ) -> None:
-        if not is_usable:
-            # New, or a former primary whose history ended at a failover.
-            self._record(server, is_initialised=False)
-            server.clone(primary)
-            self._record(server, is_initialised=True)
-        self._bring_up(server)
-
-    def _bring_up(self, server: ServerProcess) -> None:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                server.launch()
-                self._record(server)
-                server.wait_ready(self._cancelled)
-            except LocalServerError:
-                server.kill()
-                if (
-                    attempt == _ATTEMPTS
-                    or self._cancelled.is_set()
-                    or ports.is_free(server.port)
-                ):
-                    raise
-                with self._guard:
-                    server.port = ports.choose(self._running().ports)
-            else:
-                break
-        self._record(server)
-        self._say(f"{server.name} is up on port {server.port}")
-
-    def _stop_one(self, server: ServerProcess) -> None:
-        server.stop()
-        self._record(server)
-        self._say(f"{server.name} is down")
-
-    def _record(self, server: ServerProcess, *, is_initialised: bool | None = None) -> None:
-        """Keep the state file and the warden in step with one server."""
-        with self._guard:
-            if self._state is None:
-                return
-            old = self._state.servers[server.name]
-            new = replace(
-                old,
-                port=server.port,
-                process=server.mark,
-                is_initialised=old.is_initialised if is_initialised is None else is_initialised,
-            )
-            self._state = self._state.with_server(new)
-            self._state.save(self._running().layout.state)
-            if self._warden is not None:
-                self._warden.watch(
-                    {s.process: stop_signal(s.kind) for s in self._state.servers.values() if s.process}
-                )
-
-    def _update(self, **changes: object) -> None:
-        with self._guard:
-            if self._state is not None:
-                self._state = replace(self._state, **changes)  # type: ignore[arg-type]
-                self._state.save(self._running().layout.state)
-
-    def _say(self, what: str, total: int | None = None) -> None:
-        with self._guard:
-            if total is None:
-                self._done += 1
-                total = len(self._running().servers)
-            if self._progress is not None:
-                self._progress(LocalProgress(self._done, total, what))
-
-    def _is_initialised(self, server: ServerProcess) -> bool:
-        return self._state is not None and self._state.servers[server.name].is_initialised
-
-    def _remembered(self, server: ServerProcess, old: State | None) -> ServerState:
-        known = old.servers.get(server.name) if old else None
-        return ServerState(
-            server.name,
-            server.kind,
-            server.physical,
-            server.port,
-            server.program.version,
-            is_initialised=known is not None and known.is_initialised and server.folder.is_dir(),
-        )
+    def _record(self, server: ServerProcess) -> None:
+        if self._journal is not None:
+            self._journal.record(server)
 
     def _running(self) -> Fleet:
         if self._fleet is None:
@@ -421,36 +266,3 @@ class LocalCluster:
         return [
             s for s in self.servers if s.physical == physical and s.kind is ServerKind.POSTGRESQL
         ]
-
-
-def _already_owned(layout: Layout) -> RefusedError:
-    state = State.load(layout.state)
-    owner = state.owner.pid if state and state.owner else "unknown"
-    return RefusedError(
-        f"{layout.directory}: process {owner} already runs this cluster",
-        hint="see `shardkit local status`; stop it with `shardkit local down`",
-    )
-
-
-def _in_parallel(
-    tasks: Iterable[Callable[[], None]], cancelled: threading.Event | None = None
-) -> None:
-    """Run tasks in threads of their own and wait for all; the first failure cancels the rest."""
-    waiting = list(tasks)
-    if not waiting:
-        return
-    with ThreadPoolExecutor(len(waiting), thread_name_prefix="shardkit-local") as executor:
-        futures = [executor.submit(task) for task in waiting]
-        failure: BaseException | None = None
-        try:
-            for future in futures:
-                if (error := future.exception()) is not None and failure is None:
-                    failure = error
-                    if cancelled is not None:
-                        cancelled.set()
-        except BaseException:
-            if cancelled is not None:
-                cancelled.set()
-            raise
-    if failure is not None:
-        raise failure

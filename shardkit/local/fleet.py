@@ -23,8 +23,8 @@ from shardkit.local.options import LocalOptions
 from shardkit.local.postgres import PostgresServer
 from shardkit.local.server import ServerKind, ServerProcess
 from shardkit.local.services import MemcachedServer, PgBouncerServer, RedisServer
-from shardkit.local.settings import DATABASE, REPLICATION_ROLE
-from shardkit.local.state import State
+from shardkit.local.settings import DATABASE, REPLICATION_ROLE, host_rules, ident_map
+from shardkit.local.state import ServerState, State
 from shardkit.topology import Role
 
 __all__ = ["Fleet"]
@@ -57,9 +57,7 @@ class Fleet:
     missing: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, layout: Layout, options: LocalOptions, old: State | None, clock: Clock
-    ) -> Fleet:
+    def of(cls, layout: Layout, options: LocalOptions, old: State | None, clock: Clock) -> Fleet:
         """Find the programs, choose the ports and make an object for every server.
 
         Raises:
@@ -68,22 +66,13 @@ class Fleet:
         fleet = cls(layout, options, layout.passwords(), clock, old)
         fleet._add_postgres()
         fleet._add_services()
-        fleet.write_shared(
-            "replication.pgpass",
-            f"*:*:*:{REPLICATION_ROLE}:{fleet.passwords[REPLICATION_ROLE]}\n",
-            is_secret=True,
-        )
+        fleet._write_shared()
         return fleet
 
     @property
     def ports(self) -> set[int]:
         """Ports in use by this cluster."""
         return {server.port for server in self.servers.values()}
-
-    @property
-    def owner_name(self) -> str:
-        """Login name of the user of this process."""
-        return pwd.getpwuid(os.geteuid()).pw_name
 
     @property
     def caches(self) -> list[ServerProcess]:
@@ -114,17 +103,28 @@ class Fleet:
         middle = [server for server in everything if server not in (*last, *poolers)]
         return [group for group in (poolers, middle, last) if group]
 
-    def write_shared(self, name: str, text: str, *, is_secret: bool = False) -> None:
-        """Write a file that the servers' account may read, for itself only when secret."""
-        path = self.layout.conf / name
-        write_file(path, text, 0o600 if is_secret else 0o644, self.layout.account)
+    def remembered(self) -> dict[str, ServerState]:
+        """Return every server as the state file keeps it, none running."""
+        remembered = {}
+        for server in self.servers.values():
+            known = self.old.servers.get(server.name) if self.old else None
+            remembered[server.name] = ServerState(
+                server.name,
+                server.kind,
+                server.physical,
+                server.port,
+                server.program.version,
+                is_initialised=known is not None and known.is_initialised and server.has_data(),
+            )
+        return remembered
 
     def pooled(self, physical: str) -> dict[str, int]:
         """Return the ports behind a PgBouncer by database name: the primary's is `shardkit`."""
         members = self.members(physical)
         replicas = [server for server in members if server.role is Role.REPLICA]
-        names = {DATABASE: server.port for server in members if server.role is Role.PRIMARY}
-        return names | {f"{DATABASE}_{n}": s.port for n, s in enumerate(replicas, 1)}
+        primary = next(server for server in members if server.role is Role.PRIMARY)
+        followers = {f"{DATABASE}_{n}": server.port for n, server in enumerate(replicas, 1)}
+        return {DATABASE: primary.port, **followers}
 
     def _add_postgres(self) -> None:
         program = find_postgres(self.layout.account, self._data_version())
@@ -136,22 +136,22 @@ class Fleet:
     def _add_services(self) -> None:
         missing: list[str] = []
 
-        def program(name: str, wanted: bool) -> Program | None:
-            if not wanted:
+        def program(name: str, *, is_wanted: bool) -> Program | None:
+            if not is_wanted:
                 return None
             found = find_service(name, self.layout.account)
             if found is None:
                 missing.append(name)
             return found
 
-        if found := program("pgbouncer", self.options.pgbouncer):
+        if found := program("pgbouncer", is_wanted=self.options.pgbouncer):
             for physical in self.options.physical_names:
                 pooler = self._make(PgBouncerServer, f"pgbouncer_{physical}", found, physical)
                 pooler.layout, pooler.passwords = self.layout, self.passwords
                 pooler.databases = partial(self.pooled, physical)
-        if found := program("redis-server", self.options.redis):
+        if found := program("redis-server", is_wanted=self.options.redis):
             self._make(RedisServer, "redis", found, None).fsync = self.options.fsync
-        if found := program("memcached", self.options.memcached):
+        if found := program("memcached", is_wanted=self.options.memcached):
             self._make(MemcachedServer, "memcached", found, None)
         self.missing = tuple(missing)
 
@@ -177,6 +177,15 @@ class Fleet:
             claim_folder(folder, 0o700, self.layout.account)
         self.servers[name] = server
         return server
+
+    def _write_shared(self) -> None:
+        """Write the files that all PostgreSQL servers read."""
+        conf, account = self.layout.conf, self.layout.account
+        owner = pwd.getpwuid(os.geteuid()).pw_name
+        write_file(conf / "pg_hba.conf", host_rules(), 0o644)
+        write_file(conf / "pg_ident.conf", ident_map((owner, account.name)), 0o644)
+        login = f"*:*:*:{REPLICATION_ROLE}:{self.passwords[REPLICATION_ROLE]}\n"
+        write_file(conf / "replication.pgpass", login, 0o600, account)
 
     def _data_version(self) -> int | None:
         """Return the major version that made the existing data, or None for new data."""

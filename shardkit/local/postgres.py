@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from shardkit.local.account import child_environment, write_file
 from shardkit.local.layout import Layout
@@ -32,14 +33,28 @@ from shardkit.local.settings import (
 )
 from shardkit.topology import Role
 
-__all__ = ["PostgresServer"]
+__all__ = ["PostgresServer", "role_of"]
 
 _BUILTIN_LOCALE = 17
 """First version with a locale of its own. Source: PostgreSQL 17 manual, 23.1.4."""
 
+_FUNCTIONS = (
+    "pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(), pg_wal_replay_resume()"
+)
+_PARAMETERS = (
+    "primary_conninfo, synchronous_standby_names, recovery_min_apply_delay, "
+    "default_transaction_read_only"
+)
+"""What `shardkit failover` and `doctor` need beyond owning the database."""
+
 _READY = "ready"
 _STATUS_LINE = 7
 """Line of postmaster.pid that says `ready`. Source: PostgreSQL, miscadmin.h."""
+
+
+def role_of(folder: Path) -> Role:
+    """Return what the server of a data folder is; a promotion removes the signal file."""
+    return Role.REPLICA if (folder / "standby.signal").exists() else Role.PRIMARY
 
 
 class PostgresServer(ServerProcess):
@@ -60,13 +75,16 @@ class PostgresServer(ServerProcess):
     @property
     def role(self) -> Role:
         """Replica while its folder says so, else primary."""
-        signal_file = self.folder / "standby.signal"
-        return Role.REPLICA if signal_file.exists() else Role.PRIMARY
+        return role_of(self.folder)
 
     @property
     def superuser_dsn(self) -> str:
         """How the owner of the cluster connects as superuser, by unix socket, no password."""
-        return f"host={self.layout.sockets} port={self.port} user={SUPERUSER}"
+        return make_conninfo(host=str(self.layout.sockets), port=self.port, user=SUPERUSER)
+
+    def has_data(self) -> bool:
+        """Return whether the folder holds a database."""
+        return (self.folder / "PG_VERSION").exists()
 
     def initialise(self) -> None:
         """Make a new, empty primary; what was in the folder is deleted.
@@ -139,7 +157,7 @@ class PostgresServer(ServerProcess):
         """Write the settings and remove what a crash left behind."""
         conninfo = None
         if self.role is Role.REPLICA and self.primary is not None:
-            conninfo = f"{self._conninfo(self.primary)} application_name={self.name}"
+            conninfo = self._conninfo(self.primary)
             self._forget_old_primary()
         text = postgres_conf(
             name=self.name,
@@ -188,8 +206,13 @@ class PostgresServer(ServerProcess):
         return int(found[1]) if found else 0
 
     def _conninfo(self, primary: PostgresServer) -> str:
-        passfile = self.layout.conf / "replication.pgpass"
-        return f"host={HOST} port={primary.port} user={REPLICATION_ROLE} passfile='{passfile}'"
+        return make_conninfo(
+            host=HOST,
+            port=primary.port,
+            user=REPLICATION_ROLE,
+            passfile=str(self.layout.conf / "replication.pgpass"),
+            application_name=self.name,
+        )
 
     def _run(self, tool: str, *arguments: str) -> None:
         run_tool(
@@ -228,17 +251,15 @@ class PostgresServer(ServerProcess):
             f"REVOKE ALL ON DATABASE {DATABASE} FROM PUBLIC",
             f"GRANT CONNECT, TEMPORARY ON DATABASE {DATABASE} TO {APP_ROLE}",
             f"GRANT pg_monitor, pg_signal_backend TO {ADMIN_ROLE}",
-            f"GRANT EXECUTE ON FUNCTION pg_promote(boolean, integer), pg_reload_conf(), "
-            f"pg_wal_replay_pause(), pg_wal_replay_resume() TO {ADMIN_ROLE}",
+            f"GRANT EXECUTE ON FUNCTION {_FUNCTIONS} TO {ADMIN_ROLE}",
         ]
-        if self.program.major >= 15:  # noqa: PLR2004  first version with rights on parameters
+        if self.program.major >= 15:
             statements += [
                 f"GRANT pg_checkpoint TO {ADMIN_ROLE}",
-                "GRANT ALTER SYSTEM ON PARAMETER primary_conninfo, synchronous_standby_names, "
-                f"recovery_min_apply_delay, default_transaction_read_only TO {ADMIN_ROLE}",
+                f"GRANT ALTER SYSTEM ON PARAMETER {_PARAMETERS} TO {ADMIN_ROLE}",
             ]
         else:
             statements.append("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-        if self.program.major >= 16:  # noqa: PLR2004  first version with this role
+        if self.program.major >= 16:
             statements.append(f"GRANT pg_create_subscription TO {ADMIN_ROLE}")
         return statements

@@ -45,6 +45,8 @@ class Limits:
         lock_attempts: transactions tried per logical shard when locks are not granted.
         longest_pause: upper bound of the jittered seconds between two attempts.
         connections: transactions at once per physical shard.
+        patience: seconds to wait for another runner's session lock; a server needs a moment to
+            notice that a killed runner is gone.
     """
 
     lock_timeout: float = 0.3
@@ -52,6 +54,7 @@ class Limits:
     lock_attempts: int = 20
     longest_pause: float = 1.0
     connections: int = 2
+    patience: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,8 +52,8 @@ __all__ = [
 LOCK_KEY = 0x7368_6172_646B_6974
 """Key of the session lock that keeps runners apart: "shardkit" in ASCII."""
 
-LOCK_PATIENCE = 5.0
-"""Seconds to wait for the lock: a server needs a moment to notice that a killed runner is gone."""
+LOCK_PAUSE = 0.1
+"""Seconds between two attempts to get it."""
 
 Connections = dict[str, psycopg.Connection[tuple[Any, ...]]]
 
@@ -146,7 +146,8 @@ def apply(
             something else, or an applied revision was edited.
     """
     with _connections(topology) as (connections, failures):
-        _lock(connections)
+        limits = limits or Limits()
+        _lock(connections, limits.patience)
         decided = decide(topology, revisions, _read(connections) | failures)
         if on_plan:
             on_plan(decided)
@@ -154,7 +155,7 @@ def apply(
             topology,
             decided,
             connections,
-            limits=limits or Limits(),
+            limits=limits,
             on_done=on_done or (lambda _physical, _logical_shard: None),
         )
 
@@ -218,14 +219,14 @@ def _connections(
         yield connections, failures
 
 
-def _lock(connections: Connections) -> None:
+def _lock(connections: Connections, patience: float) -> None:
     """Take the session lock on every server, always in the same order.
 
     Raises:
         RefusedError: another runner holds one.
     """
     for name in sorted(connections):
-        for left in range(round(LOCK_PATIENCE / 0.25), -1, -1):
+        for left in range(round(patience / LOCK_PAUSE), -1, -1):
             # A session lock, released by the server when the connection ends.
             row = (
                 connections[name].execute("SELECT pg_try_advisory_lock(%s)", (LOCK_KEY,)).fetchone()
@@ -237,7 +238,7 @@ def _lock(connections: Connections) -> None:
                     f"another `shardkit migrate` is at work on physical shard {name!r}",
                     hint="wait for it to end; nothing was changed",
                 )
-            threading.Event().wait(0.25)
+            threading.Event().wait(LOCK_PAUSE)
 
 
 def _read(connections: Connections) -> dict[str, Ledger | ShardkitError]:

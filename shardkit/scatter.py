@@ -1,0 +1,140 @@
+"""Runs one statement over the logical shards of a server, and over several servers at once.
+
+`view` makes the engine on which the branch of a plan, compiled once by SQLAlchemy and cached by
+it, is sent as one UNION ALL over the schemas of that server, with ORDER BY and LIMIT outside,
+where PostgreSQL turns them into a MergeAppend. `run` sends it to every server in parallel and
+loads what comes back through the ORM. Source: docs/architecture.md, decision 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, cast
+
+from sqlalchemy import Connection, Engine, Result, event
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import ORMExecuteState
+
+from shardkit.errors import GatherError
+from shardkit.gather import Plan
+from shardkit.topology import schema_name
+
+__all__ = ["Scatter", "compose", "run", "sql_of", "view"]
+
+_OPTION: Final = "shardkit_scatter"
+_ANY_SCHEMA: Final = "shardkit_any_shard"
+_DIALECT: Final[Any] = cast("Any", PGDialect_psycopg)()
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """What one server runs.
+
+    Attributes:
+        shards: the logical shards of that server to ask.
+        tail: ORDER BY and LIMIT of their union, or nothing.
+    """
+
+    shards: tuple[int, ...]
+    tail: str
+
+
+def view(engine: Engine) -> Engine:
+    """Return a view of an engine that runs scattered statements over many schemas."""
+    scattering = engine.execution_options(schema_translate_map={None: _ANY_SCHEMA})
+    event.listen(scattering, "before_cursor_execute", _rewrite, retval=True)
+    return scattering
+
+
+@lru_cache(maxsize=512)
+def compose(branch: str, scatter: Scatter) -> str:
+    """Return the SQL of one server: the union of a branch over its schemas, and the tail.
+
+    Args:
+        branch: compiled for `view`, so that its schema is a placeholder.
+        scatter: the schemas and the tail.
+    """
+    union = " UNION ALL ".join(
+        branch.replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.") for shard in scatter.shards
+    )
+    return union + scatter.tail
+
+
+def sql_of(branch: Any, scatter: Scatter) -> str:
+    """Return the SQL of one server for people to read; values stay parameters."""
+    schemas = {None: _ANY_SCHEMA}
+    compiled = branch.compile(dialect=_DIALECT, schema_translate_map=schemas)
+    return compose(compiled.preparer._render_schema_translates(compiled.string, schemas), scatter)
+
+
+def run(
+    state: ORMExecuteState,
+    plan: Plan,
+    servers: Mapping[str, tuple[Connection, tuple[int, ...]]],
+    parallel: Callable[[Sequence[Callable[[], Any]]], list[Any]],
+) -> Result[Any]:
+    """Run a plan on every server at once and return its rows, merged.
+
+    Only the round trips run in parallel; objects are made in the caller's thread, since a
+    session belongs to one.
+
+    Args:
+        state: the execution that the session's hook was given.
+        plan: what to run.
+        servers: connection, of an engine made by `view`, and logical shards, by name of the
+            physical shard.
+        parallel: runs tasks at the same time and returns result or exception of each.
+
+    Raises:
+        GatherError: servers could not be reached; others may have answered.
+    """
+    load = cast("Any", state._compile_state_cls)
+    statement: Any = plan.branch
+    options: Mapping[str, Any] = state.execution_options
+    params = state.parameters
+    bind_arguments = state.bind_arguments
+    if load is not None:
+        statement, options, params = load.orm_pre_session_exec(
+            state.session, statement, params, options, bind_arguments, False
+        )
+    tasks = [
+        _task(connection, statement, params, {**options, _OPTION: Scatter(shards, plan.tail)})
+        for connection, shards in servers.values()
+    ]
+    answers = dict(zip(servers, parallel(tasks), strict=True))
+    failures = {name: a for name, a in answers.items() if isinstance(a, Exception)}
+    if failures:
+        _raise(failures, answered=tuple(name for name in answers if name not in failures))
+    if load is not None:
+        answers = {
+            name: load.orm_setup_cursor_result(
+                state.session, statement, params, options, bind_arguments, answer
+            )
+            for name, answer in answers.items()
+        }
+    parts = [answer.freeze() for answer in answers.values()]
+    rows = plan.combine([row for part in parts for row in part._rewrite_rows()])
+    merged = parts[0].with_new_rows([tuple(row) for row in rows])()
+    return cast("Result[Any]", merged.columns(*range(plan.n_columns)))
+
+
+def _raise(failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None:
+    for failure in failures.values():
+        # A lost connection is about a server; anything else is about the statement.
+        if not isinstance(failure, DBAPIError) or not failure.connection_invalidated:
+            raise failure
+    raise GatherError(failures, answered)
+
+
+def _task(connection: Connection, statement: Any, params: Any, options: Any) -> Callable[[], Any]:
+    return lambda: connection.execute(statement, params or {}, execution_options=options)
+
+
+def _rewrite(
+    _connection: Any, _cursor: Any, statement: str, parameters: Any, context: Any, _many: bool
+) -> tuple[str, Any]:
+    scatter = context.execution_options.get(_OPTION)
+    return (compose(statement, scatter) if scatter else statement), parameters
