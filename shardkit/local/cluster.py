@@ -32,7 +32,7 @@ from shardkit.local.postgres import PostgresServer
 from shardkit.local.processes import find
 from shardkit.local.server import LocalServer, ServerKind, ServerProcess
 from shardkit.local.settings import DATABASE
-from shardkit.local.state import DirectoryLock, State
+from shardkit.local.state import DirectoryLock, State, acquire
 from shardkit.topology import Role
 
 __all__ = ["LocalCluster"]
@@ -130,10 +130,7 @@ class LocalCluster:
             LocalServerError: a server did not start; everything is stopped again.
         """
         layout = Layout.of(self._directory, server_account())
-        lock = DirectoryLock(layout.lock)
-        if not lock.acquire():
-            raise _already_owned(layout)
-        self._lock = lock
+        self._lock = acquire(layout)
         self._cancelled.clear()
         try:
             fleet, journal = self._prepare(layout, progress)
@@ -269,12 +266,3 @@ class LocalCluster:
         return [
             s for s in self.servers if s.physical == physical and s.kind is ServerKind.POSTGRESQL
         ]
-
-
-def _already_owned(layout: Layout) -> RefusedError:
-    state = State.load(layout.state)
-    owner = state.owner.pid if state and state.owner else "unknown"
-    return RefusedError(
-        f"{layout.directory}: process {owner} already runs this cluster",
-        hint="see `shardkit local status`; stop it with `shardkit local down`",
-    )

@@ -57,9 +57,7 @@ class Fleet:
     missing: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, layout: Layout, options: LocalOptions, old: State | None, clock: Clock
-    ) -> Fleet:
+    def of(cls, layout: Layout, options: LocalOptions, old: State | None, clock: Clock) -> Fleet:
         """Find the programs, choose the ports and make an object for every server.
 
         Raises:
@@ -124,8 +122,9 @@ class Fleet:
         """Return the ports behind a PgBouncer by database name: the primary's is `shardkit`."""
         members = self.members(physical)
         replicas = [server for server in members if server.role is Role.REPLICA]
-        names = {DATABASE: server.port for server in members if server.role is Role.PRIMARY}
-        return names | {f"{DATABASE}_{n}": s.port for n, s in enumerate(replicas, 1)}
+        primary = next(server for server in members if server.role is Role.PRIMARY)
+        followers = {f"{DATABASE}_{n}": server.port for n, server in enumerate(replicas, 1)}
+        return {DATABASE: primary.port, **followers}
 
     def _add_postgres(self) -> None:
         program = find_postgres(self.layout.account, self._data_version())
@@ -137,22 +136,22 @@ class Fleet:
     def _add_services(self) -> None:
         missing: list[str] = []
 
-        def program(name: str, wanted: bool) -> Program | None:
-            if not wanted:
+        def program(name: str, *, is_wanted: bool) -> Program | None:
+            if not is_wanted:
                 return None
             found = find_service(name, self.layout.account)
             if found is None:
                 missing.append(name)
             return found
 
-        if found := program("pgbouncer", self.options.pgbouncer):
+        if found := program("pgbouncer", is_wanted=self.options.pgbouncer):
             for physical in self.options.physical_names:
                 pooler = self._make(PgBouncerServer, f"pgbouncer_{physical}", found, physical)
                 pooler.layout, pooler.passwords = self.layout, self.passwords
                 pooler.databases = partial(self.pooled, physical)
-        if found := program("redis-server", self.options.redis):
+        if found := program("redis-server", is_wanted=self.options.redis):
             self._make(RedisServer, "redis", found, None).fsync = self.options.fsync
-        if found := program("memcached", self.options.memcached):
+        if found := program("memcached", is_wanted=self.options.memcached):
             self._make(MemcachedServer, "memcached", found, None)
         self.missing = tuple(missing)
 

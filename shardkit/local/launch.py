@@ -101,9 +101,7 @@ class Launch:
         for pooler in self._fleet.poolers(physical):
             self._bring_up(pooler)
 
-    def _replica(
-        self, server: PostgresServer, primary: PostgresServer, *, is_usable: bool
-    ) -> None:
+    def _replica(self, server: PostgresServer, primary: PostgresServer, *, is_usable: bool) -> None:
         if not is_usable:
             # New, or a former primary whose history ended at a failover.
             self._journal.record(server, is_initialised=False)

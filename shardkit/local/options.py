@@ -16,9 +16,12 @@ from shardkit.topology import MAX_LOGICAL_SHARDS
 
 __all__ = ["PHYSICAL_NAMES", "LocalOptions"]
 
+# fmt: off
 PHYSICAL_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi".split()
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta",
+    "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi",
 )
+# fmt: on
 """Names of physical shards, in the order they are given out."""
 
 _FIXED = ("physical", "logical_shards")
@@ -61,8 +64,8 @@ class LocalOptions:
 
     @property
     def physical_names(self) -> tuple[str, ...]:
-        """Names of the physical shards: alpha, beta, gamma, …"""
-        return tuple(PHYSICAL_NAMES[: self.physical])
+        """Names of the physical shards: alpha, beta, gamma and so on."""
+        return PHYSICAL_NAMES[: self.physical]
 
     def placement(self) -> dict[str, str]:
         """Return the logical shards of each physical shard as ranges: `{"alpha": "0-31", …}`."""

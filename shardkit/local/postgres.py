@@ -38,6 +38,15 @@ __all__ = ["PostgresServer", "role_of"]
 _BUILTIN_LOCALE = 17
 """First version with a locale of its own. Source: PostgreSQL 17 manual, 23.1.4."""
 
+_FUNCTIONS = (
+    "pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(), pg_wal_replay_resume()"
+)
+_PARAMETERS = (
+    "primary_conninfo, synchronous_standby_names, recovery_min_apply_delay, "
+    "default_transaction_read_only"
+)
+"""What `shardkit failover` and `doctor` need beyond owning the database."""
+
 _READY = "ready"
 _STATUS_LINE = 7
 """Line of postmaster.pid that says `ready`. Source: PostgreSQL, miscadmin.h."""
@@ -242,17 +251,15 @@ class PostgresServer(ServerProcess):
             f"REVOKE ALL ON DATABASE {DATABASE} FROM PUBLIC",
             f"GRANT CONNECT, TEMPORARY ON DATABASE {DATABASE} TO {APP_ROLE}",
             f"GRANT pg_monitor, pg_signal_backend TO {ADMIN_ROLE}",
-            f"GRANT EXECUTE ON FUNCTION pg_promote(boolean, integer), pg_reload_conf(), "
-            f"pg_wal_replay_pause(), pg_wal_replay_resume() TO {ADMIN_ROLE}",
+            f"GRANT EXECUTE ON FUNCTION {_FUNCTIONS} TO {ADMIN_ROLE}",
         ]
-        if self.program.major >= 15:  # noqa: PLR2004  first version with rights on parameters
+        if self.program.major >= 15:
             statements += [
                 f"GRANT pg_checkpoint TO {ADMIN_ROLE}",
-                "GRANT ALTER SYSTEM ON PARAMETER primary_conninfo, synchronous_standby_names, "
-                f"recovery_min_apply_delay, default_transaction_read_only TO {ADMIN_ROLE}",
+                f"GRANT ALTER SYSTEM ON PARAMETER {_PARAMETERS} TO {ADMIN_ROLE}",
             ]
         else:
             statements.append("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-        if self.program.major >= 16:  # noqa: PLR2004  first version with this role
+        if self.program.major >= 16:
             statements.append(f"GRANT pg_create_subscription TO {ADMIN_ROLE}")
         return statements

@@ -145,6 +145,6 @@ def _servers() -> Iterator[ProcessMark]:
 
 def _working_folder(pid: int) -> str | None:
     try:
-        return os.readlink(f"/proc/{pid}/cwd")
+        return str(Path(f"/proc/{pid}/cwd").readlink())
     except OSError:
         return None

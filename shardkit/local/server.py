@@ -127,7 +127,7 @@ class ServerProcess(ABC):
     def is_ready(self) -> bool:
         """Return whether the running server accepts connections."""
 
-    def before_launch(self) -> None:
+    def before_launch(self) -> None:  # noqa: B027  most have nothing to write
         """Write the configuration; called while no process of the server runs."""
 
     def has_data(self) -> bool:
@@ -309,9 +309,7 @@ def log_tail(path: Path, start: int = 0, lines: int = _TAIL_LINES) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
 
 
-def run_tool(
-    command: Sequence[str | Path], *, account: Account, log: Path, cwd: Path
-) -> None:
+def run_tool(command: Sequence[str | Path], *, account: Account, log: Path, cwd: Path) -> None:
     """Run a program to its end under an account, its output appended to a log.
 
     Raises:

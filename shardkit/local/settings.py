@@ -95,7 +95,8 @@ def postgres_conf(
         values["primary_conninfo"] = primary_conninfo
     values.update(options.settings)
     lines = [f"{key} = {_quoted(value)}" for key, value in values.items()]
-    return "\n".join(["# Written by shardkit at every start; use ALTER SYSTEM instead.", *lines, ""])
+    heading = "# Written by shardkit at every start; use ALTER SYSTEM instead."
+    return "\n".join([heading, *lines, ""])
 
 
 def host_rules() -> str:

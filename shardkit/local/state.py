@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from shardkit.errors import LocalServerError
+from shardkit.errors import LocalServerError, RefusedError
 from shardkit.local.account import write_file
+from shardkit.local.layout import Layout
 from shardkit.local.options import LocalOptions
 from shardkit.local.processes import ProcessMark, boot_id, is_alive
 
-__all__ = ["DirectoryLock", "ServerState", "State"]
+__all__ = ["DirectoryLock", "ServerState", "State", "acquire"]
 
 _FORMAT = 1
 
@@ -114,7 +115,7 @@ class State:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
-                raise LocalServerError(  # noqa: TRY301  the one refusal among many failures
+                raise LocalServerError(
                     f"{file}: written by another version of shardkit",
                     hint="stop the cluster with that version, or delete the folder",
                 )
@@ -178,6 +179,23 @@ class DirectoryLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def acquire(layout: Layout) -> DirectoryLock:
+    """Take the lock of a cluster's directory.
+
+    Raises:
+        RefusedError: another process, or another object of this one, owns the cluster.
+    """
+    lock = DirectoryLock(layout.lock)
+    if lock.acquire():
+        return lock
+    state = State.load(layout.state)
+    owner = state.owner.pid if state and state.owner else "unknown"
+    raise RefusedError(
+        f"{layout.directory}: process {owner} already runs this cluster",
+        hint="see `shardkit local status`; stop it with `shardkit local down`",
+    )
 
 
 def _mark_json(mark: ProcessMark | None) -> dict[str, int] | None:

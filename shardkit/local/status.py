@@ -18,6 +18,7 @@ from shardkit.errors import LocalServerError, RefusedError
 from shardkit.local import processes
 from shardkit.local.account import server_account
 from shardkit.local.layout import Layout
+from shardkit.local.options import LocalOptions
 from shardkit.local.owner import end_leftovers
 from shardkit.local.ports import HOST
 from shardkit.local.postgres import role_of
@@ -39,6 +40,7 @@ class LocalStatus:
         config: its `shardkit.toml`.
         owner_pid: the process that runs it, or None when that is gone.
         is_ready: whether every server came up and the owner lives.
+        options: the shape it was last started with, or None when there is no cluster.
         servers: in the order they were made; empty when there is no cluster.
     """
 
@@ -46,6 +48,7 @@ class LocalStatus:
     config: Path
     owner_pid: int | None
     is_ready: bool
+    options: LocalOptions | None
     servers: tuple[LocalServer, ...]
 
     @property
@@ -92,6 +95,7 @@ def read_status(directory: str | os.PathLike[str]) -> LocalStatus:
         config=folder / "shardkit.toml",
         owner_pid=owner.pid if owner else None,
         is_ready=state is not None and owner is not None and state.is_ready,
+        options=state.options if state else None,
         servers=tuple(_seen(s, state, folder) for s in state.servers.values()) if state else (),
     )
 
