@@ -10,14 +10,11 @@ from app.feed.endpoints import router as feed
 from app.graph.endpoints import router as graph
 from app.photos.endpoints import router as photos
 
-__all__ = ["PREFIX", "router"]
-
-PREFIX = "/api/v1"
+__all__ = ["router"]
 
 _PROBLEM = {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
 
 router = APIRouter(
-    prefix=PREFIX,
     responses={
         "4XX": {"description": "the request was refused", **_PROBLEM},
         "5XX": {"description": "try again, or it is our fault", **_PROBLEM},

@@ -14,6 +14,7 @@ from app.feed.service import FeedService
 from app.graph.service import GraphService
 from app.photos.service import PhotoService
 from app.resources import Resources
+from app.settings import Settings
 
 __all__ = [
     "TOKEN_HEADER",
@@ -26,6 +27,7 @@ __all__ = [
     "begin_login",
     "end_login",
     "get_resources",
+    "session_limits",
 ]
 
 TOKEN_HEADER = "shardkit-token"  # noqa: S105 - the name, not a token
@@ -34,17 +36,18 @@ TOKEN_HEADER = "shardkit-token"  # noqa: S105 - the name, not a token
 MAX_TOKEN_BYTES = 1024
 
 
-def get_resources(request: Request) -> Resources:
+async def get_resources(request: Request) -> Resources:
     """Return what the process holds open."""
     return cast("Resources", request.state.resources)
 
 
-def get_database(request: Request) -> Database:
+async def get_database(request: Request) -> Database:
     """Return the client's database; the middleware hands its token back to the client."""
+    resources = await get_resources(request)
     token = request.headers.get(TOKEN_HEADER) or request.cookies.get(TOKEN_HEADER)
     if token is not None and not (token.isascii() and len(token) <= MAX_TOKEN_BYTES):
         token = None
-    database = Database(get_resources(request).cluster, token or None)
+    database = Database(resources.cluster, token or None)
     request.state.database = database
     return database
 
@@ -53,26 +56,36 @@ ResourcesDep = Annotated[Resources, Depends(get_resources)]
 DatabaseDep = Annotated[Database, Depends(get_database)]
 
 
-def get_accounts(resources: ResourcesDep, database: DatabaseDep) -> AccountService:
+async def get_accounts(resources: ResourcesDep, database: DatabaseDep) -> AccountService:
     """Return the account service."""
-    limits = SessionLimits(
-        idle=dt.timedelta(seconds=resources.settings.session_idle),
-        absolute=dt.timedelta(seconds=resources.settings.session_absolute),
+    return AccountService(
+        database,
+        resources.passwords,
+        resources.clock,
+        session_limits(resources.settings),
+        resources.sign_ups,
     )
-    return AccountService(database, resources.passwords, resources.clock, limits)
 
 
-def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
+def session_limits(settings: Settings) -> SessionLimits:
+    """Return when log-ins end."""
+    return SessionLimits(
+        idle=dt.timedelta(seconds=settings.session_idle),
+        absolute=dt.timedelta(seconds=settings.session_absolute),
+    )
+
+
+async def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
     """Return the photo service."""
     return PhotoService(database, resources.blobs, resources.workers, resources.clock)
 
 
-def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphService:
+async def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphService:
     """Return the graph service."""
     return GraphService(database, resources.clock, resources.settings.max_followees)
 
 
-def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedService:
+async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedService:
     """Return the feed service."""
     return FeedService(database, resources.settings.max_followees)
 
@@ -93,7 +106,7 @@ async def get_maybe_viewer(request: Request, accounts: Accounts) -> Viewer | Non
 MaybeViewer = Annotated[Viewer | None, Depends(get_maybe_viewer)]
 
 
-def get_viewer(viewer: MaybeViewer) -> Viewer:
+async def get_viewer(viewer: MaybeViewer) -> Viewer:
     """Return who is asking.
 
     Raises:
@@ -112,7 +125,7 @@ def begin_login(request: Request, response: Response, login: LogIn) -> None:
     response.set_cookie(
         _cookie(request),
         login.token,
-        max_age=int(get_resources(request).settings.session_absolute),
+        max_age=int(request.state.resources.settings.session_absolute),
         httponly=True,
         secure=_is_secure(request),
         samesite="lax",

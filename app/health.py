@@ -53,7 +53,7 @@ async def readyz(resources: ResourcesDep, response: Response) -> Readiness:
     return Readiness(status="degraded" if lost else "ready", parts=parts)
 
 
-def _metrics(request: Request) -> Metrics:
+async def _metrics(request: Request) -> Metrics:
     return cast("Metrics", request.app.state.metrics)
 
 

@@ -20,6 +20,7 @@ import app.api
 import app.health
 import app.photos.endpoints
 import app.web.pages
+from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
 from app.errors import AppError, NotSignedInError, problem_of
 from app.metrics import Metrics
@@ -34,7 +35,7 @@ __all__ = ["create_app"]
 MULTIPART_OVERHEAD = 64 * 1024
 """Bytes a form adds to the file in it: boundaries, names and the caption."""
 
-MACHINE_PATHS = ("/api/", "/media/", "/healthz", "/readyz", "/metrics")
+MACHINE_PATHS = (f"{API}/", f"{MEDIA}/", "/healthz", "/readyz", "/metrics")
 """Addresses asked by programs: their errors are problem documents, all others are pages."""
 
 
@@ -56,7 +57,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
         summary="Photos and a feed: the reference service of shardkit.",
         version="1",
         lifespan=lifespan,
-        openapi_url="/api/v1/openapi.json",
+        openapi_url=f"{API}/openapi.json",
         docs_url=None,
         redoc_url=None,
     )
@@ -85,7 +86,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.add_middleware(
         BodyLimit,
         default=settings.max_body_bytes,
-        paths={f"{app.api.PREFIX}/photos": upload, "/upload": upload},
+        paths={f"{API}/photos": upload, "/upload": upload},
         timeout=settings.body_timeout,
         respond=respond,
     )

@@ -35,7 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import CollationClause, ColumnElement, Grouping
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, FromClause, SelectBase
+from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, SelectBase
 from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
@@ -51,8 +51,7 @@ _ORDERED_TYPES = (
 )  # fmt: skip
 # Functions of one row. Any other may be an aggregate, which does not distribute over a union.
 _ROW_FUNCTIONS = frozenset(
-    "abs ceil char_length coalesce date_part date_trunc extract floor greatest jsonb_array_length "
-    "least length lower nullif round upper".split()
+    ["abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor", "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round", "upper"]
 )
 
 
@@ -149,7 +148,7 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
                 raise _refused("a subquery in FROM over several logical shards")
     for column in statement._raw_columns:
         inner = _unlabelled(column)
-        if isinstance(inner, Column | FromClause) or _is_aggregate(inner):
+        if isinstance(inner, Column | Table) or _is_aggregate(inner):
             continue
         for part in iterate(inner):
             if isinstance(part, Over):

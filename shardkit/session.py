@@ -8,7 +8,7 @@ connection in which unqualified tables are those of its schema.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sqlalchemy import Connection, Engine, event, inspect

@@ -13,6 +13,7 @@ answer. Values inside a subquery confine the subquery alone: `NOT EXISTS` would 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 from sqlalchemy import (
@@ -36,8 +37,8 @@ from sqlalchemy.sql.selectable import (
     AliasedReturnsRows,
     FromClause,
     Join,
+    Lateral,
     SelectBase,
-    Subquery,
 )
 from sqlalchemy.sql.visitors import ExternallyTraversible
 
@@ -137,20 +138,27 @@ class _Node:
             self.confined = shards if self.confined is None else self.confined & shards
 
 
+@dataclass(slots=True)
+class _Frame:
+    """The tables that one SELECT, UPDATE or DELETE reads rows of, by identity."""
+
+    nodes: dict[int, _Node] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+
+
 class _Walk:
     """One pass over one statement."""
 
     def __init__(self, router: Router, params: Mapping[str, Any]) -> None:
         self.router = router
         self.params = params
-        self.nodes: dict[int, _Node] = {}
+        self.frames: list[_Frame] = []
+        self.nodes: list[_Node] = []
+        self.subqueries: dict[int, _Frame] = {}
         self.n_reference = 0
-        self.depth = 0
-
-    # -- answer
 
     def answer(self) -> frozenset[int] | None:
-        groups = {id(node.root()): node.root() for node in self.nodes.values()}
+        groups = {id(node.root()): node.root() for node in self.nodes}
         if not groups:
             if self.n_reference:
                 return frozenset({0})
@@ -164,29 +172,31 @@ class _Walk:
             return confined[0] if confined[0] is None or confined[0] else frozenset({0})
         together = frozenset().union(*(shards or () for shards in confined))
         if None in confined or len(together) > 1:
-            names = sorted(group.name for group in groups.values())
+            names = sorted({group.name for group in groups.values()})
             raise UnsupportedStatementError(
-                f"rows of {' and '.join(names)} may lie on different logical shards", hint=CO_LOCATE
+                f"rows of {' and '.join(names)} may lie on different logical shards",
+                hint=CO_LOCATE,
             )
         return together or frozenset({0})
 
     # -- statements
 
     def statement(self, statement: Any) -> None:
-        if isinstance(statement, Select):
-            self.select(statement)
-        elif isinstance(statement, Update | Delete):
+        if isinstance(statement, Update | Delete):
+            self.frames.append(_Frame())
             self.element(statement.table)
             for clause in statement._where_criteria:
                 self.criterion(clause)
             if isinstance(statement, Update):
                 self.elements((statement._values or {}).values())
+            self.frames.pop()
         else:
-            self.element(statement)
+            self.query(statement, asfrom=True)
 
     def insert(self, statement: Insert, params: Params) -> frozenset[int] | None:
         sharding = _base_sharding(statement.table)
         if sharding is None:
+            self.frames.append(_Frame())
             self.element(statement.table)
             return self.answer()
         if statement.select is not None:
@@ -198,8 +208,8 @@ class _Walk:
             rows = list(params)
         else:
             multi = [row for rows in statement._multi_values for row in rows]
-            rows = [{**cast("Any", row), **(params or {})}
-                    for row in (multi or [statement._values or {}])]  # fmt: skip
+            given = cast("list[Mapping[Any, Any]]", multi or [statement._values or {}])
+            rows = [{**row, **(params or {})} for row in given]
         shards = frozenset(self._shard_of_row(sharding, row) for row in rows)
         if len(shards) > 1:
             raise UnsupportedStatementError(
@@ -220,18 +230,78 @@ class _Walk:
             f"INSERT without {sharding.key}, the shard key", hint="name it in values()"
         )
 
+    def query(
+        self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Strategy] | None = None
+    ) -> None:
+        """Walk a SELECT or a union of them.
+
+        Args:
+            query: the SELECT.
+            asfrom: whether it stands in FROM, where it cannot see the tables around it.
+            equal_to: column that its only column is compared with by IN.
+        """
+        if isinstance(query, CompoundSelect):
+            for part in query.selects:
+                self.query(part.element if isinstance(part, Grouping) else part, asfrom=asfrom)
+        elif isinstance(query, Select):
+            self.frames.append(self._frame(query, asfrom=asfrom))
+            if equal_to is not None:
+                self.join(equal_to, self.placing(query._raw_columns[0]))
+            self.select(query)
+            self.frames.pop()
+        elif isinstance(query, SelectBase):
+            inner = getattr(query, "element", None)
+            if inner is None:
+                raise UnsupportedStatementError(
+                    f"{type(query).__name__} inside a statement is not routed", hint=CO_LOCATE
+                )
+            self.query(inner, asfrom=asfrom)
+        else:
+            raise NoShardKeyError(f"{type(query).__name__} is not routed")
+
     def select(self, select: Select[Any]) -> None:
-        self.elements(select._raw_columns)
         froms: Iterable[Any] = select._from_obj
         if select._setup_joins:
             # The ORM knows how relationships join; let it spell the ON clauses out.
             froms = select.get_final_froms()
         self.elements(froms)
+        self.elements(select._raw_columns)
         for clause in select._where_criteria:
             self.criterion(clause)
         self.elements(select._having_criteria)
         self.elements(select._order_by_clauses)
         self.elements(select._group_by_clauses)
+
+    def _frame(self, select: Select[Any], *, asfrom: bool) -> _Frame:
+        """Return the frame of a SELECT with the tables of its own FROM list.
+
+        A table that an enclosing query has too is that query's where SQLAlchemy correlates, and
+        a second occurrence where it does not. Source: `Select.correlate` in SQLAlchemy's manual.
+        """
+        found = [
+            table
+            for element in (*select._from_obj, *select._raw_columns, *select._where_criteria)
+            for table in element._from_objects
+        ]
+        found += [table for target, *_ in select._setup_joins for table in target._from_objects]
+        around = set() if asfrom or not self.frames else self.frames[-1].known
+        everywhere = {key for frame in self.frames for key in frame.known}
+        keys = {hash(table) for table in found}
+        if select._correlate:
+            correlated = keys & everywhere & {hash(table) for table in select._correlate}
+        elif select._correlate_except is not None:
+            correlated = keys & everywhere - {hash(table) for table in select._correlate_except}
+        else:
+            correlated = keys & around if select._auto_correlate and keys - around else set()
+        frame = _Frame()
+        self.frames.append(frame)
+        for table in found:
+            if hash(table) not in correlated:
+                frame.known.add(hash(table))
+                if _base_table(table) is not None:
+                    self._note(frame, table)
+        self.frames.pop()
+        return frame
 
     # -- expressions
 
@@ -252,58 +322,62 @@ class _Walk:
             if element.onclause is not None:
                 self.criterion(element.onclause, outer=element.isouter or element.full)
         elif isinstance(element, SelectBase):
-            self.depth += 1
-            selects = element.selects if isinstance(element, CompoundSelect) else (element,)
-            for select in selects:
-                if isinstance(select, Select):
-                    self.select(select)
-                else:
-                    self.children(select)
-            self.depth -= 1
+            self.query(element, asfrom=False)
         elif isinstance(element, AliasedReturnsRows):
             if _base_table(element) is not None:
                 self.node(element)
-            else:
-                self.element(element.element)
+            elif isinstance(element.element, SelectBase) and not self._seen(element):
+                self.query(element.element, asfrom=not isinstance(element, Lateral))
         elif isinstance(element, ExternallyTraversible):
-            self.children(element)
+            self.elements(element.get_children())
 
-    def children(self, element: ExternallyTraversible) -> None:
-        self.elements(element.get_children())
+    def _seen(self, subquery: AliasedReturnsRows) -> bool:
+        """Tell whether a subquery in FROM was walked; else open its frame to its columns."""
+        if hash(subquery) in self.subqueries:
+            return True
+        inner = subquery.element
+        if isinstance(inner, Select):
+            frame = self._frame(inner, asfrom=not isinstance(subquery, Lateral))
+            self.subqueries[hash(subquery)] = frame
+            self.frames.append(frame)
+            self.select(inner)
+            self.frames.pop()
+            return True
+        return False
 
     def criterion(self, clause: Any, *, outer: bool = False) -> None:
         """Read one condition that every row of the query meets.
 
         Args:
+            clause: the condition.
             outer: whether it is the ON clause of an outer join, whose values confine nothing.
         """
         if isinstance(clause, Grouping):
             self.criterion(clause.element, outer=outer)
-        elif isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+            return
+        if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
             for part in clause.clauses:
                 self.criterion(part, outer=outer)
-        else:
-            if isinstance(clause, BinaryExpression):
-                self.equality(clause)
-            if not outer:
-                for node, shards in self.confining(clause).values():
-                    # A value of a subquery says nothing about the rows of the query around it.
-                    if node.depth == self.depth:
-                        node.root().confine(shards)
-            self.element(clause)
-
-    def equality(self, clause: BinaryExpression[Any]) -> None:
-        """Join the nodes of two columns that an equality, or IN (SELECT …), makes equal."""
-        left = self.placing(clause.left)
-        right = None
-        if clause.operator is operators.eq:
-            right = self.placing(clause.right)
-        elif clause.operator is operators.in_op:
-            inner = _plain_select(clause.right)
+            return
+        if not outer:
+            for node, shards in self.confining(clause).values():
+                # A value of a subquery says nothing about the rows of the query around it.
+                if node.root().depth == len(self.frames):
+                    node.root().confine(shards)
+        if isinstance(clause, BinaryExpression):
+            inner = _plain_select(clause.right) if clause.operator is operators.in_op else None
             if inner is not None:
-                self.depth += 1
-                right = self.placing(inner._raw_columns[0])
-                self.depth -= 1
+                self.element(clause.left)
+                self.query(inner, asfrom=False, equal_to=self.placing(clause.left))
+                return
+            if clause.operator is operators.eq:
+                self.join(self.placing(clause.left), self.placing(clause.right))
+        self.element(clause)
+
+    def join(
+        self, left: tuple[_Node, Strategy] | None, right: tuple[_Node, Strategy] | None
+    ) -> None:
+        """Join the nodes of two equal columns that place their rows by the same rule."""
         if left and right and left[1] == right[1]:
             left[0].join(right[0])
 
@@ -345,26 +419,43 @@ class _Walk:
 
     def placing(self, element: Any) -> tuple[_Node, Strategy] | None:
         """Return node and rule of a column that places its row, or None for anything else."""
-        column = _source_column(element)
-        if column is None or column.table is None:
+        frame = None
+        while True:
+            while isinstance(element, Label | Grouping):
+                element = element.element
+            table = getattr(element, "table", None)
+            if not isinstance(element, ColumnElement) or table is None:
+                return None
+            if _base_table(table) is not None:
+                break
+            # A column of a subquery in FROM is the column it passes on.
+            self.element(table)
+            frame = self.subqueries.get(hash(table))
+            if frame is None or len(element._proxies) != 1:
+                return None
+            element = element._proxies[0]
+        sharding = _base_sharding(table)
+        strategy = sharding.placing.get(element.name) if sharding else None
+        if strategy is None:
             return None
-        sharding = _base_sharding(column.table)
-        strategy = sharding.placing.get(column.name) if sharding else None
-        node = self.node(column.table) if strategy else None
-        return (node, strategy) if node and strategy else None
+        node = self.node(table) if frame is None else frame.nodes.get(hash(table))
+        return (node, strategy) if node else None
 
     def node(self, table: FromClause) -> _Node | None:
         """Return the node of a table occurrence, or None when it is not sharded."""
         key = hash(table)  # annotated copies of one table share their hash
-        if key in self.nodes:
-            node = self.nodes[key]
-            if self.depth < node.depth and node.group is node:
-                node.depth = self.depth
-            return node
-        base = _base_table(table)
-        if base is None:
+        for frame in reversed(self.frames):
+            if key in frame.known:
+                return frame.nodes.get(key)
+        if _base_table(table) is None:
             self.element(table)
             return None
+        self.frames[-1].known.add(key)
+        return self._note(self.frames[-1], table)
+
+    def _note(self, frame: _Frame, table: FromClause) -> _Node | None:
+        base = _base_table(table)
+        assert base is not None, "subqueries have no node"
         if sharding_of(base) is None:
             if base.schema != REFERENCE_SCHEMA:
                 raise UnsupportedStatementError(
@@ -373,8 +464,10 @@ class _Walk:
                 )
             self.n_reference += 1
             return None
-        node = self.nodes[key] = _Node(base.name, self.depth)
-        return node
+        if hash(table) not in frame.nodes:
+            node = frame.nodes[hash(table)] = _Node(base.name, len(self.frames))
+            self.nodes.append(node)
+        return frame.nodes[hash(table)]
 
     def _value(self, parameter: BindParameter[Any]) -> Any:
         if parameter.key in self.params:
@@ -392,22 +485,6 @@ def _base_table(element: Any) -> Table | None:
 def _base_sharding(element: Any) -> Sharding | None:
     table = _base_table(element)
     return None if table is None else sharding_of(table)
-
-
-def _source_column(element: Any) -> Column[Any] | ColumnElement[Any] | None:
-    """Return the table column behind labels and plain subquery columns."""
-    while True:
-        if isinstance(element, Label | Grouping):
-            element = element.element
-        elif isinstance(table := getattr(element, "table", None), AliasedReturnsRows) and (
-            isinstance(table, Subquery) or _base_table(table) is None
-        ):
-            proxies = element._proxies
-            if len(proxies) != 1:
-                return None
-            element = cast("Any", proxies[0])
-        else:
-            return element if isinstance(element, ColumnElement) and table is not None else None
 
 
 def _plain_select(element: Any) -> Select[Any] | None:

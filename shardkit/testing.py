@@ -1,7 +1,8 @@
 """Helpers for tests of programs that use shardkit.
 
 `wait_until` waits for a fact instead of for a time, so that a test is as quick as the system and
-fails with a sentence. Never used by the library itself.
+fails with a sentence. `FakeClock` is a clock that moves when told. Never used by the library
+itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,44 @@ from collections.abc import Callable
 
 from shardkit.clock import SYSTEM, Clock
 
-__all__ = ["wait_until"]
+__all__ = ["FakeClock", "wait_until"]
 
 _POLL = 0.02
+
+
+class FakeClock:
+    """A clock that stands still until a test moves it.
+
+    Wall and monotonic time move together with `advance`; `set_unix_ms` steps the wall alone, as
+    an operator or a time server does.
+    """
+
+    def __init__(self, *, unix_ms: int = 1_800_000_000_000) -> None:
+        self._unix_ms = unix_ms
+        self._monotonic = 0.0
+
+    def unix_ms(self) -> int:
+        """Return wall time in milliseconds since 1970-01-01 UTC."""
+        return self._unix_ms
+
+    def monotonic(self) -> float:
+        """Return seconds from an arbitrary origin."""
+        return self._monotonic
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass.
+
+        Raises:
+            ValueError: seconds is negative; only the wall clock can step back.
+        """
+        if seconds < 0:
+            raise ValueError(f"advance({seconds}): time passes forwards; see set_unix_ms")
+        self._monotonic += seconds
+        self._unix_ms += round(seconds * 1000)
+
+    def set_unix_ms(self, unix_ms: int) -> None:
+        """Step the wall clock, in either direction."""
+        self._unix_ms = unix_ms
 
 
 def wait_until(

@@ -15,11 +15,12 @@ from app.accounts.schemas import (
     ViewerOut,
 )
 from app.accounts.service import LogIn
+from app.addresses import API
 from app.deps import Accounts, MaybeViewer, SignedIn, begin_login, end_login
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["accounts"])
+router = APIRouter(prefix=API, tags=["accounts"])
 
 Everywhere = Annotated[bool, Query(description="end all log-ins, not only this one")]
 

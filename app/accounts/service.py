@@ -6,6 +6,7 @@ log-out takes effect at once whatever the replicas have seen.
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import hashlib
 import hmac
@@ -102,15 +103,23 @@ class AccountService:
         passwords: the hasher.
         clock: the time.
         limits: when log-ins end.
+        sign_ups: how many may run at the same time; each holds two connections, and sign-ups
+            that hold one and wait for another must not empty the pool for each other.
     """
 
     def __init__(
-        self, database: Database, passwords: Passwords, clock: Clock, limits: SessionLimits
+        self,
+        database: Database,
+        passwords: Passwords,
+        clock: Clock,
+        limits: SessionLimits,
+        sign_ups: asyncio.Semaphore,
     ) -> None:
         self._database = database
         self._passwords = passwords
         self._clock = clock
         self._limits = limits
+        self._sign_ups = sign_ups
 
     async def sign_up(self, wanted: SignUp) -> LogIn:
         """Create an account and log it in.
@@ -139,7 +148,7 @@ class AccountService:
             password_hash=password_hash,
             created_at=started,
         )
-        async with self._database.writer() as session:
+        async with self._sign_ups, self._database.writer() as session:
             session.add(user)
             await session.flush()
             await reserve(self._database, username, user.id, started)

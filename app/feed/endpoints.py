@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from app.addresses import API
 from app.deps import Feed, MaybeViewer, SignedIn
 from app.paging import Cursor, Limit, Page
 from app.photos.schemas import PhotoOut
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["feed"])
+router = APIRouter(prefix=API, tags=["feed"])
 
 
 @router.get("/feed")

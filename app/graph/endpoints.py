@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, status
 
 from app.accounts.schemas import PersonOut
+from app.addresses import API
 from app.deps import Graph, SignedIn
 from app.paging import Cursor, Limit, Page
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["graph"])
+router = APIRouter(prefix=API, tags=["graph"])
 
 
 @router.put("/users/{username}/follow", status_code=status.HTTP_204_NO_CONTENT)

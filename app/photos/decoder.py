@@ -101,9 +101,7 @@ def encode_sizes(picture: Any) -> tuple[dict[int, bytes], dict[str, int]]:
         scaled = picture.thumbnail_image(
             size, height=size, size="down", crop="centre" if square else "none"
         )
-        sizes[size] = scaled.jpegsave_buffer(
-            Q=QUALITY, keep="icc", optimize_coding=True, interlace=size == max(SIZES)
-        )
+        sizes[size] = scaled.jpegsave_buffer(Q=QUALITY, keep="icc", optimize_coding=True)
     return sizes, {"width": picture.width, "height": picture.height}
 
 

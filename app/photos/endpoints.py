@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Response, UploadFile, status
 
+from app.addresses import API, MEDIA
 from app.deps import Accounts, MaybeViewer, Photos, SignedIn
 from app.ids import Id
 from app.paging import Cursor, Limit, Page
@@ -13,8 +14,8 @@ from app.photos.schemas import Caption, CommentIn, CommentOut, LikesOut, PhotoOu
 
 __all__ = ["media", "router"]
 
-router = APIRouter(tags=["photos"])
-media = APIRouter(include_in_schema=False)
+router = APIRouter(prefix=API, tags=["photos"])
+media = APIRouter(prefix=MEDIA, include_in_schema=False)
 
 
 @router.post("/photos", status_code=status.HTTP_201_CREATED)
@@ -87,7 +88,7 @@ async def delete_comment(photo_id: Id, comment_id: Id, viewer: SignedIn, photos:
     await photos.delete_comment(viewer, photo_id, comment_id)
 
 
-@media.get("/media/{key}/{size}.jpg")
+@media.get("/{key}/{size}.jpg")
 async def picture(key: str, size: int, photos: Photos) -> Response:
     """Return one size of a picture; it never changes, so browsers keep it."""
     return Response(

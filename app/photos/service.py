@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from app.accounts.models import User
 from app.accounts.repository import AccountRepository
 from app.accounts.service import Viewer, person_out
+from app.addresses import MEDIA
 from app.clock import Clock
 from app.database import Database
 from app.errors import ForbiddenError, NotFoundError
@@ -243,7 +244,7 @@ async def describe(
 
 def image_url(blob_key: str, size: int) -> str:
     """Return the address of one size of a picture."""
-    return f"/media/{blob_key}/{size}.jpg"
+    return f"{MEDIA}/{blob_key}/{size}.jpg"
 
 
 def images_of(blob_key: str) -> dict[str, str]:

@@ -49,7 +49,7 @@ FEED_PAGE, GRID_PAGE, COMMENT_PAGE, PEOPLE_PAGE = 10, 24, 50, 30
 SEE_OTHER = 303
 
 
-def get_pages(request: Request) -> Pages:
+async def get_pages(request: Request) -> Pages:
     """Return the templates."""
     return cast("Pages", request.app.state.pages)
 

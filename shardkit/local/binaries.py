@@ -111,8 +111,8 @@ def _postgres_programs() -> Iterator[Program]:
         folders += [(folder, wheel) for folder in wheel.glob("pginstall*/bin")]
     seen: set[Path] = set()
     for folder, wheel in folders:
-        path = (folder / "postgres").resolve()
-        if path in seen or not all(path.with_name(t).is_file() for t in _POSTGRES_TOOLS):
+        path = Path(os.path.realpath(folder / "postgres"))
+        if path in seen or not all(_is_program(path.with_name(t)) for t in _POSTGRES_TOOLS):
             continue
         seen.add(path)
         if program := _program(path, wheel):
@@ -133,7 +133,7 @@ def _wheel_folder(package: str) -> Path | None:
 
 
 def _program(path: Path, wheel: Path | None) -> Program | None:
-    if not os.access(path, os.X_OK) or not path.is_file():
+    if not _is_program(path):
         return None
     argument = _VERSION_ARGUMENT.get(path.name, "--version")
     try:
@@ -149,6 +149,11 @@ def _program(path: Path, wheel: Path | None) -> Program | None:
         return None
     match = re.search(r"(?:v=|\s)(\d+(?:\.\d+)*)", answer.stdout)
     return Program(path, match[1], wheel) if match else None
+
+
+def _is_program(path: Path) -> bool:
+    """Return whether this process can run a file; False for a folder of PATH it may not enter."""
+    return os.access(path, os.X_OK) and not os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises
 
 
 def _is_usable(program: Program, account: Account) -> bool:

@@ -110,6 +110,8 @@ class Layout:
         claim_folder(self.directory / "logs", 0o700)
         for folder in dict.fromkeys((self.data, self.sockets.parent)):
             claim_folder(folder, 0o711)
+        # For whoever finds it: under /var/tmp nothing else tells where it belongs.
+        write_file(self.data / "README", f"Data of the cluster in {self.directory}\n", 0o644)
         claim_folder(self.conf, 0o711)
         claim_folder(self.sockets, 0o700, self.account)
 

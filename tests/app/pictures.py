@@ -7,7 +7,7 @@ import zlib
 from functools import cache
 from typing import Any
 
-import pyvips  # type: ignore[import-untyped]
+import pyvips
 
 __all__ = ["bomb_png", "jpeg", "png", "webp"]
 

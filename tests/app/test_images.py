@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pyvips  # type: ignore[import-untyped]
+import pyvips
 
 from app.errors import (
     DamagedImageError,

@@ -1,0 +1,65 @@
+"""The models that tests of the library share: users, their photos, likes on photos, names."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from sqlalchemy import ForeignKey, func
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from shardkit import Reference, Sharded
+
+
+class Base(DeclarativeBase):
+    """What every model of the tests derives from."""
+
+
+class User(Sharded, Base):
+    """Placed by its own id."""
+
+    __tablename__ = "users"
+    name: Mapped[str]
+    photos: Mapped[list[Photo]] = relationship(back_populates="owner")
+
+
+class Photo(Sharded, Base):
+    """Lives with its owner."""
+
+    __tablename__ = "photos"
+    __shard_key__ = "owner_id"
+    owner_id: Mapped[int] = mapped_column(ForeignKey(User.id))
+    caption: Mapped[str] = mapped_column(default="")
+    rank: Mapped[int | None]
+    taken_at: Mapped[dt.datetime | None] = mapped_column(server_default=func.now())
+    owner: Mapped[User] = relationship(back_populates="photos")
+    likes: Mapped[list[Like]] = relationship()
+
+
+class Like(Sharded, Base):
+    """Lives with the photo; maps its own primary key."""
+
+    __tablename__ = "likes"
+    __shard_key__ = "photo_id"
+    photo_id: Mapped[int] = mapped_column(ForeignKey(Photo.id), primary_key=True)
+    user_id: Mapped[int] = mapped_column(primary_key=True)
+    fan: Mapped[User] = relationship(
+        primaryjoin="foreign(Like.user_id) == User.id", viewonly=True
+    )
+
+
+class Handle(Sharded, Base):
+    """Placed by the hash of a text."""
+
+    __tablename__ = "handles"
+    __shard_key__ = "name"
+    __shard_strategy__ = "hash"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[int]
+
+
+class Country(Reference, Base):
+    """On every physical shard."""
+
+    __tablename__ = "countries"
+    code: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]

@@ -1,0 +1,109 @@
+"""What a statement over several logical shards becomes, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import distinct, func, select
+
+from shardkit.errors import UnsupportedStatementError
+from shardkit.gather import plan
+from tests.models import Photo, User
+
+per_owner = select(Photo.owner_id).subquery()
+
+REFUSED: list[tuple[str, Any, str]] = [
+    ("distinct", select(Photo.caption).distinct(), "DISTINCT"),
+    ("having", select(Photo.rank).group_by(Photo.rank).having(func.count() > 1), "HAVING"),
+    ("for update", select(Photo).with_for_update(), "FOR UPDATE"),
+    ("fetch", select(Photo).fetch(3), "FETCH"),
+    ("text order", select(Photo).order_by(Photo.caption), "collat"),
+    ("text min", select(func.min(Photo.caption)), "collat"),
+    ("average", select(func.avg(Photo.rank)), "avg"),
+    ("unknown function", select(func.array_agg(Photo.id)), "array_agg"),
+    ("aggregate in an expression", select(func.count() + 1).select_from(Photo), "count"),
+    ("count distinct", select(func.count(distinct(Photo.rank))), "DISTINCT"),
+    ("window", select(func.count().over()).select_from(Photo), "window"),
+    ("column outside group by", select(Photo.rank, func.count()), "GROUP BY"),
+    ("group by unselected", select(func.count()).group_by(Photo.rank), "GROUP BY"),
+    ("entity beside aggregate", select(Photo, func.count()).group_by(Photo.id), "entities"),
+    ("subquery in from", select(per_owner), "subquery"),
+    ("negative limit", select(Photo).limit(-1), "LIMIT"),
+]
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"), [(s, r) for _, s, r in REFUSED], ids=[name for name, *_ in REFUSED]
+)
+def test_refused_by_name(statement: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedStatementError, match=reason):
+        plan(statement, None)
+
+
+def test_order_and_limit_go_to_the_servers_and_offset_stays_with_the_client() -> None:
+    made = plan(select(Photo).order_by(Photo.rank.desc(), Photo.id).limit(20).offset(5), None)
+    assert made.tail == (
+        " ORDER BY shardkit_sort_0 DESC NULLS FIRST, shardkit_sort_1 ASC NULLS LAST LIMIT 25"
+    )
+    assert made.n_columns == 1
+    assert "ORDER BY" not in str(made.branch)
+    assert "LIMIT" not in str(made.branch)
+
+
+def test_text_sorts_in_the_c_collation() -> None:
+    made = plan(select(User.name).order_by(User.name.collate("C")), None)
+    assert made.tail == " ORDER BY shardkit_sort_0 ASC NULLS LAST"
+
+
+values = st.none() | st.integers(-3, 3)
+
+
+@given(
+    st.lists(st.tuples(values, st.integers()), max_size=30),
+    st.sampled_from(["asc", "desc"]),
+    st.sampled_from([None, "first", "last"]),
+    st.none() | st.integers(0, 10),
+    st.integers(0, 5),
+    st.integers(1, 4),
+)
+def test_the_merge_equals_one_sorted_server(
+    rows: list[tuple[int | None, int]],
+    direction: str,
+    nulls: str | None,
+    limit: int | None,
+    offset: int,
+    n_servers: int,
+) -> None:
+    key: Any = Photo.rank.desc() if direction == "desc" else Photo.rank.asc()
+    if nulls:
+        key = key.nulls_first() if nulls == "first" else key.nulls_last()
+    statement = select(Photo.id).order_by(key, Photo.id).offset(offset)
+    made = plan(statement if limit is None else statement.limit(limit), None)
+    nulls_first = nulls == "first" or (nulls is None and direction == "desc")
+
+    def expected_key(row: tuple[int | None, int]) -> tuple[Any, ...]:
+        rank, number = row
+        null_rank = (rank is None) is not nulls_first
+        value = 0 if rank is None else (-rank if direction == "desc" else rank)
+        return (null_rank, value, number)
+
+    ordered = sorted(rows, key=expected_key)
+    stop = None if limit is None else offset + limit
+    dealt = [sorted(rows[i::n_servers], key=expected_key)[:stop] for i in range(n_servers)]
+    merged = made.combine([(n, r, n) for r, n in itertools.chain(*dealt)])
+    assert [(r, n) for n, r, _ in merged] == ordered[offset:stop]
+
+
+def test_partial_aggregates_combine() -> None:
+    statement = select(
+        Photo.rank, func.count(), func.sum(Photo.rank), func.min(Photo.id), func.max(Photo.id)
+    ).group_by(Photo.rank)
+    made = plan(statement.order_by(func.count().desc()).limit(1), None)
+    partial: list[Any] = [(1, 2, 2, 10, 12), (None, 1, None, 3, 3), (1, 3, 3, 7, 11)]
+    assert made.combine(partial) == [[1, 5, 5, 7, 12]]
+    everything = plan(statement, None)
+    assert everything.combine(list(partial)) == [[1, 5, 5, 7, 12], [None, 1, None, 3, 3]]

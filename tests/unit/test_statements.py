@@ -1,0 +1,155 @@
+"""Which logical shards a statement concerns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import and_, delete, exists, func, insert, not_, or_, select, text, union_all, update
+from sqlalchemy.orm import aliased
+
+from shardkit.errors import (
+    InvalidShardKeyError,
+    NoShardKeyError,
+    ShardKeyChangeError,
+    UnsupportedStatementError,
+)
+from shardkit.ids import compose
+from shardkit.router import Router, Strategy
+from shardkit.statements import shards_of
+from tests.models import Country, Handle, Like, Photo, User
+
+ROUTER = Router(64)
+A, B, C = (compose(5, shard, 0) for shard in (1, 2, 3))
+Other = aliased(Photo)
+per_owner = (
+    select(Photo.owner_id, func.count().label("n")).group_by(Photo.owner_id).subquery("per_owner")
+)
+
+
+def where(statement: Any, params: Any = None) -> set[int] | None:
+    shards = shards_of(statement, params, ROUTER)
+    return None if shards is None else set(shards)
+
+
+ROUTED: list[tuple[str, Any, set[int] | None]] = [
+    ("key ==", select(Photo).where(Photo.owner_id == A), {1}),
+    ("== turned round", select(Photo).where(A == Photo.owner_id), {1}),
+    ("own id ==", select(Photo).where(Photo.id == B), {2}),
+    ("key in", select(Photo).where(Photo.owner_id.in_([A, B])), {1, 2}),
+    ("empty in", select(Photo).where(Photo.owner_id.in_([])), {0}),
+    ("and", select(Photo).where(and_(Photo.owner_id == A, Photo.rank > 3)), {1}),
+    ("two where", select(Photo).where(Photo.owner_id.in_([A, B])).where(Photo.id == A), {1}),
+    ("excluding each other", select(Photo).where(Photo.id == A, Photo.owner_id == B), {0}),
+    ("or", select(Photo).where(or_(Photo.owner_id == A, Photo.id == B)), {1, 2}),
+    ("or, one side open", select(Photo).where(or_(Photo.owner_id == A, Photo.rank == 1)), None),
+    ("not", select(Photo).where(not_(Photo.owner_id == A)), None),
+    ("!=", select(Photo).where(Photo.owner_id != A), None),
+    ("<", select(Photo).where(Photo.id < A), None),
+    ("is null", select(Photo).where(Photo.owner_id == None), None),  # noqa: E711
+    ("nothing", select(Photo), None),
+    ("a count", select(func.count()).select_from(Photo), None),
+    ("a column", select(Photo.caption).where(Photo.id == A), {1}),
+    ("hashed key", select(Handle).where(Handle.name == "ana"), {
+        ROUTER.shard(Strategy.HASH, "ana")}),
+    ("alias", select(Other).where(Other.id == A), {1}),
+    ("join on the key", select(Photo).join(Like, Like.photo_id == Photo.id).where(
+        Like.photo_id == A), {1}),
+    ("join by relationship", select(User).join(User.photos).where(User.id == A), {1}),
+    ("outer join", select(User).outerjoin(User.photos).where(User.id == A), {1}),
+    ("value in an outer ON", select(User).outerjoin(
+        Photo, and_(Photo.owner_id == User.id, Photo.owner_id == A)), None),
+    ("join without values", select(User).join(User.photos), None),
+    ("self join", select(Photo).join(Other, Other.owner_id == Photo.owner_id).where(
+        Other.id == B), {2}),
+    ("correlated exists", select(User).where(exists().where(Photo.owner_id == User.id)), None),
+    ("value inside exists", select(Photo).where(
+        ~exists().where(Like.photo_id == Photo.id, Like.photo_id == A)), None),
+    ("two separate, one shard", select(User).where(User.id == A, exists().where(
+        Like.photo_id == A)), {1}),
+    ("in a select", select(Photo).where(Photo.id.in_(
+        select(Like.photo_id).where(Like.user_id == 3))), None),
+    ("scalar subquery", select(User, select(func.count()).where(
+        Photo.owner_id == User.id).scalar_subquery()).where(User.id == A), {1}),
+    ("subquery column first", select(select(func.count()).where(
+        Photo.owner_id == User.id).scalar_subquery(), User), None),
+    ("in a select of the same table", select(User).where(User.id.in_(
+        select(User.id).where(User.name == "x"))), None),
+    ("subquery in FROM", select(User, per_owner.c.n).join(
+        per_owner, per_owner.c.owner_id == User.id).where(User.id == A), {1}),
+    ("cte", select(select(Photo).where(Photo.owner_id == A).cte()), {1}),
+    ("union", union_all(select(Photo).where(Photo.id == A), select(Photo).where(
+        Photo.owner_id == A)), {1}),
+    ("with a reference table", select(User).join(Country, Country.code == User.name).where(
+        User.id == A), {1}),
+    ("reference table alone", select(Country), {0}),
+    ("update", update(Photo).where(Photo.owner_id == A).values(caption="x"), {1}),
+    ("delete", delete(Photo).where(Photo.id.in_([A, C])), {1, 3}),
+    ("delete everything", delete(Photo), None),
+    ("insert", insert(Photo).values(owner_id=A), {1}),
+    ("insert rows", insert(Photo).values([{"owner_id": A}, {"owner_id": A}]), {1}),
+    ("core table", select(Photo.__table__).where(Photo.__table__.c.owner_id == A), {1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("statement", "shards"), [(s, n) for _, s, n in ROUTED], ids=[name for name, *_ in ROUTED]
+)
+def test_routed(statement: Any, shards: set[int] | None) -> None:
+    assert where(statement) == shards
+
+
+REFUSED: list[tuple[str, Any, type[Exception]]] = [
+    ("join across", select(Photo).join(Like, Like.user_id == Photo.owner_id).where(
+        Photo.id == A), UnsupportedStatementError),
+    ("cartesian", select(Photo, User).where(Photo.id == A), UnsupportedStatementError),
+    ("cartesian, two shards", select(Photo, User).where(Photo.id == A, User.id == B),
+     UnsupportedStatementError),
+    ("uncorrelated exists", select(User).where(User.id == B, exists().where(Like.photo_id == A)),
+     UnsupportedStatementError),
+    ("uncorrelated exists over the same table", select(User).where(User.id == A, exists(
+        select(User.id).where(User.name == "x"))), UnsupportedStatementError),
+    ("uncorrelated scalar over the same table", select(User, select(func.count(User.id))
+        .where(User.name == "x").correlate(None).scalar_subquery()).where(User.id == A),
+     UnsupportedStatementError),
+    ("not in a select", select(Photo).where(Photo.id.not_in(select(Like.photo_id))),
+     UnsupportedStatementError),
+    ("in a limited select", select(Photo).where(Photo.id.in_(select(Like.photo_id).limit(3))),
+     UnsupportedStatementError),
+    ("equality of unlike rules", select(Handle).join(
+        User, User.id == Handle.name), UnsupportedStatementError),
+    ("union over shards", union_all(select(Photo).where(Photo.id == A), select(Photo).where(
+        Photo.id == B)), UnsupportedStatementError),
+    ("text", text("select 1"), NoShardKeyError),
+    ("no table", select(1), NoShardKeyError),
+    ("text as an id", select(Photo).where(Photo.owner_id == "5"), InvalidShardKeyError),
+    ("bad value in a list", select(Photo).where(Photo.owner_id.in_([A, -3])),
+     InvalidShardKeyError),
+    ("key update", update(Photo).where(Photo.id == A).values(owner_id=B), ShardKeyChangeError),
+    ("insert without key", insert(Photo).values(caption="x"), NoShardKeyError),
+    ("insert for two shards", insert(Photo).values([{"owner_id": A}, {"owner_id": B}]),
+     UnsupportedStatementError),
+    ("insert from select", insert(Photo).from_select(["owner_id"], select(User.id)),
+     UnsupportedStatementError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"), [(s, e) for _, s, e in REFUSED], ids=[name for name, *_ in REFUSED]
+)
+def test_refused(statement: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        where(statement)
+
+
+def test_values_passed_beside_the_statement_count() -> None:
+    from sqlalchemy import bindparam
+
+    statement = select(Photo).where(Photo.owner_id == bindparam("owner"))
+    assert where(statement, {"owner": B}) == {2}
+    assert where(insert(Photo), [{"owner_id": A}, {"owner_id": A}]) == {1}
+
+
+def test_a_list_of_a_hundred_thousand_keys_is_routed() -> None:
+    keys = [compose(i, i % 64, 0) for i in range(100_000)]
+    assert where(select(Photo).where(Photo.owner_id.in_(keys))) == set(range(64))
