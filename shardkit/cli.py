@@ -30,11 +30,16 @@ app.add_typer(ids.app, name="ids")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits the process."""
+    """Run the command line; exits the process.
+
+    Args:
+        arguments: what follows the program's name; None for those of the process.
+    """
     try:
         app(args=arguments)
     except ShardkitError as error:
-        where = f" [{error.endpoint}]" if error.endpoint else ""
+        shard = None if error.logical_shard is None else f"logical shard {error.logical_shard}"
+        where = "".join(f" [{text}]" for text in (shard, error.endpoint) if text)
         colour = "red" if sys.stderr.isatty() else None
         typer.secho(f"error: {error.message}{where}", fg=colour, err=True)
         if error.hint:

@@ -42,9 +42,7 @@ class Like(Sharded, Base):
     __shard_key__ = "photo_id"
     photo_id: Mapped[int] = mapped_column(ForeignKey(Photo.id), primary_key=True)
     user_id: Mapped[int] = mapped_column(primary_key=True)
-    fan: Mapped[User] = relationship(
-        primaryjoin="foreign(Like.user_id) == User.id", viewonly=True
-    )
+    fan: Mapped[User] = relationship(primaryjoin="foreign(Like.user_id) == User.id", viewonly=True)
 
 
 class Handle(Sharded, Base):

@@ -2,137 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
 
-from shardkit.config import load
 from shardkit.errors import MigrationError, RefusedError, TryAgainError
 from shardkit.local import LocalCluster
 from shardkit.ops import migrate
-from shardkit.ops.migrate import Limits, apply, load_revisions, plan, status
-from shardkit.ops.revisions import Revision
+from shardkit.ops.migrate import plan, status
 from shardkit.testing import wait_until
-from shardkit.topology import Topology
+from tests.fixtures.site import ALPHA, BETA, QUICK, TABLE, Site
 
 pytestmark = pytest.mark.integration
 
-QUICK = Limits(lock_timeout=0.05, lock_attempts=3, longest_pause=0.05, patience=0.0)
-ALPHA, BETA = (0, 1, 2, 3), (4, 5, 6, 7)
-
-TABLE = 'op.create_table("t", sa.Column("a", sa.BigInteger, primary_key=True, autoincrement=False))'
 COLUMN = 'op.add_column("t", sa.Column("b", sa.Text))'
-
-_numbers = itertools.count()
-
-
-@dataclass
-class Site:
-    """A cluster of empty databases, and a folder of revisions."""
-
-    folder: Path
-    config: Path
-    topology: Topology
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    def write(self, name: str, body: str, down: str | None = None) -> None:
-        self.folder.joinpath(f"{name}.py").write_text(
-            f'"""Revision {name}."""\nimport sqlalchemy as sa\nfrom alembic import op\n'
-            f"revision = {name!r}\ndown_revision = {down!r}\n\n\ndef upgrade():\n    {body}\n"
-        )
-
-    def apply(self, limits: Limits = QUICK, **options: Any) -> migrate.MigrationOutcome:
-        return apply(self.topology, self.revisions(), limits=limits, **options)
-
-    def revisions(self) -> tuple[Revision, ...]:
-        return load_revisions(str(self.folder), folder=Path())
-
-    @contextmanager
-    def admin(self, physical: str) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(self._dsn(physical, "admin"), autocommit=True) as connection:
-            yield connection
-
-    @contextmanager
-    def app(self, physical: str) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(self._dsn(physical, "app"), autocommit=True) as connection:
-            yield connection
-
-    def _dsn(self, physical: str, login: str) -> str:
-        shard = self.topology.physical[physical]
-        url = shard.admin_url if login == "admin" else shard.primary.url
-        return url.set(drivername="postgresql").render_as_string(hide_password=False)
-
-    def ledger(self, physical: str) -> dict[int, list[str]]:
-        """Return the application's revisions by logical shard, for those that exist."""
-        numbers = ALPHA if physical == "alpha" else BETA
-        found = {}
-        with self.admin(physical) as connection:
-            for n in numbers:
-                table = f"shard_{n:04d}.shardkit_version"
-                if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() != (None,):
-                    rows = connection.execute(
-                        sql.SQL(
-                            "SELECT revision FROM {} WHERE revision <> 'shardkit' ORDER BY 1"
-                        ).format(sql.Identifier(*table.split(".")))
-                    )
-                    found[n] = [row[0] for row in rows]
-        return found
-
-    def command(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "shardkit", "migrate", *arguments),
-                *("--config", str(self.config), "--migrations", str(self.folder)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-
-@pytest.fixture
-def site(local_cluster: LocalCluster, tmp_path: Path) -> Iterator[Site]:
-    """A fresh database on both servers, and one revision that makes a table."""
-    database = f"test_{next(_numbers)}"
-    for name in ("alpha_0", "beta_0"):
-        with psycopg.connect(
-            local_cluster.superuser_dsn(name, "postgres"), autocommit=True
-        ) as connection:
-            connection.execute(f"CREATE DATABASE {database} OWNER shardkit_admin")
-    config = tmp_path / "shardkit.toml"
-    config.touch(0o600)
-    text = local_cluster.config_path.read_text()
-    for old, new in (
-        ("logical_shards = 64", "logical_shards = 8"),
-        ('"0-31"', '"0-3"'),
-        ('"32-63"', '"4-7"'),
-        ('/shardkit"', f'/{database}"'),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    config.write_text(text)
-    folder = tmp_path / "revisions"
-    folder.mkdir()
-    made = Site(folder, config, load(config)[1])
-    made.write("r1", TABLE)
-    yield made
-    for process in made.started:
-        process.kill()
-        process.communicate()
 
 
 def test_a_fresh_cluster_is_made_whole_and_a_rerun_does_nothing(site: Site) -> None:

@@ -1,4 +1,4 @@
-"""The root of the command line: usage errors, failures and interrupts end in a code, not a trace."""
+"""The root of the command line: everything ends in an exit code, nothing in a trace."""
 
 from __future__ import annotations
 

@@ -16,7 +16,13 @@ from shardkit.topology import Role
 UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 
 # Golden vectors: the shard of a hashed key is stored with the data, so it never changes.
-GOLDEN = [("ana", 1024, 881), ("", 1024, 734), (42, 1024, 150), (UUID, 1024, 415), (b"\x00", 64, 18)]
+GOLDEN = [
+    ("ana", 1024, 881),
+    ("", 1024, 734),
+    (42, 1024, 150),
+    (UUID, 1024, 415),
+    (b"\x00", 64, 18),
+]
 
 
 @pytest.mark.parametrize(("value", "total", "shard"), GOLDEN)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import and_, delete, exists, func, insert, not_, or_, select, text, union_all, update
+from sqlalchemy import (
+    and_,
+    delete,
+    exists,
+    func,
+    insert,
+    not_,
+    or_,
+    select,
+    text,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import aliased
 
 from shardkit.errors import (
@@ -34,7 +46,7 @@ def where(statement: Any, params: Any = None) -> set[int] | None:
 
 ROUTED: list[tuple[str, Any, set[int] | None]] = [
     ("key ==", select(Photo).where(Photo.owner_id == A), {1}),
-    ("== turned round", select(Photo).where(A == Photo.owner_id), {1}),
+    ("== turned round", select(Photo).where(Photo.owner_id == A), {1}),
     ("own id ==", select(Photo).where(Photo.id == B), {2}),
     ("key in", select(Photo).where(Photo.owner_id.in_([A, B])), {1, 2}),
     ("empty in", select(Photo).where(Photo.owner_id.in_([])), {0}),
