@@ -136,9 +136,7 @@ class AsyncCluster:
         """Return a session on the primaries; it writes to one physical shard per transaction."""
         return AsyncWriteSession(self.connections)
 
-    def reader(
-        self, *, after: str | None = None, max_lag: float | None = None
-    ) -> AsyncReadSession:
+    def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""
         return AsyncReadSession(self.connections, after=after, max_lag=_checked(max_lag))
 

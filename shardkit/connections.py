@@ -46,7 +46,10 @@ _CHECK = """
 SELECT pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
 FROM shardkit.identity
 """
-_LEASE = "SELECT logical_shard, first_state FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])"
+_LEASE = """
+SELECT logical_shard, first_state
+FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
+"""
 
 
 class Purpose(Enum):
@@ -181,6 +184,8 @@ class _Core:
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
         }
+        if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
+            arguments["options"] = "-c default_transaction_read_only=on"
         if not self._pool.prepare_statements:
             arguments["prepare_threshold"] = None
         return arguments
@@ -203,11 +208,11 @@ class Connections(_Core):
         return create_engine(endpoint.url, **options)
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Run tasks in threads; the last in the caller's own."""
         if len(tasks) > 1 and self._threads is None:
             self._threads = ThreadPoolExecutor(
                 max_workers=4 * len(self.topology.physical), thread_name_prefix="shardkit-scatter"
             )
-        # The caller's own thread takes the last task instead of only waiting.
         waiting = [self._threads.submit(task) for task in tasks[:-1]] if self._threads else []
         results = [_outcome(tasks[-1])]
         return [_outcome(future.result) for future in waiting] + results
@@ -225,6 +230,8 @@ class AsyncConnections(_Core):
         return create_async_engine(endpoint.url, **options).sync_engine
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Run tasks as greenlets of one event loop."""
+
         async def run() -> list[T | Exception]:
             outcomes: list[T | Exception] = await asyncio.gather(
                 *(greenlet_spawn(_outcome, task) for task in tasks)
@@ -277,7 +284,9 @@ def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any
             if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
                 raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
             raise ConfigurationError(
-                "holds no shardkit schema", endpoint=str(endpoint), hint="run shardkit migrate apply"
+                "holds no shardkit schema",
+                endpoint=str(endpoint),
+                hint="run shardkit migrate apply",
             )
         in_recovery, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):

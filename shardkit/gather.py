@@ -50,9 +50,10 @@ _ORDERED_TYPES = (
     Integer, Numeric, Float, Boolean, Date, DateTime, Time, Interval, Uuid, LargeBinary,
 )  # fmt: skip
 # Functions of one row. Any other may be an aggregate, which does not distribute over a union.
-_ROW_FUNCTIONS = frozenset(
-    ["abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor", "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round", "upper"]
-)
+_ROW_FUNCTIONS = frozenset((
+    "abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor",
+    "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round", "upper",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,7 @@ class Sharded:
         mapped_above = any("__table__" in vars(base) for base in cls.__mro__[1:])
         mints = not (mapped_above or cls.__dict__.get("__abstract__") or _maps_primary_key(cls))
         if mints and "__tablename__" in vars(cls):
-            cls.id = mapped_column(
-                BigInteger, primary_key=True, autoincrement=False, sort_order=-1
-            )
+            cls.id = mapped_column(BigInteger, primary_key=True, autoincrement=False, sort_order=-1)
             cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "id": Mapped[int]}
         super().__init_subclass__(**kwargs)
         table = vars(cls).get("__table__")

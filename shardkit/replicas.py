@@ -15,10 +15,10 @@ from shardkit.topology import Endpoint, PhysicalShard
 
 __all__ = ["ReplicaSet", "physical_of_token", "token_of"]
 
-_TOKEN_VERSION = "0"
+_FORMAT = "0"
 """First part of a token. Version 0 names the physical shards whose primary must answer."""
 
-_TOKEN_LIMIT = 4096
+_LONGEST = 4096
 """Characters of the longest token that is looked at."""
 
 
@@ -68,7 +68,7 @@ class ReplicaSet:
 
 def token_of(written: Iterable[str]) -> str:
     """Return the token of a commit, given the names of the physical shards it wrote to."""
-    return ":".join((_TOKEN_VERSION, *sorted(written)))
+    return ":".join((_FORMAT, *sorted(written)))
 
 
 def physical_of_token(token: str, everything: frozenset[str]) -> frozenset[str]:
@@ -76,6 +76,6 @@ def physical_of_token(token: str, everything: frozenset[str]) -> frozenset[str]:
 
     A token that cannot be read asks for everything: a reader may be slower, never staler.
     """
-    version, *written = token.split(":") if len(token) <= _TOKEN_LIMIT else ("",)
-    known = version == _TOKEN_VERSION and everything.issuperset(written)
+    version, *written = token.split(":") if len(token) <= _LONGEST else ("",)
+    known = version == _FORMAT and everything.issuperset(written)
     return frozenset(written) if known else everything

@@ -98,7 +98,7 @@ def run(
     bind_arguments = state.bind_arguments
     if load is not None:
         statement, options, params = load.orm_pre_session_exec(
-            state.session, statement, params, options, bind_arguments, False
+            state.session, statement, params, options, bind_arguments, is_pre_event=False
         )
     tasks = [
         _task(connection, statement, params, {**options, _OPTION: Scatter(shards, plan.tail)})
@@ -134,7 +134,7 @@ def _task(connection: Connection, statement: Any, params: Any, options: Any) -> 
 
 
 def _rewrite(
-    _connection: Any, _cursor: Any, statement: str, parameters: Any, context: Any, _many: bool
+    _connection: Any, _cursor: Any, statement: str, parameters: Any, context: Any, _many: object
 ) -> tuple[str, Any]:
     scatter = context.execution_options.get(_OPTION)
     return (compose(statement, scatter) if scatter else statement), parameters

@@ -40,6 +40,7 @@ from shardkit.topology import Endpoint, Role
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession", "ReadSession", "WriteSession"]
 
+
 class ReadSession(Session):
     """A read-only session on replicas.
 
@@ -183,9 +184,7 @@ class ReadSession(Session):
 
     # -- connections
 
-    def get_bind(
-        self, mapper: Any = None, *, logical_shard: int | None = None, **_: Any
-    ) -> Engine:
+    def get_bind(self, mapper: Any = None, *, logical_shard: int | None = None, **_: Any) -> Engine:
         """Return the engine of a logical shard; called by SQLAlchemy."""
         if logical_shard is None:
             raise NoShardKeyError(
@@ -368,9 +367,7 @@ class WriteSession(ReadSession):
             )
         self._written |= physical
 
-    def connection_callable(
-        self, mapper: Any = None, instance: Any = None, **_: Any
-    ) -> Connection:
+    def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
         state = instance_state(instance)
         sharding = sharding_of_mapper(state.mapper)

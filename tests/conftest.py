@@ -1,3 +1,8 @@
 """The plugins of the test suite; nothing else."""
 
-pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.skips", "tests.fixtures.site"]
+pytest_plugins = [
+    "tests.fixtures.servers",
+    "tests.fixtures.sharded",
+    "tests.fixtures.site",
+    "tests.fixtures.skips",
+]

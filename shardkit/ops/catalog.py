@@ -70,7 +70,7 @@ $$;
 
 def admin_statements(
     *, cluster: str, physical: str, n_logical_shards: int, app_role: str
-) -> list[sql.Composable]:
+) -> list[sql.SQL | sql.Composed]:
     """Return the statements that create or complete the admin schema of one physical shard."""
     role = sql.Identifier(app_role)
     return [
@@ -89,7 +89,7 @@ def admin_statements(
     ]
 
 
-def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.Composable]:
+def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.SQL | sql.Composed]:
     """Return the statements that create or complete the schema of one logical shard.
 
     They belong in one transaction: a shard is owned as soon as its schema exists.

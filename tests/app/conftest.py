@@ -21,11 +21,6 @@ from shardkit.ops import migrate
 
 
 @pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="session")
 def app_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Two physical shards with a replica each, migrated to the service's newest tables."""
     options = LocalOptions(

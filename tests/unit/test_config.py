@@ -54,9 +54,11 @@ def test_a_good_file_becomes_a_topology(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("unknown key", 'name = "demo"', 'name = "demo"\nlogical_shard = 8', "cluster.logical_shard: unknown key; did you mean 'logical_shards'"),
+    ("unknown key", 'name = "demo"', 'name = "demo"\nlogical_shard = 8',
+     "cluster.logical_shard: unknown key; did you mean 'logical_shards'"),
     ("misspelt table", "[services]", "[servces]", "servces: unknown key; did you mean 'services'"),
-    ("misspelt pool key", "[services]", "[pool]\nsise = 3\n[services]", "pool.sise: unknown key; did you mean 'size'"),
+    ("misspelt pool key", "[services]", "[pool]\nsise = 3\n[services]",
+     "pool.sise: unknown key; did you mean 'size'"),
     ("two endpoints on one port", "5502", "5501", "already physical.alpha.primary"),
     ("two physical shards on one port", "5503", "5501", "already physical.alpha.primary"),
     ("overlap", '"3-6"', '"2-6"', "2 is already placed on 'alpha'"),
@@ -69,15 +71,20 @@ BAD = [
     ("wrong type", "logical_shards = 8", 'logical_shards = "8"', "valid integer"),
     ("name twice", 'name = "beta"', 'name = "alpha"', "used twice"),
     ("hostile name", 'name = "beta"', 'name = "be\\"ta"', "physical.1.name"),
-    ("not an address", "postgresql://app:hunter2@127.0.0.1:5503/demo", "nonsense", "physical.beta.primary: not an address"),
-    ("other database", "postgresql://app:hunter2@127.0.0.1:5503", "mysql://app@h:1", "must be postgresql://"),
-    ("no user", "postgresql://app:hunter2@127.0.0.1:5503", "postgresql://127.0.0.1:5503", "user, host and database"),
+    ("not an address", "postgresql://app:hunter2@127.0.0.1:5503/demo", "nonsense",
+     "physical.beta.primary: not an address"),
+    ("other database", "postgresql://app:hunter2@127.0.0.1:5503", "mysql://app@h:1",
+     "must be postgresql://"),
+    ("no user", "postgresql://app:hunter2@127.0.0.1:5503", "postgresql://127.0.0.1:5503",
+     "user, host and database"),
     ("infinite timeout", "[services]", "[pool]\ntimeout = inf\n[services]", "pool.timeout"),
     ("nan timeout", "[services]", "[pool]\ntimeout = nan\n[services]", "pool.timeout"),
     ("zero timeout", "[services]", "[pool]\ntimeout = 0\n[services]", "pool.timeout"),
-    ("yes for a boolean", "[services]", '[pool]\nprepare_statements = "yes"\n[services]', "pool.prepare_statements"),
+    ("yes for a boolean", "[services]", '[pool]\nprepare_statements = "yes"\n[services]',
+     "pool.prepare_statements"),
     ("duplicate key", 'name = "demo"', 'name = "demo"\nname = "demo"', "not valid TOML"),
-    ("missing password file", 'password = "hunter2"', 'password_file = "nowhere"', "admin.password_file"),
+    ("missing password file", 'password = "hunter2"', 'password_file = "nowhere"',
+     "admin.password_file"),
 ]  # fmt: skip
 
 

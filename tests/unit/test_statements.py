@@ -11,6 +11,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    literal,
     not_,
     or_,
     select,
@@ -46,7 +47,7 @@ def where(statement: Any, params: Any = None) -> set[int] | None:
 
 ROUTED: list[tuple[str, Any, set[int] | None]] = [
     ("key ==", select(Photo).where(Photo.owner_id == A), {1}),
-    ("== turned round", select(Photo).where(Photo.owner_id == A), {1}),
+    ("== turned round", select(Photo).where(literal(A) == Photo.owner_id), {1}),
     ("own id ==", select(Photo).where(Photo.id == B), {2}),
     ("key in", select(Photo).where(Photo.owner_id.in_([A, B])), {1, 2}),
     ("empty in", select(Photo).where(Photo.owner_id.in_([])), {0}),
