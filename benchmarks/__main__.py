@@ -1,4 +1,7 @@
-"""`make bench`: every benchmark, or those named; --json: one document a line; --quick: fewer rounds."""
+"""`make bench`: every benchmark, or those named.
+
+With --json one document a line; with --quick fewer rounds.
+"""
 
 from __future__ import annotations
 
