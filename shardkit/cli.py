@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from shardkit.commands import ids, local, migrate
@@ -23,6 +22,7 @@ app = typer.Typer(
     name="shardkit",
     help="Many logical shards on a few PostgreSQL servers.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(local.app, name="local")
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: what follows the program's name; None for those of the process.
     """
     try:
-        code = app(args=arguments, standalone_mode=False)
+        # Wrong usage and Ctrl-C are Typer's to report: its own exit codes are 2 and 130.
+        app(args=arguments)
     except ShardkitError as error:
         where = f" [{error.endpoint}]" if error.endpoint else ""
         colour = "red" if sys.stderr.isatty() else None
@@ -54,10 +55,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(exit_code(error))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
