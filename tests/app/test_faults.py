@@ -139,3 +139,21 @@ def test_what_i_wrote_i_read_while_replicas_stand_still(
                 app_cluster.resume(name)
     with service.client() as client:
         assert client.get("/readyz").status_code == 200
+
+
+def test_a_write_on_two_shards_is_seen_whole_while_replicas_stand_still(
+    app_cluster: LocalCluster, one_on_each: tuple[Person, Person]
+) -> None:
+    ana, ben = one_on_each
+    photo = ben.upload(pictures.jpeg(64, 64), "followed").json()["id"]
+    replicas = [s.name for name in ("alpha", "beta") for s in app_cluster.replicas(name)]
+    for name in replicas:
+        app_cluster.pause(name)
+    try:
+        ana.http.put(f"/api/v1/users/{ben.username}/follow").raise_for_status()
+        profile = ana.http.get(f"/api/v1/users/{ben.username}").json()
+        assert (profile["followed_by_me"], profile["follower_count"]) == (True, 1)
+        assert [item["id"] for item in ana.http.get("/api/v1/feed").json()["items"]] == [photo]
+    finally:
+        for name in replicas:
+            app_cluster.resume(name)

@@ -39,7 +39,7 @@ def test_the_tree_drawn_is_the_tree_there_is() -> None:
 
 @pytest.mark.parametrize("kind", [k for k in subclasses(AppError) if k is not AppError])
 def test_every_error_of_ours_is_the_clients(kind: type[AppError]) -> None:
-    error = kind("field", "why") if kind is errors.InvalidInputError else kind()  # type: ignore[call-arg]
+    error = kind("field", "why") if kind is errors.InvalidInputError else kind()
     problem = problem_of(error)
     assert 400 <= problem.status < 500 or problem.status == 503
     assert problem.detail == error.message
