@@ -39,6 +39,7 @@ def test_the_account_to_try_has_a_full_feed(service: Service) -> None:
         feed = client.get("/api/v1/feed").json()["items"]
         assert len(feed) > 5
         assert feed == sorted(feed, key=lambda item: int(item["id"]), reverse=True)
+        assert feed == sorted(feed, key=lambda item: item["created_at"], reverse=True)
         profile = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}").json()
         grid = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}/photos").json()["items"]
         assert profile["photo_count"] == len(grid)
