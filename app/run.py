@@ -141,7 +141,7 @@ def serve(config: Path, host: str, port: int) -> None:
     """Serve the application until a signal asks for its end."""
     listener = listen(host, port)
     chosen = listener.getsockname()[1]
-    if chosen != port:
+    if port not in {0, chosen}:
         console.print(f"port {port} is taken, using {chosen}", markup=False)
     server = uvicorn.Server(
         uvicorn.Config(

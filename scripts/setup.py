@@ -69,7 +69,8 @@ def virtual_environment() -> None:
         apt_install(["python3-venv"], why="python3 has no ensurepip, which makes virtual envs")
     say("Creating .venv")
     shutil.rmtree(VENV, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    if subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=False).returncode:
+        fail("python3 -m venv failed", "apt-get install python3-venv")
     total = sum("==" in line for line in LOCK.read_text(encoding="utf-8").splitlines())
     with LOG.open("w", encoding="utf-8") as log:
         pip_install(["--require-hashes", "-r", str(LOCK)], log, total)

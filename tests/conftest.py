@@ -1,3 +1,9 @@
 """The plugins of the test suite; nothing else."""
 
-pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.service", "tests.fixtures.sharded"]
+pytest_plugins = [
+    "tests.fixtures.servers",
+    "tests.fixtures.service",
+    "tests.fixtures.sharded",
+    "tests.fixtures.site",
+    "tests.fixtures.skips",
+]

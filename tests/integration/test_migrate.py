@@ -2,137 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
 
-from shardkit.config import load
 from shardkit.errors import MigrationError, RefusedError, TryAgainError
-from shardkit.local import LocalCluster, LocalOptions
+from shardkit.local import LocalCluster
 from shardkit.ops import migrate
-from shardkit.ops.migrate import Limits, apply, load_revisions, plan, status
-from shardkit.ops.revisions import Revision
-from shardkit.topology import Topology
-from tests.fixtures.waiting import wait_until
+from shardkit.ops.migrate import plan, status
+from shardkit.testing import wait_until
+from tests.fixtures.site import ALPHA, BETA, QUICK, TABLE, Site
 
 pytestmark = pytest.mark.integration
 
-QUICK = Limits(lock_timeout=0.05, lock_attempts=3, longest_pause=0.05, patience=0.0)
-ALPHA, BETA = (0, 1, 2, 3), (4, 5, 6, 7)
-
-TABLE = 'op.create_table("t", sa.Column("a", sa.BigInteger, primary_key=True, autoincrement=False))'
 COLUMN = 'op.add_column("t", sa.Column("b", sa.Text))'
-
-_numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Two primaries without replicas."""
-    options = LocalOptions(
-        replicas=0,
-        logical_shards=8,
-        redis=False,
-        memcached=False,
-        pgbouncer=False,
-        fsync=False,
-    )
-    with LocalCluster(tmp_path_factory.mktemp("cluster"), options) as cluster:
-        yield cluster
-
-
-@dataclass
-class Site:
-    """A cluster of empty databases, and a folder of revisions."""
-
-    folder: Path
-    config: Path
-    topology: Topology
-
-    def write(self, name: str, body: str, down: str | None = None) -> None:
-        self.folder.joinpath(f"{name}.py").write_text(
-            f'"""Revision {name}."""\nimport sqlalchemy as sa\nfrom alembic import op\n'
-            f"revision = {name!r}\ndown_revision = {down!r}\n\n\ndef upgrade():\n    {body}\n"
-        )
-
-    def apply(self, limits: Limits = QUICK, **options: Any) -> migrate.MigrationOutcome:
-        return apply(self.topology, self.revisions(), limits=limits, **options)
-
-    def revisions(self) -> tuple[Revision, ...]:
-        return load_revisions(str(self.folder), folder=Path())
-
-    @contextmanager
-    def admin(self, physical: str) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(self._dsn(physical, "admin"), autocommit=True) as connection:
-            yield connection
-
-    @contextmanager
-    def app(self, physical: str) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(self._dsn(physical, "app"), autocommit=True) as connection:
-            yield connection
-
-    def _dsn(self, physical: str, login: str) -> str:
-        shard = self.topology.physical[physical]
-        url = shard.admin_url if login == "admin" else shard.primary.url
-        return url.set(drivername="postgresql").render_as_string(hide_password=False)
-
-    def ledger(self, physical: str) -> dict[int, list[str]]:
-        """Return the application's revisions by logical shard, for those that exist."""
-        numbers = ALPHA if physical == "alpha" else BETA
-        found = {}
-        with self.admin(physical) as connection:
-            for n in numbers:
-                table = f"shard_{n:04d}.shardkit_version"
-                if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() != (None,):
-                    rows = connection.execute(
-                        sql.SQL(
-                            "SELECT revision FROM {} WHERE revision <> 'shardkit' ORDER BY 1"
-                        ).format(sql.Identifier(*table.split(".")))
-                    )
-                    found[n] = [row[0] for row in rows]
-        return found
-
-    def command(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "shardkit", "migrate", *arguments),
-                *("--config", str(self.config), "--migrations", str(self.folder)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-
-@pytest.fixture
-def site(servers: LocalCluster, tmp_path: Path) -> Site:
-    """A fresh database on both servers, and one revision that makes a table."""
-    database = f"test_{next(_numbers)}"
-    for name in ("alpha_0", "beta_0"):
-        with psycopg.connect(
-            servers.superuser_dsn(name, "postgres"), autocommit=True
-        ) as connection:
-            connection.execute(f"CREATE DATABASE {database} OWNER shardkit_admin")
-    config = tmp_path / "shardkit.toml"
-    config.touch(0o600)
-    config.write_text(servers.config_path.read_text().replace('/shardkit"', f'/{database}"'))
-    folder = tmp_path / "revisions"
-    folder.mkdir()
-    made = Site(folder, config, load(config)[1])
-    made.write("r1", TABLE)
-    return made
 
 
 def test_a_fresh_cluster_is_made_whole_and_a_rerun_does_nothing(site: Site) -> None:
@@ -203,10 +92,12 @@ def test_wrong_sql_names_its_revision_and_leaves_no_half_made_shard(site: Site) 
     assert site.ledger("beta") == {n: ["r1", "r2", "r3"] for n in BETA}
 
 
-def test_a_dead_physical_shard_does_not_stop_the_other(site: Site, servers: LocalCluster) -> None:
+def test_a_dead_physical_shard_does_not_stop_the_other(
+    site: Site, local_cluster: LocalCluster
+) -> None:
     site.apply()
     site.write("r2", COLUMN, "r1")
-    servers.kill_server("beta_0")
+    local_cluster.kill_server("beta_0")
     try:
         outcome = site.apply()
         assert set(outcome.failed) == {"beta"}
@@ -222,7 +113,7 @@ def test_a_dead_physical_shard_does_not_stop_the_other(site: Site, servers: Loca
         assert "beta" in errors
         assert "Traceback" not in errors
     finally:
-        servers.start_server("beta_0")
+        local_cluster.start_server("beta_0")
     assert site.apply().done == {"alpha": (), "beta": BETA}
 
 
@@ -250,7 +141,9 @@ def test_the_wait_ends_when_the_lock_is_released(site: Site) -> None:
             holder.execute("SELECT * FROM shard_0002.t")
             runner = threading.Thread(target=lambda: outcomes.append(site.apply(patient)))
             runner.start()
-            wait_until(lambda: len(done(site, "r2")) == 7, "every other logical shard is done")
+            wait_until(
+                lambda: len(done(site, "r2")) == 7, 20.0, "every other logical shard is done"
+            )
         runner.join(30)
     assert outcomes[0].error is None
 
@@ -261,7 +154,9 @@ def test_a_second_runner_is_refused(site: Site) -> None:
     with site.admin("alpha") as holder, holder.transaction():
         holder.execute("SELECT * FROM shard_0000.t")
         first = site.command("apply", "--lock-attempts", "1000", "--lock-timeout", "0.05")
-        wait_until(lambda: len(done(site, "r2")) == 7, "the first runner has done what it can")
+        wait_until(
+            lambda: len(done(site, "r2")) == 7, 20.0, "the first runner has done what it can"
+        )
         with pytest.raises(RefusedError, match="another"):
             site.apply()
         second = site.command("apply")
@@ -286,7 +181,7 @@ def test_a_killed_run_is_continued_by_the_next(site: Site, moment: str) -> None:
     with site.admin("alpha") as holder, holder.transaction(force_rollback=True):
         holder.execute(hold)
         run = site.command("apply", "--lock-attempts", "1000", "--connections", "1")
-        wait_until(lambda: len(done(site, revision)) == 6, "the run has come to the lock")
+        wait_until(lambda: len(done(site, revision)) == 6, 20.0, "the run has come to the lock")
         run.send_signal(signal.SIGKILL)
         run.communicate(timeout=60)
     outcome = site.apply(replace(QUICK, patience=10.0))
@@ -303,7 +198,7 @@ def test_an_interrupt_finishes_what_is_under_way(site: Site) -> None:
     with site.admin("alpha") as holder, holder.transaction():
         holder.execute("SELECT * FROM shard_0002.t")
         run = site.command("apply", "--lock-attempts", "1000", "--connections", "1")
-        wait_until(lambda: len(done(site, "r2")) == 6, "the run has come to the lock")
+        wait_until(lambda: len(done(site, "r2")) == 6, 20.0, "the run has come to the lock")
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
