@@ -34,7 +34,13 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from shardkit.errors import GatherError, InvalidIdError, UnavailableError
+from shardkit.errors import (
+    GatherError,
+    InvalidIdError,
+    InvalidShardKeyError,
+    OutcomeUnknownError,
+    UnavailableError,
+)
 
 __all__ = [
     "AppError",
@@ -201,6 +207,8 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     SlowBodyError: (408, "slow-body", "Request too slow"),
     BusyError: (503, "busy", "Busy"),
     InvalidIdError: (404, "not-found", "Not found"),
+    InvalidShardKeyError: (404, "not-found", "Not found"),
+    OutcomeUnknownError: (504, "outcome-unknown", "Outcome unknown"),
     UnavailableError: (503, "unavailable", "Temporarily unavailable"),
     GatherError: (503, "unavailable", "Temporarily unavailable"),
 }
@@ -244,8 +252,10 @@ def _problem(
 def _detail(error: Exception, title: str) -> str:
     if isinstance(error, AppError):
         return error.message
-    if isinstance(error, InvalidIdError):
+    if isinstance(error, InvalidIdError | InvalidShardKeyError):
         return "There is nothing here."
+    if isinstance(error, OutcomeUnknownError):
+        return "It may or may not have been saved; look before you try again."
     return f"{title}: a server does not answer; try again in a moment."
 
 

@@ -35,7 +35,7 @@ __all__ = ["create_app"]
 MULTIPART_OVERHEAD = 64 * 1024
 """Bytes a form adds to the file in it: boundaries, names and the caption."""
 
-MACHINE_PATHS = (f"{API}/", f"{MEDIA}/", "/healthz", "/readyz", "/metrics")
+MACHINE_PATHS = ("/api/", f"{MEDIA}/", "/healthz", "/readyz", "/metrics")
 """Addresses asked by programs: their errors are problem documents, all others are pages."""
 
 

@@ -64,4 +64,4 @@ class Settings(BaseModel):
     @property
     def media_folder(self) -> Path:
         """Where the pictures live."""
-        return self.media or self.config.parent / ".shardkit" / "media"
+        return self.media or self.config.parent / "media"

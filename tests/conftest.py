@@ -2,6 +2,7 @@
 
 pytest_plugins = [
     "tests.fixtures.servers",
+    "tests.fixtures.service",
     "tests.fixtures.sharded",
     "tests.fixtures.site",
     "tests.fixtures.skips",

@@ -31,7 +31,7 @@ from app.database import Database
 from app.errors import BusyError, NotFoundError, SignInFailedError
 from app.graph.repository import GraphRepository
 from app.ids import parse_id
-from shardkit.errors import InvalidIdError
+from shardkit.errors import InvalidIdError, InvalidShardKeyError
 
 __all__ = ["AccountService", "LogIn", "SessionLimits", "Viewer"]
 
@@ -191,7 +191,7 @@ class AccountService:
             repository = AccountRepository(session)
             try:
                 login = await repository.login(login_id)
-            except InvalidIdError:
+            except (InvalidIdError, InvalidShardKeyError):
                 return None
             if login is None or not hmac.compare_digest(login.token_hash, _digest(secret)):
                 return None

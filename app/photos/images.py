@@ -69,20 +69,39 @@ class PreparedImage:
     sizes: Mapping[int, bytes]
 
 
+@dataclass(slots=True)
+class _Worker:
+    """One decoding process.
+
+    Attributes:
+        process: the process.
+        n_served: pictures it has decoded.
+        is_spent: whether it must not serve another one.
+    """
+
+    process: Process
+    n_served: int = 0
+    is_spent: bool = False
+
+
 class ImageWorkers:
     """A few decoding processes.
 
-    *Invariant:* at most `n` processes exist, and one serves one picture at a time.
+    *Invariant:* at most `n` processes exist, and one serves one picture at a time. A process
+    that failed to decode something serves nobody else: its memory may be in pieces.
 
     Args:
         n: number of processes; each uses one core.
         limits: what one picture may cost.
     """
 
+    PICTURES_PER_PROCESS = 200
+    """After so many a process is replaced, which bounds what fragmentation can cost."""
+
     def __init__(self, n: int = 1, limits: ImageLimits | None = None) -> None:
         self.limits = limits or ImageLimits()
         self._free = asyncio.Semaphore(n)
-        self._idle: list[Process] = []
+        self._idle: list[_Worker] = []
         self._waiting = 0
 
     async def prepare(self, data: bytes) -> PreparedImage:
@@ -97,23 +116,30 @@ class ImageWorkers:
         """
         if not data:
             raise EmptyUploadError
-        async with self._worker() as process:
+        try:
             try:
-                async with asyncio.timeout(self.limits.timeout):
-                    return await self._ask(process, data)
-            except (TimeoutError, OSError, EOFError, ValueError) as error:
-                raise DamagedImageError(
-                    "The image could not be decoded within the limits of this service."
-                ) from error
+                return await self._decode(data)
+            except TimeoutError:
+                raise
+            except (OSError, EOFError):
+                return await self._decode(data)  # a process may die of something else: once more
+        except (TimeoutError, OSError, EOFError) as error:
+            raise DamagedImageError(
+                "The image could not be decoded within the limits of this service."
+            ) from error
 
     async def close(self) -> None:
         """End the processes; idempotent."""
         while self._idle:
-            await _end(self._idle.pop())
+            await _end(self._idle.pop().process)
+
+    async def _decode(self, data: bytes) -> PreparedImage:
+        async with self._worker() as worker, asyncio.timeout(self.limits.timeout):
+            return await self._ask(worker, data)
 
     @contextlib.asynccontextmanager
-    async def _worker(self) -> AsyncIterator[Process]:
-        """Lend a process; one that was interrupted in the middle of its work is ended."""
+    async def _worker(self) -> AsyncIterator[_Worker]:
+        """Lend a process; it is ended when it is spent or its work was interrupted."""
         if self._waiting >= self.limits.max_waiting:
             raise BusyError
         self._waiting += 1
@@ -121,23 +147,18 @@ class ImageWorkers:
             await self._free.acquire()
         finally:
             self._waiting -= 1
-        process: Process | None = None
         try:
-            process = self._idle.pop() if self._idle else await self._start()
-            if process.returncode is not None:
-                process = await self._start()
+            worker = self._idle.pop() if self._idle else _Worker(await self._start())
+            worker.n_served += 1
+            spent, worker.is_spent = worker.n_served >= self.PICTURES_PER_PROCESS, True
             try:
-                yield process
-            except UploadError as refused:
-                if not isinstance(refused.__cause__, Exception):
-                    self._idle.append(process)
-                    process = None
-                raise
-            self._idle.append(process)
-            process = None
+                yield worker
+            finally:
+                if worker.is_spent or spent:
+                    await _end(worker.process)
+                else:
+                    self._idle.append(worker)
         finally:
-            if process is not None:
-                await _end(process)
             self._free.release()
 
     async def _start(self) -> Process:
@@ -151,10 +172,11 @@ class ImageWorkers:
             stdin=PIPE,
             stdout=PIPE,
             stderr=DEVNULL,  # what a picture makes the library print is nobody's log
-            env=environment | {"VIPS_CONCURRENCY": "1"},
+            env=environment | {"VIPS_CONCURRENCY": "1", "MALLOC_ARENA_MAX": "2"},
         )
 
-    async def _ask(self, process: Process, data: bytes) -> PreparedImage:
+    async def _ask(self, worker: _Worker, data: bytes) -> PreparedImage:
+        process = worker.process
         if process.stdin is None or process.stdout is None:
             raise OSError("a decoding process has no pipes")
         head = {"length": len(data), "max_pixels": self.limits.max_pixels}
@@ -165,11 +187,14 @@ class ImageWorkers:
             raise EOFError("a decoding process ended")
         answer = json.loads(line)
         if "refused" in answer:
-            raise self._refusal(answer["refused"])
+            refusal = self._refusal(answer["refused"])
+            worker.is_spent = isinstance(refusal, DamagedImageError)
+            raise refusal
         sizes = {
             int(size): await process.stdout.readexactly(length)
             for size, length in answer["lengths"].items()
         }
+        worker.is_spent = False
         return PreparedImage(answer["width"], answer["height"], sizes)
 
     def _refusal(self, reason: str) -> UploadError:

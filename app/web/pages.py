@@ -47,6 +47,7 @@ router = APIRouter(include_in_schema=False)
 
 FEED_PAGE, GRID_PAGE, COMMENT_PAGE, PEOPLE_PAGE = 10, 24, 50, 30
 SEE_OTHER = 303
+NO_MORE = {"next_cursor": None}
 
 
 async def get_pages(request: Request) -> Pages:
@@ -63,7 +64,20 @@ async def home(
 ) -> Response:
     """Show the home feed, or what this is to a stranger."""
     if viewer is None:
-        return pages.whole("landing.html", title="Welcome")
+
+        async def load_newest() -> Mapping[str, Any]:
+            return {
+                "page": (await feed.newest(None, None, 9)).model_copy(update=NO_MORE),
+                "path": "",
+            }
+
+        return pages.streamed(
+            request,
+            ("grid.html", load_newest),
+            title="Welcome",
+            viewer=None,
+            first=("landing.html", {}),
+        )
     back = "/" if cursor is None else f"/?cursor={cursor}"
 
     async def load() -> Mapping[str, Any]:

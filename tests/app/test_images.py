@@ -21,7 +21,7 @@ from app.errors import (
 )
 from app.photos.images import SIZES, ImageLimits, ImageWorkers
 from app.photos.store import FileBlobStore
-from tests.app import pictures
+from tests.fixtures import pictures
 
 pytestmark = pytest.mark.anyio
 
@@ -45,9 +45,13 @@ def opened(data: bytes) -> Any:
         (pictures.webp(), (640, 800)),
         (pictures.jpeg(1, 1), (1, 1)),
         (pictures.jpeg(8000, 40), (1080, 5)),
-        (pictures.jpeg(orientation=6), (810, 1080)),
+        (pictures.cmyk_jpeg(), (300, 200)),
+        (pictures.deep_png(), (300, 200)),
+        (pictures.grey_webp(), (300, 200)),
+        (pictures.wide_gamut_jpeg(), (300, 200)),
+        *((pictures.jpeg(orientation=n), (1080, 810)) for n in (2, 3, 4)),
+        *((pictures.jpeg(orientation=n), (810, 1080)) for n in (5, 6, 7, 8)),
     ],
-    ids=["jpeg", "png with alpha", "webp", "one pixel", "panorama", "turned"],
 )
 async def test_four_sizes(workers: ImageWorkers, data: bytes, shape: tuple[int, int]) -> None:
     prepared = await workers.prepare(data)
@@ -75,6 +79,17 @@ async def test_all_metadata_is_gone(workers: ImageWorkers) -> None:
         assert b"Exif" not in made
         fields = opened(made).get_fields()
         assert not [name for name in fields if name.startswith(("exif", "xmp", "iptc"))]
+
+
+async def test_colours_stay_what_they_were(workers: ImageWorkers) -> None:
+    """The middle of the ramp is grey-blue whatever the file's way to write it."""
+    for data in (pictures.jpeg(300, 200), pictures.cmyk_jpeg(), pictures.wide_gamut_jpeg()):
+        prepared = await workers.prepare(data)
+        picture = opened(prepared.sizes[1080])
+        if "icc-profile-data" in picture.get_fields():
+            picture = picture.icc_transform("srgb")
+        middle = picture.colourspace("srgb").getpoint(picture.width // 2, picture.height // 2)
+        assert middle == pytest.approx([127, 127, 128], abs=14)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,7 @@ async def test_refused(workers: ImageWorkers, data: bytes, error: type[UploadErr
 
 
 async def test_memory_limit_refuses_and_the_next_picture_works() -> None:
-    workers = ImageWorkers(1, replace(ImageLimits(), max_pixels=1 << 40, memory_bytes=200 << 20))
+    workers = ImageWorkers(1, replace(ImageLimits(), max_pixels=1 << 40, memory_bytes=256 << 20))
     try:
         with pytest.raises(DamagedImageError):
             await workers.prepare(interlaced_giant())
@@ -124,19 +139,30 @@ async def test_memory_limit_refuses_and_the_next_picture_works() -> None:
 
 
 def interlaced_giant() -> bytes:
-    """Return a PNG whose decoder has to hold all of its 190 MB at once."""
+    """Return a PNG whose decoder has to hold all of its 300 MB at once."""
     return bytes(
-        pyvips.Image.black(8000, 8000, bands=3).pngsave_buffer(compression=1, interlace=True)
+        pyvips.Image.black(10_000, 10_000, bands=3).pngsave_buffer(compression=1, interlace=True)
     )
 
 
-async def test_killed_worker_costs_one_upload(workers: ImageWorkers) -> None:
+async def test_killed_worker_costs_no_upload(workers: ImageWorkers) -> None:
     await workers.prepare(pictures.jpeg(200, 200))
-    (process,) = workers._idle
-    os.kill(process.pid, signal.SIGKILL)
-    await process.wait()
+    (worker,) = workers._idle
+    os.kill(worker.process.pid, signal.SIGKILL)
 
     assert (await workers.prepare(pictures.jpeg(200, 200))).width == 200
+
+
+async def test_a_process_is_replaced_after_many_pictures(
+    workers: ImageWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageWorkers, "PICTURES_PER_PROCESS", 2)
+    seen = set()
+    for _ in range(3):
+        await workers.prepare(pictures.jpeg(200, 200))
+        seen |= {worker.process.pid for worker in workers._idle}
+    assert len(seen) == 2
+    assert len(workers._idle) == 1
 
 
 async def test_timeout_kills_the_worker() -> None:

@@ -8,8 +8,8 @@ import httpx
 import pytest
 import pyvips
 
-from tests.app import pictures
-from tests.app.conftest import PASSWORD, Person, Service
+from tests.fixtures import pictures
+from tests.fixtures.service import PASSWORD, Person, Service
 
 pytestmark = pytest.mark.integration
 

@@ -1,0 +1,159 @@
+"""What a person does in a browser, in headless Chromium, without any script of ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.fixtures import pictures
+from tests.fixtures.service import PASSWORD, Service
+
+pytestmark = [pytest.mark.web, pytest.mark.integration]
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium on PATH")
+        pytest.skip("no Chromium on PATH")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, service: Service) -> Iterator[Callable[..., Page]]:
+    """Open pages, each a person's own browser; what a page complains about fails the test."""
+    contexts: list[BrowserContext] = []
+    complaints: list[str] = []
+
+    def open_page(**options: object) -> Page:
+        context = browser.new_context(base_url=service.url, **options)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def sign_up(page: Page, username: str) -> None:
+    page.goto("/")
+    page.get_by_role("link", name="Sign up").first.click()
+    page.get_by_label("Username", exact=True).fill(username)
+    page.get_by_label("Name", exact=True).fill(username.title())
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Create account").click()
+    expect(page.get_by_role("link", name=username, exact=True)).to_be_visible()
+
+
+def upload(page: Page, file: Path, caption: str) -> str:
+    page.get_by_role("link", name="Upload").first.click()
+    page.get_by_label("Photo").set_input_files(file)
+    page.get_by_label("Caption").fill(caption)
+    page.get_by_role("button", name="Share").click()
+    expect(page.locator("article.photo")).to_be_visible()
+    number = page.locator("article.photo").get_attribute("data-photo")
+    assert number is not None
+    return number
+
+
+def is_decoded(page: Page, selector: str) -> bool:
+    return bool(
+        page.locator(selector).evaluate("img => img.decode().then(() => img.naturalWidth > 0)")
+    )
+
+
+def test_sign_up_upload_follow_and_see(visit: Callable[..., Page], tmp_path: Path) -> None:
+    file = tmp_path / "morning.jpg"
+    file.write_bytes(pictures.jpeg(gps=True, orientation=6))
+
+    ana = visit()
+    sign_up(ana, "web.ana")
+    number = upload(ana, file, "Morning light")
+    assert is_decoded(ana, "article.photo img")
+
+    ben = visit()
+    sign_up(ben, "web.ben")
+    expect(ben.get_by_text("Nothing here yet")).to_be_visible()
+    ben.get_by_role("searchbox").fill("Web.Ana")
+    ben.keyboard.press("Enter")
+    expect(ben.get_by_role("heading", name="web.ana")).to_be_visible()
+    ben.get_by_role("button", name="Follow").click()
+    expect(ben.get_by_role("button", name="Unfollow")).to_be_visible()
+
+    ben.get_by_role("link", name="Home").click()
+    card = ben.locator(f'article[data-photo="{number}"]')
+    expect(card).to_contain_text("Morning light")
+    assert is_decoded(ben, f'article[data-photo="{number}"] img')
+
+    card.get_by_role("button", name="Like this photo").click()
+    expect(ben.locator(f"#p{number}")).to_contain_text("1 like")
+    ben.locator(f"#p{number}").get_by_role("link", name="Comments", exact=True).click()
+    ben.get_by_label("Your comment").fill("Wish I was there.")
+    ben.get_by_role("button", name="Post").click()
+    expect(ben.locator("#comments")).to_contain_text("Wish I was there.")
+
+    ana.goto(f"/p/{number}")
+    expect(ana.locator("#comments")).to_contain_text("Wish I was there.")
+    ana.get_by_role("button", name="Delete the comment of web.ben").click()
+    expect(ana.locator("#comments")).to_contain_text("No comments yet.")
+    ana.get_by_text("Delete", exact=True).click()
+    ana.get_by_role("button", name="Delete for ever").click()
+    expect(ana.get_by_text("No photos yet.")).to_be_visible()
+
+    ben.get_by_role("link", name="Home").click()
+    expect(ben.get_by_text("Nothing here yet")).to_be_visible()
+    ben.get_by_role("button", name="Log out").click()
+    expect(ben.get_by_role("link", name="Log in").first).to_be_visible()
+    ben.goto("/upload")
+    expect(ben.get_by_role("heading", name="Log in")).to_be_visible()
+    ben.get_by_label("Username", exact=True).fill("web.ben")
+    ben.get_by_label("Password").fill(PASSWORD)
+    ben.get_by_role("button", name="Log in").click()
+    expect(ben.get_by_role("heading", name="Upload a photo")).to_be_visible()
+
+
+def test_pages_work_on_a_phone_with_a_keyboard(visit: Callable[..., Page], tmp_path: Path) -> None:
+    file = tmp_path / "square.png"
+    file.write_bytes(pictures.png(400, 400))
+    page = visit(
+        viewport={"width": 360, "height": 740}, color_scheme="dark", java_script_enabled=False
+    )
+    sign_up(page, "web.cleo")
+    upload(page, file, "Pocket size")
+
+    for path in ("/", "/explore", "/u/web.cleo", "/upload", "/settings"):
+        page.goto(path)
+        wide = page.locator("main").bounding_box()
+        assert wide is not None
+        assert wide["width"] <= 360, f"{path} scrolls sideways"
+        assert page.locator("img:not([alt])").count() == 0
+    page.goto("/u/web.cleo")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
