@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import select
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,13 @@ _LEASE = """
 SELECT logical_shard, first_state
 FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
 """
+
+
+# libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
+_REFUSED_LOGIN = re.compile(
+    r"FATAL:\s+(password authentication failed|no pg_hba.conf entry|permission denied for database"
+    r'|(role|database) ".*" (does not exist|is not permitted))'
+)
 
 
 class Purpose(Enum):
@@ -101,6 +109,7 @@ class _Core:
                 "max_overflow": 0 if purpose is Purpose.LEASE else self._pool.overflow,
                 "pool_timeout": self._pool.timeout,
                 "pool_use_lifo": True,
+                "hide_parameters": True,  # rows of users stay out of logs and errors
                 "connect_args": self._connect_args(purpose),
             }
             if purpose is not Purpose.WRITE:
@@ -243,12 +252,19 @@ class AsyncConnections(_Core):
 
 def connection_error(
     error: Exception, endpoint: Endpoint
-) -> PoolTimeoutError | EndpointUnavailableError:
+) -> PoolTimeoutError | EndpointUnavailableError | ConfigurationError:
     """Return the shardkit error for a connection that could not be had."""
     if isinstance(error, PoolExhaustedError):
         return PoolTimeoutError(endpoint=str(endpoint), hint="raise pool.size or try again")
     cause = error.orig if isinstance(error, DBAPIError) else error
     reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if _REFUSED_LOGIN.search(reason):
+        _, _, told = reason.partition("FATAL:")
+        return ConfigurationError(
+            f"refuses the login: {told.strip()}",
+            endpoint=str(endpoint),
+            hint="correct its address in shardkit.toml",
+        )
     return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
 
 

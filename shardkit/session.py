@@ -9,7 +9,7 @@ connection in which unqualified tables are those of its schema.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Connection, Engine, event, inspect
 from sqlalchemy.exc import DBAPIError
@@ -254,12 +254,12 @@ class ReadSession(Session):
             return super()._execute_internal(statement, *args, **options)
         except (DBAPIError, GatherError) as error:
             if options.get("_parent_execute_state") is not None or not self._can_retry(error):
-                raise self._explained(error) from error
+                self._raise(error)
             self._abandon_broken()
         try:
             return super()._execute_internal(statement, *args, **options)
         except DBAPIError as error:
-            raise self._explained(error) from error
+            self._raise(error)
 
     def _can_retry(self, error: DBAPIError | GatherError) -> bool:
         return isinstance(error, GatherError) or error.connection_invalidated
@@ -272,14 +272,13 @@ class ReadSession(Session):
                 del self._roots[physical]
                 connection.close()
 
-    def _explained(self, error: DBAPIError | GatherError) -> Exception:
-        """Return the shardkit error of a lost connection, or the error itself."""
-        if isinstance(error, GatherError) or not error.connection_invalidated:
-            return error
-        broken = [endpoint for endpoint, connection in self._roots.values()
-                  if connection.invalidated or connection.closed]  # fmt: skip
-        endpoint = broken[0] if broken else next((e for e, _ in self._roots.values()), None)
-        return error if endpoint is None else connection_error(error, endpoint)
+    def _raise(self, error: DBAPIError | GatherError) -> NoReturn:
+        """Raise the shardkit error of a lost connection, or the error itself."""
+        if isinstance(error, GatherError) or not error.connection_invalidated or not self._roots:
+            raise error
+        endpoints = [endpoint for endpoint, _ in self._roots.values()]
+        broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]
+        raise connection_error(error, (broken or endpoints)[0]) from error
 
 
 class WriteSession(ReadSession):
@@ -311,8 +310,12 @@ class WriteSession(ReadSession):
             ShardKeyChangeError: the shard key of a stored object was changed.
             InvalidShardKeyError: the key of an object cannot place it.
             NoShardKeyError: an object has no shard key.
+            EndpointUnavailableError: the primary does not answer (retryable).
         """
-        Session.flush(self, objects)
+        try:
+            Session.flush(self, objects)
+        except DBAPIError as error:
+            self._raise(error)
 
     def commit(self) -> None:
         """Flush and commit.

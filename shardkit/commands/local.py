@@ -94,16 +94,15 @@ def down(
     """Stop the cluster, and end what a killed owner left behind."""
     from shardkit.local import read_status, stop_cluster
 
-    status = read_status(directory)
-    running = [server.name for server in status.servers if server.pid is not None]
-    if not dry_run:
-        stop_cluster(directory, delete_data=delete_data)
+    running = read_status(directory).n_running if dry_run else None
+    if running is None:
+        running = stop_cluster(directory, delete_data=delete_data)
     if as_json:
-        plan = {"directory": str(status.directory), "stop": running, "delete_data": delete_data}
+        plan = {"directory": str(directory), "servers": running, "delete_data": delete_data}
         typer.echo(json.dumps(plan | {"done": not dry_run}))
         return
     would = "would have " if dry_run else ""
-    typer.echo(f"{would}stopped {len(running)} servers of {status.directory}")
+    typer.echo(f"{would}stopped {running} servers of {directory}")
     if delete_data:
         typer.echo(f"{would}deleted its data")
 

@@ -7,6 +7,7 @@ by `layout` and `binaries`. Never follows a symbolic link that somebody else may
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import stat
@@ -106,21 +107,19 @@ def claim_folder(path: Path, mode: int, owner: Account | None = None) -> Path:
     Raises:
         LocalServerError: it is no folder, a symbolic link, or belongs to somebody else.
     """
-    uid = os.geteuid() if owner is None or not owner.is_switched else owner.uid
+    ours = os.geteuid()
+    wanted = owner.uid if owner is not None and owner.is_switched else ours
     try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in {uid, os.geteuid()}:
-            raise LocalServerError(
-                f"{path}: is not a folder of ours (user {found.st_uid}); it is left alone",
-                hint="remove it, or choose another folder with --dir",
-            ) from None
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise LocalServerError(f"{path}: cannot be created: {error.strerror}") from error
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        raise _not_ours(path, error.strerror) from error
     try:
-        if os.fstat(descriptor).st_uid != uid and owner is not None:
+        found = os.fstat(descriptor).st_uid
+        if found not in {wanted, ours}:
+            raise _not_ours(path, f"it belongs to user {found}")
+        if found != wanted and owner is not None:
             os.fchown(descriptor, owner.uid, owner.gid)
         os.fchmod(descriptor, mode)
     finally:
@@ -151,6 +150,13 @@ def write_file(path: Path, text: str, mode: int, owner: Account | None = None) -
 def child_environment() -> Mapping[str, str]:
     """Return the environment of servers: a path and a neutral locale, nothing inherited."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+
+
+def _not_ours(path: Path, why: str | None) -> LocalServerError:
+    return LocalServerError(
+        f"{path}: cannot be used as a folder of the cluster: {why}; it is left alone",
+        hint="remove it, or choose another folder with --dir",
+    )
 
 
 def _may_pass(found: os.stat_result, account: Account) -> bool:

@@ -228,19 +228,24 @@ class LocalCluster:
         """Clean up after the last owner, decide what is to run, and leave word of it."""
         old = State.load(layout.state)
         if old is not None:
-            end_leftovers(old)
+            end_leftovers(old, layout.data)
         options = self._wanted or (old.options if old else LocalOptions())
         if old is not None and (reasons := old.options.changes_refused(options)):
             raise RefusedError(
                 f"{layout.directory}: {'; '.join(reasons)}",
                 hint="use another --dir, or `shardkit local down --delete-data` first",
             )
+        if old is not None and old.has_data and not layout.data.is_dir():
+            raise RefusedError(
+                f"{layout.directory}: its data were in {old.data}, which is not this folder's",
+                hint="was the folder moved? Move it back, or begin anew with "
+                "`shardkit local down --delete-data`",
+            )
         layout.prepare()
         fleet = Fleet.of(layout, options, old, self._clock)
         state = State(
             options,
             layout.data,
-            layout.sockets,
             owner=find(os.getpid()),
             is_supervised=self._is_supervised,
             servers=fleet.remembered(),

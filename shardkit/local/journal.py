@@ -94,10 +94,17 @@ class Journal:
             self._state.save(self._file)
 
     def close(self, *, is_orderly: bool) -> None:
-        """Dismiss the warden; write down that nobody owns the servers after an orderly stop."""
+        """Let the warden go, or let it end what did not stop in good order.
+
+        Args:
+            is_orderly: whether every server has stopped.
+        """
         with self._guard:
             self._state = replace(
                 self._state, is_ready=False, owner=None if is_orderly else self._state.owner
             )
             self._state.save(self._file)
-        self._warden.dismiss()
+        if is_orderly:
+            self._warden.dismiss()
+        else:
+            self._warden.abandon()

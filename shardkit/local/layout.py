@@ -4,7 +4,7 @@
       shardkit.toml           0600  the configuration applications read
       state.json              0600  what runs, and who owns it
       passwords.json          0600
-      lock                          held by the owner while it lives
+      shardkit.lock                 held by the owner while it lives
       logs/NAME.log           0600  one per server
     DATA/                     DIRECTORY/data, or a folder under /var/tmp when the account that
       conf/                   runs the servers cannot reach DIRECTORY
@@ -17,6 +17,7 @@ cannot put a symbolic link where root writes. Called by `cluster`; starts nothin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,15 +26,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.errors import LocalServerError
+from shardkit.errors import LocalServerError, RefusedError
 from shardkit.local.account import Account, claim_folder, is_reachable, write_file
 from shardkit.local.binaries import SHARED_FOLDER
 
-__all__ = ["Layout"]
+__all__ = ["LOCK_NAME", "Layout"]
 
 _LONGEST_SOCKET_PATH = 107
 """Bytes a unix socket's path may have on Linux. Source: unix(7), `sun_path`."""
 
+LOCK_NAME = "shardkit.lock"
+_FILES = (LOCK_NAME, "shardkit.toml", "state.json", "passwords.json", "supervisor.log")
 _ROLES = ("shardkit_admin", "shardkit_app", "shardkit_replication")
 
 
@@ -58,19 +61,30 @@ class Layout:
         """Create the directory where it is missing and decide where the rest goes.
 
         Raises:
+            RefusedError: the directory holds other things.
             LocalServerError: a folder belongs to somebody else.
         """
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory = directory.parent.resolve() / directory.name
+        if directory.is_dir() and not (directory / LOCK_NAME).exists() and any(directory.iterdir()):
+            raise RefusedError(
+                f"{directory}: holds other files and no cluster; it is left alone",
+                hint="name an empty or a new folder with --dir",
+            )
         claim_folder(directory, 0o711 if account.is_switched else 0o700)
-        short = SHARED_FOLDER / (
-            f"shardkit-{account.name}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}"
-        )
-        reachable = not account.is_switched or is_reachable(directory, account)
-        data = directory / "data" if reachable else short
+        digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
+        inside = directory / "data"
+        outside = SHARED_FOLDER / f"shardkit-{account.name}-{digest}"
+        # Data stay where they were made, whoever may reach the directory by now.
+        if not account.is_switched or inside.is_dir():
+            data = inside
+        elif outside.is_dir() or not is_reachable(directory, account):
+            data = outside
+        else:
+            data = inside
         sockets = data / "run"
         if len(os.fsencode(sockets / ".s.PGSQL.65535")) > _LONGEST_SOCKET_PATH:
-            sockets = short / "run"
+            sockets = SHARED_FOLDER / f"shardkit-sockets-{digest}"
         return cls(directory, data, sockets, account)
 
     @property
@@ -86,7 +100,7 @@ class Layout:
     @property
     def lock(self) -> Path:
         """The file whose lock says that the owner lives."""
-        return self.directory / "lock"
+        return self.directory / LOCK_NAME
 
     @property
     def conf(self) -> Path:
@@ -108,8 +122,7 @@ class Layout:
             LocalServerError: a folder belongs to somebody else.
         """
         claim_folder(self.directory / "logs", 0o700)
-        for folder in dict.fromkeys((self.data, self.sockets.parent)):
-            claim_folder(folder, 0o711)
+        claim_folder(self.data, 0o711)
         # For whoever finds it: under /var/tmp nothing else tells where it belongs.
         write_file(self.data / "README", f"Data of the cluster in {self.directory}\n", 0o644)
         claim_folder(self.conf, 0o711)
@@ -140,8 +153,12 @@ class Layout:
             raise LocalServerError(f"{file}: cannot be read: {error}") from error
 
     def delete(self) -> None:
-        """Delete everything the cluster kept, its data included."""
-        for folder in dict.fromkeys((self.data, self.sockets.parent, self.directory)):
+        """Delete everything the cluster kept, its data included, and nothing else."""
+        for folder in (self.sockets, self.data, self.directory / "logs"):
             if folder.exists():
-                claim_folder(folder, 0o711)
+                claim_folder(folder, 0o700, self.account if folder == self.sockets else None)
                 shutil.rmtree(folder)
+        for name in _FILES:
+            (self.directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()

@@ -62,17 +62,23 @@ class Warden:
     def dismiss(self) -> None:
         """Let it go without ending anything."""
         self.watch({})
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave it as the death of this process would: it ends what it watches."""
         with self._lock:
             if self._child.stdin is not None and not self._child.stdin.closed:
                 self._child.stdin.close()
         self._child.wait()
 
 
-def end_leftovers(state: State) -> int:
+def end_leftovers(state: State | None, data: Path) -> int:
     """End the servers that an owner left behind when it was killed.
 
     Args:
-        state: as that owner last wrote it; the caller holds the lock of the directory.
+        state: as that owner last wrote it, or None when it cannot be read; the caller holds
+            the lock of the directory.
+        data: folder of the servers' data.
 
     Returns:
         Number of processes that were found running.
@@ -80,27 +86,29 @@ def end_leftovers(state: State) -> int:
     Raises:
         LocalServerError: a process survives SIGKILL.
     """
-    found: set[ProcessMark] = set()
-    for server in state.servers.values():
-        inside = processes.processes_in(state.data / server.name)
-        main = server.process if server.process and processes.is_alive(server.process) else None
-        for mark in inside:
-            processes.send(mark, signal.SIGCONT)
-        if main is not None:
+    found = _inside(data)
+    has_main = False
+    for server in state.servers.values() if state else ():
+        main = server.process
+        if main is not None and processes.is_alive(main):
+            found.add(main)
+            # Paused or not, it gets the chance to end in good order.
             processes.send(main, signal.SIGCONT)
-            processes.send(main, stop_signal(server.kind))
-        found |= {*inside, *({main} if main else ())}
-    for patience in (STOP_TIMEOUT, STOP_TIMEOUT):
-        left = processes.wait_gone(found, patience if _has_main(state) else 0.0)
-        if not left:
-            return len(found)
-        for mark in left:
-            processes.send(mark, signal.SIGKILL)
-    if left := processes.wait_gone(found, STOP_TIMEOUT):
-        raise LocalServerError(f"processes {', '.join(str(m.pid) for m in left)} cannot be ended")
+            has_main |= processes.send(main, stop_signal(server.kind))
+    for mark in found:
+        processes.send(mark, signal.SIGCONT)
+    if has_main:
+        processes.wait_gone(found, STOP_TIMEOUT)
+    # What was forked meanwhile is in the folders, too.
+    left = _inside(data) | {mark for mark in found if processes.is_alive(mark)}
+    for mark in left:
+        processes.send(mark, signal.SIGKILL)
+    if stuck := processes.wait_gone(left, STOP_TIMEOUT):
+        raise LocalServerError(f"processes {', '.join(str(m.pid) for m in stuck)} cannot be ended")
     return len(found)
 
 
-def _has_main(state: State) -> bool:
-    """Return whether an asked main process is still ending its children in good order."""
-    return any(s.process and processes.is_alive(s.process) for s in state.servers.values())
+def _inside(data: Path) -> set[ProcessMark]:
+    """Return the server processes that work in any server's folder."""
+    folders = data.iterdir() if data.is_dir() else ()
+    return {mark for folder in folders for mark in processes.processes_in(folder)}

@@ -22,7 +22,7 @@ from shardkit.local.processes import ProcessMark, boot_id, is_alive
 
 __all__ = ["DirectoryLock", "ServerState", "State", "acquire"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,6 @@ class State:
     Attributes:
         options: shape of the cluster.
         data: folder of the servers' data.
-        sockets: folder of PostgreSQL's unix sockets.
         owner: the process that started the servers, or None after an orderly stop.
         is_ready: whether every server came up.
         is_supervised: whether the owner is a `shardkit local up`, which `down` may end.
@@ -64,7 +63,6 @@ class State:
 
     options: LocalOptions
     data: Path
-    sockets: Path
     owner: ProcessMark | None = None
     is_ready: bool = False
     is_supervised: bool = False
@@ -75,6 +73,11 @@ class State:
         """Whether the owner still runs."""
         return self.owner is not None and is_alive(self.owner)
 
+    @property
+    def has_data(self) -> bool:
+        """Whether any server's data were ever complete."""
+        return any(server.is_initialised for server in self.servers.values())
+
     def with_server(self, server: ServerState) -> State:
         """Return the state with one server added or replaced."""
         return replace(self, servers={**self.servers, server.name: server})
@@ -84,11 +87,11 @@ class State:
         content = {
             "format": _FORMAT,
             "boot": boot_id(),
+            "directory": str(file.parent),
             "owner": _mark_json(self.owner),
             "ready": self.is_ready,
             "supervised": self.is_supervised,
             "data": str(self.data),
-            "sockets": str(self.sockets),
             "options": self.options.as_json(),
             "servers": [
                 {
@@ -117,9 +120,11 @@ class State:
             if content["format"] != _FORMAT:
                 raise LocalServerError(
                     f"{file}: written by another version of shardkit",
-                    hint="stop the cluster with that version, or delete the folder",
+                    hint="begin anew with `shardkit local down --delete-data`",
                 )
-            same_boot = content["boot"] == boot_id()
+            # Marks of another boot name nothing; those of a copied folder name servers of the
+            # original.
+            is_ours = content["boot"] == boot_id() and content["directory"] == str(file.parent)
             servers = [
                 ServerState(
                     item["name"],
@@ -128,15 +133,14 @@ class State:
                     item["port"],
                     item["version"],
                     item["initialised"],
-                    _mark(item["process"]) if same_boot else None,
+                    _mark(item["process"]) if is_ours else None,
                 )
                 for item in content["servers"]
             ]
             return cls(
                 LocalOptions.from_json(content["options"]),
                 Path(content["data"]),
-                Path(content["sockets"]),
-                _mark(content["owner"]) if same_boot else None,
+                _mark(content["owner"]) if is_ours else None,
                 bool(content["ready"]),
                 bool(content["supervised"]),
                 {server.name: server for server in servers},

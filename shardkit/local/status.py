@@ -17,7 +17,7 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import LocalServerError, RefusedError
 from shardkit.local import processes
 from shardkit.local.account import server_account
-from shardkit.local.layout import Layout
+from shardkit.local.layout import LOCK_NAME, Layout
 from shardkit.local.options import LocalOptions
 from shardkit.local.owner import end_leftovers
 from shardkit.local.ports import HOST
@@ -87,7 +87,7 @@ def read_status(directory: str | os.PathLike[str]) -> LocalStatus:
     Raises:
         LocalServerError: the state file cannot be read.
     """
-    folder = Path(directory).absolute()
+    folder = _resolved(directory)
     state = State.load(folder / "state.json")
     owner = state.owner if state is not None and state.is_owned else None
     return LocalStatus(
@@ -117,26 +117,52 @@ def stop_cluster(
         RefusedError: its owner is not `shardkit local up` but another program.
         LocalServerError: it does not end in time.
     """
-    before = read_status(directory)
-    state = State.load(before.directory / "state.json")
-    if state is None and not before.directory.is_dir():
+    folder = _resolved(directory)
+    if not (folder / LOCK_NAME).exists():
         return 0
-    if state is not None and state.owner is not None and state.is_owned:
-        if not state.is_supervised:
-            raise RefusedError(
-                f"{before.directory}: process {state.owner.pid} runs this cluster as part of "
-                "another program",
-                hint="end that program; its servers end with it",
-            )
-        processes.send(state.owner, signal.SIGTERM)
-    layout = Layout.of(before.directory, server_account())
+    state = _load(folder / "state.json", is_needed=not delete_data)
+    n_running = 0
+    if state is not None:
+        n_running = sum(_is_running(server) for server in state.servers.values())
+        _ask_owner(state, folder)
+    layout = Layout.of(folder, server_account())
     with _acquired(layout, clock):
-        left = State.load(layout.state)
-        if left is not None:
-            end_leftovers(left)
+        end_leftovers(_load(layout.state, is_needed=not delete_data), layout.data)
         if delete_data:
             layout.delete()
-    return before.n_running
+    return n_running
+
+
+def _resolved(directory: str | os.PathLike[str]) -> Path:
+    """Return the directory as the state file names it."""
+    folder = Path(directory).absolute()
+    return folder.parent.resolve() / folder.name
+
+
+def _load(file: Path, *, is_needed: bool) -> State | None:
+    """Read the state; when everything is deleted anyway, one that cannot be read is none."""
+    try:
+        return State.load(file)
+    except LocalServerError:
+        if is_needed:
+            raise
+        return None
+
+
+def _ask_owner(state: State, folder: Path) -> None:
+    """Ask the owner, if it lives and is a supervisor, to stop its servers and end."""
+    if state.owner is None or not state.is_owned:
+        return
+    if not state.is_supervised:
+        raise RefusedError(
+            f"{folder}: process {state.owner.pid} runs this cluster as part of another program",
+            hint="end that program; its servers end with it",
+        )
+    processes.send(state.owner, signal.SIGTERM)
+
+
+def _is_running(server: ServerState) -> bool:
+    return server.process is not None and processes.is_alive(server.process)
 
 
 def _acquired(layout: Layout, clock: Clock) -> DirectoryLock:
@@ -155,7 +181,7 @@ def _acquired(layout: Layout, clock: Clock) -> DirectoryLock:
 
 
 def _seen(server: ServerState, state: State, folder: Path) -> LocalServer:
-    mark = server.process if server.process and processes.is_alive(server.process) else None
+    mark = server.process if _is_running(server) else None
     status = ServerStatus.RUNNING if mark else ServerStatus.STOPPED
     if mark is not None and processes.is_paused(mark):
         status = ServerStatus.PAUSED

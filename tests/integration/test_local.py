@@ -20,11 +20,18 @@ from sqlalchemy import URL
 
 from shardkit.config import load
 from shardkit.errors import LocalServerError, RefusedError
-from shardkit.local import LocalCluster, ServerKind, ServerStatus, processes, read_status
+from shardkit.local import (
+    LocalCluster,
+    ServerKind,
+    ServerStatus,
+    processes,
+    read_status,
+    stop_cluster,
+)
 from shardkit.local.processes import ProcessMark
 from shardkit.testing import wait_until
 from shardkit.topology import Role
-from tests.fixtures.servers import NewCluster
+from tests.fixtures.servers import NewCluster, options
 
 pytestmark = pytest.mark.integration
 
@@ -414,3 +421,40 @@ def test_a_signal_ends_the_foreground_command_and_its_servers(
     assert "alpha_0" in output
     assert found
     assert gone(found)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "project"
+    directory.mkdir(mode=0o755)
+    (directory / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(RefusedError, match="left alone"):
+        LocalCluster(directory).start()
+    assert run("down", "--delete-data", "--dir", directory).returncode == 0
+    assert (directory / "mine.txt").read_text(encoding="utf-8") == "mine"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o755
+
+
+def test_a_copied_folder_does_not_end_the_servers_of_the_original(
+    new_cluster: NewCluster, tmp_path: Path
+) -> None:
+    cluster = new_cluster(**SMALL | {"replicas": 0})
+    cluster.start()
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("state.json", "shardkit.lock", "passwords.json"):
+        (copied / name).write_bytes((tmp_path / "cluster" / name).read_bytes())
+    assert read_status(copied).n_running == 0
+    with pytest.raises(RefusedError, match="moved"):
+        LocalCluster(copied).start()
+    run("down", "--delete-data", "--dir", copied)
+    assert ask(cluster.superuser_dsn("alpha_0"), "SELECT 1") == 1
+
+
+def test_a_long_path_has_its_sockets_elsewhere(new_cluster: NewCluster, tmp_path: Path) -> None:
+    new_cluster()
+    directory = tmp_path / ("long" * 20) / ("longer's " * 10)
+    try:
+        with LocalCluster(directory, options(**SMALL)) as cluster:
+            assert ask(cluster.superuser_dsn("alpha_1"), "SELECT pg_is_in_recovery()") is True
+    finally:
+        stop_cluster(directory, delete_data=True)

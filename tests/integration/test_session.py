@@ -25,10 +25,11 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.router import Strategy
+from shardkit.testing import create_tables
 from shardkit.topology import Role, ShardMap, Topology, schema_name
 from tests.fixtures.servers import NewCluster
-from tests.fixtures.sharded import Settled, admin, install, one_server
-from tests.models import Country, Handle, Like, Photo, User
+from tests.fixtures.sharded import Settled, admin, one_server
+from tests.models import Base, Country, Handle, Like, Photo, User
 
 pytestmark = pytest.mark.integration
 
@@ -60,7 +61,7 @@ def test_128_objects_over_64_logical_shards_commit_over_one_connection(
     ) as local:
         _, topology = load(local.config_path)
         physical = topology.physical["alpha"]
-        install(topology, physical, app_role=str(physical.primary.url.username))
+        create_tables(topology, Base.metadata)
         with placed(topology, *range(64), size=1) as cluster, cluster.writer() as session:
             users = [User(name=f"user {i}") for i in range(128)]
             session.add_all(users)

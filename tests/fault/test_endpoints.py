@@ -1,0 +1,219 @@
+"""A server dies, comes back, or is not what the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import select
+
+from shardkit import AsyncCluster, Cluster, all_shards, ids
+from shardkit.errors import (
+    ConfigurationError,
+    EndpointUnavailableError,
+    GatherError,
+    OutcomeUnknownError,
+    UnavailableError,
+)
+from shardkit.local import LocalCluster
+from shardkit.testing import wait_until
+from shardkit.topology import Endpoint, Role, Topology
+from tests.fixtures.sharded import Settled
+from tests.models import Photo, User
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault]
+
+NEWEST = select(Photo).order_by(Photo.id.desc()).limit(10).options(all_shards())
+
+
+@pytest.fixture
+def healed(local_cluster: LocalCluster, settled: Settled) -> Iterator[LocalCluster]:
+    """The servers, all running again afterwards."""
+    yield local_cluster
+    for server in local_cluster.servers:
+        if server.status != "running":
+            local_cluster.start_server(server.name)
+    settled()
+
+
+@pytest.fixture
+def user(cluster: Cluster, settled: Settled) -> User:
+    """A user with a photo, on every replica."""
+    with cluster.writer() as session:
+        user = User(name="ana", photos=[Photo(caption="dawn")])
+        session.add(user)
+        session.commit()
+    settled()
+    return user
+
+
+def owner(cluster: Cluster, user: User) -> str:
+    return cluster.topology.shard_map.owner(ids.shard_of(user.id))
+
+
+def asked(cluster: Cluster, user: User) -> Endpoint:
+    """Read the user; return the endpoint that answered."""
+    with cluster.reader() as session:
+        assert session.get_one(User, user.id).name == "ana"
+        return session._roots[owner(cluster, user)][0]
+
+
+def test_reads_go_on_when_replicas_are_killed(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    first, second = healed.replicas(owner(cluster, user))
+    assert {asked(cluster, user).role for _ in range(20)} == {Role.REPLICA}
+    healed.kill_server(first.name)
+    assert {asked(cluster, user).role for _ in range(20)} == {Role.REPLICA}
+    healed.kill_server(second.name)
+    assert {asked(cluster, user).role for _ in range(20)} == {Role.PRIMARY}
+    with cluster.reader() as session:
+        assert [photo.caption for photo in session.scalars(NEWEST)] == ["dawn"]
+    healed.start_server(first.name)
+    wait_until(lambda: asked(cluster, user).role is Role.REPLICA, 20.0, "the replica is read again")
+
+
+def test_a_replica_killed_inside_a_session_is_replaced(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    with cluster.reader() as session:
+        assert session.get(User, user.id) is not None
+        endpoint, _ = session._roots[physical]
+        port = endpoint.url.port
+        name = next(s.name for s in healed.replicas(physical) if s.port == port)
+        healed.kill_server(name)
+        session.expunge_all()
+        found = session.get_one(User, user.id)
+        assert [photo.caption for photo in found.photos] == ["dawn"]
+        assert session._roots[physical][0] != endpoint
+        assert [photo.caption for photo in session.scalars(NEWEST)] == ["dawn"]
+
+
+@pytest.mark.anyio
+async def test_the_async_reader_survives_too(
+    cluster: Cluster, user: User, healed: LocalCluster, cluster_file: Path
+) -> None:
+    physical = owner(cluster, user)
+    async with AsyncCluster.from_file(cluster_file) as twin, twin.reader() as session:
+        assert await session.get(User, user.id) is not None
+        for server in healed.replicas(physical):
+            healed.kill_server(server.name)
+        session.expunge_all()
+        assert (await session.get_one(User, user.id)).name == "ana"
+        assert [photo.caption for photo in await session.scalars(NEWEST)] == ["dawn"]
+
+
+def test_a_dead_primary_leaves_the_other_physical_shard_working(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    with cluster.writer() as session:
+        session.get_one(User, user.id).name = "changed"
+        healed.kill_server(healed.primary(physical).name)
+        with pytest.raises(UnavailableError) as caught:
+            session.commit()
+        assert caught.value.retryable
+        assert physical in str(caught.value)
+    with cluster.writer() as session, pytest.raises(EndpointUnavailableError):
+        session.get(User, user.id)
+    with cluster.reader() as session:
+        assert session.get_one(User, user.id).name == "ana", "replicas answer"
+    with cluster.reader(max_lag=1.0) as session, pytest.raises((UnavailableError, GatherError)):
+        session.scalars(NEWEST)
+    other = next(name for name in cluster.topology.physical if name != physical)
+    there = cluster.topology.shard_map.owned_by(other)[0]
+    cluster.connections.placement = lambda _: there
+    with cluster.writer() as session:
+        session.add(User(name="bo"))
+        session.commit()
+
+
+def test_a_primary_killed_before_commit_leaves_the_outcome_unknown(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    with cluster.writer() as session:
+        session.get_one(User, user.id).name = "perhaps"
+        session.flush()
+        healed.kill_server(healed.primary(owner(cluster, user)).name)
+        with pytest.raises(OutcomeUnknownError) as caught:
+            session.commit()
+        assert not caught.value.retryable
+
+
+def test_pooled_connections_to_a_restarted_primary_are_replaced_unseen(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    with cluster.writer() as session:
+        assert session.get(User, user.id) is not None
+    primary = healed.primary(owner(cluster, user)).name
+    healed.kill_server(primary)
+    healed.start_server(primary)
+    with cluster.writer() as session:
+        session.get_one(User, user.id).name = "after the restart"
+        session.commit()
+
+
+@pytest.mark.parametrize("role", [Role.PRIMARY, Role.REPLICA])
+def test_a_server_in_the_wrong_role_is_refused_before_the_first_query(
+    topology: Topology, role: Role
+) -> None:
+    shards = {}
+    for shard in topology.physical.values():
+        first = shard.replicas[0]
+        primary = Endpoint(shard.name, Role.PRIMARY, first.url)
+        replica = Endpoint(shard.name, Role.REPLICA, shard.primary.url)
+        shards[shard.name] = (
+            replace(shard, primary=primary)
+            if role is Role.PRIMARY
+            else replace(shard, replicas=(replica,))
+        )
+    wrong = Topology(topology.name, shards, topology.shard_map)
+    with Cluster(wrong) as cluster:
+        session = cluster.writer() if role is Role.PRIMARY else cluster.reader()
+        with session, pytest.raises(ConfigurationError, match=f"configuration says {role}"):
+            session.get(User, ids.compose(1, 0, 0))
+
+
+def test_two_physical_shards_exchanged_are_refused(topology: Topology) -> None:
+    alpha, beta = topology.physical["alpha"], topology.physical["beta"]
+    exchanged = {
+        "alpha": replace(alpha, primary=replace(alpha.primary, url=beta.primary.url)),
+        "beta": replace(beta, primary=replace(beta.primary, url=alpha.primary.url)),
+    }
+    wrong = Topology(topology.name, exchanged, topology.shard_map)
+    refused = pytest.raises(ConfigurationError, match="physical shard 'beta'")
+    with Cluster(wrong) as cluster, cluster.writer() as session, refused:
+        session.get(User, ids.compose(1, 0, 0))
+
+
+def test_a_database_without_the_schema_names_the_command(
+    topology: Topology, local_cluster: LocalCluster
+) -> None:
+    alpha = topology.physical["alpha"]
+    dsn = local_cluster.superuser_dsn(local_cluster.primary("alpha").name)
+    with psycopg.connect(dsn, autocommit=True) as superuser:
+        superuser.execute("DROP DATABASE IF EXISTS bare")
+        superuser.execute("CREATE DATABASE bare")
+    elsewhere = replace(alpha.primary, url=alpha.primary.url.set(database="bare"))
+    shards = {**topology.physical, "alpha": replace(alpha, primary=elsewhere)}
+    wrong = Topology(topology.name, shards, topology.shard_map)
+    refused = pytest.raises(ConfigurationError, match="shardkit migrate apply")
+    with Cluster(wrong) as cluster, cluster.writer() as session, refused:
+        session.get(User, ids.compose(1, 0, 0))
+
+
+def test_a_wrong_password_is_a_matter_of_configuration(topology: Topology) -> None:
+    alpha = topology.physical["alpha"]
+    wrong_url = alpha.primary.url.set(password="wrong")
+    shards = {
+        **topology.physical,
+        "alpha": replace(alpha, primary=replace(alpha.primary, url=wrong_url)),
+    }
+    wrong = Topology(topology.name, shards, topology.shard_map)
+    refused = pytest.raises(ConfigurationError, match="password authentication failed")
+    with Cluster(wrong) as cluster, cluster.writer() as session, refused:
+        session.get(User, ids.compose(1, 0, 0))

@@ -1,0 +1,91 @@
+"""The configuration files of an embedded cluster."""
+
+from __future__ import annotations
+
+import tomllib
+
+from shardkit.config import Config, PoolConfig
+from shardkit.local.options import LocalOptions
+from shardkit.local.settings import (
+    PhysicalAddresses,
+    host_rules,
+    ident_map,
+    pgbouncer_ini,
+    postgres_conf,
+    shardkit_toml,
+    userlist,
+)
+
+PASSWORDS = {"shardkit_app": "a-p_p", "shardkit_admin": "a-d_m", "shardkit_replication": "r"}
+
+
+def conf(options: LocalOptions, primary_conninfo: str | None = None) -> str:
+    return postgres_conf(
+        name="alpha_0",
+        port=5501,
+        sockets="/run",
+        options=options,
+        folder="/it's here",
+        primary_conninfo=primary_conninfo,
+    )
+
+
+def toml(pool: PoolConfig | None = None) -> Config:
+    text = shardkit_toml(
+        logical_shards=4,
+        physical=[
+            PhysicalAddresses("alpha", "0-1", 5501, (5502,)),
+            PhysicalAddresses("beta", "2-3", 5503),
+        ],
+        services={"redis": "redis://127.0.0.1:6379/0"},
+        passwords=PASSWORDS,
+        pool=pool,
+    )
+    return Config.model_validate(tomllib.loads(text))
+
+
+def test_the_written_file_is_one_that_is_accepted() -> None:
+    config = toml()
+    assert config.physical[1].shard_numbers == (2, 3)
+    assert config.physical[0].replicas[0].get_secret_value().endswith("@127.0.0.1:5502/shardkit")
+    assert config.services == {"redis": "redis://127.0.0.1:6379/0"}
+
+
+def test_pool_settings_of_a_person_are_kept() -> None:
+    pool = PoolConfig(size=9, timeout=0.5, prepare_statements=False)
+    assert toml(pool).pool == pool
+
+
+def test_many_logical_shards_get_a_larger_lock_table() -> None:
+    assert "max_locks_per_transaction = '256'" in conf(LocalOptions())
+    assert "max_locks_per_transaction = '1024'" in conf(LocalOptions(logical_shards=1024))
+
+
+def test_values_are_quoted_and_the_users_settings_win() -> None:
+    text = conf(LocalOptions(settings={"fsync": "off", "work_mem": "1MB"}))
+    assert "hba_file = '/it''s here/pg_hba.conf'" in text
+    assert text.count("fsync = ") == 1
+    assert "fsync = 'off'" in text
+    assert "work_mem = '1MB'" in text
+
+
+def test_only_a_replica_has_a_primary() -> None:
+    assert "primary_conninfo" not in conf(LocalOptions())
+    assert "primary_conninfo = 'host=x'" in conf(LocalOptions(), "host=x")
+
+
+def test_nobody_is_trusted() -> None:
+    rules = [line.split() for line in host_rules().splitlines() if line[0] != "#"]
+    assert {rule[3 if rule[0] == "local" else 4] for rule in rules} == {"peer", "scram-sha-256"}
+    assert all("postgres" not in rule[2] for rule in rules if rule[0] == "host")
+    assert ident_map(("root", "root", "nobody")).count("owner") == 2
+
+
+def test_pgbouncer_reads_logins_from_its_private_file() -> None:
+    text = pgbouncer_ini(
+        port=6501, databases={"shardkit": 5501}, sockets="/run", userlist_file="/private"
+    )
+    assert "shardkit = host=127.0.0.1 port=5501 dbname=shardkit" in text
+    assert "pool_mode = transaction" in text
+    assert not any(password in text for password in ("a-p_p", "a-d_m"))
+    assert '"shardkit_app" "a-p_p"' in userlist(PASSWORDS)
