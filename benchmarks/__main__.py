@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark, or those named; with --json, one document per line."""
+"""`make bench`: every benchmark, or those named; --json: one document a line; --quick: fewer rounds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import benchmarks
 
 
 def main(arguments: list[str]) -> None:
-    known = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name != "__main__"]
-    as_json = "--json" in arguments
+    modules = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    known = [name for name in modules if name not in ("__main__", "measure")]
+    options = {"as_json": "--json" in arguments, "quick": "--quick" in arguments}
     wanted = [name for name in arguments if not name.startswith("-")] or known
     if unknown := set(wanted) - set(known):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     for name in wanted:
-        importlib.import_module(f"benchmarks.{name}").main(as_json=as_json)
+        importlib.import_module(f"benchmarks.{name}").main(**options)
 
 
 if __name__ == "__main__":

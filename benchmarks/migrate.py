@@ -33,7 +33,7 @@ N_LOGICAL_SHARDS = 64
 ROUNDS = 5
 
 
-def main(*, as_json: bool) -> None:
+def main(*, as_json: bool, quick: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # the servers run under an account of their own
         options = LocalOptions(

@@ -130,5 +130,7 @@ def _reference(tables: Iterable[Table], role: str) -> Iterator[sql.SQL | sql.Com
 
 
 def _ddl(table: Table) -> Iterator[sql.SQL]:
-    for construct in (CreateTable(table), *(CreateIndex(index) for index in table.indexes)):
-        yield sql.SQL(str(construct.compile(dialect=dialect())))  # type: ignore[no-untyped-call]
+    language = dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
+    yield sql.SQL(str(CreateTable(table).compile(dialect=language)))
+    for index in table.indexes:
+        yield sql.SQL(str(CreateIndex(index).compile(dialect=language)))
