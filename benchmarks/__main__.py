@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark, or those named; --json: one document a line; --quick: fewer rounds."""
+"""`make bench`: every benchmark, or those named; --json: a document a line; --quick: less."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
             pgbouncer=False,
         )
         with LocalCluster(Path(folder) / "cluster", options) as servers:
-            results = measure(servers)
+            results = measure(servers, rounds=1 if quick else ROUNDS)
     if as_json:
         print(json.dumps({"benchmark": "migrate", "seconds": results}))
         return
@@ -54,7 +54,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     Console().print(table)
 
 
-def measure(servers: LocalCluster) -> dict[str, list[float]]:
+def measure(servers: LocalCluster, *, rounds: int) -> dict[str, list[float]]:
     _, topology = load(servers.config_path)
     results: dict[str, list[float]] = {}
 
@@ -69,7 +69,7 @@ def measure(servers: LocalCluster) -> dict[str, list[float]]:
         if outcome.error:
             raise outcome.error
 
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         emptied(servers)
         timed("Alembic per schema, fresh", lambda: alembic(topology))
         timed("Alembic per schema, nothing to do", lambda: alembic(topology))

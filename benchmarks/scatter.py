@@ -84,13 +84,19 @@ def load_rows(topology: Topology) -> None:
         with connect(shard, admin=True) as connection:
             for number in topology.shard_map.owned_by(shard.name):
                 connection.execute(
-                    f"INSERT INTO {schema_name(number)}.photos (id, owner_id, caption) {row}"
-                    .replace("s::", f"{number}::")
+                    f"INSERT INTO {schema_name(number)}.photos (id, owner_id, caption) {row}".replace(
+                        "s::", f"{number}::"
+                    )
                     .replace("(s *", f"({number} *")
                     .encode()
                 )
-            connection.execute("CREATE TABLE photos (id bigint PRIMARY KEY, owner_id bigint NOT NULL, caption text NOT NULL)")
-            connection.execute(f"INSERT INTO photos {row}, generate_series(0, {total - 1}) AS s".encode())
+            connection.execute(
+                "CREATE TABLE photos (id bigint PRIMARY KEY, owner_id bigint NOT NULL, "
+                "caption text NOT NULL)"
+            )
+            connection.execute(
+                f"INSERT INTO photos {row}, generate_series(0, {total - 1}) AS s".encode()
+            )
             connection.execute(f"GRANT SELECT ON photos TO {shard.primary.url.username}".encode())
             connection.execute("ANALYZE")
 

@@ -49,9 +49,7 @@ class PlainPhoto(PlainBase):
 def main(*, as_json: bool, quick: bool = False) -> None:
     with servers(logical_shards=64) as local:
         _, topology = load(local.config_path)
-        small = database(
-            local, topology, "bench", logical_shards=64, metadata=Base.metadata
-        )
+        small = database(local, topology, "bench", logical_shards=64, metadata=Base.metadata)
         shard = small.physical[small.shard_map.owner(SHARD)]
         engine = create_engine(shard.primary.url)
         owner = ids.compose(1, SHARD, 0)
@@ -96,6 +94,4 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         "write_vs_plain_session": medians["write"] / medians["plain write"],
         "get_vs_raw_psycopg": medians["get"] / medians["psycopg get"],
     }
-    report(
-        "session", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json
-    )
+    report("session", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)
