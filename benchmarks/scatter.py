@@ -83,13 +83,9 @@ def load_rows(topology: Topology) -> None:
     for shard in topology.physical.values():
         with connect(shard, admin=True) as connection:
             for number in topology.shard_map.owned_by(shard.name):
-                connection.execute(
-                    f"INSERT INTO {schema_name(number)}.photos (id, owner_id, caption) {row}".replace(
-                        "s::", f"{number}::"
-                    )
-                    .replace("(s *", f"({number} *")
-                    .encode()
-                )
+                rows = row.replace("s::", f"{number}::").replace("(s *", f"({number} *")
+                table = f"{schema_name(number)}.photos"
+                connection.execute(f"INSERT INTO {table} (id, owner_id, caption) {rows}".encode())
             connection.execute(
                 "CREATE TABLE photos (id bigint PRIMARY KEY, owner_id bigint NOT NULL, "
                 "caption text NOT NULL)"
