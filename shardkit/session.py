@@ -8,7 +8,7 @@ connection in which unqualified tables are those of its schema.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Connection, Engine, event, inspect
@@ -16,7 +16,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, UOWTransaction
-from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import gather, scatter
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
@@ -315,6 +314,7 @@ class WriteSession(ReadSession):
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
         self._written: set[str] = set()
+        self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self.token = ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -331,6 +331,8 @@ class WriteSession(ReadSession):
             Session.flush(self, objects)
         except DBAPIError as error:
             self._raise(error)
+        finally:
+            self._placed.clear()
 
     def commit(self) -> None:
         """Flush and commit.
@@ -364,44 +366,44 @@ class WriteSession(ReadSession):
     def _prepare_flush(self) -> None:
         """Mint ids, place objects and check the unit of work, before anything is written."""
         cluster = self._cluster
-        shards: set[int] = set()
+        placed = self._placed
         if self._new:
-            shards = Placer(cluster.router, cluster.placement, cluster.ids).run(self.new)
+            new = list(self._new.values())
+            placed |= Placer(cluster.router, cluster.placement, cluster.ids).run(new)
         if self._deleted or self.identity_map.check_modified():
             for obj in (*self.deleted, *self.dirty):
                 shard = stored_shard(obj, cluster.router)
                 if shard is not None:
-                    shards.add(shard)
-        if shards:
-            self._note_written(shards)
+                    placed[id(obj)] = shard
+        if placed:
+            self._note_written(placed.values())
 
-    def _note_written(self, shards: set[int]) -> None:
-        physical = {self._cluster.physical_of(shard) for shard in shards}
-        together = physical | self._written
+    def _note_written(self, shards: Iterable[int]) -> None:
+        together = {self._cluster.physical_of(shard) for shard in shards} | self._written
         if len(together) > 1:
             raise CrossShardWriteError(
                 f"the unit of work would write to {', '.join(sorted(together))}",
                 hint="keep rows that change together under one shard key, or commit in between",
             )
-        self._written |= physical
+        self._written = together
 
     def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
-        state = instance_state(instance)
-        sharding = sharding_of_mapper(state.mapper)
-        if sharding is None:
-            raise UnsupportedStatementError(
-                f"{state.mapper.class_.__name__} is not a sharded class, so it lives nowhere",
-                hint="reference tables cannot be written through a session yet",
-            )
-        identity = state.identity or tuple(state.mapper.primary_key_from_instance(instance))
-        shard = sharding.shard_of_identity(self._cluster.router, identity)
+        shard = self._placed.get(id(instance))
+        if shard is None:  # the flush itself found it, through a relationship
+            shard = stored_shard(instance, self._cluster.router)
+            if shard is None:
+                raise UnsupportedStatementError(
+                    f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
+                    hint="reference tables cannot be written through a session yet",
+                )
+            self._note_written((shard,))
         return self._connection_to(shard)
 
     def _run(self, state: ORMExecuteState) -> Any:
         result = super()._run(state)
         if result is None and not state.is_select:
-            self._note_written({state.bind_arguments["logical_shard"]})
+            self._note_written((state.bind_arguments["logical_shard"],))
         return result
 
     def _writable(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +44,21 @@ def test_imports_go_down_the_ladder_only() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
+    """SQLAlchemy's `Session` has private names too; a clash would break it silently."""
+    from sqlalchemy.orm import Session
+
+    from shardkit import ReadSession, WriteSession, session
+
+    theirs = {*dir(Session), *vars(Session())}
+    meant = {
+        "_connection_for_bind", "_execute_internal", "close", "commit", "connection_callable",
+        "flush", "get", "get_bind", "rollback",
+    }  # fmt: skip
+    defined = {*vars(ReadSession), *vars(WriteSession)}
+    assigned = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(session))
+    assert assigned
+    ours = {name for name in (*defined, *assigned) if not name.startswith("__")}
+    assert ours & theirs == meant
