@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from tests.fixtures.waiting import wait_until
 
 from shardkit import ids
 from shardkit.local import LocalCluster
 from tests.fixtures import pictures
 from tests.fixtures.service import Person, Service
-from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
