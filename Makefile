@@ -28,7 +28,7 @@ test-unit: setup ## the tests that need no server
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 type: setup ## mypy --strict over the library, the application, tests and benchmarks
 	@$(BIN)/mypy

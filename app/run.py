@@ -1,9 +1,9 @@
 """Everything on one machine, from nothing: `make run`, or `python -m app.run`.
 
-Starts the embedded cluster, brings every logical shard to the newest revision and serves the
-application, with a progress bar for each step and a table of what runs where. Ends on Ctrl-C,
-SIGTERM or SIGHUP and takes every server with it. May be killed and started again. For trying
-shardkit and for development; a service of your own runs `python -m app`.
+Starts the embedded cluster, brings every logical shard to the newest revision, loads a demo and
+serves the application, with a progress bar for each step and a table of what runs where. Ends on
+Ctrl-C, SIGTERM or SIGHUP and takes every server with it. May be killed and started again. For
+trying shardkit and for development; a service of your own runs `python -m app`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import app.demo.__main__
 from app.__main__ import listen
 from app.main import create_app
 from app.settings import Settings
@@ -45,11 +46,16 @@ def main(
     ] = Path(".shardkit"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; the next free one when taken.")] = 8000,
+    people: Annotated[
+        int, typer.Option(min=0, help="People of the demo; 0 loads none.")
+    ] = app.demo.__main__.N_PEOPLE,
 ) -> None:
     """Start the cluster, migrate it, load a demo and serve the application until Ctrl-C."""
     try:
         with interruptible(), cluster(directory) as config:
             migrated(config)
+            if people:
+                app.demo.__main__.main(config=config, people=people)
             serve(config, host, port)
     except KeyboardInterrupt:
         console.print("stopped")

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: what follows the program's name; None for those of the process.
     """
     try:
+        # Wrong usage and Ctrl-C are Typer's to report: its own exit codes are 2 and 130.
         app(args=arguments)
     except ShardkitError as error:
         shard = None if error.logical_shard is None else f"logical shard {error.logical_shard}"

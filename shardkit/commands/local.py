@@ -133,9 +133,10 @@ def _up(directory: Path, options: LocalOptions, *, as_json: bool) -> None:
 
     cluster = LocalCluster(directory, options, is_supervised=True)
     with _signals_as_interrupt() as ignore_signals:
+        # Interrupted here, it stops what it has started and the command has failed.
+        with _progress_bar("starting", is_quiet=as_json) as progress:
+            cluster.start(progress)
         try:
-            with _progress_bar("starting", is_quiet=as_json) as progress:
-                cluster.start(progress)
             _print_status(read_status(directory), as_json=as_json)
             if not as_json:
                 for name in cluster.missing:

@@ -1,43 +1,63 @@
 """Writes the `shardkit.toml` of an embedded cluster, and only when it would say something new.
 
-Called by `cluster` once every server is up. What a person changed under `[pool]` is kept.
+Called by `cluster` once every server is up. Addresses and logins are the cluster's; every other
+table of the file, and other services, are a person's and are kept.
 """
 
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
+from typing import Any
 
 from shardkit.config import Config, load
-from shardkit.errors import ConfigurationError
 from shardkit.local.account import write_file
 from shardkit.local.fleet import Fleet
 from shardkit.local.services import MemcachedServer, PgBouncerServer, RedisServer
 from shardkit.local.settings import PhysicalAddresses, shardkit_toml
 from shardkit.topology import Role
 
-__all__ = ["write_config"]
+__all__ = ["check_config", "write_config"]
+
+_OURS = ("cluster", "admin", "physical", "services")
+
+
+def check_config(file: Path) -> None:
+    """Make sure that a configuration file, if there is one, can be read and so be kept.
+
+    Raises:
+        ConfigurationError: it is wrong; a person has edited it.
+    """
+    if file.exists():
+        load(file)
 
 
 def write_config(fleet: Fleet) -> None:
     """Write the configuration file unless the present one already says the same."""
     file = fleet.layout.config
-    try:
-        present: Config | None = load(file)[0]
-    except ConfigurationError:
-        present = None
+    present = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     text = shardkit_toml(
         logical_shards=fleet.options.logical_shards,
         physical=_physical(fleet),
-        services={
-            server.name: server.address
-            for server in fleet.servers.values()
-            if isinstance(server, RedisServer | MemcachedServer | PgBouncerServer)
-        },
+        services=_services(fleet, present),
         passwords=fleet.passwords,
-        pool=present.pool if present else None,
+        kept={name: table for name, table in present.items() if name not in _OURS},
     )
-    if present is None or present != Config.model_validate(tomllib.loads(text)):
+    wanted = Config.model_validate(tomllib.loads(text))
+    if not present or Config.model_validate(present) != wanted:
         write_file(file, text, 0o600)
+
+
+def _services(fleet: Fleet, present: dict[str, Any]) -> dict[str, str]:
+    """Return our services, and those of the present file that never were ours."""
+    ours = {
+        server.name: server.address
+        for server in fleet.servers.values()
+        if isinstance(server, RedisServer | MemcachedServer | PgBouncerServer)
+    }
+    former = fleet.old.servers if fleet.old else {}
+    others = {n: a for n, a in present.get("services", {}).items() if n not in former}
+    return others | ours
 
 
 def _physical(fleet: Fleet) -> list[PhysicalAddresses]:

@@ -21,7 +21,7 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import LocalServerError, RefusedError
 from shardkit.local import ports
 from shardkit.local.account import server_account
-from shardkit.local.addresses import write_config
+from shardkit.local.addresses import check_config, write_config
 from shardkit.local.fleet import Fleet
 from shardkit.local.journal import Journal, Progress
 from shardkit.local.launch import Launch
@@ -126,6 +126,7 @@ class LocalCluster:
             progress: called after each step, from several threads but never at once.
 
         Raises:
+            ConfigurationError: the `shardkit.toml` there is wrong; a person has edited it.
             RefusedError: another process owns the directory, or its data has another shape.
             LocalServerError: a server did not start; everything is stopped again.
         """
@@ -241,6 +242,7 @@ class LocalCluster:
                 hint="was the folder moved? Move it back, or begin anew with "
                 "`shardkit local down --delete-data`",
             )
+        check_config(layout.config)
         layout.prepare()
         fleet = Fleet.of(layout, options, old, self._clock)
         state = State(

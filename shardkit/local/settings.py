@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardkit.config import PoolConfig
 from shardkit.local.options import LocalOptions
 from shardkit.local.ports import HOST
 
@@ -176,7 +175,7 @@ def shardkit_toml(
     physical: Sequence[PhysicalAddresses],
     services: Mapping[str, str],
     passwords: Mapping[str, str],
-    pool: PoolConfig | None = None,
+    kept: Mapping[str, Mapping[str, object]] | None = None,
 ) -> str:
     """Return a complete `shardkit.toml`.
 
@@ -185,14 +184,15 @@ def shardkit_toml(
         physical: one entry per physical shard.
         services: addresses of the other servers, by name.
         passwords: by role.
-        pool: settings a person changed and wants to keep; None for the defaults.
+        kept: further tables, of plain values, as a person wrote them; None for none.
     """
 
     def url(port: int) -> str:
         return _toml(f"postgresql://{APP_ROLE}:{passwords[APP_ROLE]}@{HOST}:{port}/{DATABASE}")
 
     lines = [
-        "# Written by `shardkit local up`, and again when an address changes; [pool] is kept.",
+        "# Written by `shardkit local up`, and again when an address changes. Addresses and",
+        "# logins are its own; tables that you add, such as [pool], are kept.",
         "[cluster]",
         'name = "local"',
         f"logical_shards = {logical_shards}",
@@ -201,11 +201,8 @@ def shardkit_toml(
         f"user = {_toml(ADMIN_ROLE)}",
         f"password = {_toml(passwords[ADMIN_ROLE])}",
     ]
-    if pool is not None and pool.model_fields_set:
-        lines += ["", "[pool]"]
-        lines += [
-            f"{key} = {json.dumps(getattr(pool, key))}" for key in sorted(pool.model_fields_set)
-        ]
+    for name, table in (kept or {}).items():
+        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in table.items())]
     for shard in physical:
         replicas = ", ".join(url(port) for port in shard.replicas)
         lines += [

@@ -11,6 +11,7 @@ from tests.fixtures.waiting import wait_until
 
 from shardkit import ids
 from shardkit.local import LocalCluster
+from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.service import Person, Service
 
@@ -49,7 +50,9 @@ def without(cluster: LocalCluster, service: Service, *names: str) -> Iterator[No
         for name in names:
             cluster.start_server(name)
         with service.client() as client:
-            wait_until(lambda: client.get("/readyz").status_code == 200, "the service is ready")
+            wait_until(
+                lambda: client.get("/readyz").status_code == 200, 20.0, "the service is ready"
+            )
 
 
 def servers_of(cluster: LocalCluster, physical: str) -> list[str]:

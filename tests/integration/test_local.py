@@ -19,7 +19,7 @@ from psycopg import errors
 from sqlalchemy import URL
 
 from shardkit.config import load
-from shardkit.errors import LocalServerError, RefusedError
+from shardkit.errors import ConfigurationError, LocalServerError, RefusedError
 from shardkit.local import (
     LocalCluster,
     ServerKind,
@@ -297,13 +297,19 @@ def test_a_taken_port_is_replaced_by_another(new_cluster: NewCluster) -> None:
     cluster.start()
     old = {s.name: s.port for s in cluster.servers}
     cluster.stop()
+    edited = cluster.config_path.read_text(encoding="utf-8")
+    edited = edited.replace("[services]", '[services]\ns3 = "http://127.0.0.1:9"')
+    cluster.config_path.write_text(f"{edited}\n[pool]\nsize = 9\n", encoding="utf-8")
     with socket.create_server(("127.0.0.1", old["alpha_0"])):
         cluster.start()
         new = {s.name: s.port for s in cluster.servers}
         assert new["alpha_0"] != old["alpha_0"]
         assert new["alpha_1"] == old["alpha_1"]
-        _, topology = load(cluster.config_path)
+        config, topology = load(cluster.config_path)
         assert topology.physical["alpha"].primary.url.port == new["alpha_0"]
+        assert config.pool.size == 9
+        assert config.services["s3"] == "http://127.0.0.1:9"
+        assert config.services["redis"].endswith(f":{new['redis']}/0")
         wait_until(
             lambda: (
                 ask(cluster.superuser_dsn("alpha_0"), "SELECT count(*) FROM pg_stat_replication")
@@ -312,6 +318,17 @@ def test_a_taken_port_is_replaced_by_another(new_cluster: NewCluster) -> None:
             10,
             "the replica follows the primary to its new port",
         )
+
+
+def test_a_configuration_that_a_person_broke_is_not_overwritten(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(**SMALL | {"replicas": 0})
+    cluster.start()
+    cluster.stop()
+    edited = cluster.config_path.read_text(encoding="utf-8") + "\n[pol]\n"
+    cluster.config_path.write_text(edited, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="did you mean 'pool'"):
+        cluster.start()
+    assert cluster.config_path.read_text(encoding="utf-8") == edited
 
 
 def test_a_server_that_does_not_start_shows_its_log(

@@ -29,7 +29,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """Start it and return its address, once it serves."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "app.run", "--dir", str(folder), "--port", "0"],
+        [
+            *(sys.executable, "-u", "-m", "app.run", "--dir", str(folder)),
+            *("--port", "0", "--people", "5"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from typing import Any
 
 from shardkit.config import Config, PoolConfig
 from shardkit.local.options import LocalOptions
@@ -30,7 +31,7 @@ def conf(options: LocalOptions, primary_conninfo: str | None = None) -> str:
     )
 
 
-def toml(pool: PoolConfig | None = None) -> Config:
+def toml(kept: dict[str, Any] | None = None) -> Config:
     text = shardkit_toml(
         logical_shards=4,
         physical=[
@@ -39,7 +40,7 @@ def toml(pool: PoolConfig | None = None) -> Config:
         ],
         services={"redis": "redis://127.0.0.1:6379/0"},
         passwords=PASSWORDS,
-        pool=pool,
+        kept=kept,
     )
     return Config.model_validate(tomllib.loads(text))
 
@@ -51,9 +52,11 @@ def test_the_written_file_is_one_that_is_accepted() -> None:
     assert config.services == {"redis": "redis://127.0.0.1:6379/0"}
 
 
-def test_pool_settings_of_a_person_are_kept() -> None:
-    pool = PoolConfig(size=9, timeout=0.5, prepare_statements=False)
-    assert toml(pool).pool == pool
+def test_tables_of_a_person_are_kept() -> None:
+    pool = {"size": 9, "timeout": 0.5, "prepare_statements": False}
+    config = toml({"pool": pool, "migrations": {"location": "app:migrations"}})
+    assert config.pool == PoolConfig.model_validate(pool)
+    assert config.migrations.location == "app:migrations"
 
 
 def test_many_logical_shards_get_a_larger_lock_table() -> None:
