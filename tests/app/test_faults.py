@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from tests.fixtures.waiting import wait_until
 
 from shardkit import ids
 from shardkit.local import LocalCluster
