@@ -12,7 +12,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from shardkit import AsyncCluster, AsyncReadSession, AsyncWriteSession
 
-__all__ = ["Database"]
+__all__ = ["EVERYTHING", "Database"]
+
+EVERYTHING = "everything"
+"""Stands for several tokens: shardkit takes what is no token of its own as asking for all."""
 
 
 class Database:
@@ -47,5 +50,5 @@ class Database:
             yield session
             token = session.token
         if token:
-            self.token = token
+            self.token = token if self.token in {None, token} else EVERYTHING
             self.has_written = True

@@ -24,7 +24,14 @@ from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
 from app.errors import AppError, NotSignedInError, problem_of
 from app.metrics import Metrics
-from app.middleware import BodyLimit, FreshReads, OriginCheck, RequestScope, SecurityHeaders
+from app.middleware import (
+    BodyLimit,
+    FreshReads,
+    HeadAsGet,
+    OriginCheck,
+    RequestScope,
+    SecurityHeaders,
+)
 from app.resources import open_resources
 from app.settings import Settings
 from app.web.rendering import Pages
@@ -92,6 +99,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     )
     service.add_middleware(SecurityHeaders)
     service.add_middleware(RequestScope, metrics=service.state.metrics, respond=respond)
+    service.add_middleware(HeadAsGet)
     return service
 
 

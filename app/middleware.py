@@ -1,6 +1,6 @@
 """What happens to every request, as plain ASGI so that responses can be streamed.
 
-From the outside in: `RequestScope` gives each request an id, counts it and turns what nobody
+From the outside in: `HeadAsGet` needs no route for HEAD; `RequestScope` gives each request an id, counts it and turns what nobody
 caught into a bare 500; `SecurityHeaders`; `BodyLimit` ends requests that are too large or too
 slow; `OriginCheck` refuses writes from other sites' pages; `FreshReads` hands the token of a
 write back to the client. `main.create_app` stacks them.
@@ -28,6 +28,7 @@ from app.metrics import Metrics
 __all__ = [
     "BodyLimit",
     "FreshReads",
+    "HeadAsGet",
     "OriginCheck",
     "RequestScope",
     "Respond",
@@ -104,6 +105,23 @@ class RequestScope:
             self._metrics.in_flight.dec()
             route = getattr(scope.get("route"), "path", None) or "unmatched"
             self._metrics.observe(scope["method"], route, status, time.perf_counter() - started)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET; the server leaves the body out.
+
+    Args:
+        app: the application inside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection scope."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class SecurityHeaders:

@@ -1,4 +1,7 @@
-"""`make bench`: every benchmark, or those named; --json: a document a line; --quick: less."""
+"""`make bench`: every benchmark, or those named.
+
+With --json one document a line; with --quick fewer rounds.
+"""
 
 from __future__ import annotations
 

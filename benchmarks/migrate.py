@@ -7,9 +7,7 @@ Alembic's own version table in each.
 
 from __future__ import annotations
 
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,44 +16,34 @@ import psycopg
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import create_engine, text
 
+from benchmarks.measure import report, servers
 from shardkit.config import load
-from shardkit.local import LocalCluster, LocalOptions
+from shardkit.local import LocalCluster
 from shardkit.ops import migrate
 from shardkit.ops.revisions import locate
 from shardkit.topology import Topology, schema_name
 
 LOCATION = "app:migrations"
 N_LOGICAL_SHARDS = 64
-ROUNDS = 5
+PEERS = ("Alembic, once per schema",)
 
 
 def main(*, as_json: bool, quick: bool = False) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)  # the servers run under an account of their own
-        options = LocalOptions(
-            replicas=0,
-            logical_shards=N_LOGICAL_SHARDS,
-            redis=False,
-            memcached=False,
-            pgbouncer=False,
-        )
-        with LocalCluster(Path(folder) / "cluster", options) as servers:
-            results = measure(servers, rounds=1 if quick else ROUNDS)
-    if as_json:
-        print(json.dumps({"benchmark": "migrate", "seconds": results}))
-        return
-    table = Table("64 logical shards", "median s", "fastest s", "slowest s", box=None)
-    for name, times in results.items():
-        table.add_row(name, *(f"{f(times):.3f}" for f in (statistics.median, min, max)))
-    Console().print(table)
+    with servers(logical_shards=N_LOGICAL_SHARDS, fsync=True) as local:
+        times = measure(local, rounds=2 if quick else 5)
+    medians = {name: statistics.median(measured) for name, measured in times.items()}
+    figures = {
+        f"vs_alembic_per_schema{suffix}": medians[f"Alembic per schema, {what}"]
+        / medians[f"shardkit migrate apply, {what}"]
+        for suffix, what in (("", "fresh"), ("_nothing_to_do", "nothing to do"))
+    }
+    report("migrate", figures, peers=PEERS, medians=medians, targets={}, as_json=as_json)
 
 
-def measure(servers: LocalCluster, *, rounds: int) -> dict[str, list[float]]:
-    _, topology = load(servers.config_path)
+def measure(local: LocalCluster, *, rounds: int) -> dict[str, list[float]]:
+    _, topology = load(local.config_path)
     results: dict[str, list[float]] = {}
 
     def timed(name: str, step: Callable[[], None]) -> None:
@@ -70,19 +58,19 @@ def measure(servers: LocalCluster, *, rounds: int) -> dict[str, list[float]]:
             raise outcome.error
 
     for _ in range(rounds):
-        emptied(servers)
+        emptied(local)
         timed("Alembic per schema, fresh", lambda: alembic(topology))
         timed("Alembic per schema, nothing to do", lambda: alembic(topology))
-        emptied(servers)
+        emptied(local)
         timed("shardkit migrate apply, fresh", shardkit)
         timed("shardkit migrate apply, nothing to do", shardkit)
     return results
 
 
-def emptied(servers: LocalCluster) -> None:
+def emptied(local: LocalCluster) -> None:
     """Give both servers an empty database again."""
     for physical in ("alpha", "beta"):
-        dsn = servers.superuser_dsn(servers.primary(physical).name, "postgres")
+        dsn = local.superuser_dsn(local.primary(physical).name, "postgres")
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("DROP DATABASE shardkit WITH (FORCE)")
             connection.execute("CREATE DATABASE shardkit OWNER shardkit_admin")

@@ -75,24 +75,26 @@ def main(*, as_json: bool, quick: bool = False) -> None:
 def load_rows(topology: Topology) -> None:
     """Fill every logical shard, and one table outside them with all the rows of all shards."""
     total = topology.n_logical_shards
-    row = (
-        f"SELECT ((n * {total} + (s * 7919 + n * 104729) %% {total})::bigint << {TIME_SHIFT})"
-        f" | (s::bigint << {SEQUENCE_BITS}), s::bigint << {SEQUENCE_BITS}, 'photo ' || n"
-        f" FROM generate_series(1, {N_ROWS // total}) AS n"
-    ).replace("%%", "%")
+
+    def rows(shard: str) -> str:
+        ms = f"n * {total} + ({shard} * 7919 + n * 104729) % {total}"
+        return (
+            f"SELECT (({ms})::bigint << {TIME_SHIFT}) | ({shard}::bigint << {SEQUENCE_BITS}),"
+            f" {shard}::bigint << {SEQUENCE_BITS}, 'photo ' || n"
+            f" FROM generate_series(1, {N_ROWS // total}) AS n"
+        )
+
+    everything = f"INSERT INTO photos {rows('s')}, generate_series(0, {total - 1}) AS s"
     for shard in topology.physical.values():
         with connect(shard, admin=True) as connection:
             for number in topology.shard_map.owned_by(shard.name):
-                rows = row.replace("s::", f"{number}::").replace("(s *", f"({number} *")
-                table = f"{schema_name(number)}.photos"
-                connection.execute(f"INSERT INTO {table} (id, owner_id, caption) {rows}".encode())
+                target = f"{schema_name(number)}.photos (id, owner_id, caption)"
+                connection.execute(f"INSERT INTO {target} {rows(str(number))}".encode())
             connection.execute(
-                "CREATE TABLE photos (id bigint PRIMARY KEY, owner_id bigint NOT NULL, "
-                "caption text NOT NULL)"
+                "CREATE TABLE photos"
+                " (id bigint PRIMARY KEY, owner_id bigint NOT NULL, caption text NOT NULL)"
             )
-            connection.execute(
-                f"INSERT INTO photos {row}, generate_series(0, {total - 1}) AS s".encode()
-            )
+            connection.execute(everything.encode())
             connection.execute(f"GRANT SELECT ON photos TO {shard.primary.url.username}".encode())
             connection.execute("ANALYZE")
 

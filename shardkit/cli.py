@@ -1,9 +1,8 @@
-"""The `shardkit` command: mounts the command groups and turns errors into exit codes.
+"""The root of the command line: mounts the groups, turns errors into one line and an exit code.
 
-    0  done        2  wrong usage or configuration       4  cannot now, try again
-    1  failed      3  refused as unsafe                  130  interrupted
+    0 done    1 failed    2 usage or configuration    3 refused as unsafe    4 try again
 
-Groups live in `shardkit.commands`; they parse, call a function and print. No decisions here.
+Groups live in `shardkit.commands`. It parses and prints; every decision is a function elsewhere.
 """
 
 from __future__ import annotations
@@ -30,17 +29,8 @@ app.add_typer(migrate.app, name="migrate")
 app.add_typer(ids.app, name="ids")
 
 
-def exit_code(error: ShardkitError) -> int:
-    """Return the exit code of an error: 2 wrong input, 3 refused, 4 retryable, else 1."""
-    if isinstance(error, ConfigurationError | IdError):
-        return 2
-    if isinstance(error, RefusedError):
-        return 3
-    return 4 if error.retryable else 1
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code.
+    """Run the command line; exits the process.
 
     Args:
         arguments: what follows the program's name; None for those of the process.
@@ -56,3 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(exit_code(error))
+
+
+def exit_code(error: ShardkitError) -> int:
+    """Return the exit code an error stands for."""
+    if isinstance(error, ConfigurationError | IdError):
+        return 2
+    if isinstance(error, RefusedError):
+        return 3
+    return 4 if error.retryable else 1

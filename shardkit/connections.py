@@ -14,7 +14,6 @@ import re
 import select
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -25,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from shardkit import scatter
+from shardkit import parallel, scatter
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import PoolConfig
 from shardkit.errors import (
@@ -93,8 +92,9 @@ class _Core:
         self.ids = IdMinter(self._lease, clock=clock)
         self._pool = pool or PoolConfig()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
-        self._views: dict[tuple[Endpoint, Purpose, int], Engine] = {}
-        self._scatterers: dict[tuple[Endpoint, Purpose], Engine] = {}
+        self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
+        owned = {name: topology.shard_map.owned_by(name) for name in topology.physical}
+        self._everything = {name: shards for name, shards in owned.items() if shards}
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_connections(reference()))
 
@@ -121,23 +121,26 @@ class _Core:
             self._engines.setdefault(key, engine)
         return self._engines[key]
 
-    def shard_engine(self, endpoint: Endpoint, purpose: Purpose, logical_shard: int) -> Engine:
-        """Return a view of an endpoint's engine in which tables are those of a logical shard."""
+    def view(self, endpoint: Endpoint, purpose: Purpose, logical_shard: int | None) -> Engine:
+        """Return a view of an endpoint's engine in which tables are those of a logical shard.
+
+        Args:
+            endpoint: the server.
+            purpose: what its connections are for.
+            logical_shard: whose schema it shows; None for statements over many schemas.
+        """
         key = (endpoint, purpose, logical_shard)
         view = self._views.get(key)
         if view is None:
-            view = self.engine(endpoint, purpose).execution_options(
-                schema_translate_map={None: schema_name(logical_shard)}
+            engine = self.engine(endpoint, purpose)
+            view = self._views[key] = (
+                scatter.view(engine)
+                if logical_shard is None
+                else engine.execution_options(
+                    schema_translate_map={None: schema_name(logical_shard)}
+                )
             )
-            self._views[key] = view
         return view
-
-    def scatter_engine(self, endpoint: Endpoint, purpose: Purpose) -> Engine:
-        """Return a view of an endpoint's engine that runs one statement over many schemas."""
-        key = (endpoint, purpose)
-        if key not in self._scatterers:
-            self._scatterers[key] = scatter.view(self.engine(endpoint, purpose))
-        return self._scatterers[key]
 
     def physical_of(self, logical_shard: int) -> str:
         """Return the name of the physical shard that holds a logical shard."""
@@ -147,8 +150,10 @@ class _Core:
         """Return the primary of a physical shard."""
         return self.topology.physical[physical].primary
 
-    def group(self, logical_shards: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Return logical shards by physical shard, both in ascending order of first use."""
+    def group(self, logical_shards: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """Return logical shards by physical shard, each group in the order given."""
+        if len(logical_shards) == self.router.total:
+            return self._everything
         groups: dict[str, list[int]] = {}
         for shard in logical_shards:
             groups.setdefault(self.physical_of(shard), []).append(shard)
@@ -203,28 +208,19 @@ class _Core:
 class Connections(_Core):
     """Connections for threads."""
 
-    _threads: ThreadPoolExecutor | None = None
-
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
         for engine in self._engines.values():
             engine.dispose()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-            self._threads = None
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        return create_engine(endpoint.url, **options)
+        engine = create_engine(endpoint.url, **options)
+        event.listen(engine, "do_connect", _connects)
+        return engine
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
-        """Run tasks in threads; the last in the caller's own."""
-        if len(tasks) > 1 and self._threads is None:
-            self._threads = ThreadPoolExecutor(
-                max_workers=4 * len(self.topology.physical), thread_name_prefix="shardkit-scatter"
-            )
-        waiting = [self._threads.submit(task) for task in tasks[:-1]] if self._threads else []
-        results = [_outcome(tasks[-1])]
-        return [_outcome(future.result) for future in waiting] + results
+        """Run tasks at the same time, in the caller's thread."""
+        return parallel.run(tasks)
 
 
 class AsyncConnections(_Core):
@@ -243,7 +239,7 @@ class AsyncConnections(_Core):
 
         async def run() -> list[T | Exception]:
             outcomes: list[T | Exception] = await asyncio.gather(
-                *(greenlet_spawn(_outcome, task) for task in tasks)
+                *(greenlet_spawn(parallel.outcome, task) for task in tasks)
             )
             return outcomes
 
@@ -268,11 +264,8 @@ def connection_error(
     return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
 
 
-def _outcome(task: Callable[[], T]) -> T | Exception:
-    try:
-        return task()
-    except Exception as error:  # noqa: BLE001 - the caller decides what each failure means
-        return error
+def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
+    return parallel.Connection.connect(*arguments, **options)
 
 
 def _forget_connections(cluster: _Core | None) -> None:

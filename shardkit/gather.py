@@ -58,7 +58,13 @@ _ROW_FUNCTIONS = frozenset((
 
 @dataclass(frozen=True, slots=True)
 class SortKey:
-    """One ORDER BY column of a row: its position, direction, and where NULLs go."""
+    """One ORDER BY column of a row.
+
+    Attributes:
+        position: of the column; added ones count from the end.
+        descending: whether larger values come first.
+        nulls_first: whether NULL comes before every value.
+    """
 
     position: int
     descending: bool
@@ -72,14 +78,16 @@ class Plan:
     Attributes:
         branch: what each logical shard runs.
         tail: what each server puts after the union of its branches.
-        combine: makes the final rows of the rows of all servers.
-        n_columns: columns of the final rows; the branch may have more, for sorting.
+        combine: makes the final rows of the rows of all servers, as the driver returned them.
+        n_columns: elements of a result row that the statement asked for.
+        adds: whether the branch has further columns after those, for sorting.
     """
 
     branch: Select[Any]
     tail: str
     combine: Callable[[list[Sequence[Any]]], list[Sequence[Any]]]
     n_columns: int
+    adds: bool = False
 
 
 def plan(statement: Any, params: Params) -> Plan:
@@ -109,14 +117,14 @@ def plan(statement: Any, params: Params) -> Plan:
         _refuse_unordered(expression)
         name = _SORT.format(i)
         branch = branch.add_columns(expression.label(name))
-        sort.append(SortKey(n_columns + i, descending, nulls_first))
+        sort.append(SortKey(i - len(statement._order_by_clauses), descending, nulls_first))
         tail.append(
             f"{name} {'DESC' if descending else 'ASC'} NULLS {'FIRST' if nulls_first else 'LAST'}"
         )
     text = f" ORDER BY {', '.join(tail)}" if tail else ""
     if limit is not None:
         text += f" LIMIT {limit + (offset or 0)}"
-    return Plan(branch, text, _ordering(sort, limit, offset), n_columns)
+    return Plan(branch, text, _ordering(sort, limit, offset), n_columns, adds=bool(sort))
 
 
 # -- what can be merged
@@ -312,10 +320,10 @@ def _grouping(
         for row in rows:
             groups.setdefault(tuple(row[i] for i in keys), []).append(row)
         return [
-            [
+            tuple(
                 aggregate(row[i] for row in parts) if aggregate else parts[0][i]
                 for i, aggregate in enumerate(aggregates)
-            ]
+            )
             for parts in groups.values()
         ]
 

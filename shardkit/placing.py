@@ -70,20 +70,20 @@ class Placer:
             NoShardKeyError: an object has no shard key.
             InvalidShardKeyError: a key cannot place its object, or its id names another shard.
         """
-        objects = [
-            (obj, sharding)
-            for obj in new
-            if (sharding := sharding_of_mapper(instance_state(obj).mapper)) is not None
-        ]
-        self._pending = {id(obj) for obj, _ in objects}
+        objects = list(new)
+        self._pending = {id(obj) for obj in objects}
         wanted: dict[int, list[tuple[Any, str]]] = {}
-        for obj, sharding in objects:
-            shard = self._place(obj, sharding)
-            if sharding.minted is None:
+        for obj in objects:
+            sharding = sharding_of_mapper(instance_state(obj).mapper)
+            if sharding is None:
                 continue
-            given = getattr(obj, sharding.minted)
+            shard = self._place(obj, sharding)
+            minted = sharding.minted
+            if minted is None:
+                continue
+            given = getattr(obj, minted)
             if given is None:
-                wanted.setdefault(shard, []).append((obj, sharding.minted))
+                wanted.setdefault(shard, []).append((obj, minted))
             elif self._router.shard(Strategy.EMBEDDED, given) != shard:
                 raise InvalidShardKeyError(
                     f"{type(obj).__name__}: id {given} carries another logical shard than "
@@ -92,9 +92,9 @@ class Placer:
                     logical_shard=shard,
                 )
         if wanted:
-            minted = self._minter.mint({shard: len(rows) for shard, rows in wanted.items()})
+            ids = self._minter.mint({shard: len(rows) for shard, rows in wanted.items()})
             for shard, rows in wanted.items():
-                for (obj, attribute), new_id in zip(rows, minted[shard], strict=True):
+                for (obj, attribute), new_id in zip(rows, ids[shard], strict=True):
                     setattr(obj, attribute, new_id)
         return set(self._placed.values())
 

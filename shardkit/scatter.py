@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, cast
 
-from sqlalchemy import Connection, Engine, Result, event
+from sqlalchemy import Connection, CursorResult, Engine, Result, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
@@ -108,17 +109,15 @@ def run(
     failures = {name: a for name, a in answers.items() if isinstance(a, Exception)}
     if failures:
         _raise(failures, answered=tuple(name for name in answers if name not in failures))
+    # Merge what the driver returned and let SQLAlchemy read the winners as one server's answer.
+    result, _ = next(iter(answers.values()))
+    merged = plan.combine([row for _, rows in answers.values() for row in rows])
+    result.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=merged)
     if load is not None:
-        answers = {
-            name: load.orm_setup_cursor_result(
-                state.session, statement, params, options, bind_arguments, answer
-            )
-            for name, answer in answers.items()
-        }
-    parts = [answer.freeze() for answer in answers.values()]
-    rows = plan.combine([row for part in parts for row in part._rewrite_rows()])
-    merged = parts[0].with_new_rows([tuple(row) for row in rows])()
-    return cast("Result[Any]", merged.columns(*range(plan.n_columns)))
+        result = load.orm_setup_cursor_result(
+            state.session, statement, params, options, bind_arguments, result
+        )
+    return cast("Result[Any]", result.columns(*range(plan.n_columns)) if plan.adds else result)
 
 
 def _raise(failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None:
@@ -129,8 +128,14 @@ def _raise(failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None
     raise GatherError(failures, answered)
 
 
-def _task(connection: Connection, statement: Any, params: Any, options: Any) -> Callable[[], Any]:
-    return lambda: connection.execute(statement, params or {}, execution_options=options)
+def _task(
+    connection: Connection, statement: Any, params: Any, options: Any
+) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
+    def task() -> tuple[CursorResult[Any], Sequence[Any]]:
+        result = connection.execute(statement, params or {}, execution_options=options)
+        return result, cast("Any", result.cursor).fetchall()
+
+    return task
 
 
 def _rewrite(

@@ -177,7 +177,7 @@ class ReadSession(Session):
         """Run one statement per physical shard, in parallel, and merge the answers."""
         plan = gather.plan(state.statement, state.parameters)
         servers = {
-            physical: (self._connection_for_bind(self._scatterer(physical, some[0])), some)
+            physical: (self._scattering(physical), some)
             for physical, some in self._cluster.group(shards).items()
         }
         return scatter.run(state, plan, servers, self._cluster.parallel)
@@ -193,21 +193,36 @@ class ReadSession(Session):
             )
         physical = self._cluster.physical_of(logical_shard)
         endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
-        return self._cluster.shard_engine(endpoint, self.purpose, logical_shard)
+        return self._cluster.view(endpoint, self.purpose, logical_shard)
 
-    def _scatterer(self, physical: str, logical_shard: int) -> Engine:
-        endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
-        return self._cluster.scatter_engine(endpoint, self.purpose)
+    def _connection_to(self, logical_shard: int) -> Connection:
+        """Return this session's connection to a logical shard, opening it on first use."""
+        physical = self._cluster.physical_of(logical_shard)
+        if physical not in self._roots:
+            return self._open(physical, logical_shard)[1]
+        return self._connection_for_bind(self.get_bind(logical_shard=logical_shard))
 
-    def _open(self, physical: str, logical_shard: int) -> tuple[Endpoint, Connection]:
-        """Open this session's connection to a physical shard, as a view of one logical shard."""
+    def _scattering(self, physical: str) -> Connection:
+        """Return this session's connection to a physical shard, for statements over schemas."""
+        if physical not in self._roots:
+            return self._open(physical, None)[1]
+        endpoint, _ = self._roots[physical]
+        return self._connection_for_bind(self._cluster.view(endpoint, self.purpose, None))
+
+    def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
+        """Open this session's connection to a physical shard.
+
+        Args:
+            physical: name of the physical shard.
+            logical_shard: the logical shard it shows first, or None for many at once.
+        """
         cluster = self._cluster
         replicas = cluster.replica_sets[physical]
         tried: set[Endpoint] = set()
         while True:
             must = physical in self._must_see
             endpoint = replicas.primary if must else replicas.choose(excluding=tried)
-            engine = cluster.shard_engine(endpoint, self.purpose, logical_shard)
+            engine = cluster.view(endpoint, self.purpose, logical_shard)
             try:
                 connection = cluster.connect(engine, endpoint)
             except UnavailableError as error:
@@ -349,14 +364,14 @@ class WriteSession(ReadSession):
     def _prepare_flush(self) -> None:
         """Mint ids, place objects and check the unit of work, before anything is written."""
         cluster = self._cluster
-        shards = {
-            shard
-            for obj in (*self.deleted, *self.dirty)
-            if (shard := stored_shard(obj, cluster.router)) is not None
-        }
+        shards: set[int] = set()
         if self._new:
-            placer = Placer(cluster.router, cluster.placement, cluster.ids)
-            shards |= placer.run(self.new)
+            shards = Placer(cluster.router, cluster.placement, cluster.ids).run(self.new)
+        if self._deleted or self.identity_map.check_modified():
+            for obj in (*self.deleted, *self.dirty):
+                shard = stored_shard(obj, cluster.router)
+                if shard is not None:
+                    shards.add(shard)
         if shards:
             self._note_written(shards)
 
@@ -381,7 +396,7 @@ class WriteSession(ReadSession):
             )
         identity = state.identity or tuple(state.mapper.primary_key_from_instance(instance))
         shard = sharding.shard_of_identity(self._cluster.router, identity)
-        return self._connection_for_bind(self.get_bind(logical_shard=shard))
+        return self._connection_to(shard)
 
     def _run(self, state: ORMExecuteState) -> Any:
         result = super()._run(state)
@@ -394,9 +409,9 @@ class WriteSession(ReadSession):
 
     # -- connections
 
-    def _open(self, physical: str, logical_shard: int) -> tuple[Endpoint, Connection]:
+    def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
         endpoint = self._cluster.primary_of(physical)
-        engine = self._cluster.shard_engine(endpoint, self.purpose, logical_shard)
+        engine = self._cluster.view(endpoint, self.purpose, logical_shard)
         try:
             connection = Session._connection_for_bind(self, engine)
         except (DBAPIError, PoolExhaustedError) as error:

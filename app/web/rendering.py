@@ -12,6 +12,7 @@ import hashlib
 import logging
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,7 +128,13 @@ class Pages:
     def _broken(self, request: Request, error: Exception) -> str:
         request_id: str = request.state.request_id
         problem = problem_of(error).model_copy(update={"request_id": request_id})
-        log.error("request %s failed after its head was sent", request_id, exc_info=error)
+        unexpected = error if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR else None
+        log.error(
+            "request %s failed after its head was sent: %s",
+            request_id,
+            error,
+            exc_info=unexpected,
+        )
         return self._render("broken.html", {"problem": problem})
 
     def _render(self, template: str, names: Mapping[str, Any]) -> str:

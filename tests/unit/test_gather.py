@@ -104,6 +104,6 @@ def test_partial_aggregates_combine() -> None:
     ).group_by(Photo.rank)
     made = plan(statement.order_by(func.count().desc()).limit(1), None)
     partial: list[Any] = [(1, 2, 2, 10, 12), (None, 1, None, 3, 3), (1, 3, 3, 7, 11)]
-    assert made.combine(partial) == [[1, 5, 5, 7, 12]]
+    assert made.combine(partial) == [(1, 5, 5, 7, 12)]
     everything = plan(statement, None)
-    assert everything.combine(list(partial)) == [[1, 5, 5, 7, 12], [None, 1, None, 3, 3]]
+    assert everything.combine(list(partial)) == [(1, 5, 5, 7, 12), (None, 1, None, 3, 3)]

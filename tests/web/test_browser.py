@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 from tests.fixtures import pictures
 from tests.fixtures.service import PASSWORD, Service
@@ -53,13 +53,19 @@ def visit(browser: Browser, service: Service) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda request: complaints.extend(failure(request)))
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+def failure(request: Request) -> list[str]:
+    """Return why a request failed, unless the browser left the page before the answer."""
+    why = request.failure or ""
+    return [] if "ERR_ABORTED" in why else [f"{request.url}: {why}"]
 
 
 def sign_up(page: Page, username: str) -> None:

@@ -1,0 +1,50 @@
+"""The demo loads once, whole, and adds only what is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.clock import utc_now
+from app.demo import plan
+from app.demo.__main__ import PASSWORD, load_demo
+from app.demo.load import DemoCounts
+from app.resources import open_resources
+from tests.fixtures.service import Service
+
+pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+
+
+async def test_loads_once_and_repairs_what_is_missing(service: Service) -> None:
+    wanted = plan.make(6, 3)
+    async with open_resources(service.settings, utc_now) as resources:
+        added = await load_demo(resources, wanted)
+        assert added.people == 6
+        assert added.photos == added.pictures == len(wanted.photos)
+        assert added.likes == sum(map(len, wanted.likes.values()))
+        assert added.comments == sum(map(len, wanted.comments.values()))
+        assert added.follows == sum(map(len, wanted.follows.values()))
+
+        assert await load_demo(resources, wanted) == DemoCounts()
+
+        lost = wanted.photos[0].blob_key
+        await resources.blobs.delete(lost)
+        assert await load_demo(resources, wanted) == DemoCounts(pictures=1)
+        assert await resources.blobs.get(lost, 640) is not None
+
+
+def test_the_account_to_try_has_a_full_feed(service: Service) -> None:
+    with service.client() as client:
+        credentials = {"username": plan.DEMO_USERNAME, "password": PASSWORD}
+        assert client.post("/api/v1/sessions", json=credentials).status_code == 201
+        feed = client.get("/api/v1/feed").json()["items"]
+        assert len(feed) > 5
+        assert feed == sorted(feed, key=lambda item: int(item["id"]), reverse=True)
+        assert feed == sorted(feed, key=lambda item: item["created_at"], reverse=True)
+        profile = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}").json()
+        grid = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}/photos").json()["items"]
+        assert profile["photo_count"] == len(grid)
+        followers = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}/followers").json()["items"]
+        assert profile["follower_count"] == len(followers)
+        for photo in grid:
+            comments = client.get(f"/api/v1/photos/{photo['id']}/comments").json()["items"]
+            assert photo["comment_count"] == len(comments)

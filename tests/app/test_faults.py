@@ -1,0 +1,161 @@
+"""A server dies: what still works works, the rest says 503 and comes back by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from shardkit import ids
+from shardkit.local import LocalCluster
+from shardkit.testing import wait_until
+from tests.fixtures import pictures
+from tests.fixtures.service import Person, Service
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault]
+
+Join = Callable[[str], Person]
+LOGICAL_SHARDS_OF_ALPHA = range(4)
+
+
+def home_of(person: Person) -> str:
+    """Return the physical shard a person lives on."""
+    shard = ids.shard_of(int(person.id))
+    return "alpha" if shard in LOGICAL_SHARDS_OF_ALPHA else "beta"
+
+
+@pytest.fixture
+def one_on_each(join: Join) -> tuple[Person, Person]:
+    """Somebody on alpha and somebody on beta; where a person lands is chance."""
+    found: dict[str, Person] = {}
+    for _ in range(64):
+        person = join("resident")
+        found.setdefault(home_of(person), person)
+        if len(found) == 2:
+            return found["alpha"], found["beta"]
+    raise AssertionError("64 people all landed on one physical shard")
+
+
+@contextmanager
+def without(cluster: LocalCluster, service: Service, *names: str) -> Iterator[None]:
+    """Kill servers, and start them again at the end."""
+    for name in names:
+        cluster.kill_server(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            cluster.start_server(name)
+        with service.client() as client:
+            wait_until(
+                lambda: client.get("/readyz").status_code == 200, 20.0, "the service is ready"
+            )
+
+
+def servers_of(cluster: LocalCluster, physical: str) -> list[str]:
+    return [
+        *(replica.name for replica in cluster.replicas(physical)),
+        cluster.primary(physical).name,
+    ]
+
+
+def is_unavailable(answer: httpx.Response) -> bool:
+    return (
+        answer.status_code == 503
+        and answer.headers["retry-after"].isdigit()
+        and answer.headers["content-type"] == "application/problem+json"
+        and "Traceback" not in answer.text
+        and "127.0.0.1" not in answer.text
+    )
+
+
+def test_one_physical_shard_down(
+    app_cluster: LocalCluster, service: Service, one_on_each: tuple[Person, Person]
+) -> None:
+    ana, ben = one_on_each
+    photo = ana.upload(pictures.jpeg(64, 64), "on alpha").json()["id"]
+    far = ben.upload(pictures.jpeg(64, 64), "on beta").json()["id"]
+    ana.http.put(f"/api/v1/users/{ben.username}/follow").raise_for_status()
+
+    with without(app_cluster, service, *reversed(servers_of(app_cluster, "beta"))):
+        with service.client() as client:
+            ready = client.get("/readyz")
+            assert ready.status_code == 503
+            assert ready.json()["parts"]["shard:beta"] == "down"
+            assert ready.json()["parts"]["shard:alpha"] == "up"
+            assert client.get("/healthz").status_code == 200
+
+        # Alpha's people and photos are served as ever.
+        assert ana.http.get("/api/v1/me").status_code == 200
+        assert ana.http.get(f"/api/v1/photos/{photo}").status_code == 200
+        assert ana.http.put(f"/api/v1/photos/{photo}/like").json()["like_count"] == 1
+        assert ana.upload(pictures.jpeg(64, 64), "meanwhile").status_code == 201
+
+        # Whatever needs beta says so, in time and without details.
+        for answer in (
+            ana.http.get("/api/v1/feed"),
+            ana.http.get("/api/v1/explore"),
+            ana.http.get(f"/api/v1/photos/{far}"),
+            ana.http.put(f"/api/v1/photos/{far}/like"),
+            ana.http.post(f"/api/v1/photos/{far}/comments", json={"body": "hello"}),
+            ben.http.get("/api/v1/me"),
+            ben.upload(pictures.jpeg(64, 64)),
+        ):
+            assert is_unavailable(answer), (answer.request.url, answer.text)
+        page = ana.http.get("/")
+        assert page.status_code == 200
+        assert 'role="alert"' in page.text
+        assert page.text.endswith("</html>")
+
+    feed = ana.http.get("/api/v1/feed").json()["items"]
+    assert {item["caption"] for item in feed} == {"meanwhile", "on beta", "on alpha"}
+
+
+def test_replicas_down_reads_go_to_the_primary(
+    app_cluster: LocalCluster, service: Service, one_on_each: tuple[Person, Person]
+) -> None:
+    ana, _ = one_on_each
+    photo = ana.upload(pictures.jpeg(64, 64), "still here").json()["id"]
+    replicas = [server.name for server in app_cluster.replicas("alpha")]
+    with without(app_cluster, service, *replicas), service.client() as client:
+        assert client.get(f"/api/v1/photos/{photo}").json()["caption"] == "still here"
+        assert client.get("/readyz").status_code == 200
+
+
+def test_what_i_wrote_i_read_while_replicas_stand_still(
+    app_cluster: LocalCluster, service: Service, one_on_each: tuple[Person, Person]
+) -> None:
+    for person in one_on_each:
+        replicas = [server.name for server in app_cluster.replicas(home_of(person))]
+        for name in replicas:
+            app_cluster.pause(name)
+        try:
+            photo = person.upload(pictures.jpeg(64, 64), "fresh").json()["id"]
+            assert person.http.get(f"/api/v1/photos/{photo}").json()["caption"] == "fresh"
+            feed = person.http.get("/api/v1/feed").json()["items"]
+            assert feed[0]["id"] == photo
+        finally:
+            for name in replicas:
+                app_cluster.resume(name)
+    with service.client() as client:
+        assert client.get("/readyz").status_code == 200
+
+
+def test_a_write_on_two_shards_is_seen_whole_while_replicas_stand_still(
+    app_cluster: LocalCluster, one_on_each: tuple[Person, Person]
+) -> None:
+    ana, ben = one_on_each
+    photo = ben.upload(pictures.jpeg(64, 64), "followed").json()["id"]
+    replicas = [s.name for name in ("alpha", "beta") for s in app_cluster.replicas(name)]
+    for name in replicas:
+        app_cluster.pause(name)
+    try:
+        ana.http.put(f"/api/v1/users/{ben.username}/follow").raise_for_status()
+        profile = ana.http.get(f"/api/v1/users/{ben.username}").json()
+        assert (profile["followed_by_me"], profile["follower_count"]) == (True, 1)
+        assert [item["id"] for item in ana.http.get("/api/v1/feed").json()["items"]] == [photo]
+    finally:
+        for name in replicas:
+            app_cluster.resume(name)
