@@ -66,10 +66,11 @@ class ReadSession(Session):
         options.setdefault("expire_on_commit", False)
         super().__init__(**options)
         self._cluster = connections
-        everything = frozenset(connections.topology.physical)
-        self._must_see = frozenset() if after is None else physical_of_token(after, everything)
+        self._must_see: frozenset[str] = frozenset()
         if max_lag is not None:
-            self._must_see = everything
+            self._must_see = connections.physical
+        elif after is not None:
+            self._must_see = physical_of_token(after, connections.physical)
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
 
@@ -354,11 +355,6 @@ class WriteSession(ReadSession):
     def rollback(self) -> None:
         """Undo everything since the last commit."""
         super().rollback()
-        self._ended()
-
-    def close(self) -> None:
-        """Roll back what is not committed and return the connections to their pools."""
-        super().close()
         self._ended()
 
     # -- units of work

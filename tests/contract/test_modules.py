@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,14 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
     assert assigned
     ours = {name for name in (*defined, *assigned) if not name.startswith("__")}
     assert ours & theirs == meant
+
+
+def test_the_ladder_in_the_documentation_is_the_one_that_is_enforced() -> None:
+    root = Path(shardkit.__file__).parent.parent
+    project = tomllib.loads(root.joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    enforced = [set(re.findall(r"\w+", layer)) - {"__main__"} for layer in layers]
+    text = root.joinpath("docs/architecture.md").read_text(encoding="utf-8")
+    block = text.split("## The ladder")[1].split("\n\n")[2]
+    drawn = [set(re.findall(r"\w+", line)) for line in block.splitlines()]
+    assert drawn == [rung for rung in enforced if rung]
