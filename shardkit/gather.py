@@ -39,6 +39,8 @@ from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, SelectBase
 from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
+from shardkit.keylists import KeyLists, split
+from shardkit.router import Router
 from shardkit.statements import Params
 
 __all__ = ["Plan", "plan"]
@@ -81,17 +83,24 @@ class Plan:
         combine: makes the final rows of the rows of all servers, as the driver returned them.
         n_columns: elements of a result row that the statement asked for.
         adds: whether the branch has further columns after those, for sorting.
+        lists: the keys that each logical shard is asked for.
     """
 
     branch: Select[Any]
     tail: str
     combine: Callable[[list[Sequence[Any]]], list[Sequence[Any]]]
     n_columns: int
-    adds: bool = False
+    adds: bool
+    lists: KeyLists
 
 
-def plan(statement: Any, params: Params) -> Plan:
+def plan(statement: Any, params: Params, router: Router) -> Plan:
     """Decide how a statement runs over several logical shards.
+
+    Args:
+        statement: what is asked.
+        params: the values passed with it.
+        router: places the keys in its lists.
 
     Raises:
         UnsupportedStatementError: it cannot be combined exactly; the message says why.
@@ -102,7 +111,7 @@ def plan(statement: Any, params: Params) -> Plan:
     limit, offset = (
         _count(clause, params) for clause in (statement._limit_clause, statement._offset_clause)
     )
-    bare = statement.order_by(None).limit(None).offset(None)
+    bare, lists = split(statement.order_by(None).limit(None).offset(None), params, router)
     columns = statement._raw_columns
     is_orm = statement._propagate_attrs.get("compile_state_plugin") == "orm"
     n_columns = len(columns) if is_orm else len(list(statement.selected_columns))
@@ -110,7 +119,8 @@ def plan(statement: Any, params: Params) -> Plan:
     if any(aggregates) or statement._group_by_clauses:
         combine = _grouping(statement, aggregates)
         keys = [_among(statement, clause) for clause in statement._order_by_clauses]
-        return Plan(bare, "", _then(combine, _ordering(keys, limit, offset)), n_columns)
+        ordered = _then(combine, _ordering(keys, limit, offset))
+        return Plan(bare, "", ordered, n_columns, adds=False, lists=lists)
     sort, branch, tail = [], bare, []
     for i, clause in enumerate(statement._order_by_clauses):
         expression, descending, nulls_first = _direction(clause)
@@ -124,7 +134,8 @@ def plan(statement: Any, params: Params) -> Plan:
     text = f" ORDER BY {', '.join(tail)}" if tail else ""
     if limit is not None:
         text += f" LIMIT {limit + (offset or 0)}"
-    return Plan(branch, text, _ordering(sort, limit, offset), n_columns, adds=bool(sort))
+    ordered = _ordering(sort, limit, offset)
+    return Plan(branch, text, ordered, n_columns, adds=bool(sort), lists=lists)
 
 
 # -- what can be merged

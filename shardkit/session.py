@@ -30,6 +30,7 @@ from shardkit.errors import (
     UnavailableError,
     UnsupportedStatementError,
 )
+from shardkit.keylists import KeyLists
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token, token_of
@@ -107,12 +108,12 @@ class ReadSession(Session):
         """
         shards = self._route(statement, params)
         cluster = self._cluster
-        branch, tail = statement, ""
+        branch, tail, lists = statement, "", KeyLists()
         if len(shards) > 1:
-            plan = gather.plan(statement, params)
-            branch, tail = plan.branch, plan.tail
+            plan = gather.plan(statement, params, cluster.router)
+            branch, tail, lists = plan.branch, plan.tail, plan.lists
         texts = (
-            (physical, scatter.sql_of(branch, scatter.Scatter(some, tail)))
+            (physical, scatter.sql_of(branch, scatter.Scatter(some, tail, lists)))
             for physical, some in cluster.group(shards).items()
         )
         return Route(tuple(shards), cluster.router.total, self.role, tuple(texts))
@@ -175,7 +176,7 @@ class ReadSession(Session):
 
     def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
         """Run one statement per physical shard, in parallel, and merge the answers."""
-        plan = gather.plan(state.statement, state.parameters)
+        plan = gather.plan(state.statement, state.parameters, self._cluster.router)
         servers = {
             physical: (self._scattering(physical), some)
             for physical, some in self._cluster.group(shards).items()

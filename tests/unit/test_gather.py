@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import distinct, func, select
 
+from shardkit import gather
 from shardkit.errors import UnsupportedStatementError
-from shardkit.gather import plan
+from shardkit.ids import compose
+from shardkit.router import Router
 from tests.models import Photo, User
+
+ROUTER = Router(64)
+
+
+def plan(statement: Any, params: Any) -> gather.Plan:
+    return gather.plan(statement, params, ROUTER)
+
 
 per_owner = select(Photo.owner_id).subquery()
 
@@ -107,3 +116,20 @@ def test_partial_aggregates_combine() -> None:
     assert made.combine(partial) == [(1, 5, 5, 7, 12)]
     everything = plan(statement, None)
     assert everything.combine(list(partial)) == [(1, 5, 5, 7, 12), (None, 1, None, 3, 3)]
+
+
+def test_each_logical_shard_is_asked_for_its_own_keys() -> None:
+    a, b, c = compose(1, 4, 0), compose(2, 4, 0), compose(3, 5, 0)
+    statement = select(Photo.id).where(Photo.owner_id.in_([a, b, c]), Photo.rank > 1)
+    made = plan(statement, None)
+    assert "owner_id = ANY (" in str(made.branch)
+    assert made.lists.parameters((4, 5, 6)) == {
+        "shardkit_keys_0_4": [a, b], "shardkit_keys_0_5": [c], "shardkit_keys_0_6": [],
+    }  # fmt: skip
+    assert "IN (" in str(statement.compile()), "the caller's statement is left alone"
+
+
+def test_lists_that_do_not_place_rows_stay_lists() -> None:
+    made = plan(select(Photo.id).where(Photo.rank.in_([1, 2]) | Photo.owner_id.in_([1])), None)
+    assert not made.lists.values
+    assert str(made.branch).count("IN (") == 2
