@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+import shardkit
 from shardkit import Cluster, ids
 from shardkit.cli import main
 from shardkit.clock import SYSTEM
@@ -301,3 +304,19 @@ def test_the_command_mints_through_a_lease(ready: Site, capsys: pytest.CaptureFi
     assert code == 2
     assert out.startswith("error: ")
     assert run("--logical-shard", "2", "--count", "0")[0] == 2
+
+
+def test_a_revision_makes_next_id_the_default_on_every_logical_shard(ready: Site) -> None:
+    guide = Path(shardkit.__file__).parent.parent.joinpath("docs/ids.md").read_text("utf-8")
+    (default,) = re.findall(r"```sql\n(.*?)```", guide, re.DOTALL)
+    assert "ALTER TABLE photos ALTER id" in default
+    body = default.replace("ALTER TABLE photos ALTER id", "ALTER TABLE t ALTER a")
+    ready.write("r2", f'op.execute("""{body}""")', "r1")
+    assert ready.apply().error is None
+    for physical, shard in (("alpha", 3), ("beta", 7)):
+        with ready.app(physical) as app:
+            row = app.execute(
+                f"INSERT INTO shard_000{shard}.t DEFAULT VALUES RETURNING a".encode()
+            ).fetchone()
+        assert row is not None
+        assert ids.shard_of(row[0]) == shard
