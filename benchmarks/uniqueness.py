@@ -305,6 +305,7 @@ def judge(trial: Trial, seconds: float) -> Outcome:
 
 def main(*, as_json: bool, quick: bool = False) -> None:
     sizes = {"leases": 20_000_000, "snowflake": 2_000_000, "published": 2_000_000}
+    scale, step = (10, 0.2) if quick else (1, 5.0)
     figures: dict[str, float] = {}
     medians: dict[str, float] = {}
     settings = {"max_connections": "100"}
@@ -313,7 +314,8 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         for maker, n_ids in sizes.items():
             made = database(local, topology, maker, logical_shards=64, metadata=MetaData())
             with tempfile.TemporaryDirectory() as folder:
-                outcome = run(Trial(maker, made, Path(folder), n_ids // 20 if quick else n_ids))
+                trial = Trial(maker, made, Path(folder), n_ids // scale, step=step)
+                outcome = run(trial)
             figures |= {
                 f"{maker}_ids": outcome.n_ids,
                 f"{maker}_duplicates": outcome.duplicates,
@@ -321,7 +323,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
             }
             medians[f"{maker}, the whole run"] = outcome.seconds
     targets = {
-        "leases_ids": f"≥ {1_000_000 if quick else 20_000_000}",
+        "leases_ids": f"≥ {sizes['leases'] // scale}",
         "leases_duplicates": "≤ 0",
         "leases_out_of_order": "≤ 0",
         "snowflake_duplicates": "≥ 1",
