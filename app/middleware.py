@@ -1,9 +1,9 @@
 """What happens to every request, as plain ASGI so that responses can be streamed.
 
-From the outside in: `HeadAsGet` needs no route for HEAD; `RequestScope` gives each request an id, counts it and turns what nobody
-caught into a bare 500; `SecurityHeaders`; `BodyLimit` ends requests that are too large or too
-slow; `OriginCheck` refuses writes from other sites' pages; `FreshReads` hands the token of a
-write back to the client. `main.create_app` stacks them.
+From the outside in: `HeadAsGet` spares every route a HEAD; `RequestScope` gives each request an
+id, counts it and turns what nobody caught into a bare 500; `SecurityHeaders`; `BodyLimit` ends
+requests that are too large or too slow; `OriginCheck` refuses writes from other sites' pages;
+`FreshReads` hands the token of a write back to the client. `main.create_app` stacks them.
 """
 
 from __future__ import annotations

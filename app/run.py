@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,10 @@ def migrated(config: Path) -> None:
         MigrationError: not all of them are; a rerun continues.
     """
     topology = Cluster.from_file(config).topology
+    if "migrations" not in tomllib.loads(config.read_text(encoding="utf-8")):
+        # so that the command `shardkit migrate` finds them too
+        with config.open("a", encoding="utf-8") as file:
+            file.write(f'\n[migrations]\nlocation = "{MIGRATIONS}"\n')
     revisions = migrate.load_revisions(MIGRATIONS, folder=config.parent)
     with steps("logical shards") as show:
         done = 0

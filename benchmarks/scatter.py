@@ -58,7 +58,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     settings = {"max_connections": "700", "max_locks_per_transaction": "512"}
     with servers(logical_shards=64, settings=settings, shared_buffers_mb=256) as local:
         _, topology = load(local.config_path)
-        for n_shards, rounds in ((64, 30 if quick else 200), (1024, 5 if quick else 20)):
+        for n_shards, rounds in ((64, 30 if quick else 200), (1024, 4 if quick else 20)):
             made = database(
                 local, topology, f"bench{n_shards}", logical_shards=n_shards, metadata=Base.metadata
             )
@@ -121,7 +121,9 @@ def measure(topology: Topology, n_shards: int, rounds: int) -> dict[str, float]:
             }
             answers = {name: run() for name, run in arms.items()}
             assert answers["shardkit"] == answers["peer"] == answers["single"], answers
-            return interleaved(arms, rounds=rounds, warm_up=3 if n_shards > 64 else 10)
+            for _ in range(10):  # drivers prepare a statement after some uses
+                shardkit()
+            return interleaved(arms, rounds=rounds, warm_up=1 if n_shards > 64 else 10)
     finally:
         for engine in engines.values():
             engine.dispose()

@@ -69,6 +69,7 @@ __all__ = [
     "MigrationsConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "default_file",
     "load",
 ]
 
@@ -224,6 +225,15 @@ class Config(_Table):
                 owners[number] = shard.name
         shard_map = ShardMap(tuple(owners), (1,) * len(owners))
         return Topology(self.cluster.name, physical, shard_map)
+
+
+def default_file() -> Path:
+    """Return the file a command reads when none is named.
+
+    `shardkit.toml` in the working directory; without one, that of the embedded cluster below it.
+    """
+    here, embedded = Path("shardkit.toml"), Path(".shardkit/shardkit.toml")
+    return embedded if embedded.exists() and not here.exists() else here
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Config, Topology]:

@@ -93,6 +93,7 @@ class _Core:
         self._pool = pool or PoolConfig()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
+        self.physical = frozenset(topology.physical)
         owned = {name: topology.shard_map.owned_by(name) for name in topology.physical}
         self._everything = {name: shards for name, shards in owned.items() if shards}
         reference = weakref.ref(self)
@@ -118,6 +119,8 @@ class _Core:
             engine = self._create_engine(endpoint, options)
             event.listen(engine, "connect", _checks_server(self.topology, endpoint))
             event.listen(engine, "checkout", _replace_if_dead)
+            if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
+                engine.dialect.supports_server_side_cursors = False
             self._engines.setdefault(key, engine)
         return self._engines[key]
 
@@ -240,7 +243,7 @@ class AsyncConnections(_Core):
         async def run() -> list[T | Exception]:
             # A cancelled gather waits for all its tasks only if it may return exceptions, and no
             # connection may be let go while its task still ends the conversation.
-            outcomes: list[T | BaseException] = await asyncio.gather(
+            outcomes: Any = await asyncio.gather(
                 *(greenlet_spawn(parallel.outcome, task) for task in tasks),
                 return_exceptions=True,
             )
@@ -322,17 +325,17 @@ def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any
     return check
 
 
-def _replace_if_dead(connection: Any, _record: Any, _proxy: Any) -> None:
+def _replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
     """Have the pool replace a connection whose socket already says goodbye.
 
     An idle server connection is silent; anything to read is the end of the stream or a notice
     of shutdown. Costs one system call and no round trip.
     """
-    driver = getattr(connection, "driver_connection", connection)
-    poll = select.poll()
-    try:
+    if "poll" not in record.info:
+        driver = getattr(connection, "driver_connection", connection)
+        poll = select.poll()
         poll.register(driver.fileno(), select.POLLIN)
-    except psycopg.Error as error:
-        raise DisconnectionError from error
-    if poll.poll(0):
+        record.info["poll"] = (driver, poll)
+    driver, poll = record.info["poll"]
+    if driver.closed or poll.poll(0):
         raise DisconnectionError

@@ -42,6 +42,8 @@ from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, FromClause, Selec
 from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
+from shardkit.keylists import KeyLists, split
+from shardkit.router import Router
 from shardkit.statements import Params
 
 __all__ = ["Plan", "plan"]
@@ -85,17 +87,24 @@ class Plan:
         combine: makes the final rows of the rows of all servers, as the driver returned them.
         n_columns: elements of a result row that the statement asked for.
         adds: whether the branch has further columns after those, for sorting.
+        lists: the keys that each logical shard is asked for.
     """
 
     branch: Select[Any]
     tail: str
     combine: Callable[[list[Sequence[Any]]], list[Sequence[Any]]]
     n_columns: int
-    adds: bool = False
+    adds: bool
+    lists: KeyLists
 
 
-def plan(statement: Any, params: Params) -> Plan:
+def plan(statement: Any, params: Params, router: Router) -> Plan:
     """Decide how a statement runs over several logical shards.
+
+    Args:
+        statement: what is asked.
+        params: the values passed with it.
+        router: places the keys in its lists.
 
     Raises:
         UnsupportedStatementError: it cannot be combined exactly; the message says why.
@@ -106,7 +115,7 @@ def plan(statement: Any, params: Params) -> Plan:
     limit, offset = (
         _count(clause, params) for clause in (statement._limit_clause, statement._offset_clause)
     )
-    bare = statement.order_by(None).limit(None).offset(None)
+    bare, lists = split(statement.order_by(None).limit(None).offset(None), params, router)
     columns = statement._raw_columns
     is_orm = statement._propagate_attrs.get("compile_state_plugin") == "orm"
     n_columns = (
@@ -118,7 +127,8 @@ def plan(statement: Any, params: Params) -> Plan:
     if any(aggregates) or statement._group_by_clauses:
         combine = _grouping(statement, aggregates)
         keys = [_among(statement, clause) for clause in statement._order_by_clauses]
-        return Plan(bare, "", _then(combine, _ordering(keys, limit, offset)), n_columns)
+        ordered = _then(combine, _ordering(keys, limit, offset))
+        return Plan(bare, "", ordered, n_columns, adds=False, lists=lists)
     sort, branch, tail = [], bare, []
     for i, clause in enumerate(statement._order_by_clauses):
         expression, descending, nulls_first = _direction(clause)
@@ -133,7 +143,8 @@ def plan(statement: Any, params: Params) -> Plan:
     text = f" ORDER BY {', '.join(tail)}" if tail else ""
     if limit is not None:
         text += f" LIMIT {limit + (offset or 0)}"
-    return Plan(branch, text, _ordering(sort, limit, offset), n_columns, adds=bool(sort))
+    ordered = _ordering(sort, limit, offset)
+    return Plan(branch, text, ordered, n_columns, adds=bool(sort), lists=lists)
 
 
 def _width(column: Any) -> int:
@@ -171,7 +182,12 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
     if any(isinstance(part, CTE) for part in iterate(statement)):
         raise _refused("a statement with CTEs over several logical shards", "use subquery()")
     # The target of a join may be a relationship, which is no expression itself.
-    targets = [table for join in statement._setup_joins for table in join[0]._from_objects]
+    targets = [
+        table
+        for part in (statement, *statement._memoized_select_entities)
+        for join in part._setup_joins
+        for table in join[0]._from_objects
+    ]
     sources = [*statement._from_obj, *targets]
     for element in [*statement._raw_columns, *sources]:
         for part in () if isinstance(element, Table) else iterate(cast("Any", element)):

@@ -137,10 +137,12 @@ class IdBlock:
         expires: monotonic time, in seconds, from which on it hands out nothing.
     """
 
-    __slots__ = ("_end", "_next", "expires", "logical_shard")
+    __slots__ = ("_end", "_next", "_shard_bits", "expires", "logical_shard")
 
     def __init__(self, logical_shard: int, first: int, n: int, *, expires: float) -> None:
+        compose((first + n - 1) >> SEQUENCE_BITS, logical_shard, 0)  # checks the ranges once
         self.logical_shard = logical_shard
+        self._shard_bits = logical_shard << SEQUENCE_BITS
         self._next = first
         self._end = first + n
         self.expires = expires
@@ -149,11 +151,10 @@ class IdBlock:
         """Return the next ids, ascending: n of them, or fewer when the block ends."""
         if now >= self.expires:
             return []
-        states = range(self._next, min(self._next + n, self._end))
-        self._next = states.stop
+        first, self._next = self._next, min(self._next + n, self._end)
         return [
-            compose(state >> SEQUENCE_BITS, self.logical_shard, state & SEQUENCE_MASK)
-            for state in states
+            (state >> SEQUENCE_BITS) << TIME_SHIFT | self._shard_bits | state & SEQUENCE_MASK
+            for state in range(first, self._next)
         ]
 
 
@@ -200,15 +201,15 @@ class IdMinter:
         Raises:
             UnavailableError: a lease could not be fetched (retryable).
         """
+        minted: dict[int, list[int]] = {}
+        missing: dict[int, int] = {}
         now = self._clock.monotonic()
         with self._lock:
-            minted = {
-                shard: block.take(n, now=now) if (block := self._blocks.get(shard)) else []
-                for shard, n in counts.items()
-            }
-        missing = {
-            shard: n - len(minted[shard]) for shard, n in counts.items() if len(minted[shard]) < n
-        }
+            for shard, n in counts.items():
+                block = self._blocks.get(shard)
+                taken = minted[shard] = [] if block is None else block.take(n, now=now)
+                if len(taken) < n:
+                    missing[shard] = n - len(taken)
         if not missing:
             return minted
         sizes = {shard: max(n, self._block_size) for shard, n in missing.items()}

@@ -8,6 +8,7 @@ the placement policy says. Talks to a database only to lease ids.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Table
@@ -22,6 +23,7 @@ from shardkit.router import Placement, Router, Strategy
 __all__ = ["Placer", "sharding_of_mapper", "stored_shard"]
 
 
+@cache
 def sharding_of_mapper(mapper: Mapper[Any]) -> Sharding | None:
     """Return how the rows of a mapped class are placed, or None when it is not sharded."""
     table = mapper.local_table
@@ -63,8 +65,8 @@ class Placer:
         self._pending: set[int] = set()
         self._placed: dict[int, int] = {}
 
-    def run(self, new: Iterable[Any]) -> set[int]:
-        """Give the new objects ids; return the logical shards they lie on.
+    def run(self, new: Iterable[Any]) -> dict[int, int]:
+        """Give the new objects ids; return the logical shard of each, by identity of the object.
 
         Raises:
             NoShardKeyError: an object has no shard key.
@@ -96,7 +98,7 @@ class Placer:
             for shard, rows in wanted.items():
                 for (obj, attribute), new_id in zip(rows, ids[shard], strict=True):
                     setattr(obj, attribute, new_id)
-        return set(self._placed.values())
+        return self._placed
 
     def _place(self, obj: Any, sharding: Sharding) -> int:
         """Return the logical shard of a new object, deciding it on the first call."""

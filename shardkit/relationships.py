@@ -41,7 +41,7 @@ def is_colocated(relationship: RelationshipProperty[Any]) -> bool:
         for column in (condition.left, condition.right):
             if not isinstance(column, Column):
                 break
-            table = column.table
+            table: Any = column.table
             sharding = sharding_of(table) if isinstance(table, Table) else None
             rules.append(sharding.placing.get(column.name) if sharding else None)
         if len(rules) == 2 and rules[0] is not None and rules[0] == rules[1]:

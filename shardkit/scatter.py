@@ -9,7 +9,7 @@ loads what comes back through the ORM. Source: docs/architecture.md, decision 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, cast
 
@@ -21,6 +21,7 @@ from sqlalchemy.orm import ORMExecuteState
 
 from shardkit.errors import GatherError
 from shardkit.gather import Plan
+from shardkit.keylists import KeyLists
 from shardkit.topology import schema_name
 
 __all__ = ["Scatter", "compose", "run", "sql_of", "view"]
@@ -37,10 +38,16 @@ class Scatter:
     Attributes:
         shards: the logical shards of that server to ask.
         tail: ORDER BY and LIMIT of their union, or nothing.
+        lists: the keys that each logical shard is asked for; of its equality only the names.
     """
 
     shards: tuple[int, ...]
     tail: str
+    lists: KeyLists = field(default_factory=KeyLists, compare=False)
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.lists.values))
 
 
 def view(engine: Engine) -> Engine:
@@ -59,7 +66,8 @@ def compose(branch: str, scatter: Scatter) -> str:
         scatter: the schemas and the tail.
     """
     union = " UNION ALL ".join(
-        branch.replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.") for shard in scatter.shards
+        scatter.lists.text(branch, shard).replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.")
+        for shard in scatter.shards
     )
     return union + scatter.tail
 
@@ -102,7 +110,7 @@ def run(
             state.session, statement, params, options, bind_arguments, is_pre_event=False
         )
     tasks = [
-        _task(connection, statement, params, {**options, _OPTION: Scatter(shards, plan.tail)})
+        _task(connection, statement, params, Scatter(shards, plan.tail, plan.lists), options)
         for connection, shards in servers.values()
     ]
     answers = dict(zip(servers, parallel(tasks), strict=True))
@@ -129,10 +137,12 @@ def _raise(failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None
 
 
 def _task(
-    connection: Connection, statement: Any, params: Any, options: Any
+    connection: Connection, statement: Any, params: Any, scatter: Scatter, options: Any
 ) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
     def task() -> tuple[CursorResult[Any], Sequence[Any]]:
-        result = connection.execute(statement, params or {}, execution_options=options)
+        # Every row is fetched for the merge, so a cursor of the server is of no use.
+        here = {**options, _OPTION: scatter, "stream_results": False}
+        result = connection.execute(statement, params or {}, execution_options=here)
         return result, cast("Any", result.cursor).fetchall()
 
     return task
@@ -142,4 +152,6 @@ def _rewrite(
     _connection: Any, _cursor: Any, statement: str, parameters: Any, context: Any, _many: object
 ) -> tuple[str, Any]:
     scatter = context.execution_options.get(_OPTION)
-    return (compose(statement, scatter) if scatter else statement), parameters
+    if scatter is None:
+        return statement, parameters
+    return compose(statement, scatter), {**parameters, **scatter.lists.parameters(scatter.shards)}

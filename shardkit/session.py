@@ -8,7 +8,7 @@ connection in which unqualified tables are those of its schema.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Connection, Engine, event, inspect
@@ -32,6 +32,7 @@ from shardkit.errors import (
     UnavailableError,
     UnsupportedStatementError,
 )
+from shardkit.keylists import KeyLists
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token, token_of
@@ -69,10 +70,11 @@ class ReadSession(Session):
         options.setdefault("expire_on_commit", False)
         super().__init__(**options)
         self._cluster = connections
-        everything = frozenset(connections.topology.physical)
-        self._must_see = frozenset() if after is None else physical_of_token(after, everything)
+        self._must_see: frozenset[str] = frozenset()
         if max_lag is not None:
-            self._must_see = everything
+            self._must_see = connections.physical
+        elif after is not None:
+            self._must_see = physical_of_token(after, connections.physical)
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
 
@@ -111,12 +113,12 @@ class ReadSession(Session):
         """
         shards = self._route(statement, params)
         cluster = self._cluster
-        branch, tail = statement, ""
+        branch, tail, lists = statement, "", KeyLists()
         if len(shards) > 1:
-            plan = gather.plan(statement, params)
-            branch, tail = plan.branch, plan.tail
+            plan = gather.plan(statement, params, cluster.router)
+            branch, tail, lists = plan.branch, plan.tail, plan.lists
         texts = (
-            (physical, scatter.sql_of(branch, scatter.Scatter(some, tail)))
+            (physical, scatter.sql_of(branch, scatter.Scatter(some, tail, lists)))
             for physical, some in cluster.group(shards).items()
         )
         return Route(tuple(shards), cluster.router.total, self.role, tuple(texts))
@@ -181,7 +183,7 @@ class ReadSession(Session):
 
     def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
         """Run one statement per physical shard, in parallel, and merge the answers."""
-        plan = gather.plan(state.statement, state.parameters)
+        plan = gather.plan(state.statement, state.parameters, self._cluster.router)
         servers = {
             physical: (self._scattering(physical), some)
             for physical, some in self._cluster.group(shards).items()
@@ -321,6 +323,7 @@ class WriteSession(ReadSession):
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
         self._written: set[str] = set()
+        self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self.token = ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -337,6 +340,8 @@ class WriteSession(ReadSession):
             Session.flush(self, objects)
         except DBAPIError as error:
             self._raise(error)
+        finally:
+            self._placed.clear()
 
     def commit(self) -> None:
         """Flush and commit.
@@ -357,58 +362,55 @@ class WriteSession(ReadSession):
         super().rollback()
         self._ended()
 
-    def close(self) -> None:
-        """Roll back what is not committed and return the connections to their pools."""
-        super().close()
-        self._ended()
-
     # -- units of work
 
     def _prepare_flush(self) -> None:
         """Mint ids, place objects and check the unit of work, before anything is written."""
         cluster = self._cluster
-        shards: set[int] = set()
+        placed = self._placed
         if self._new:
-            shards = Placer(cluster.router, cluster.placement, cluster.ids).run(self.new)
+            new = list(self._new.values())
+            placed |= Placer(cluster.router, cluster.placement, cluster.ids).run(new)
         if self._deleted or self.identity_map.check_modified():
             for obj in (*self.deleted, *self.dirty):
                 shard = stored_shard(obj, cluster.router)
                 if shard is not None:
-                    shards.add(shard)
-        if shards:
-            self._note_written(shards)
+                    placed[id(obj)] = shard
+        if placed:
+            self._note_written(placed.values())
 
-    def _note_written(self, shards: set[int]) -> None:
-        physical = {self._cluster.physical_of(shard) for shard in shards}
-        together = physical | self._written
+    def _note_written(self, shards: Iterable[int]) -> None:
+        together = {self._cluster.physical_of(shard) for shard in shards} | self._written
         if len(together) > 1:
             raise CrossShardWriteError(
                 f"the unit of work would write to {', '.join(sorted(together))}",
                 hint="keep rows that change together under one shard key, or commit in between",
             )
-        self._written |= physical
+        self._written = together
 
     def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
+        shard = self._placed.get(id(instance))
+        if shard is None:  # the flush itself found it, through a relationship
+            shard = stored_shard(instance, self._cluster.router)
+            if shard is None:
+                raise UnsupportedStatementError(
+                    f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
+                    hint="reference tables cannot be written through a session yet",
+                )
+            self._note_written((shard,))
+        # A relationship may have filled the key in after the unit of work was checked.
         state = instance_state(instance)
         sharding = sharding_of_mapper(state.mapper)
-        if sharding is None:
-            raise UnsupportedStatementError(
-                f"{state.mapper.class_.__name__} is not a sharded class, so it lives nowhere",
-                hint="reference tables cannot be written through a session yet",
-            )
-        identity = state.identity or tuple(state.mapper.primary_key_from_instance(instance))
-        router = self._cluster.router
-        shard = sharding.shard_of_identity(router, identity)
-        # What relationships filled in since the unit of work was checked is checked here.
-        key = state.dict.get(sharding.key)
-        if key is not None and router.shard(sharding.strategy, key) != shard:
-            raise ShardKeyChangeError(
-                f"a relationship moved {state.mapper.class_.__name__}.{sharding.key} "
-                "to another logical shard"
-            )
-        if self._cluster.physical_of(shard) not in self._written:
-            self._note_written({shard})
+        key = None if sharding is None else state.dict.get(sharding.key)
+        if sharding is not None and key is not None:
+            named = self._cluster.router.shard(sharding.strategy, key)
+            if named != shard:
+                raise ShardKeyChangeError(
+                    f"a relationship set {state.mapper.class_.__name__}.{sharding.key}, "
+                    f"which names logical shard {named}",
+                    logical_shard=shard,
+                )
         return self._connection_to(shard)
 
     def _run(self, state: ORMExecuteState) -> Any:
@@ -418,7 +420,7 @@ class WriteSession(ReadSession):
                 "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
             )
         if result is None and not state.is_select:
-            self._note_written({state.bind_arguments["logical_shard"]})
+            self._note_written((state.bind_arguments["logical_shard"],))
         return result
 
     def _writable(self) -> None:

@@ -73,7 +73,7 @@ def shards_of(statement: Any, params: Params, router: Router) -> frozenset[int] 
     if isinstance(statement, Insert):
         return _shards_of_insert(statement, params, walk)
     if isinstance(statement, Update):
-        names = {getattr(column, "name", column) for column in statement._values or {}}
+        names: set[Any] = {getattr(column, "name", column) for column in statement._values or {}}
         for row in params if isinstance(params, Sequence) else [params or {}]:
             names.update(row)
         _refuse_key_change(statement, names)
@@ -147,7 +147,8 @@ def _refuse_key_change(statement: Update | Insert, names: Iterable[str]) -> None
 
 def _refuse_subqueries_of_insert(statement: Insert) -> None:
     """Refuse what an INSERT would read of other tables."""
-    rows = [statement._values or {}, *(row for rows in statement._multi_values for row in rows)]
+    multi: list[Any] = [row for rows in statement._multi_values for row in rows]
+    rows: list[Mapping[Any, Any]] = [statement._values or {}, *multi]
     parts = [value for row in rows for value in row.values()]
     parts += [*statement._returning, statement._post_values_clause]
     conflict: Any = statement._post_values_clause

@@ -605,10 +605,10 @@ def _refuse_ctes(statement: Any) -> None:
 
 def _froms(select: Select[Any]) -> list[Any]:
     """Return the FROM list of a SELECT as if nothing were correlated."""
-    if select._setup_joins:
+    if select._setup_joins or select._memoized_select_entities:  # before with_only_columns()
         # SQLAlchemy knows how relationships join; let it spell the ON clauses out.
         try:
-            return select.get_final_froms()
+            return list(select.get_final_froms())
         except InvalidRequestError as error:  # it looked at a subquery without what is around it
             raise UnsupportedStatementError(
                 "the joins of a subquery cannot be told", hint="join with select_from()"
@@ -642,11 +642,11 @@ def _ungrouped(source: Any) -> Any:
 
 def _mapped_expressions(column: Any) -> Iterable[Any]:
     """Return what an entity in the columns loads beside its table's columns."""
-    entity = column._annotations.get("parententity") if isinstance(column, FromClause) else None
-    return [
-        getattr(entity.entity, name).__clause_element__()
-        for name in (expressions_of(entity.mapper) if entity is not None else ())
-    ]
+    entity: Any = column._annotations.get("parententity")
+    if entity is None or not isinstance(column, FromClause):
+        return []
+    names = expressions_of(entity.mapper)
+    return [getattr(entity.entity, name).__clause_element__() for name in names]
 
 
 @lru_cache(maxsize=4096)

@@ -113,7 +113,7 @@ def _people(n: int) -> list[PlannedPerson]:
 
 
 def _photos(rng: random.Random, n_people: int, seed: int) -> list[PlannedPhoto]:
-    owners = [person for person in range(n_people) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
+    owners = [person for person in range(n_people) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
     owners += [0] * 5
     rng.shuffle(owners)
     step = SPAN / len(owners)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
-from shardkit.config import format_ranges, load
+from shardkit.config import default_file, format_ranges, load
 from shardkit.errors import ConfigurationError, TryAgainError
 from shardkit.ops import migrate as ops
 from shardkit.ops.revisions import Revision
@@ -36,7 +36,7 @@ DEFAULTS = ops.Limits()
 
 @app.command("apply")
 def apply_command(
-    config: ConfigOption = Path("shardkit.toml"),
+    config: ConfigOption = None,
     *,
     migrations: MigrationsOption = None,
     lock_timeout: Annotated[
@@ -99,7 +99,7 @@ def apply_command(
 
 @app.command("plan")
 def plan_command(
-    config: ConfigOption = Path("shardkit.toml"),
+    config: ConfigOption = None,
     *,
     migrations: MigrationsOption = None,
     as_json: JsonOption = False,
@@ -111,7 +111,7 @@ def plan_command(
 
 @app.command("status")
 def status_command(
-    config: ConfigOption = Path("shardkit.toml"),
+    config: ConfigOption = None,
     *,
     migrations: MigrationsOption = None,
     as_json: JsonOption = False,
@@ -140,7 +140,8 @@ def status_command(
         raise errors[0]
 
 
-def _inputs(config: Path, migrations: str | None) -> tuple[Topology, tuple[Revision, ...]]:
+def _inputs(given: Path | None, migrations: str | None) -> tuple[Topology, tuple[Revision, ...]]:
+    config = given or default_file()
     settings, topology = load(config)
     location = migrations or settings.migrations.location
     if location is None:

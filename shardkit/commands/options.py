@@ -10,8 +10,12 @@ import typer
 __all__ = ["ConfigOption", "DryRunOption", "JsonOption"]
 
 ConfigOption = Annotated[
-    Path,
-    typer.Option("--config", envvar="SHARDKIT_CONFIG", help="The cluster's shardkit.toml."),
+    Path | None,
+    typer.Option(
+        "--config",
+        envvar="SHARDKIT_CONFIG",
+        help="The cluster's configuration; else shardkit.toml, else .shardkit/shardkit.toml.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DryRunOption = Annotated[

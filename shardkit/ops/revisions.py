@@ -8,11 +8,15 @@ never opens a connection. Revisions that need one are refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
 import re
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +24,6 @@ from typing import NoReturn
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import Script, ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Dialect
 
 from shardkit.errors import ConfigurationError, MigrationError
@@ -95,19 +98,35 @@ def load(folder: Path) -> tuple[Revision, ...]:
         str(folder), version_locations=[str(versions if versions.is_dir() else folder)]
     )
     try:
-        with warnings.catch_warnings():
+        with _no_bytecode(), warnings.catch_warnings():
             # Alembic only warns about a missing predecessor, and forgets the revision.
             warnings.filterwarnings("error", message="Revision .* is not present")
             heads = script.get_heads()
-        if len(heads) > 1:
-            raise MigrationError(
-                f"{folder}: there are {len(heads)} heads: {', '.join(sorted(heads))}",
-                hint="merge them with `alembic merge heads`",
-            )
-        scripts = list(script.walk_revisions())
-    except (CommandError, ImportError, SyntaxError, UserWarning) as error:
+            scripts = list(script.walk_revisions()) if len(heads) == 1 else []
+    except Exception as error:  # a revision is a program: its import may fail in any way
         raise MigrationError(f"{folder}: revisions cannot be loaded: {error}") from error
+    if len(heads) > 1:
+        raise MigrationError(
+            f"{folder}: there are {len(heads)} heads: {', '.join(sorted(heads))}",
+            hint="merge them with `alembic merge heads`",
+        )
     return tuple(_render(item) for item in reversed(scripts))
+
+
+@contextlib.contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Read revisions from their source only.
+
+    Python trusts a compiled file whose source has the same size and second of change, so an
+    edit, or a checkout that sets times, could leave the old SQL in force.
+    """
+    before = sys.pycache_prefix
+    with tempfile.TemporaryDirectory() as empty:
+        sys.pycache_prefix = empty
+        try:
+            yield
+        finally:
+            sys.pycache_prefix = before
 
 
 class _NoConnection:

@@ -347,6 +347,13 @@ def test_forms_say_what_is_wrong(join: Join, service: Service) -> None:
     answer = ana.http.post("/upload", files={"file": ("x.jpg", b"nonsense")})
     assert answer.status_code == 415
     assert "not a JPEG, PNG or WebP" in answer.text
+    answer = ana.http.post("/upload", files={"file": ("x.jpg", bytes(3 << 20))})
+    assert answer.status_code == 413
+    assert "larger than the 2 MiB allowed here" in answer.text
+    assert "text/html" in answer.headers["content-type"]
+    answer = ana.http.post("/upload", data={"caption": "no file"})
+    assert answer.status_code == 422
+    assert "Choose a photo first." in answer.text
 
 
 def test_scripts_in_texts_stay_texts(join: Join) -> None:

@@ -159,3 +159,28 @@ def test_a_write_on_two_shards_is_seen_whole_while_replicas_stand_still(
     finally:
         for name in replicas:
             app_cluster.resume(name)
+
+
+def test_the_head_arrives_while_the_data_cannot(
+    app_cluster: LocalCluster, service: Service, one_on_each: tuple[Person, Person]
+) -> None:
+    ana, _ = one_on_each
+    session = {"session": ana.http.cookies["session"]}  # and no token: lists come from replicas
+    replicas = [s.name for name in ("alpha", "beta") for s in app_cluster.replicas(name)]
+    for name in replicas:
+        app_cluster.pause(name)
+    try:
+        with httpx.stream("GET", f"{service.url}/", cookies=session, timeout=20) as answer:
+            body = answer.iter_text()
+            head = next(body)
+            assert "style.css" in head
+            assert "<main" in head
+            assert "Nothing here yet" not in head
+            for name in replicas:
+                app_cluster.resume(name)
+            rest = "".join(body)
+            assert "Nothing here yet" in rest
+            assert rest.endswith("</html>")
+    finally:
+        for name in replicas:
+            app_cluster.resume(name)

@@ -132,6 +132,20 @@ def test_log_in_and_out(join: Join, service: Service) -> None:
         assert program.get("/api/v1/me", headers=bearer).status_code == 401
 
 
+def test_cookies_behind_tls_are_bound_to_the_host(join: Join, service: Service) -> None:
+    ana = join("ana")
+    with service.client() as client:
+        answer = client.post(
+            "/api/v1/sessions",
+            json={"username": ana.username, "password": PASSWORD},
+            headers={"x-forwarded-proto": "https"},
+        )
+    cookies = [cookie.lower() for cookie in answer.headers.get_list("set-cookie")]
+    assert {cookie.partition("=")[0] for cookie in cookies} == {"__host-session", "shardkit-token"}
+    for cookie in cookies:
+        assert {"secure", "httponly", "samesite=lax", "path=/"} <= set(cookie.split("; "))
+
+
 def test_unknown_user_and_wrong_password_look_the_same(join: Join, service: Service) -> None:
     ana = join("ana")
     bodies = []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,32 @@ def test_imports_go_down_the_ladder_only() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
+    """SQLAlchemy's `Session` has private names too; a clash would break it silently."""
+    from sqlalchemy.orm import Session
+
+    from shardkit import ReadSession, WriteSession, session
+
+    theirs = {*dir(Session), *vars(Session())}
+    meant = {
+        "_connection_for_bind", "_execute_internal", "close", "commit", "connection_callable",
+        "flush", "get", "get_bind", "rollback",
+    }  # fmt: skip
+    defined = {*vars(ReadSession), *vars(WriteSession)}
+    assigned = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(session))
+    assert assigned
+    ours = {name for name in (*defined, *assigned) if not name.startswith("__")}
+    assert ours & theirs == meant
+
+
+def test_the_ladder_in_the_documentation_is_the_one_that_is_enforced() -> None:
+    root = Path(shardkit.__file__).parent.parent
+    project = tomllib.loads(root.joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    enforced = [set(re.findall(r"\w+", layer)) - {"__main__"} for layer in layers]
+    text = root.joinpath("docs/architecture.md").read_text(encoding="utf-8")
+    block = text.split("## The ladder")[1].split("\n\n")[2]
+    drawn = [set(re.findall(r"\w+", line)) for line in block.splitlines()]
+    assert drawn == [rung for rung in enforced if rung]

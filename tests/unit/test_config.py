@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardkit.config import format_ranges, load, parse_ranges
+from shardkit.config import default_file, format_ranges, load, parse_ranges
 from shardkit.errors import ConfigurationError
 
 GOOD = """
@@ -114,6 +114,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load(file)
+
+
+def test_a_command_finds_the_embedded_clusters_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_file() == Path("shardkit.toml")
+    (tmp_path / ".shardkit").mkdir()
+    write(tmp_path / ".shardkit", GOOD)
+    assert default_file() == Path(".shardkit/shardkit.toml")
+    write(tmp_path, GOOD)
+    assert default_file() == Path("shardkit.toml")
 
 
 def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:

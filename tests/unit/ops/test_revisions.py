@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +85,19 @@ def test_what_cannot_run_on_every_logical_shard_is_refused_by_name(
     assert caught.value.hint
 
 
+def test_an_edit_within_the_same_second_is_seen(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    checksums = set()
+    for number in (1, 2):
+        write("r1", f'op.execute("SELECT {number}")')
+        os.utime(tmp_path / "r1.py", (1_800_000_000, 1_800_000_000))
+        checksums.add(load(tmp_path)[0].checksum)
+    assert len(checksums) == 2
+    assert not (tmp_path / "__pycache__").exists()
+
+
 def test_several_heads_are_refused(tmp_path: Path, write: Write) -> None:
     write("r1", "pass")
     write("r2", "pass", "r1")
@@ -91,7 +106,7 @@ def test_several_heads_are_refused(tmp_path: Path, write: Write) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["def broken(:", "import there_is_no_such_module"])
+@pytest.mark.parametrize("text", ["def broken(:", "import there_is_no_such_module", "1 / 0"])
 def test_a_file_that_does_not_import_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "r1.py").write_text(text + "\nrevision = 'r1'\ndown_revision = None\n")
     with pytest.raises(MigrationError, match="revisions cannot be loaded"):

@@ -1,0 +1,100 @@
+"""Splits the key lists of a statement, so that each logical shard is asked for its own keys.
+
+`owner_id IN (…)` with keys of many shards becomes `owner_id = ANY (:list)`: the same text for any
+number of keys, which servers can keep prepared, with a list of its own for every shard. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sqlalchemy import (
+    ARRAY,
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    Column,
+    Select,
+    and_,
+    any_,
+    bindparam,
+)
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import ColumnElement
+
+from shardkit.router import Router
+from shardkit.statements import Params
+from shardkit.walk import base_sharding
+
+__all__ = ["KeyLists", "split"]
+
+_NAME: Final = "shardkit_keys_{}"
+
+Values = Mapping[int, list[Any]]
+"""Keys by the logical shard they name."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLists:
+    """The key lists of one statement.
+
+    Attributes:
+        values: keys by logical shard, by name of the parameter.
+    """
+
+    values: Mapping[str, Values] = field(default_factory=dict)
+
+    def text(self, branch: str, logical_shard: int) -> str:
+        """Return the SQL of a branch with the parameters of one logical shard."""
+        for name in self.values:
+            branch = branch.replace(f"%({name})s", f"%({name}_{logical_shard})s")
+        return branch
+
+    def parameters(self, logical_shards: tuple[int, ...]) -> dict[str, list[Any]]:
+        """Return the parameters that the branches of these logical shards name."""
+        return {
+            f"{name}_{shard}": values.get(shard, [])
+            for name, values in self.values.items()
+            for shard in logical_shards
+        }
+
+
+def split(statement: Select[Any], params: Params, router: Router) -> tuple[Select[Any], KeyLists]:
+    """Return the statement with split key lists, and the lists.
+
+    A condition that every row meets and that compares a placing column with a list of values is
+    split: the rows of a logical shard can only match keys that name it. Others stay as they are.
+
+    Raises:
+        InvalidShardKeyError: a key cannot place a row.
+    """
+    lists: dict[str, Values] = {}
+
+    def rewritten(clause: Any) -> Any:
+        if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+            return and_(*(rewritten(part) for part in clause.clauses))
+        if not isinstance(clause, BinaryExpression) or clause.operator is not operators.in_op:
+            return clause
+        column, parameter = clause.left, clause.right
+        if not isinstance(column, Column) or not isinstance(parameter, BindParameter):
+            return clause
+        sharding = base_sharding(column.table)
+        strategy = sharding.placing.get(column.name) if sharding else None
+        if strategy is None:
+            return clause
+        given = params if isinstance(params, Mapping) else {}
+        by_shard: dict[int, list[Any]] = {}
+        for value in given.get(parameter.key, parameter.effective_value):
+            by_shard.setdefault(router.shard(strategy, value), []).append(value)
+        name = _NAME.format(len(lists))
+        lists[name] = by_shard
+        return column == any_(bindparam(name, [], type_=ARRAY(column.type)))
+
+    criteria: list[ColumnElement[bool]] = [rewritten(c) for c in statement._where_criteria]
+    if not lists:
+        return statement, KeyLists()
+    split_statement = statement._generate()
+    split_statement._where_criteria = tuple(criteria)
+    return split_statement, KeyLists(lists)

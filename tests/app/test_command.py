@@ -1,0 +1,89 @@
+"""`python -m app` as an operator runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from shardkit.local import LocalCluster
+
+pytestmark = pytest.mark.integration
+
+FOLDER = Path(__file__).parents[2]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command(*arguments), cwd=FOLDER, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_taken_port_is_said_and_the_next_used(app_cluster: LocalCluster) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = str(app_cluster.config_path)
+        with running("app", "--config", config, "--port", str(port)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(f"port {port} is taken, using ")
+            url = process.stdout.readline().split()[-1]
+            with httpx.Client(base_url=url, timeout=20) as client:
+                assert client.get("/readyz").json()["status"] == "ready"
+            process.send_signal(signal.SIGTERM)
+            process.wait(20)
+
+
+@pytest.mark.parametrize("program", ["app", "app.demo"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config", "nothing.toml"], "nothing.toml: no such file"),
+        (["--config", "."], "is a directory"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_and_exit_2(
+    program: str, arguments: list[str], says: str
+) -> None:
+    done = subprocess.run(
+        command(program, *arguments), cwd=FOLDER, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_setting_is_named() -> None:
+    done = subprocess.run(
+        command("app", "--port", "70000"), cwd=FOLDER, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_says_what_there_is() -> None:
+    for program, words in (("app", ("--config", "--port")), ("app.demo", ("--people", "--seed"))):
+        done = subprocess.run(
+            command(program, "--help"), cwd=FOLDER, capture_output=True, text=True, check=True
+        )
+        for word in words:
+            assert word in done.stdout
