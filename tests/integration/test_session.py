@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import delete, func, select, text, update
+from sqlalchemy import String, cast, delete, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased, joinedload, selectinload
 
@@ -27,8 +28,8 @@ from shardkit.errors import (
 )
 from shardkit.router import Strategy
 from shardkit.session import ReadSession
-from shardkit.testing import create_tables
-from shardkit.topology import Role, ShardMap, Topology, schema_name
+from shardkit.testing import create_tables, wait_until
+from shardkit.topology import PhysicalShard, Role, ShardMap, Topology, schema_name
 from tests.fixtures.servers import NewCluster
 from tests.fixtures.sharded import Settled, admin, one_server
 from tests.models import Base, Country, Handle, Like, Photo, User
@@ -474,3 +475,38 @@ async def test_the_async_twin_says_the_same_words(cluster_file: Path, settled: S
             session.add(User(name="no"))
             with pytest.raises(ReadOnlySessionError):
                 await session.commit()
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_gather_leaves_clean_connections(
+    cluster_file: Path, topology: Topology
+) -> None:
+    async with AsyncCluster.from_file(cluster_file) as cluster:
+        for shard in (0, 40):
+            async with cluster.writer() as session:
+                session.add(User(id=ids.compose(1, shard, 0), name="x"))
+                await session.commit()
+        slow = select(User.id).where(cast(func.pg_sleep(60), String) == "").options(all_shards())
+        async with cluster.reader(max_lag=1.0) as session:
+            task = asyncio.create_task(session.execute(slow))
+            await asyncio.to_thread(
+                wait_until,
+                lambda: all(_sleeps(s) for s in topology.physical.values()),
+                10.0,
+                "both",
+            )
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not any(_sleeps(shard) for shard in topology.physical.values())
+        async with cluster.reader(max_lag=1.0) as session:
+            names = await session.scalars(select(User.name).options(all_shards()))
+            assert names.all() == ["x", "x"]
+
+
+def _sleeps(shard: PhysicalShard) -> bool:
+    with admin(shard) as connection:
+        found = connection.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        ).fetchone()
+    return found is not None
