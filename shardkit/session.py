@@ -415,7 +415,7 @@ class WriteSession(ReadSession):
 
     def _run(self, state: ORMExecuteState) -> Any:
         result = super()._run(state)
-        if state.is_insert and state.is_orm_statement and isinstance(state.parameters, list):
+        if state.is_insert and state.is_orm_statement and state.parameters:
             raise UnsupportedStatementError(
                 "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
             )
