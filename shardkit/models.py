@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from sqlalchemy import BigInteger, Column, Table, inspect
+from sqlalchemy import BigInteger, Column, Integer, LargeBinary, String, Table, Uuid, inspect
 from sqlalchemy.orm import Mapped, MappedColumn, Mapper, mapped_column
 
 from shardkit.errors import ConfigurationError
@@ -23,6 +23,7 @@ REFERENCE_SCHEMA: Final = "reference"
 """Schema of reference tables on every physical shard."""
 
 _INFO = "shardkit"
+_HASHED = (String, Integer, Uuid, LargeBinary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,13 @@ def _sharding(cls: type[Any], minted: str | None) -> Sharding:
     if strategy is Strategy.HASH and key == minted:
         raise ConfigurationError(f"{cls.__name__}: a minted id carries its shard; hash another key")
     key_column = mapper.columns[key]
+    kinds = _HASHED if strategy is Strategy.HASH else (Integer,)
+    if not isinstance(key_column.type, kinds):
+        raise ConfigurationError(
+            f"{cls.__name__}: a key of type {key_column.type!r} is not the same in Python and in "
+            "the database",
+            hint=f"give it one of the types {', '.join(kind.__name__ for kind in kinds)}",
+        )
     placing = {key_column.name: strategy}
     if minted is not None:
         placing[mapper.columns[minted].name] = Strategy.EMBEDDED
