@@ -20,8 +20,8 @@ import datetime as dt
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import ClockMovedBackError, IdError, IdRequestError, InvalidIdError
@@ -157,16 +157,27 @@ def expand(first: int, n: int, logical_shard: int) -> list[int]:
     return made
 
 
-def in_child(method: Callable[[], None]) -> None:
-    """Have a bound method called in every child process, as long as its object lives."""
-    reference = weakref.WeakMethod(method)
+class Forkable(Protocol):
+    """What must know that it has become a child process's copy."""
 
-    def call() -> None:
-        alive = reference()
-        if alive is not None:
-            alive()
+    def after_fork(self) -> None:
+        """Give up what belongs to the parent."""
 
-    os.register_at_fork(after_in_child=call)
+
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def in_child(owner: Forkable) -> None:
+    """Have `after_fork` called in every child process, as long as its object lives."""
+    _forkable.add(owner)
+
+
+def _after_fork() -> None:
+    for owner in list(_forkable):
+        owner.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class IdGenerator:
@@ -215,7 +226,7 @@ class IdGenerator:
         self._origin = self._shard_bits - (EPOCH_MS << TIME_SHIFT)
         self._is_inherited = False
         self._lock = threading.Lock()
-        in_child(self._forked)
+        in_child(self)
 
     def next(self) -> int:
         """Return a new id.
@@ -283,7 +294,8 @@ class IdGenerator:
                 )
             self._clock.sleep(wait)
 
-    def _forked(self) -> None:
+    def after_fork(self) -> None:
+        """Refuse to mint in a child process."""
         self._lock = threading.Lock()
         self._is_inherited = True
         self._last = MAX_ID  # sends every call to the check in `many`

@@ -104,8 +104,8 @@ class IdMinter:
         self._block_size = block_size
         self._block_ttl = block_ttl
         self._clock = clock
-        self._forked()
-        in_child(self._forked)
+        self.after_fork()
+        in_child(self)
 
     def mint(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
         """Return new ids by logical shard, ascending within each.
@@ -155,6 +155,7 @@ class IdMinter:
                     self._blocks[shard] = block
         return still
 
-    def _forked(self) -> None:
+    def after_fork(self) -> None:
+        """Forget the parent's blocks in a child process."""
         self._lock = threading.Lock()
         self._blocks: dict[int, IdBlock] = {}

@@ -12,9 +12,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.util import greenlet_spawn
 
 import shardkit
-from shardkit import Cluster, ids
+from shardkit import AsyncCluster, Cluster, ids
 from shardkit.cli import main
 from shardkit.clock import SYSTEM
 from shardkit.errors import (
@@ -65,6 +66,11 @@ def state(admin: psycopg.Connection[Any]) -> int:
 def set_state(site: Site, value: int) -> None:
     with site.admin("alpha") as admin:
         admin.execute("UPDATE shard_0002.shardkit_id_state SET state = %s", (value,))
+
+
+def state_at(ahead: int) -> int:
+    """Return the state of a moment, in milliseconds from now."""
+    return (ms_now() + ahead) << 10
 
 
 def ms_now() -> int:
@@ -196,6 +202,21 @@ def test_a_shard_that_is_not_active_gives_no_ids(ready: Site, cluster: Cluster) 
         with pytest.raises(UnavailableError, match="fenced") as caught:
             cluster.connections.ids.mint({SHARD: 1})
         assert caught.value.retryable
+
+
+@pytest.mark.anyio
+async def test_under_asyncio_a_lease_fails_with_the_same_errors(ready: Site) -> None:
+    async with AsyncCluster(ready.topology) as cluster:
+        mint = cluster.connections.ids.mint
+        made = await greenlet_spawn(mint, {SHARD: 3})
+        assert len(made[SHARD]) == 3
+        set_state(ready, state_at(60_000))
+        with pytest.raises(ClockMovedBackError):
+            await greenlet_spawn(mint, {SHARD: 100})
+        with ready.admin("alpha") as admin:
+            admin.execute("UPDATE shardkit.ownership SET state = 'fenced' WHERE logical_shard = 1")
+        with pytest.raises(UnavailableError, match="fenced"):
+            await greenlet_spawn(mint, {1: 1})
 
 
 def test_a_lease_that_waits_for_a_fence_is_refused_after_it(ready: Site, cluster: Cluster) -> None:
