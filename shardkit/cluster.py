@@ -14,7 +14,7 @@ from typing import Self
 from shardkit import config
 from shardkit.config import PoolConfig
 from shardkit.connections import AsyncConnections, Connections
-from shardkit.router import Placement, anywhere
+from shardkit.placement import Placement, Policy, anywhere
 from shardkit.session import AsyncReadSession, AsyncWriteSession, ReadSession, WriteSession
 from shardkit.topology import Topology
 
@@ -30,7 +30,8 @@ class Cluster:
     Args:
         topology: endpoints and shard map, usually from `from_file`.
         pool: sizes and time limits of the pools.
-        placement: chooses the logical shard of rows that nothing places yet.
+        placement: chooses the logical shard of rows that nothing places yet; a policy of
+            `shardkit.placement`, or a function of the number of logical shards.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -44,13 +45,16 @@ class Cluster:
         topology: Topology,
         *,
         pool: PoolConfig | None = None,
-        placement: Placement = anywhere,
+        placement: Placement | Policy = anywhere,
     ) -> None:
         self.connections = Connections(topology, pool=pool, placement=placement)
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str] = "shardkit.toml", *, placement: Placement = anywhere
+        cls,
+        path: str | os.PathLike[str] = "shardkit.toml",
+        *,
+        placement: Placement | Policy = anywhere,
     ) -> Self:
         """Return the cluster that a configuration file describes.
 
@@ -115,13 +119,16 @@ class AsyncCluster:
         topology: Topology,
         *,
         pool: PoolConfig | None = None,
-        placement: Placement = anywhere,
+        placement: Placement | Policy = anywhere,
     ) -> None:
         self.connections = AsyncConnections(topology, pool=pool, placement=placement)
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str] = "shardkit.toml", *, placement: Placement = anywhere
+        cls,
+        path: str | os.PathLike[str] = "shardkit.toml",
+        *,
+        placement: Placement | Policy = anywhere,
     ) -> Self:
         """Return the cluster that a configuration file describes; see `Cluster.from_file`."""
         settings, topology = config.load(path)

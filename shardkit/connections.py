@@ -14,6 +14,7 @@ import re
 import select
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -31,10 +32,12 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     PoolTimeoutError,
+    ShardkitError,
 )
 from shardkit.ids import EPOCH_MS, IdMinter
+from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
-from shardkit.router import Placement, Router, anywhere
+from shardkit.router import Router
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
 __all__ = ["AsyncConnections", "Connections", "Purpose", "connection_error"]
@@ -51,6 +54,14 @@ SELECT logical_shard, first_state
 FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
 """
 
+# Statistics only, no lock on tables: live rows counted since the server started, or the last
+# ANALYZE's when that is more. Source: PostgreSQL manual, "The Cumulative Statistics System".
+_LOADS = """
+SELECT s.schemaname, sum(greatest(s.n_live_tup, c.reltuples))
+FROM pg_catalog.pg_stat_user_tables AS s JOIN pg_catalog.pg_class AS c ON c.oid = s.relid
+WHERE starts_with(s.schemaname, 'shard_') AND NOT starts_with(s.relname, 'shardkit_')
+GROUP BY s.schemaname
+"""
 
 # libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
 _REFUSED_LOGIN = re.compile(
@@ -80,7 +91,7 @@ class _Core:
         topology: Topology,
         *,
         pool: PoolConfig | None = None,
-        placement: Placement = anywhere,
+        placement: Placement | Policy = anywhere,
         clock: Clock = SYSTEM,
     ) -> None:
         self.topology = topology
@@ -88,7 +99,7 @@ class _Core:
         self.replica_sets = {
             name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
         }
-        self.placement = placement
+        self.placement = bound(placement, topology, self.loads, clock=clock)
         self.ids = IdMinter(self._lease, clock=clock)
         self._pool = pool or PoolConfig()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
@@ -193,6 +204,22 @@ class _Core:
                 )
                 firsts.update((row[0], row[1]) for row in rows)
         return firsts
+
+    def loads(self) -> dict[int, float]:
+        """Return the number of rows of each logical shard, as the servers estimate it.
+
+        One query per physical shard; those that do not answer are left out.
+        """
+        found: dict[int, float] = {}
+        for physical, shards in self._everything.items():
+            primary = self.primary_of(physical)
+            with suppress(ShardkitError, DBAPIError):
+                engine = self.engine(primary, Purpose.LEASE)
+                with self.connect(engine, primary) as connection:
+                    rows = connection.exec_driver_sql(_LOADS)
+                    counted = {row[0]: float(row[1]) for row in rows}
+                found.update((shard, counted.get(schema_name(shard), 0.0)) for shard in shards)
+        return found
 
     def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
         arguments: dict[str, Any] = {

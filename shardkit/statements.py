@@ -106,8 +106,7 @@ def _shard_of_row(sharding: Sharding, row: Mapping[Any, Any], walk: Walk) -> int
             value = values[name]
             if isinstance(value, BindParameter):
                 value = walk.value(value)
-            strategy = sharding.placing.get(name, sharding.strategy)
-            return walk.router.shard(strategy, value)
+            return walk.router.shard(sharding.placing.get(name, sharding.rule), value)
     raise NoShardKeyError(
         f"INSERT without {sharding.key}, the shard key", hint="name it in values()"
     )

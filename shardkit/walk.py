@@ -40,9 +40,12 @@ from sqlalchemy.sql.visitors import ExternallyTraversible
 
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, Sharding, sharding_of
-from shardkit.router import Router, Strategy
+from shardkit.router import Router
+from shardkit.strategies import Rule
 
 __all__ = ["Walk", "base_sharding"]
+
+_ORDERED: Final = {operators.lt, operators.le, operators.gt, operators.ge}
 
 CO_LOCATE: Final = (
     "join on the shard key, or read one table first and pass its values to the other with in_()"
@@ -143,7 +146,7 @@ class Walk:
             self.query(statement, asfrom=True)
 
     def query(
-        self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Strategy] | None = None
+        self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Rule] | None = None
     ) -> None:
         """Walk a SELECT or a union of them.
 
@@ -288,9 +291,7 @@ class Walk:
                 self.join(self.placing(clause.left), self.placing(clause.right))
         self.element(clause)
 
-    def join(
-        self, left: tuple[_Node, Strategy] | None, right: tuple[_Node, Strategy] | None
-    ) -> None:
+    def join(self, left: tuple[_Node, Rule] | None, right: tuple[_Node, Rule] | None) -> None:
         """Join the nodes of two equal columns that place their rows by the same rule."""
         if left and right and left[1] == right[1]:
             left[0].join(right[0])
@@ -324,14 +325,19 @@ class Walk:
             value = value.element
         if not isinstance(value, BindParameter) or not (found := self.placing(column)):
             return {}
-        node, strategy = found
+        node, rule = found
         if clause.operator is operators.eq:
-            return {id(node): (node, frozenset({self.router.shard(strategy, self.value(value))}))}
+            return {id(node): (node, frozenset({self.router.shard(rule, self.value(value))}))}
         if clause.operator is operators.in_op:
-            return {id(node): (node, self.router.shards(strategy, self.value(value)))}
+            return {id(node): (node, self.router.shards(rule, self.value(value)))}
+        if clause.operator in _ORDERED:
+            compared = self.router.shards_compared(
+                rule, clause.operator.__name__, self.value(value)
+            )
+            return {} if compared is None else {id(node): (node, compared)}
         return {}
 
-    def placing(self, element: Any) -> tuple[_Node, Strategy] | None:
+    def placing(self, element: Any) -> tuple[_Node, Rule] | None:
         """Return node and rule of a column that places its row, or None for anything else."""
         frame = None
         while True:
@@ -349,11 +355,11 @@ class Walk:
                 return None
             element = element._proxies[0]
         sharding = base_sharding(table)
-        strategy = sharding.placing.get(element.name) if sharding else None
-        if strategy is None:
+        rule = sharding.placing.get(element.name) if sharding else None
+        if rule is None:
             return None
         node = self.node(table) if frame is None else frame.nodes.get(hash(table))
-        return (node, strategy) if node else None
+        return (node, rule) if node else None
 
     def node(self, table: FromClause) -> _Node | None:
         """Return the node of a table occurrence, or None when it is not sharded."""
