@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -130,6 +130,8 @@ class _Core:
             engine = self._create_engine(endpoint, options)
             event.listen(engine, "connect", _checks_server(self.topology, endpoint))
             event.listen(engine, "checkout", _replace_if_dead)
+            if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
+                engine.dialect.supports_server_side_cursors = False
             self._engines.setdefault(key, engine)
         return self._engines[key]
 
@@ -266,10 +268,16 @@ class AsyncConnections(_Core):
         """Run tasks as greenlets of one event loop."""
 
         async def run() -> list[T | Exception]:
-            outcomes: list[T | Exception] = await asyncio.gather(
-                *(greenlet_spawn(parallel.outcome, task) for task in tasks)
+            # A cancelled gather waits for all its tasks only if it may return exceptions, and no
+            # connection may be let go while its task still ends the conversation.
+            outcomes: Any = await asyncio.gather(
+                *(greenlet_spawn(parallel.outcome, task) for task in tasks),
+                return_exceptions=True,
             )
-            return outcomes
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+                    raise outcome
+            return cast("list[T | Exception]", outcomes)
 
         return await_only(run())
 

@@ -8,6 +8,8 @@ the rows one unsharded server would have given. It refuses whatever it cannot co
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -20,7 +22,6 @@ from sqlalchemy import (
     DateTime,
     Float,
     Integer,
-    Interval,
     Label,
     LargeBinary,
     Numeric,
@@ -28,14 +29,16 @@ from sqlalchemy import (
     Select,
     String,
     Table,
+    TextClause,
     Time,
+    TypeCoerce,
     UnaryExpression,
     Uuid,
 )
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import CollationClause, ColumnElement, Grouping
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, SelectBase
+from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, FromClause, SelectBase
 from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
@@ -46,11 +49,12 @@ from shardkit.statements import Params
 __all__ = ["Plan", "plan"]
 
 _SORT: Final = "shardkit_sort_{}"
+# As many digits as a numeric of PostgreSQL can have; infinities of both signs make NaN there too.
+_EXACT: Final = decimal.Context(prec=150_000, traps=[])
 
-# Collations differ between servers and from Python; these types order alike everywhere.
-_ORDERED_TYPES = (
-    Integer, Numeric, Float, Boolean, Date, DateTime, Time, Interval, Uuid, LargeBinary,
-)  # fmt: skip
+# Collations differ between servers and from Python; these types order alike everywhere. So would
+# intervals, but psycopg makes a year 365 days and PostgreSQL 12 months of 30.
+_ORDERED_TYPES = (Integer, Numeric, Float, Boolean, Date, DateTime, Time, Uuid, LargeBinary)
 # Functions of one row. Any other may be an aggregate, which does not distribute over a union.
 _ROW_FUNCTIONS = frozenset((
     "abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor",
@@ -114,7 +118,11 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     bare, lists = split(statement.order_by(None).limit(None).offset(None), params, router)
     columns = statement._raw_columns
     is_orm = statement._propagate_attrs.get("compile_state_plugin") == "orm"
-    n_columns = len(columns) if is_orm else len(list(statement.selected_columns))
+    n_columns = (
+        sum(_width(column) for column in columns)
+        if is_orm
+        else len(list(statement.selected_columns))
+    )
     aggregates = [_aggregate(column) for column in columns]
     if any(aggregates) or statement._group_by_clauses:
         combine = _grouping(statement, aggregates)
@@ -125,6 +133,7 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     for i, clause in enumerate(statement._order_by_clauses):
         expression, descending, nulls_first = _direction(clause)
         _refuse_unordered(expression)
+        _refuse_beyond_row(expression)
         name = _SORT.format(i)
         branch = branch.add_columns(expression.label(name))
         sort.append(SortKey(i - len(statement._order_by_clauses), descending, nulls_first))
@@ -136,6 +145,12 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
         text += f" LIMIT {limit + (offset or 0)}"
     ordered = _ordering(sort, limit, offset)
     return Plan(branch, text, ordered, n_columns, adds=bool(sort), lists=lists)
+
+
+def _width(column: Any) -> int:
+    """Return how many elements of an ORM row a column becomes; a plain table is many."""
+    is_plain = isinstance(column, FromClause) and "parententity" not in column._annotations
+    return len(column.c) if is_plain else 1
 
 
 # -- what can be merged
@@ -154,12 +169,26 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
         "a statement with prefixes, suffixes or hints over several logical shards": (
             statement._prefixes or statement._suffixes or statement._hints
         ),
-        "a statement with CTEs over several logical shards": statement._independent_ctes,
+        "a statement with extensions over several logical shards": (
+            statement._pre_columns_clause is not None
+            or statement._post_select_clause is not None
+            or statement._post_criteria_clause is not None
+            or statement._post_body_clause is not None
+        ),
     }
     for what, present in reasons.items():
         if present:
             raise _refused(what, "filter on one shard key")
-    sources = [*statement._from_obj, *(join[0] for join in statement._setup_joins)]
+    if any(isinstance(part, CTE) for part in iterate(statement)):
+        raise _refused("a statement with CTEs over several logical shards", "use subquery()")
+    # The target of a join may be a relationship, which is no expression itself.
+    targets = [
+        table
+        for part in (statement, *statement._memoized_select_entities)
+        for join in part._setup_joins
+        for table in join[0]._from_objects
+    ]
+    sources = [*statement._from_obj, *targets]
     for element in [*statement._raw_columns, *sources]:
         for part in () if isinstance(element, Table) else iterate(cast("Any", element)):
             if isinstance(part, CTE) or (
@@ -170,19 +199,28 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
         inner = _unlabelled(column)
         if isinstance(inner, Column | Table) or _is_aggregate(inner):
             continue
-        for part in iterate(inner):
-            if isinstance(part, Over):
-                raise _refused("a window function over several logical shards")
-            if isinstance(part, FunctionElement) and part.name.lower() not in _ROW_FUNCTIONS:
-                raise _refused(
-                    f"{part.name}() over several logical shards",
-                    "count, sum, min and max alone in their column are merged",
-                )
+        _refuse_beyond_row(inner)
+
+
+def _refuse_beyond_row(expression: Any) -> None:
+    """Refuse an expression that may be about more than one row."""
+    for part in iterate(expression):
+        if isinstance(part, Over):
+            raise _refused("a window function over several logical shards")
+        if isinstance(part, FunctionElement) and part.name.lower() not in _ROW_FUNCTIONS:
+            raise _refused(
+                f"{part.name}() over several logical shards",
+                "count, sum, min and max alone in their column are merged",
+            )
+        if isinstance(part, TextClause) or getattr(part, "is_literal", False):
+            raise _refused(f"the SQL text {part} over several logical shards", "name columns")
 
 
 def _refuse_unordered(expression: Any) -> None:
     kind = getattr(expression, "type", None)
-    if isinstance(kind, _ORDERED_TYPES):
+    if isinstance(expression, TypeCoerce):
+        raise _refused(f"ORDER BY {expression}, which only looks like {kind}", "use cast()")
+    if isinstance(kind, _ORDERED_TYPES) and not (isinstance(kind, Time) and kind.timezone):
         return
     if isinstance(kind, String) and _collated_c(expression):
         return
@@ -244,13 +282,19 @@ def _rank(key: SortKey) -> Callable[[Sequence[Any]], tuple[bool, bool, Any]]:
 
     def rank(row: Sequence[Any]) -> tuple[bool, bool, Any]:
         value = row[position]
-        if value is None:
-            return (nulls_high, False, 0)
-        if value != value:  # noqa: PLR0124 - NaN, which PostgreSQL sorts above every number
-            return (not nulls_high, True, 0)
-        return (not nulls_high, False, value)
+        return (nulls_high, False, 0) if value is None else (not nulls_high, *_comparable(value))
 
     return rank
+
+
+def _comparable(value: Any) -> tuple[bool, Any]:
+    """Return what compares, and is equal, as PostgreSQL says of a value that is not NULL."""
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        # Python compares times of one zone by the clock on the wall, which repeats an hour.
+        return (False, value.astimezone(dt.UTC))
+    if value != value:  # noqa: PLR0124 - NaN, which PostgreSQL sorts above every number
+        return (True, 0)
+    return (False, value)
 
 
 def _count(clause: Any, params: Params) -> int | None:
@@ -270,15 +314,16 @@ def _count(clause: Any, params: Params) -> int | None:
 
 def _sum(values: Iterable[Any]) -> Any:
     known = [value for value in values if value is not None]
-    return sum(known[1:], start=known[0]) if known else None
+    with decimal.localcontext(_EXACT):
+        return sum(known[1:], start=known[0]) if known else None
 
 
 def _least(values: Iterable[Any]) -> Any:
-    return min((value for value in values if value is not None), default=None)
+    return min((v for v in values if v is not None), default=None, key=_comparable)
 
 
 def _greatest(values: Iterable[Any]) -> Any:
-    return max((value for value in values if value is not None), default=None)
+    return max((v for v in values if v is not None), default=None, key=_comparable)
 
 
 _COMBINERS: Final = {"count": _sum, "sum": _sum, "min": _least, "max": _greatest}
@@ -308,6 +353,8 @@ def _aggregate(column: Any) -> Callable[[Iterable[Any]], Any] | None:
     if name in ("min", "max"):
         for argument in function.clauses:
             _refuse_unordered(argument)
+    if name == "sum" and not isinstance(function.type, Integer | Numeric):
+        raise _refused(f"sum of type {function.type}", "sum numbers")
     return _COMBINERS[name]
 
 
@@ -322,6 +369,8 @@ def _grouping(
             raise _refused("whole entities beside aggregates", "select their columns")
         if not any(columns[i].compare(clause) for clause in grouped):
             raise _refused(f"column {columns[i]} outside GROUP BY")
+        if not isinstance(columns[i].type, (*_ORDERED_TYPES, String)):
+            raise _refused(f"GROUP BY {columns[i]} of type {columns[i].type}")
     for clause in grouped:
         if not any(clause.compare(columns[i]) for i in keys):
             raise _refused(f"GROUP BY {clause} without selecting it", "add it to the columns")
@@ -329,7 +378,7 @@ def _grouping(
     def combine(rows: list[Sequence[Any]]) -> list[Sequence[Any]]:
         groups: dict[tuple[Any, ...], list[Sequence[Any]]] = {}
         for row in rows:
-            groups.setdefault(tuple(row[i] for i in keys), []).append(row)
+            groups.setdefault(tuple(_comparable(row[i]) for i in keys), []).append(row)
         return [
             tuple(
                 aggregate(row[i] for row in parts) if aggregate else parts[0][i]

@@ -107,7 +107,7 @@ def canonical(value: object) -> bytes:
 def shown(value: object) -> str:
     """Return a value for a message: on one line, printable, and short however long it is."""
     if isinstance(value, str | bytes) and len(value) > 64:
-        return f"{value[:48]!a} and {len(value) - 48} more"
+        return f"{value[:10]!a} and {len(value) - 10} more"
     if isinstance(value, int) and not _LEAST <= value <= _MOST:
         return f"a number of {value.bit_length()} bits"
     text = ascii(value)

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import BinaryExpression, BooleanClauseList, Column, Table
 from sqlalchemy.orm import Mapper, RelationshipProperty
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.selectable import SelectBase
+from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
+from shardkit.walk import expressions_of
 
 __all__ = ["is_colocated", "refuse_joined_loads"]
 
@@ -26,19 +30,38 @@ _JOINED = ("lazy", "joined")
 def is_colocated(relationship: RelationshipProperty[Any]) -> bool:
     """Tell whether the rows a relationship leads to always lie on the shard of its parent."""
     target = relationship.mapper.local_table
-    if isinstance(target, Table) and target.schema == REFERENCE_SCHEMA:
-        return True
     if relationship.secondary is not None:
         return False
-    for local, remote in relationship.local_remote_pairs or ():
+    if isinstance(target, Table) and target.schema == REFERENCE_SCHEMA:
+        return True
+    for condition in _conjuncts(relationship.primaryjoin):
+        if not isinstance(condition, BinaryExpression) or condition.operator is not operators.eq:
+            continue
         rules = []
-        for column in (local, remote):
-            table = column.table
+        for column in (condition.left, condition.right):
+            if not isinstance(column, Column):
+                break
+            table: Any = column.table
             sharding = sharding_of(table) if isinstance(table, Table) else None
             rules.append(sharding.placing.get(column.name) if sharding else None)
-        if rules[0] is not None and rules[0] == rules[1]:
-            return True
+        if len(rules) == 2 and rules[0] is not None and rules[0] == rules[1]:
+            return _reads_one_row_each(relationship)
     return False
+
+
+def _conjuncts(condition: Any) -> Iterator[Any]:
+    """Yield the conditions that a join condition needs all of."""
+    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        for part in condition.clauses:
+            yield from _conjuncts(part)
+    else:
+        yield condition
+
+
+def _reads_one_row_each(relationship: RelationshipProperty[Any]) -> bool:
+    return not expressions_of(relationship.mapper) and not any(
+        isinstance(part, SelectBase) for part in iterate(relationship.primaryjoin)
+    )
 
 
 def refuse_joined_loads(statement: Any, mapper: Mapper[Any] | None, *, several: bool) -> None:
@@ -53,7 +76,8 @@ def refuse_joined_loads(statement: Any, mapper: Mapper[Any] | None, *, several: 
     Raises:
         UnsupportedStatementError: it has one; the message names the relationship.
     """
-    joined = [*_by_default(mapper)] if mapper is not None else []
+    joined = [r for root in _mappers(statement, mapper) for r in _default_joins(root)]
+    otherwise = set()
     for option in statement._with_options:
         for element in getattr(option, "context", ()):
             if _JOINED in (element.strategy or ()):
@@ -62,8 +86,12 @@ def refuse_joined_loads(statement: Any, mapper: Mapper[Any] | None, *, several: 
                     raise UnsupportedStatementError(
                         "joinedload('*') may cross logical shards", hint="name the relationships"
                     )
-                joined.append(path[-1])
+                joined += [path[-1], *_default_joins(path[-1].mapper)]
+            elif element.strategy and len(element.path.natural_path) == 2:
+                otherwise.add(element.path.natural_path[-1])
     for relationship in joined:
+        if relationship in otherwise:
+            continue
         if several or not is_colocated(relationship):
             raise UnsupportedStatementError(
                 f"a joined load of {relationship} cannot be answered exactly",
@@ -71,10 +99,23 @@ def refuse_joined_loads(statement: Any, mapper: Mapper[Any] | None, *, several: 
             )
 
 
+def _mappers(statement: Any, first: Mapper[Any] | None) -> set[Mapper[Any]]:
+    found = {
+        entity.mapper
+        for column in getattr(statement, "_raw_columns", ())
+        if (entity := column._annotations.get("parententity")) is not None
+    }
+    return found if first is None else found | {first}
+
+
 @lru_cache(maxsize=4096)
 def _default_joins(mapper: Mapper[Any]) -> tuple[RelationshipProperty[Any], ...]:
-    return tuple(r for r in mapper.relationships if r.lazy in ("joined", False))
-
-
-def _by_default(mapper: Mapper[Any]) -> Iterator[RelationshipProperty[Any]]:
-    yield from _default_joins(mapper)
+    """Return what an entity joins unasked, and what that joins in turn."""
+    found: dict[RelationshipProperty[Any], None] = {}
+    mappers = [mapper]
+    while mappers:
+        for relationship in mappers.pop().relationships:
+            if relationship.lazy in ("joined", False) and relationship not in found:
+                found[relationship] = None
+                mappers.append(relationship.mapper)
+    return tuple(found)

@@ -140,7 +140,8 @@ def _task(
     connection: Connection, statement: Any, params: Any, scatter: Scatter, options: Any
 ) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
     def task() -> tuple[CursorResult[Any], Sequence[Any]]:
-        here = {**options, _OPTION: scatter}
+        # Every row is fetched for the merge, so a cursor of the server is of no use.
+        here = {**options, _OPTION: scatter, "stream_results": False}
         result = connection.execute(statement, params or {}, execution_options=here)
         return result, cast("Any", result.cursor).fetchall()
 

@@ -15,7 +15,8 @@ from sqlalchemy import Connection, Engine, event, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapper, ORMExecuteState, Session, UOWTransaction
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, UOWTransaction
+from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import gather, scatter
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
@@ -27,6 +28,7 @@ from shardkit.errors import (
     OutcomeUnknownError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
+    ShardKeyChangeError,
     UnavailableError,
     UnsupportedStatementError,
 )
@@ -37,6 +39,7 @@ from shardkit.replicas import physical_of_token, token_of
 from shardkit.router import Route
 from shardkit.statements import AllShards, Params, shards_of
 from shardkit.topology import Endpoint, Role
+from shardkit.walk import expressions_of
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession", "ReadSession", "WriteSession"]
 
@@ -95,9 +98,11 @@ class ReadSession(Session):
         if sharding is not None:
             identity = _identity(mapper, ident)
             shard = sharding.shard_of_identity(self._cluster.router, identity)
-            options["bind_arguments"] = {
-                **(options.get("bind_arguments") or {}), "logical_shard": shard,
-            }  # fmt: skip
+            # Expressions that the class loads may read other rows: its statement is looked into.
+            if not expressions_of(mapper):
+                options["bind_arguments"] = {
+                    **(options.get("bind_arguments") or {}), "logical_shard": shard,
+                }  # fmt: skip
         return super().get(entity, ident, **options)
 
     def route(self, statement: Any, params: Params = None) -> Route:
@@ -160,6 +165,8 @@ class ReadSession(Session):
         elif getattr(state.statement, "_for_update_arg", None) is not None:
             self._writable()
         if "logical_shard" in state.bind_arguments:
+            if state.is_select and state.is_orm_statement:
+                refuse_joined_loads(state.statement, state.bind_mapper, several=False)
             return None
         shards = self._route(state.statement, state.parameters)
         if state.is_select and state.is_orm_statement:
@@ -349,9 +356,6 @@ class WriteSession(ReadSession):
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
             raise
-        if self._written:
-            self.token = token_of(self._written)
-        self._ended()
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -395,10 +399,26 @@ class WriteSession(ReadSession):
                     hint="reference tables cannot be written through a session yet",
                 )
             self._note_written((shard,))
+        # A relationship may have filled the key in after the unit of work was checked.
+        state = instance_state(instance)
+        sharding = sharding_of_mapper(state.mapper)
+        key = None if sharding is None else state.dict.get(sharding.key)
+        if sharding is not None and key is not None:
+            named = self._cluster.router.shard(sharding.rule, key)
+            if named != shard:
+                raise ShardKeyChangeError(
+                    f"a relationship set {state.mapper.class_.__name__}.{sharding.key}, "
+                    f"which names logical shard {named}",
+                    logical_shard=shard,
+                )
         return self._connection_to(shard)
 
     def _run(self, state: ORMExecuteState) -> Any:
         result = super()._run(state)
+        if state.is_insert and state.is_orm_statement and isinstance(state.parameters, list):
+            raise UnsupportedStatementError(
+                "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
+            )
         if result is None and not state.is_select:
             self._note_written((state.bind_arguments["logical_shard"],))
         return result
@@ -460,6 +480,21 @@ def _on_execute(state: ORMExecuteState) -> Any:
 def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None:
     assert isinstance(session, WriteSession)
     session._prepare_flush()
+
+
+@event.listens_for(WriteSession, "after_commit")
+def _on_commit(session: Session) -> None:
+    """Make the token, also where `with session.begin()` commits and `commit` is not called."""
+    assert isinstance(session, WriteSession)
+    if session._written and not session.in_nested_transaction():
+        session.token = token_of(session._written)
+
+
+@event.listens_for(WriteSession, "after_transaction_end")
+def _on_end(session: Session, transaction: SessionTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    if transaction.parent is None:
+        session._ended()
 
 
 class AsyncReadSession(AsyncSession):

@@ -7,13 +7,16 @@ expression tree and the bound values and never compiles or runs anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import BindParameter, Insert, TextClause, Update, select
-from sqlalchemy.orm import UserDefinedOption
+from sqlalchemy.orm import LoaderCriteriaOption, UserDefinedOption
+from sqlalchemy.sql.selectable import SelectBase
+from sqlalchemy.sql.visitors import ExternallyTraversible, iterate
 
 from shardkit.errors import (
+    InvalidShardKeyError,
     NoShardKeyError,
     ShardKeyChangeError,
     UnsupportedStatementError,
@@ -70,7 +73,11 @@ def shards_of(statement: Any, params: Params, router: Router) -> frozenset[int] 
     if isinstance(statement, Insert):
         return _shards_of_insert(statement, params, walk)
     if isinstance(statement, Update):
-        _refuse_key_change(statement)
+        names: set[Any] = {getattr(column, "name", column) for column in statement._values or {}}
+        for row in params if isinstance(params, Sequence) else [params or {}]:
+            names.update(row)
+        _refuse_key_change(statement, names)
+    _refuse_hidden_subqueries(statement)
     walk.statement(statement)
     return walk.answer()
 
@@ -84,13 +91,18 @@ def _shards_of_insert(statement: Insert, params: Params, walk: Walk) -> frozense
         raise UnsupportedStatementError(
             "INSERT from SELECT is not routed", hint="read the rows, then session.add_all()"
         )
-    rows: list[Mapping[Any, Any]]
+    _refuse_subqueries_of_insert(statement)
+    conflict: Any = statement._post_values_clause
+    _refuse_key_change(
+        statement,
+        {getattr(c, "name", c) for c in getattr(conflict, "update_values_to_set", None) or ()},
+    )
+    given: Any = [row for rows in statement._multi_values for row in rows]
+    given = given or [statement._values or {}]
     if isinstance(params, Sequence):
-        rows = list(params)
+        rows = [{**_by_name(given[0]), **row} for row in params]
     else:
-        multi = [row for rows in statement._multi_values for row in rows]
-        given = cast("list[Mapping[Any, Any]]", multi or [statement._values or {}])
-        rows = [{**row, **(params or {})} for row in given]
+        rows = [{**_by_name(row), **(params or {})} for row in given]
     shards = frozenset(_shard_of_row(sharding, row, walk) for row in rows)
     if len(shards) > 1:
         raise UnsupportedStatementError(
@@ -99,24 +111,66 @@ def _shards_of_insert(statement: Insert, params: Params, walk: Walk) -> frozense
     return shards
 
 
-def _shard_of_row(sharding: Sharding, row: Mapping[Any, Any], walk: Walk) -> int:
-    values = {getattr(name, "key", name): value for name, value in row.items()}
-    for name in (sharding.key, *sharding.placing):
-        if name in values:
-            value = values[name]
+def _by_name(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {getattr(name, "key", name): value for name, value in row.items()}
+
+
+def _shard_of_row(sharding: Sharding, row: Mapping[str, Any], walk: Walk) -> int:
+    shards = set()
+    for name in {sharding.key: None, **sharding.placing}:
+        if name in row:
+            value = row[name]
             if isinstance(value, BindParameter):
                 value = walk.value(value)
-            return walk.router.shard(sharding.placing.get(name, sharding.rule), value)
-    raise NoShardKeyError(
-        f"INSERT without {sharding.key}, the shard key", hint="name it in values()"
-    )
+            shards.add(walk.router.shard(sharding.placing.get(name, sharding.rule), value))
+    if not shards:
+        raise NoShardKeyError(
+            f"INSERT without {sharding.key}, the shard key", hint="name it in values()"
+        )
+    if len(shards) > 1:
+        raise InvalidShardKeyError(
+            f"INSERT of an id that carries another logical shard than {sharding.key} names",
+            hint="use session.add(), which mints the id",
+        )
+    return shards.pop()
 
 
-def _refuse_key_change(statement: Update) -> None:
+def _refuse_key_change(statement: Update | Insert, names: Iterable[str]) -> None:
     sharding = base_sharding(statement.table)
     if sharding is None:
         return
-    for column in statement._values or {}:
-        name = getattr(column, "name", column)
+    for name in names:
         if name in sharding.placing or name == sharding.key:
             raise ShardKeyChangeError(f"{name} places its row and cannot be set")
+
+
+def _refuse_subqueries_of_insert(statement: Insert) -> None:
+    """Refuse what an INSERT would read of other tables."""
+    multi: list[Any] = [row for rows in statement._multi_values for row in rows]
+    rows: list[Mapping[Any, Any]] = [statement._values or {}, *multi]
+    parts = [value for row in rows for value in row.values()]
+    parts += [*statement._returning, statement._post_values_clause]
+    conflict: Any = statement._post_values_clause
+    parts += [*(getattr(conflict, "update_values_to_set", None) or {}).values()]
+    parts.append(getattr(conflict, "update_whereclause", None))
+    if statement._independent_ctes or any(_has_subquery(part) for part in parts):
+        raise UnsupportedStatementError(
+            "a subquery in an INSERT is not routed", hint="read its value first"
+        )
+
+
+def _refuse_hidden_subqueries(statement: Any) -> None:
+    for option in statement._with_options:
+        if isinstance(option, LoaderCriteriaOption):
+            criteria = getattr(option.where_criteria, "_resolved", option.where_criteria)  # lambda
+            if _has_subquery(criteria):
+                raise UnsupportedStatementError(
+                    "with_loader_criteria() with a subquery is not routed",
+                    hint="write the condition into the statement",
+                )
+
+
+def _has_subquery(element: Any) -> bool:
+    return isinstance(element, ExternallyTraversible) and any(
+        isinstance(part, SelectBase) for part in iterate(element)
+    )

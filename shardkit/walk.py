@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -23,27 +24,32 @@ from sqlalchemy import (
     CompoundSelect,
     Delete,
     Label,
+    Over,
     Select,
     Table,
     Update,
 )
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import ColumnElement, Grouping
+from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Grouping
 from sqlalchemy.sql.selectable import (
     AliasedReturnsRows,
     FromClause,
+    FromGrouping,
     Join,
     Lateral,
     SelectBase,
 )
-from sqlalchemy.sql.visitors import ExternallyTraversible
+from sqlalchemy.sql.visitors import ExternallyTraversible, iterate
 
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, Sharding, sharding_of
 from shardkit.router import Router
 from shardkit.strategies import Rule
 
-__all__ = ["Walk", "base_sharding"]
+__all__ = ["Walk", "base_sharding", "expressions_of"]
 
 _ORDERED: Final = {operators.lt, operators.le, operators.gt, operators.ge}
 
@@ -53,13 +59,21 @@ CO_LOCATE: Final = (
 
 
 class _Node:
-    """One occurrence of a sharded table in a statement."""
+    """One occurrence of a sharded table in a statement.
 
-    __slots__ = ("confined", "depth", "group", "name")
+    Attributes:
+        depth: number of queries around it, its own included.
+        order: position among the nodes of the walk; the root of a group is its oldest node, and
+            those of an outer query are older.
+        confined: for the root, the logical shards that the group's rows can lie on.
+    """
 
-    def __init__(self, name: str, depth: int) -> None:
+    __slots__ = ("confined", "depth", "group", "name", "order")
+
+    def __init__(self, name: str, depth: int, order: int) -> None:
         self.name = name
         self.depth = depth
+        self.order = order
         self.confined: frozenset[int] | None = None
         self.group: _Node = self
 
@@ -69,15 +83,6 @@ class _Node:
             node = node.group
         return node
 
-    def join(self, other: _Node) -> None:
-        a, b = self.root(), other.root()
-        if a is not b:
-            # The root of a group is of its outermost query, whose values count.
-            deep, shallow = (a, b) if a.depth > b.depth else (b, a)
-            if deep.depth == shallow.depth:
-                shallow.confine(deep.confined)
-            deep.group = shallow
-
     def confine(self, shards: frozenset[int] | None) -> None:
         if shards is not None:
             self.confined = shards if self.confined is None else self.confined & shards
@@ -85,10 +90,33 @@ class _Node:
 
 @dataclass(slots=True)
 class _Frame:
-    """The tables that one SELECT, UPDATE or DELETE reads rows of, by identity."""
+    """One SELECT, UPDATE or DELETE: the tables it reads rows of, by identity.
 
-    nodes: dict[int, _Node] = field(default_factory=dict)
+    Attributes:
+        first: order of its first node; older ones belong to the queries around it.
+        froms: what stands in its FROM.
+        known: everything in its FROM, down to the sides of joins.
+        nodes: the sharded tables among those.
+        derived: the frames of the subqueries among those; None for one that is no SELECT.
+        row_by_row: whether each of its rows is made of rows of its WHERE alone, so that those of
+            one shard can be told without the others.
+    """
+
+    first: int
+    froms: list[Any] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
+    nodes: dict[int, _Node] = field(default_factory=dict)
+    derived: dict[int, _Frame | None] = field(default_factory=dict)
+    row_by_row: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Outer:
+    """The sides of an outer join whose ON clause is being read: rows appear without it."""
+
+    left: set[_Node]
+    right: set[_Node]
+    full: bool
 
 
 class Walk:
@@ -104,11 +132,22 @@ class Walk:
         self.params = params
         self.frames: list[_Frame] = []
         self.nodes: list[_Node] = []
-        self.subqueries: dict[int, _Frame] = {}
         self.n_reference = 0
+        # Whether each row of the outermost query shows a row of a sharded table. Other rows are
+        # found on every shard.
+        self.is_anchored = True
 
     def answer(self) -> frozenset[int] | None:
         """Return the logical shards of what was walked; see `shardkit.statements.shards_of`."""
+        shards = self._shards()
+        if not self.is_anchored and (shards is None or len(shards) > 1):
+            raise UnsupportedStatementError(
+                "rows without one of a sharded table would be found on every logical shard",
+                hint="start from a sharded table, or filter on one shard key",
+            )
+        return shards
+
+    def _shards(self) -> frozenset[int] | None:
         groups = {id(node.root()): node.root() for node in self.nodes}
         if not groups:
             if self.n_reference:
@@ -134,16 +173,26 @@ class Walk:
 
     def statement(self, statement: Any) -> None:
         """Walk a SELECT, UPDATE or DELETE."""
-        if isinstance(statement, Update | Delete):
-            self.frames.append(_Frame())
-            self.element(statement.table)
-            for clause in statement._where_criteria:
-                self.criterion(clause)
-            if isinstance(statement, Update):
-                self.elements((statement._values or {}).values())
-            self.frames.pop()
-        else:
+        if not isinstance(statement, Update | Delete):
             self.query(statement, asfrom=True)
+            return
+        _refuse_ctes(statement)
+        values = [*(statement._values or {}).values()] if isinstance(statement, Update) else []
+        extra = getattr(statement, "_extra_froms", ())  # DELETE has USING
+        froms = {
+            hash(table): table
+            for element in (
+                statement.table, *extra, *statement._where_criteria, *values
+            )
+            for table in getattr(element, "_from_objects", ())
+        }  # fmt: skip
+        frame = self._open(_surface(froms))
+        self.frames.append(frame)
+        self.sources(frame)
+        for clause in statement._where_criteria:
+            self.criterion(clause)
+        self.elements((*values, *statement._returning))
+        self.frames.pop()
 
     def query(
         self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Rule] | None = None
@@ -156,14 +205,12 @@ class Walk:
             equal_to: column that its only column is compared with by IN.
         """
         if isinstance(query, CompoundSelect):
+            _refuse_ctes(query)
             for part in query.selects:
                 self.query(part.element if isinstance(part, Grouping) else part, asfrom=asfrom)
         elif isinstance(query, Select):
-            self.frames.append(self._frame(query, asfrom=asfrom))
-            if equal_to is not None:
-                self.join(equal_to, self.placing(query._raw_columns[0]))
-            self.select(query)
-            self.frames.pop()
+            frame = self._frame(query, asfrom=asfrom)
+            self.select(query, frame, equal_to=equal_to)
         elif isinstance(query, SelectBase):
             inner = getattr(query, "element", None)
             if inner is None:
@@ -174,112 +221,180 @@ class Walk:
         else:
             raise NoShardKeyError(f"{type(query).__name__} is not routed")
 
-    def select(self, select: Select[Any]) -> None:
-        """Walk a SELECT whose frame is open."""
-        froms: Iterable[Any] = select._from_obj
-        if select._setup_joins:
-            # The ORM knows how relationships join; let it spell the ON clauses out.
-            froms = select.get_final_froms()
-        self.elements(froms)
+    def select(
+        self,
+        select: Select[Any],
+        frame: _Frame,
+        *,
+        equal_to: tuple[_Node, Rule] | None = None,
+    ) -> None:
+        """Walk a SELECT in its frame."""
+        _refuse_ctes(select)
+        outermost = not self.frames
+        self.frames.append(frame)
+        self.sources(frame)
+        if outermost:
+            self.is_anchored = any(self._has_sharded_rows(source) for source in frame.froms)
+        if equal_to is not None:
+            self.join(equal_to, self.placing(select._raw_columns[0]))
         self.elements(select._raw_columns)
+        for column in select._raw_columns:
+            self.elements(_mapped_expressions(column))
         for clause in select._where_criteria:
             self.criterion(clause)
         self.elements(select._having_criteria)
         self.elements(select._order_by_clauses)
         self.elements(select._group_by_clauses)
+        self.elements(select._distinct_on)
+        self.elements(clause for clause in _extensions(select) if clause is not None)
+        self.frames.pop()
 
-    def _frame(self, select: Select[Any], *, asfrom: bool) -> _Frame:
+    # -- FROM
+
+    def _frame(self, select: Select[Any], *, asfrom: bool, lateral: bool = False) -> _Frame:
         """Return the frame of a SELECT with the tables of its own FROM list.
 
-        A table that an enclosing query has too is that query's where SQLAlchemy correlates, and
-        a second occurrence where it does not. Source: `Select.correlate` in SQLAlchemy's manual.
+        What an enclosing query has in its FROM too is that query's where SQLAlchemy correlates,
+        and a second occurrence where it does not: inside a join, for one. Source:
+        `SelectState._correlate_froms` in SQLAlchemy.
         """
-        found = [
-            table
-            for element in (*select._from_obj, *select._raw_columns, *select._where_criteria)
-            for table in element._from_objects
-        ]
-        found += [table for target, *_ in select._setup_joins for table in target._from_objects]
-        around = set() if asfrom or not self.frames else self.frames[-1].known
-        everywhere = {key for frame in self.frames for key in frame.known}
-        keys = {hash(table) for table in found}
+        froms = _froms(select)
+        keys = {hash(source) for source in froms}
+        around = self.frames[-1].known if self.frames and (lateral or not asfrom) else set()
+        reach = self.frames if lateral or not asfrom else self.frames[:-1]
+        everywhere = {key for frame in reach for key in frame.known}
         if select._correlate:
-            correlated = keys & everywhere & {hash(table) for table in select._correlate}
-        elif select._correlate_except is not None:
-            correlated = keys & everywhere - {hash(table) for table in select._correlate_except}
-        else:
-            correlated = keys & around if select._auto_correlate and keys - around else set()
-        frame = _Frame()
+            keys -= everywhere & {hash(table) for table in select._correlate}
+        if select._correlate_except is not None:
+            keys -= everywhere - {hash(table) for table in select._correlate_except}
+        if select._auto_correlate and len(keys) > 1:
+            keys -= around
+        frame = self._open([source for source in froms if hash(source) in keys])
+        frame.row_by_row = _is_row_by_row(select)
+        return frame
+
+    def _open(self, froms: list[Any]) -> _Frame:
+        """Return a frame over a FROM list, with the nodes of its tables."""
+        frame = _Frame(len(self.nodes), froms)
+        remaining = list(froms)
         self.frames.append(frame)
-        for table in found:
-            if hash(table) not in correlated:
-                frame.known.add(hash(table))
-                if _base_table(table) is not None:
-                    self._note(frame, table)
+        while remaining:
+            source = _ungrouped(remaining.pop(0))
+            frame.known.add(hash(source))
+            if isinstance(source, Join):
+                remaining += [source.left, source.right]
+            elif _base_table(source) is not None:
+                self._note(frame, source)
         self.frames.pop()
         return frame
+
+    def sources(self, frame: _Frame) -> None:
+        """Walk what stands in the FROM of the current frame."""
+        for source in frame.froms:
+            self.source(source, frame)
+
+    def source(self, source: Any, frame: _Frame, *, nullable: bool = False) -> set[_Node]:
+        """Walk one source of rows and return its nodes.
+
+        Args:
+            source: a table, subquery or join.
+            frame: the current frame.
+            nullable: whether an outer join around it can show rows without one of it.
+        """
+        source = _ungrouped(source)
+        if isinstance(source, Join):
+            outer = source.isouter or source.full
+            left = self.source(source.left, frame, nullable=nullable or source.full)
+            right = self.source(source.right, frame, nullable=nullable or outer)
+            if source.onclause is not None:
+                self.criterion(
+                    source.onclause,
+                    confines=not (nullable or outer),
+                    outer=_Outer(left, right, source.full) if outer else None,
+                )
+            return left | right
+        if _base_table(source) is not None:
+            node = frame.nodes.get(hash(source))
+            return set() if node is None else {node}
+        before = len(self.nodes)
+        self._derive(source, frame)
+        return set(self.nodes[before:])
+
+    def _derive(self, source: Any, frame: _Frame) -> None:
+        """Walk a subquery in FROM, or any other source that is no table, once for its frame."""
+        key = hash(source)
+        if key in frame.derived:
+            return
+        frame.derived[key] = None
+        if getattr(source, "recursive", False):
+            raise UnsupportedStatementError("a recursive CTE is not routed", hint=CO_LOCATE)
+        inner = source
+        while isinstance(inner, AliasedReturnsRows):
+            inner = inner.element
+        lateral = isinstance(source, Lateral)
+        if isinstance(inner, UpdateBase):
+            raise UnsupportedStatementError(f"{type(inner).__name__} inside a statement")
+        if isinstance(inner, Select):
+            frame.derived[key] = found = self._frame(inner, asfrom=True, lateral=lateral)
+            self.select(inner, found)
+        elif isinstance(inner, SelectBase):
+            self.query(inner, asfrom=not lateral)
+        elif isinstance(inner, ExternallyTraversible):
+            self.elements(inner.get_children())
+
+    def _has_sharded_rows(self, source: Any) -> bool:
+        """Tell whether every row of a source shows a row of a sharded table."""
+        source = _ungrouped(source)
+        if isinstance(source, Join):
+            left = self._has_sharded_rows(source.left)
+            if source.isouter and not source.full:
+                return left
+            right = self._has_sharded_rows(source.right)
+            return (left and right) if source.full else (left or right)
+        return base_sharding(source) is not None
 
     # -- expressions
 
     def elements(self, elements: Iterable[Any]) -> None:
-        """Note the tables of several expressions."""
+        """Walk the subqueries in several expressions."""
         for element in elements:
             self.element(element)
 
     def element(self, element: Any) -> None:
-        """Note the tables of any expression, and walk the subqueries in it."""
-        if isinstance(element, Column):
+        """Walk the subqueries in any expression."""
+        if isinstance(element, ColumnClause):
             if element.table is not None:
                 self.node(element.table)
-        elif isinstance(element, Table):
-            self.node(element)
         elif isinstance(element, Join):
-            self.element(element.left)
-            self.element(element.right)
-            if element.onclause is not None:
-                self.criterion(element.onclause, outer=element.isouter or element.full)
+            self.source(element, self.frames[-1])
         elif isinstance(element, SelectBase):
             self.query(element, asfrom=False)
-        elif isinstance(element, AliasedReturnsRows):
-            if _base_table(element) is not None:
-                self.node(element)
-            elif isinstance(element.element, SelectBase) and not self._seen(element):
-                self.query(element.element, asfrom=not isinstance(element, Lateral))
+        elif isinstance(element, Table | AliasedReturnsRows):
+            self.node(element)
+        elif isinstance(element, UpdateBase):
+            raise UnsupportedStatementError(f"{type(element).__name__} inside a statement")
         elif isinstance(element, ExternallyTraversible):
             self.elements(element.get_children())
 
-    def _seen(self, subquery: AliasedReturnsRows) -> bool:
-        """Tell whether a subquery in FROM was walked; else open its frame to its columns."""
-        if hash(subquery) in self.subqueries:
-            return True
-        inner = subquery.element
-        if isinstance(inner, Select):
-            frame = self._frame(inner, asfrom=not isinstance(subquery, Lateral))
-            self.subqueries[hash(subquery)] = frame
-            self.frames.append(frame)
-            self.select(inner)
-            self.frames.pop()
-            return True
-        return False
-
-    def criterion(self, clause: Any, *, outer: bool = False) -> None:
+    def criterion(self, clause: Any, *, confines: bool = True, outer: _Outer | None = None) -> None:
         """Read one condition that every row of the query meets.
 
         Args:
             clause: the condition.
-            outer: whether it is the ON clause of an outer join, whose values confine nothing.
+            confines: whether the rows of its tables cannot appear without it.
+            outer: the outer join it is the ON clause of.
         """
         if isinstance(clause, Grouping):
-            self.criterion(clause.element, outer=outer)
+            self.criterion(clause.element, confines=confines, outer=outer)
             return
         if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
             for part in clause.clauses:
-                self.criterion(part, outer=outer)
+                self.criterion(part, confines=confines, outer=outer)
             return
-        if not outer:
+        if confines:
             for node, shards in self.confining(clause).values():
                 # A value of a subquery says nothing about the rows of the query around it.
-                if node.root().depth == len(self.frames):
+                if node.root().order >= self.frames[-1].first:
                     node.root().confine(shards)
         if isinstance(clause, BinaryExpression):
             inner = _plain_select(clause.right) if clause.operator is operators.in_op else None
@@ -288,13 +403,41 @@ class Walk:
                 self.query(inner, asfrom=False, equal_to=self.placing(clause.left))
                 return
             if clause.operator is operators.eq:
-                self.join(self.placing(clause.left), self.placing(clause.right))
+                self.join(self.placing(clause.left), self.placing(clause.right), outer)
         self.element(clause)
 
-    def join(self, left: tuple[_Node, Rule] | None, right: tuple[_Node, Rule] | None) -> None:
+    def join(
+        self,
+        left: tuple[_Node, Rule] | None,
+        right: tuple[_Node, Rule] | None,
+        outer: _Outer | None = None,
+    ) -> None:
         """Join the nodes of two equal columns that place their rows by the same rule."""
-        if left and right and left[1] == right[1]:
-            left[0].join(right[0])
+        if not left or not right or left[1] != right[1]:
+            return
+        older, newer = sorted((left[0].root(), right[0].root()), key=lambda node: node.order)
+        # Two groups that have rows without this condition do not lie together because of it.
+        if older is newer or newer.order < self.frames[-1].first:
+            return
+        if outer is not None and not self._meet(older, newer, outer):
+            return
+        if older.order >= self.frames[-1].first:
+            here = len(self.frames)
+            if newer.depth == here:
+                older.confine(newer.confined)
+            elif older.depth > here:  # both of subqueries in FROM
+                both = older.confined is not None and newer.confined is not None
+                either = (older.confined or frozenset()) | (newer.confined or frozenset())
+                older.confined = either if both else None
+        newer.group = older
+
+    def _meet(self, a: _Node, b: _Node, outer: _Outer) -> bool:
+        """Tell whether the ON clause of an outer join may join two groups."""
+        if outer.full:
+            sides = [{node.root() for node in side} for side in (outer.left, outer.right)]
+            return sides in ([{a}, {b}], [{b}, {a}])
+        others = {node.root() for node in self.nodes if node not in outer.right}
+        return a not in others or b not in others
 
     def confining(self, clause: Any) -> dict[int, tuple[_Node, frozenset[int]]]:
         """Return what a condition confines: node and shards, by identity of the node."""
@@ -339,7 +482,7 @@ class Walk:
 
     def placing(self, element: Any) -> tuple[_Node, Rule] | None:
         """Return node and rule of a column that places its row, or None for anything else."""
-        frame = None
+        frame: _Frame | None = None
         while True:
             while isinstance(element, Label | Grouping):
                 element = element.element
@@ -350,10 +493,16 @@ class Walk:
                 break
             # A column of a subquery in FROM is the column it passes on.
             self.element(table)
-            frame = self.subqueries.get(hash(table))
-            if frame is None or len(element._proxies) != 1:
+            key = hash(table)
+            frames = self.frames if frame is None else [frame]
+            frame = next((f.derived.get(key) for f in reversed(frames) if key in f.known), None)
+            if frame is None or not frame.row_by_row:
                 return None
-            element = element._proxies[0]
+            while isinstance(table, AliasedReturnsRows):
+                if len(element._proxies) != 1:
+                    return None
+                element = element._proxies[0]
+                table = table.element
         sharding = base_sharding(table)
         rule = sharding.placing.get(element.name) if sharding else None
         if rule is None:
@@ -367,11 +516,12 @@ class Walk:
         for frame in reversed(self.frames):
             if key in frame.known:
                 return frame.nodes.get(key)
-        if _base_table(table) is None:
-            self.element(table)
-            return None
-        self.frames[-1].known.add(key)
-        return self._note(self.frames[-1], table)
+        frame = self.frames[-1]
+        frame.known.add(key)
+        if _base_table(table) is not None:
+            return self._note(frame, table)
+        self._derive(table, frame)
+        return None
 
     def _note(self, frame: _Frame, table: FromClause) -> _Node | None:
         base = _base_table(table)
@@ -385,7 +535,8 @@ class Walk:
             self.n_reference += 1
             return None
         if hash(table) not in frame.nodes:
-            node = frame.nodes[hash(table)] = _Node(base.name, len(self.frames))
+            node = _Node(base.name, len(self.frames), len(self.nodes))
+            frame.nodes[hash(table)] = node
             self.nodes.append(node)
         return frame.nodes[hash(table)]
 
@@ -416,10 +567,101 @@ def _plain_select(element: Any) -> Select[Any] | None:
     if (
         isinstance(element, Select)
         and len(element._raw_columns) == 1
-        and element._limit_clause is None
-        and element._offset_clause is None
-        and element._fetch_clause is None
         and not element._group_by_clauses
+        and _is_row_by_row(element)
     ):
         return element
     return None
+
+
+def _is_row_by_row(select: Select[Any]) -> bool:
+    """Tell whether a SELECT makes each row without looking at rows of other shards.
+
+    GROUP BY does: a column that places is in it, or is decided by a primary key that is.
+    """
+    return (
+        select._limit_clause is None
+        and select._offset_clause is None
+        and select._fetch_clause is None
+        and not select._distinct_on
+        and not any(clause is not None for clause in _extensions(select))
+        and not any(
+            isinstance(part, Over)
+            for column in select._raw_columns
+            if isinstance(column, ColumnElement)
+            for part in iterate(column)
+        )
+    )
+
+
+def _extensions(select: Select[Any]) -> tuple[Any, ...]:
+    """Return what dialects and users put into a SELECT; DISTINCT ON, for one."""
+    return (
+        select._pre_columns_clause,
+        select._post_select_clause,
+        select._post_criteria_clause,
+        select._post_body_clause,
+    )
+
+
+def _refuse_ctes(statement: Any) -> None:
+    if statement._independent_ctes:
+        raise UnsupportedStatementError(
+            "a CTE beside the statement is not routed", hint="select from it, or run it by itself"
+        )
+
+
+def _froms(select: Select[Any]) -> list[Any]:
+    """Return the FROM list of a SELECT as if nothing were correlated."""
+    if select._setup_joins or select._memoized_select_entities:  # before with_only_columns()
+        # SQLAlchemy knows how relationships join; let it spell the ON clauses out.
+        try:
+            return list(select.get_final_froms())
+        except InvalidRequestError as error:  # it looked at a subquery without what is around it
+            raise UnsupportedStatementError(
+                "the joins of a subquery cannot be told", hint="join with select_from()"
+            ) from error
+    return _surface(
+        {
+            hash(table): table
+            for element in (*select._from_obj, *select._raw_columns, *select._where_criteria)
+            for table in element._from_objects
+        }
+    )
+
+
+def _surface(froms: Mapping[int, Any]) -> list[Any]:
+    """Return sources of rows without those that stand inside joins among them."""
+    inside = {
+        hash(table)
+        for source in froms.values()
+        if isinstance(source, Join)
+        for table in source._from_objects
+        if table is not source
+    }
+    return [source for key, source in froms.items() if key not in inside]
+
+
+def _ungrouped(source: Any) -> Any:
+    while isinstance(source, FromGrouping):
+        source = source.element
+    return source
+
+
+def _mapped_expressions(column: Any) -> Iterable[Any]:
+    """Return what an entity in the columns loads beside its table's columns."""
+    entity: Any = column._annotations.get("parententity")
+    if entity is None or not isinstance(column, FromClause):
+        return []
+    names = expressions_of(entity.mapper)
+    return [getattr(entity.entity, name).__clause_element__() for name in names]
+
+
+@lru_cache(maxsize=4096)
+def expressions_of(mapper: Mapper[Any]) -> tuple[str, ...]:
+    """Return the attributes of a class that are expressions instead of columns."""
+    return tuple(
+        attribute.key
+        for attribute in mapper.column_attrs
+        if not isinstance(attribute.columns[0], Column)
+    )

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
 import itertools
+import math
+import zoneinfo
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import distinct, func, select
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Float,
+    Integer,
+    Interval,
+    Numeric,
+    cast,
+    distinct,
+    func,
+    literal_column,
+    select,
+    type_coerce,
+)
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from shardkit import gather
 from shardkit.errors import UnsupportedStatementError
 from shardkit.ids import compose
 from shardkit.router import Router
-from tests.models import Photo, User
+from tests.models import Like, Photo, User
 
 ROUTER = Router(64)
 
@@ -23,6 +41,8 @@ def plan(statement: Any, params: Any) -> gather.Plan:
     return gather.plan(statement, params, ROUTER)
 
 
+likes = select(Like.photo_id).cte()
+tags = cast(Photo.caption, JSON)
 per_owner = select(Photo.owner_id).subquery()
 
 REFUSED: list[tuple[str, Any, str]] = [
@@ -41,6 +61,14 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("group by unselected", select(func.count()).group_by(Photo.rank), "GROUP BY"),
     ("entity beside aggregate", select(Photo, func.count()).group_by(Photo.id), "entities"),
     ("subquery in from", select(per_owner), "subquery"),
+    ("order by a window", select(Photo).order_by(func.rank().over(order_by=Photo.rank)), "window"),
+    ("order by a disguise", select(Photo).order_by(type_coerce(Photo.caption, Integer)), "looks"),
+    ("order by a duration", select(Photo).order_by(cast(Photo.caption, Interval)), "(?i)interval"),
+    ("sum of durations", select(func.sum(cast(Photo.caption, Interval))), "(?i)interval"),
+    ("distinct on", select(Photo).ext(distinct_on(Photo.rank)), "DISTINCT|extensions"),
+    ("SQL text", select(literal_column("count(*)")).select_from(Photo), "SQL text"),
+    ("CTE behind in", select(Photo).where(Photo.id.in_(select(likes.c.photo_id))), "CTE"),
+    ("group by JSON", select(tags, func.count()).select_from(Photo).group_by(tags), "JSON"),
     ("negative limit", select(Photo).limit(-1), "LIMIT"),
 ]
 
@@ -105,6 +133,43 @@ def test_the_merge_equals_one_sorted_server(
     dealt = [sorted(rows[i::n_servers], key=expected_key)[:stop] for i in range(n_servers)]
     merged = made.combine([(n, r, n) for r, n in itertools.chain(*dealt)])
     assert [(r, n) for n, r, _ in merged] == ordered[offset:stop]
+
+
+def test_not_a_number_is_one_value_and_the_largest() -> None:
+    value = cast(Photo.rank, Float)
+    made = plan(select(value, func.count()).group_by(value), None)
+    rows: list[Any] = [(float("nan"), 1), (1.0, 1), (float("nan"), 2)]
+    assert [n for _, n in made.combine(rows)] == [3, 1]
+    extremes = plan(select(func.min(value), func.max(value)), None)
+    (least, greatest), *_ = extremes.combine([(float("nan"), 5.0), (1.0, float("nan"))])
+    assert least == 1.0
+    assert math.isnan(greatest)
+
+
+def test_an_hour_that_the_clock_on_the_wall_repeats_is_two() -> None:
+    berlin = zoneinfo.ZoneInfo("Europe/Berlin")
+    early = dt.datetime(2026, 10, 25, 2, 30, tzinfo=berlin)
+    late = early.replace(minute=10, fold=1)
+    time = cast(Photo.taken_at, DateTime(timezone=True))
+    ordered = plan(select(Photo.id).order_by(time), None)
+    assert ordered.combine([(1, late), (2, early)]) == [(2, early), (1, late)]
+    again = early.replace(fold=1)
+    grouped = plan(select(time, func.count()).group_by(time), None)
+    assert len(grouped.combine([(early, 1), (again, 1)])) == 2
+
+
+def test_sums_keep_every_digit() -> None:
+    value = cast(Photo.rank, Numeric)
+    made = plan(select(func.sum(value)), None)
+    parts = [decimal.Decimal(10**40), decimal.Decimal("1e-10")]
+    assert made.combine([(part,) for part in parts]) == [
+        (decimal.Decimal("1" + "0" * 40 + ".0000000001"),)
+    ]
+
+
+def test_a_plain_table_beside_an_entity_keeps_its_columns() -> None:
+    made = plan(select(User, User.__table__).order_by(User.id), None)
+    assert made.n_columns == 3
 
 
 def test_partial_aggregates_combine() -> None:

@@ -16,10 +16,13 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    true,
     union_all,
     update,
 )
-from sqlalchemy.orm import aliased
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import aliased, join, outerjoin, with_loader_criteria
 
 from shardkit.errors import (
     InvalidShardKeyError,
@@ -37,6 +40,12 @@ from tests.models import Country, Handle, Like, Photo, User
 ROUTER = Router(64)
 A, B, C = (compose(5, shard, 0) for shard in (1, 2, 3))
 Other = aliased(Photo)
+Photo2, User2 = aliased(Photo), aliased(User)
+first_five = select(Photo.owner_id).order_by(Photo.id).limit(5).subquery()
+numbered = select(Photo.owner_id, func.row_number().over(order_by=Photo.id).label("n")).subquery()
+one_a_rank = select(Photo.owner_id).ext(distinct_on(Photo.rank)).subquery()
+ranks = select(Photo.owner_id, Photo.rank).subquery()
+ranks_of_a = select(Photo.owner_id, Photo.rank).where(Photo.owner_id == A).subquery()
 per_owner = (
     select(Photo.owner_id, func.count().label("n")).group_by(Photo.owner_id).subquery("per_owner")
 )
@@ -103,6 +112,16 @@ ROUTED: list[tuple[str, Any, set[int] | None]] = [
     ("delete everything", delete(Photo), None),
     ("insert", insert(Photo).values(owner_id=A), {1}),
     ("insert rows", insert(Photo).values([{"owner_id": A}, {"owner_id": A}]), {1}),
+    ("value in a join under an outer one", select(User).select_from(outerjoin(User, join(
+        Photo, Like, and_(Like.photo_id == Photo.id, Photo.owner_id == A)),
+        Photo.owner_id == User.id)), None),
+    ("value outside a subquery in FROM", select(ranks).where(
+        ranks.c.owner_id == A), {1}),
+    ("correlated lateral with a limit", select(User).join(select(Photo.id).where(
+        Photo.owner_id == User.id).order_by(Photo.id).limit(3).lateral(), true()).where(
+        User.id == A), {1}),
+    ("insert or update", upsert(Photo).values(owner_id=A).on_conflict_do_update(
+        index_elements=["id"], set_={"caption": "x"}), {1}),
     ("core table", select(Photo.__table__).where(Photo.__table__.c.owner_id == A), {1}),
 ]  # fmt: skip
 
@@ -135,6 +154,70 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
         User, User.id == Handle.name), UnsupportedStatementError),
     ("union over shards", union_all(select(Photo).where(Photo.id == A), select(Photo).where(
         Photo.id == B)), UnsupportedStatementError),
+    ("limit in a joined subquery", select(User).join(
+        first_five, first_five.c.owner_id == User.id).where(User.id == A),
+     UnsupportedStatementError),
+    ("limit behind in", select(User).where(User.id == A, User.id.in_(
+        select(first_five.c.owner_id))), UnsupportedStatementError),
+    ("distinct on in a joined subquery", select(User).join(
+        one_a_rank, one_a_rank.c.owner_id == User.id).where(User.id == A),
+     UnsupportedStatementError),
+    ("distinct on behind in", select(Photo).where(Photo.id == A, Photo.id.in_(
+        select(Like.photo_id).ext(distinct_on(Like.user_id)))), UnsupportedStatementError),
+    ("window in a joined subquery", select(User).join(
+        numbered, numbered.c.owner_id == User.id).where(User.id == A),
+     UnsupportedStatementError),
+    ("alias of a subquery", select(User, ranks.alias().c.rank).where(User.id == A),
+     UnsupportedStatementError),
+    ("subquery known by its column", select(User, ranks.c.rank).where(User.id == A),
+     UnsupportedStatementError),
+    ("subquery twice", select(User).join(ranks, ranks.c.owner_id == User.id).where(
+        User.id == A, exists(select(ranks.c.rank).where(ranks.c.rank > 1))),
+     UnsupportedStatementError),
+    ("not correlated inside a join", select(User).where(User.id == A, exists(
+        select(User.id).join(User.photos))), UnsupportedStatementError),
+    ("outer join between two others", select(User.id).outerjoin(
+        Photo2, Photo2.rank == User.id).outerjoin(
+        User2, and_(User2.id == User.id, User2.id == Photo2.owner_id)).where(User.id == A),
+     UnsupportedStatementError),
+    ("not exists between two others", select(User.id, Photo2.id).where(User.id == A, ~exists().where(
+        Photo.owner_id == User.id, Photo.owner_id == Photo2.owner_id)),
+     UnsupportedStatementError),
+    ("full join of three", select(User.id).select_from(join(User, join(
+        Photo, Like, Photo.rank == Like.user_id),
+        and_(User.id == Photo.owner_id, User.id == Like.photo_id), full=True)).where(
+        User.id == A), UnsupportedStatementError),
+    ("outer join with a confined subquery", select(ranks.c.rank).select_from(ranks).outerjoin(
+        ranks_of_a, ranks_of_a.c.owner_id == ranks.c.owner_id), UnsupportedStatementError),
+    ("nothing but exists", select(exists(select(User.id))), UnsupportedStatementError),
+    ("outer join from a reference table", select(Country).outerjoin(
+        User, User.name == Country.code), UnsupportedStatementError),
+    ("reference table with exists", select(Country).where(
+        exists().where(User.name == Country.code)), UnsupportedStatementError),
+    ("join before with_only_columns", select(Photo).join(Like, Like.user_id == Photo.rank).where(
+        Photo.id == A).with_only_columns(Photo.id), UnsupportedStatementError),
+    ("delete in a CTE", select(User.id, delete(Photo).where(Photo.id == B).returning(
+        Photo.id).cte().c.id).where(User.id == A), UnsupportedStatementError),
+    ("CTE beside", select(User).where(User.id == A).add_cte(select(Photo).cte()),
+     UnsupportedStatementError),
+    ("recursive CTE", select(select(User.id).where(User.id == A).cte(recursive=True)),
+     UnsupportedStatementError),
+    ("loader criteria", select(User).where(User.id == A).options(with_loader_criteria(
+        User, User.id.in_(select(Like.user_id)))), UnsupportedStatementError),
+    ("update from another table", update(Photo).where(
+        Photo.id == A, Photo.caption == User.name).values(rank=1), UnsupportedStatementError),
+    ("delete using another table", delete(Photo).where(
+        Photo.id == A, Photo.caption == User.name), UnsupportedStatementError),
+    ("update returning", update(Photo).where(Photo.id == A).values(rank=1).returning(
+        select(func.count(User.id)).scalar_subquery()), UnsupportedStatementError),
+    ("insert of an id from elsewhere", insert(Photo).values(owner_id=A, id=B),
+     InvalidShardKeyError),
+    ("insert of a subquery", insert(Photo).values(owner_id=A, rank=select(
+        func.count(User.id)).scalar_subquery()), UnsupportedStatementError),
+    ("insert returning", insert(Photo).values(owner_id=A).returning(
+        select(func.count(User.id)).scalar_subquery()), UnsupportedStatementError),
+    ("insert that moves", upsert(Photo).values(owner_id=A).on_conflict_do_update(
+        index_elements=["id"], set_={"owner_id": B}), ShardKeyChangeError),
     ("text", text("select 1"), NoShardKeyError),
     ("no table", select(1), NoShardKeyError),
     ("text as an id", select(Photo).where(Photo.owner_id == "5"), InvalidShardKeyError),
@@ -163,6 +246,17 @@ def test_values_passed_beside_the_statement_count() -> None:
     statement = select(Photo).where(Photo.owner_id == bindparam("owner"))
     assert where(statement, {"owner": B}) == {2}
     assert where(insert(Photo), [{"owner_id": A}, {"owner_id": A}]) == {1}
+
+
+def test_a_key_set_by_parameters_is_a_change_too() -> None:
+    with pytest.raises(ShardKeyChangeError):
+        where(update(Photo).where(Photo.id == A), {"owner_id": B})
+
+
+def test_values_and_parameters_of_an_insert_count_together() -> None:
+    assert where(insert(Photo).values(owner_id=A), [{"id": A}, {"id": A}]) == {1}
+    with pytest.raises(InvalidShardKeyError):
+        where(insert(Photo).values(owner_id=A), [{"id": B}])
 
 
 def test_a_list_of_a_hundred_thousand_keys_is_routed() -> None:
