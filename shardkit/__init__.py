@@ -3,19 +3,26 @@
 from shardkit import ids
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.models import Reference, Sharded
+from shardkit.placement import LeastLoaded, Pinned, Weighted
 from shardkit.router import Route
 from shardkit.session import AsyncReadSession, AsyncWriteSession, ReadSession, WriteSession
 from shardkit.statements import all_shards
+from shardkit.strategies import Directory, Range
 
 __all__ = [
     "AsyncCluster",
     "AsyncReadSession",
     "AsyncWriteSession",
     "Cluster",
+    "Directory",
+    "LeastLoaded",
+    "Pinned",
+    "Range",
     "ReadSession",
     "Reference",
     "Route",
     "Sharded",
+    "Weighted",
     "WriteSession",
     "all_shards",
     "ids",

@@ -24,15 +24,18 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import parallel, scatter
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import PoolConfig
+from shardkit.directories import Directories
 from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     PoolTimeoutError,
     ShardkitError,
+    UnsupportedStatementError,
 )
 from shardkit.ids import EPOCH_MS, IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
@@ -75,7 +78,8 @@ class Purpose(Enum):
 
     `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
     what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
-    one connection that fetches blocks of ids while a writer holds its own.
+    one connection for what shardkit needs to know while a session holds its own: blocks of ids,
+    entries of directories, loads.
     """
 
     WRITE = "write"
@@ -100,6 +104,7 @@ class _Core:
             name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
         }
         self.placement = bound(placement, topology, self.loads, clock=clock)
+        self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self._lease, clock=clock)
         self._pool = pool or PoolConfig()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
@@ -214,14 +219,37 @@ class _Core:
         """
         found: dict[int, float] = {}
         for physical, shards in self._everything.items():
-            primary = self.primary_of(physical)
             with suppress(ShardkitError, DBAPIError):
-                engine = self.engine(primary, Purpose.LEASE)
-                with self.connect(engine, primary) as connection:
-                    rows = connection.exec_driver_sql(_LOADS)
-                    counted = {row[0]: float(row[1]) for row in rows}
+                rows = self.ask(physical, _LOADS, {}, primary=True)
+                counted = {schema: float(n_rows) for schema, n_rows in rows}
                 found.update((shard, counted.get(schema_name(shard), 0.0)) for shard in shards)
         return found
+
+    def ask(
+        self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
+    ) -> Sequence[Sequence[Any]]:
+        """Run one statement by itself, apart from any session, and return its rows.
+
+        Args:
+            physical: name of the physical shard.
+            query: for the driver.
+            parameters: of the query.
+            primary: whether only the primary may answer.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        endpoint = self.primary_of(physical)
+        if not primary:
+            endpoint = self.replica_sets[physical].choose(excluding=set())
+        try:
+            with self.connect(self.engine(endpoint, Purpose.LEASE), endpoint) as connection:
+                result = connection.exec_driver_sql(query, dict(parameters))
+                return result.all() if result.returns_rows else []
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise connection_error(error, endpoint) from error
+            raise
 
     def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -263,6 +291,17 @@ class AsyncConnections(_Core):
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
         return create_async_engine(endpoint.url, **options).sync_engine
+
+    def ask(
+        self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
+    ) -> Sequence[Sequence[Any]]:
+        """Run one statement by itself; see `Connections.ask`."""
+        if not in_greenlet():  # `route` is not awaited
+            raise UnsupportedStatementError(
+                "the key of a directory is not known yet",
+                hint="await session.run_sync(lambda sync: sync.route(statement))",
+            )
+        return super().ask(physical, query, parameters, primary=primary)
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""

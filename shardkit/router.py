@@ -115,4 +115,4 @@ class Router:
             return None
         key = rule.key(value)
         low, high = (None, key) if operator in {"lt", "le"} else (key, None)
-        return strategy.shards_between(low, high, self.total)
+        return strategy.shards_between(low, high, self.total, below=operator == "lt")

@@ -8,10 +8,10 @@ connection in which unqualified tables are those of its schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar
 
-from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy import Connection, Engine, Insert, event, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -36,12 +36,15 @@ from shardkit.keylists import KeyLists
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token, token_of
-from shardkit.router import Route
+from shardkit.router import Route, Router
 from shardkit.statements import AllShards, Params, shards_of
+from shardkit.strategies import Rule
 from shardkit.topology import Endpoint, Role
 from shardkit.walk import expressions_of
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession", "ReadSession", "WriteSession"]
+
+T = TypeVar("T")
 
 
 class ReadSession(Session):
@@ -97,7 +100,7 @@ class ReadSession(Session):
         sharding = sharding_of_mapper(mapper)
         if sharding is not None:
             identity = _identity(mapper, ident)
-            shard = sharding.shard_of_identity(self._cluster.router, identity)
+            shard = self._decided(lambda router: sharding.shard_of_identity(router, identity))
             # Expressions that the class loads may read other rows: its statement is looked into.
             if not expressions_of(mapper):
                 options["bind_arguments"] = {
@@ -108,6 +111,8 @@ class ReadSession(Session):
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run and the SQL of each server; runs nothing.
 
+        Keys of directories are looked up.
+
         Raises:
             RoutingError: it would be refused.
         """
@@ -115,7 +120,7 @@ class ReadSession(Session):
         cluster = self._cluster
         branch, tail, lists = statement, "", KeyLists()
         if len(shards) > 1:
-            plan = gather.plan(statement, params, cluster.router)
+            plan = self._decided(lambda router: gather.plan(statement, params, router))
             branch, tail, lists = plan.branch, plan.tail, plan.lists
         texts = (
             (physical, scatter.sql_of(branch, scatter.Scatter(some, tail, lists)))
@@ -140,12 +145,18 @@ class ReadSession(Session):
 
     # -- routing
 
+    def _decided(self, decide: Callable[[Router], T], *, assign: bool = False) -> T:
+        """Return a decision of the router, with the directory keys it needs."""
+        cluster = self._cluster
+        return cluster.directories.decided(cluster.router, decide, assign=assign)
+
     def _writable(self) -> None:
         raise ReadOnlySessionError
 
     def _route(self, statement: Any, params: Params) -> tuple[int, ...]:
         """Return the logical shards of a statement, ascending."""
-        shards = shards_of(statement, params, self._cluster.router)
+        assign = self.role is Role.PRIMARY and isinstance(statement, Insert)
+        shards = self._decided(lambda router: shards_of(statement, params, router), assign=assign)
         if shards is not None:
             return tuple(sorted(shards))
         if not any(isinstance(option, AllShards) for option in statement._with_options):
@@ -183,7 +194,7 @@ class ReadSession(Session):
 
     def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
         """Run one statement per physical shard, in parallel, and merge the answers."""
-        plan = gather.plan(state.statement, state.parameters, self._cluster.router)
+        plan = self._decided(lambda router: gather.plan(state.statement, state.parameters, router))
         servers = {
             physical: (self._scattering(physical), some)
             for physical, some in self._cluster.group(shards).items()
@@ -370,14 +381,22 @@ class WriteSession(ReadSession):
         placed = self._placed
         if self._new:
             new = list(self._new.values())
-            placed |= Placer(cluster.router, cluster.placement, cluster.ids).run(new)
+            placed |= self._decided(
+                lambda router: Placer(router, cluster.placement, cluster.ids).run(new), assign=True
+            )
         if self._deleted or self.identity_map.check_modified():
             for obj in (*self.deleted, *self.dirty):
-                shard = stored_shard(obj, cluster.router)
+                shard = self._stored_shard(obj)
                 if shard is not None:
                     placed[id(obj)] = shard
         if placed:
             self._note_written(placed.values())
+
+    def _stored_shard(self, obj: Any) -> int | None:
+        return self._decided(lambda router: stored_shard(obj, router))
+
+    def _named(self, rule: Rule, key: Any) -> int:
+        return self._decided(lambda router: router.shard(rule, key))
 
     def _note_written(self, shards: Iterable[int]) -> None:
         together = {self._cluster.physical_of(shard) for shard in shards} | self._written
@@ -392,7 +411,7 @@ class WriteSession(ReadSession):
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
         shard = self._placed.get(id(instance))
         if shard is None:  # the flush itself found it, through a relationship
-            shard = stored_shard(instance, self._cluster.router)
+            shard = self._stored_shard(instance)
             if shard is None:
                 raise UnsupportedStatementError(
                     f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
@@ -404,7 +423,7 @@ class WriteSession(ReadSession):
         sharding = sharding_of_mapper(state.mapper)
         key = None if sharding is None else state.dict.get(sharding.key)
         if sharding is not None and key is not None:
-            named = self._cluster.router.shard(sharding.rule, key)
+            named = self._named(sharding.rule, key)
             if named != shard:
                 raise ShardKeyChangeError(
                     f"a relationship set {state.mapper.class_.__name__}.{sharding.key}, "
@@ -509,7 +528,11 @@ class AsyncReadSession(AsyncSession):
         )
 
     def route(self, statement: Any, params: Params = None) -> Route:
-        """Return where a statement would run; runs nothing. See `ReadSession.route`."""
+        """Return where a statement would run; runs nothing. See `ReadSession.route`.
+
+        Raises:
+            UnsupportedStatementError: a directory has to be asked first, which has to be awaited.
+        """
         return self.sync_session.route(statement, params)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -150,14 +150,24 @@ class Range:
             )
         return _existing(shard, total, self)
 
-    def shards_between(self, low: Key | None, high: Key | None, total: int) -> frozenset[int]:
-        """Return the logical shards of the keys from one to another; None leaves an end open.
+    def shards_between(
+        self, low: Key | None, high: Key | None, total: int, *, below: bool = False
+    ) -> frozenset[int]:
+        """Return the logical shards of the keys from one to another.
 
         Unlike a single key, an end beyond the last range is no error: nothing lies there.
+
+        Args:
+            low: the first key; None for no lower end.
+            high: the last key; None for no upper end.
+            total: how many logical shards there are.
+            below: whether `high` itself is left out.
         """
         values = [bound for bound, _ in self.bounds]
         first = 0 if low is None else bisect_right(values, low)
-        last = len(values) if high is None else bisect_right(values, high)
+        last = len(values)
+        if high is not None:
+            last = bisect_left(values, high) if below else bisect_right(values, high)
         named = [shard for _, shard in self.bounds] + ([] if self.rest is None else [self.rest])
         return frozenset(_existing(shard, total, self) for shard in named[first : last + 1])
 

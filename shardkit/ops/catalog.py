@@ -113,6 +113,14 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}").format(
             schema, role
         ),
+        # Entries of directories never change, so the application may only add them.
+        sql.SQL(
+            "CREATE TABLE IF NOT EXISTS {}.shardkit_directory (directory text NOT NULL, "
+            "key bytea NOT NULL, shard integer NOT NULL CHECK (shard BETWEEN 0 AND 8191), "
+            "PRIMARY KEY (directory, key))"
+        ).format(schema),
+        sql.SQL("REVOKE ALL ON {}.shardkit_directory FROM {}").format(schema, role),
+        sql.SQL("GRANT SELECT, INSERT ON {}.shardkit_directory TO {}").format(schema, role),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

@@ -105,6 +105,8 @@ def test_a_comparison_beyond_the_last_range_finds_nothing_there() -> None:
     rule = Rule(Range([(10, 0), (20, 1)]), KeyType.INTEGER)
     assert Router(4).shards_compared(rule, "gt", 50) == frozenset()
     assert Router(4).shards_compared(rule, "lt", 50) == frozenset({0, 1})
+    assert Router(4).shards_compared(rule, "lt", 10) == frozenset({0})
+    assert Router(4).shards_compared(rule, "le", 10) == frozenset({0, 1})
     assert Router(4).shards_compared(NUMBER, "lt", 50) is None
 
 
