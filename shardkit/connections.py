@@ -19,10 +19,11 @@ from enum import Enum
 from typing import Any, TypeVar, cast
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, Table, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Mapper
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -38,6 +39,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.ids import EPOCH_MS, IdMinter
+from shardkit.models import sharding_of
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
@@ -49,7 +51,8 @@ T = TypeVar("T")
 
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
-SELECT pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
+SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
+    pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
 FROM shardkit.identity
 """
 _LEASE = """
@@ -107,6 +110,8 @@ class _Core:
         self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self._lease, clock=clock)
         self._pool = pool or PoolConfig()
+        self._rules: dict[str, str] = {}  # of tables, as the servers have recorded them
+        self._checked: set[Mapper[Any]] = set()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
         self.physical = frozenset(topology.physical)
@@ -133,7 +138,7 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
-            event.listen(engine, "connect", _checks_server(self.topology, endpoint))
+            event.listen(engine, "connect", _checks_server(self.topology, endpoint, self._rules))
             event.listen(engine, "checkout", _replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
@@ -189,6 +194,29 @@ class _Core:
             return Connection(engine, _allow_autobegin=False)
         except (PoolExhaustedError, DBAPIError) as error:
             raise connection_error(error, endpoint) from error
+
+    def check(self, mapper: Mapper[Any]) -> None:
+        """Refuse a class that places its rows in another way than those that are stored.
+
+        Call it with a connection at hand: it is opening one that reads what was recorded.
+
+        Raises:
+            ConfigurationError: `__shard_key__` or `__shard_strategy__` was changed.
+        """
+        if mapper in self._checked:
+            return
+        table = mapper.local_table
+        sharding = sharding_of(table) if isinstance(table, Table) else None
+        stored = self._rules.get(table.name) if isinstance(table, Table) else None
+        if sharding is None or stored is None:
+            return
+        if stored != sharding.fingerprint:
+            raise ConfigurationError(
+                f"rows of {mapper.class_.__name__} were placed by {stored}, "
+                f"the model says {sharding.fingerprint}",
+                hint="restore __shard_key__ and __shard_strategy__; rows do not move by themselves",
+            )
+        self._checked.add(mapper)
 
     # -- to be provided
 
@@ -350,8 +378,13 @@ def _forget_connections(cluster: _Core | None) -> None:
             engine.dispose(close=False)
 
 
-def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any], None]:
-    """Return the check of a new connection: the right cluster, physical shard and role."""
+def _checks_server(
+    topology: Topology, endpoint: Endpoint, rules: dict[str, str]
+) -> Callable[[Any, Any], None]:
+    """Return the check of a new connection: the right cluster, physical shard and role.
+
+    It notes in `rules` how the rows of tables were placed.
+    """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
     def check(connection: Any, _record: Any) -> None:
@@ -368,11 +401,11 @@ def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any
             if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
                 raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
             raise ConfigurationError(
-                "holds no shardkit schema",
+                "holds no shardkit schema, or one of an older version",
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        in_recovery, *found = row
+        stored, in_recovery, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -387,6 +420,7 @@ def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any
                 endpoint=str(endpoint),
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
             )
+        rules.update(stored or {})
 
     return check
 

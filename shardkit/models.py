@@ -19,6 +19,7 @@ from sqlalchemy import (
     Enum,
     Integer,
     LargeBinary,
+    MetaData,
     String,
     Table,
     Uuid,
@@ -33,7 +34,7 @@ from shardkit.keys import KeyType
 from shardkit.router import Router
 from shardkit.strategies import EMBEDDED, Embedded, Rule, Strategy, strategy_named
 
-__all__ = ["REFERENCE_SCHEMA", "Reference", "Sharded", "Sharding", "sharding_of"]
+__all__ = ["REFERENCE_SCHEMA", "Reference", "Sharded", "Sharding", "rules_of", "sharding_of"]
 
 REFERENCE_SCHEMA: Final = "reference"
 """Schema of reference tables on every physical shard."""
@@ -153,6 +154,15 @@ class Reference:
 def sharding_of(table: Table) -> Sharding | None:
     """Return the placement of a table, or None when it is not sharded."""
     return typing.cast("Sharding | None", table.info.get(_INFO))
+
+
+def rules_of(metadata: MetaData) -> dict[str, str]:
+    """Return how the rows of every sharded table are placed, as text by name of the table."""
+    return {
+        table.name: sharding.fingerprint
+        for table in metadata.sorted_tables
+        if (sharding := sharding_of(table)) is not None
+    }
 
 
 def _sharding(cls: type[Any], minted: str | None) -> Sharding:

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 from sqlalchemy import Connection, CursorResult, Engine, Result, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
+from sqlalchemy.engine.result import SimpleResultMetaData, tuplegetter
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
@@ -125,7 +126,29 @@ def run(
         result = load.orm_setup_cursor_result(
             state.session, statement, params, options, bind_arguments, result
         )
-    return cast("Result[Any]", result.columns(*range(plan.n_columns)) if plan.adds else result)
+    return _without_sort_columns(result, plan.n_columns) if plan.adds else result
+
+
+def _without_sort_columns(result: Result[Any], n_columns: int) -> Result[Any]:
+    """Keep the first columns of a result.
+
+    `Result.columns` looks positions up by name, which two columns, or two aliases, may share.
+    """
+    known: Any = result._metadata
+    if not isinstance(known, SimpleResultMetaData):
+        keys = {record[0]: key for key, record in known._keymap.items()}
+        return result.columns(*(keys[i] for i in range(n_columns)))
+    extra = {record[0]: record[2] for record in known._keymap.values()}
+    result._metadata = SimpleResultMetaData(
+        known._keys[:n_columns],
+        extra=[extra.get(i, ()) for i in range(n_columns)],
+        _tuplefilter=tuplegetter(*range(n_columns)),
+        _translated_indexes=range(n_columns),
+        _processors=known._processors,
+        _create_unique_filters=known._create_unique_filters,
+        _ambiguous_keys=known._ambiguous_keys,
+    )
+    return result
 
 
 def _raise(failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None:
@@ -140,8 +163,8 @@ def _task(
     connection: Connection, statement: Any, params: Any, scatter: Scatter, options: Any
 ) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
     def task() -> tuple[CursorResult[Any], Sequence[Any]]:
-        # Every row is fetched for the merge, so a cursor of the server is of no use.
-        here = {**options, _OPTION: scatter, "stream_results": False}
+        # Every row is fetched here for the merge; what SQLAlchemy buffered would be missing.
+        here = {**options, _OPTION: scatter, "stream_results": False, "yield_per": None}
         result = connection.execute(statement, params or {}, execution_options=here)
         return result, cast("Any", result.cursor).fetchall()
 

@@ -199,6 +199,8 @@ class ReadSession(Session):
             physical: (self._scattering(physical), some)
             for physical, some in self._cluster.group(shards).items()
         }
+        if state.bind_mapper is not None:
+            self._cluster.check(state.bind_mapper)
         return scatter.run(state, plan, servers, self._cluster.parallel)
 
     # -- connections
@@ -212,6 +214,8 @@ class ReadSession(Session):
             )
         physical = self._cluster.physical_of(logical_shard)
         endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
+        if isinstance(mapper, Mapper):
+            self._cluster.check(mapper)
         return self._cluster.view(endpoint, self.purpose, logical_shard)
 
     def _connection_to(self, logical_shard: int) -> Connection:
@@ -430,11 +434,13 @@ class WriteSession(ReadSession):
                     f"which names logical shard {named}",
                     logical_shard=shard,
                 )
-        return self._connection_to(shard)
+        connection = self._connection_to(shard)
+        self._cluster.check(state.mapper)
+        return connection
 
     def _run(self, state: ORMExecuteState) -> Any:
         result = super()._run(state)
-        if state.is_insert and state.is_orm_statement and isinstance(state.parameters, list):
+        if state.is_insert and state.is_orm_statement and state.parameters:
             raise UnsupportedStatementError(
                 "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
             )

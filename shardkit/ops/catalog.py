@@ -11,12 +11,14 @@ Source: docs/architecture.md, decisions 6 and 7.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from psycopg import sql
 
 from shardkit.ids import EPOCH_MS, SEQUENCE_BITS
 from shardkit.topology import schema_name
 
-__all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements"]
+__all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
 
 ADMIN_SCHEMA = "shardkit"
 
@@ -36,6 +38,10 @@ CREATE TABLE IF NOT EXISTS shardkit.ownership (
     epoch bigint NOT NULL,
     state text NOT NULL CHECK (state IN ('active', 'importing', 'fenced', 'retired')),
     moved_to text
+);
+CREATE TABLE IF NOT EXISTS shardkit.placement (
+    table_name text PRIMARY KEY,
+    rule text NOT NULL
 );
 """
 
@@ -79,6 +85,7 @@ def admin_statements(
         sql.SQL("REVOKE ALL ON FUNCTION shardkit.lease_ids(integer[], integer[]) FROM PUBLIC"),
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
+        sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
         sql.SQL("GRANT EXECUTE ON FUNCTION shardkit.lease_ids(integer[], integer[]) TO {}").format(
             role
         ),
@@ -86,6 +93,21 @@ def admin_statements(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
         ).format(cluster, physical, n_logical_shards, EPOCH_MS),
+    ]
+
+
+def rule_statements(rules: Mapping[str, str]) -> list[sql.SQL | sql.Composed]:
+    """Return the statements that record how the rows of tables are placed, where nothing is yet.
+
+    Args:
+        rules: text of `shardkit.strategies.Rule` by name of the table.
+    """
+    return [
+        sql.SQL(
+            "INSERT INTO shardkit.placement (table_name, rule) VALUES ({}, {}) "
+            "ON CONFLICT DO NOTHING"
+        ).format(table, rule)
+        for table, rule in sorted(rules.items())
     ]
 
 

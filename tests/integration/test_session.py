@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import delete, func, select, text, update
+from sqlalchemy import String, cast, delete, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import joinedload, selectinload
+from sqlalchemy.orm import aliased, joinedload, selectinload
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
 from shardkit.config import PoolConfig, load
@@ -25,9 +27,10 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.keys import canonical
+from shardkit.session import ReadSession
 from shardkit.strategies import hash_shard
-from shardkit.testing import create_tables
-from shardkit.topology import Role, ShardMap, Topology, schema_name
+from shardkit.testing import create_tables, wait_until
+from shardkit.topology import PhysicalShard, Role, ShardMap, Topology, schema_name
 from tests.fixtures.servers import NewCluster
 from tests.fixtures.sharded import Settled, admin, one_server
 from tests.models import Base, Country, Handle, Like, Photo, User
@@ -162,6 +165,76 @@ def test_a_scatter_is_exact_and_must_be_asked_for(cluster: Cluster, settled: Set
         )
         rows = session.execute(chosen.order_by(Photo.id)).all()
         assert [row.caption for row in rows] == ["user 0 0", "user 0 1", "user 9 0", "user 9 1"]
+
+
+def test_columns_of_one_name_keep_their_places(cluster: Cluster, settled: Settled) -> None:
+    users = [add_user(cluster, f"user {i}", n_photos=1) for i in range(4)]
+    settled()
+    owner, photo = aliased(User), aliased(Photo)
+    expected = [(user.id, user.photos[0].id) for user in sorted(users, key=_id)]
+    with cluster.reader() as session:
+        entities = select(owner, photo).join(owner.photos.of_type(photo)).order_by(owner.id)
+        rows = session.execute(entities.options(all_shards())).all()
+        assert [(row[0].id, row[1].id) for row in rows] == expected
+        columns = entities.with_only_columns(owner.id, photo.id).options(all_shards())
+        assert [tuple(row) for row in session.execute(columns)] == expected
+        tables = User.__table__.join(Photo.__table__)
+        core = select(User.__table__.c.id, Photo.__table__.c.id).select_from(tables)
+        found = session.execute(core.order_by(User.__table__.c.id).options(all_shards()))
+        assert [tuple(row) for row in found] == expected
+
+
+def test_sessions_stream_in_partitions(cluster: Cluster, settled: Settled) -> None:
+    users = [add_user(cluster, f"user {i}") for i in range(3)]
+    settled()
+    everyone = select(User.id).order_by(User.id).options(all_shards())
+    makers: list[Callable[[], ReadSession]] = [cluster.reader, cluster.writer]
+    for make in makers:
+        with make() as session:
+            for statement, n in ((everyone, 3), (everyone.where(User.id == users[0].id), 1)):
+                result = session.execute(statement, execution_options={"yield_per": 2})
+                assert sum(len(part) for part in result.partitions()) == n
+
+
+def test_a_context_of_begin_makes_a_token_and_ends_the_unit_of_work(topology: Topology) -> None:
+    with placed(topology, 0, 40) as cluster, cluster.writer() as session:
+        tokens = []
+        for name in ("left", "right"):
+            with session.begin():
+                session.add(User(name=name))
+            tokens.append(session.token)
+        assert all(tokens)
+        assert tokens[0] != tokens[1]
+
+
+def test_a_relationship_cannot_move_a_row(topology: Topology) -> None:
+    with placed(topology, 0, 1) as cluster:
+        ana, bo = add_user(cluster, "ana", 1), add_user(cluster, "bo")
+        with cluster.writer() as session:
+            photo = session.get_one(Photo, ana.photos[0].id)
+            photo.owner = session.get_one(User, bo.id)
+            with pytest.raises(ShardKeyChangeError):
+                session.flush()
+
+
+def test_get_refuses_joined_loads_across_shards_too(cluster: Cluster) -> None:
+    with (
+        cluster.writer() as session,
+        pytest.raises(UnsupportedStatementError, match="selectinload"),
+    ):
+        session.get(Like, (ids.compose(1, 1, 0), 1), options=[joinedload(Like.fan)])
+
+
+def test_bulk_inserts_of_rows_are_refused(cluster: Cluster) -> None:
+    user = add_user(cluster, "ana")
+    row = {"id": ids.compose(1, ids.shard_of(user.id), 0), "owner_id": user.id}
+    with cluster.writer() as session:
+        for rows in (row, [row]):
+            with pytest.raises(UnsupportedStatementError, match="add_all"):
+                session.execute(insert(Photo), rows)
+        session.execute(insert(Photo).values(row))
+        session.commit()
+        assert session.get(Photo, row["id"]) is not None
 
 
 def _id(user: User) -> int:
@@ -415,3 +488,38 @@ async def test_the_async_twin_says_the_same_words(cluster_file: Path, settled: S
             session.add(User(name="no"))
             with pytest.raises(ReadOnlySessionError):
                 await session.commit()
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_gather_leaves_clean_connections(
+    cluster_file: Path, topology: Topology
+) -> None:
+    async with AsyncCluster.from_file(cluster_file) as cluster:
+        for shard in (0, 40):
+            async with cluster.writer() as session:
+                session.add(User(id=ids.compose(1, shard, 0), name="x"))
+                await session.commit()
+        slow = select(User.id).where(cast(func.pg_sleep(60), String) == "").options(all_shards())
+        async with cluster.reader(max_lag=1.0) as session:
+            task = asyncio.create_task(session.execute(slow))
+            await asyncio.to_thread(
+                wait_until,
+                lambda: all(_sleeps(s) for s in topology.physical.values()),
+                10.0,
+                "both",
+            )
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not any(_sleeps(shard) for shard in topology.physical.values())
+        async with cluster.reader(max_lag=1.0) as session:
+            names = await session.scalars(select(User.name).options(all_shards()))
+            assert names.all() == ["x", "x"]
+
+
+def _sleeps(shard: PhysicalShard) -> bool:
+    with admin(shard) as connection:
+        found = connection.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        ).fetchone()
+    return found is not None
