@@ -14,16 +14,14 @@ import re
 import select
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from enum import Enum
 from typing import Any, TypeVar, cast
 
 import psycopg
-from sqlalchemy import Connection, Engine, Table, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.orm import Mapper
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -35,11 +33,11 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     PoolTimeoutError,
-    ShardkitError,
     UnsupportedStatementError,
 )
+from shardkit.fingerprints import Fingerprints
 from shardkit.ids import EPOCH_MS, IdMinter
-from shardkit.models import sharding_of
+from shardkit.loads import loads
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
@@ -58,15 +56,6 @@ FROM shardkit.identity
 _LEASE = """
 SELECT logical_shard, first_state
 FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
-"""
-
-# Statistics only, no lock on tables: live rows counted since the server started, or the last
-# ANALYZE's when that is more. Source: PostgreSQL manual, "The Cumulative Statistics System".
-_LOADS = """
-SELECT s.schemaname, sum(greatest(s.n_live_tup, c.reltuples))
-FROM pg_catalog.pg_stat_user_tables AS s JOIN pg_catalog.pg_class AS c ON c.oid = s.relid
-WHERE starts_with(s.schemaname, 'shard_') AND NOT starts_with(s.relname, 'shardkit_')
-GROUP BY s.schemaname
 """
 
 # libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
@@ -106,12 +95,11 @@ class _Core:
         self.replica_sets = {
             name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
         }
-        self.placement = bound(placement, topology, self.loads, clock=clock)
+        self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self._lease, clock=clock)
         self._pool = pool or PoolConfig()
-        self._rules: dict[str, str] = {}  # of tables, as the servers have recorded them
-        self._checked: set[Mapper[Any]] = set()
+        self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
         self.physical = frozenset(topology.physical)
@@ -138,7 +126,8 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
-            event.listen(engine, "connect", _checks_server(self.topology, endpoint, self._rules))
+            check = _checks_server(self.topology, endpoint, self.fingerprints)
+            event.listen(engine, "connect", check)
             event.listen(engine, "checkout", _replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
@@ -195,29 +184,6 @@ class _Core:
         except (PoolExhaustedError, DBAPIError) as error:
             raise connection_error(error, endpoint) from error
 
-    def check(self, mapper: Mapper[Any]) -> None:
-        """Refuse a class that places its rows in another way than those that are stored.
-
-        Call it with a connection at hand: it is opening one that reads what was recorded.
-
-        Raises:
-            ConfigurationError: `__shard_key__` or `__shard_strategy__` was changed.
-        """
-        if mapper in self._checked:
-            return
-        table = mapper.local_table
-        sharding = sharding_of(table) if isinstance(table, Table) else None
-        stored = self._rules.get(table.name) if isinstance(table, Table) else None
-        if sharding is None or stored is None:
-            return
-        if stored != sharding.fingerprint:
-            raise ConfigurationError(
-                f"rows of {mapper.class_.__name__} were placed by {stored}, "
-                f"the model says {sharding.fingerprint}",
-                hint="restore __shard_key__ and __shard_strategy__; rows do not move by themselves",
-            )
-        self._checked.add(mapper)
-
     # -- to be provided
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
@@ -240,19 +206,6 @@ class _Core:
                 firsts.update((row[0], row[1]) for row in rows)
         return firsts
 
-    def loads(self) -> dict[int, float]:
-        """Return the number of rows of each logical shard, as the servers estimate it.
-
-        One query per physical shard; those that do not answer are left out.
-        """
-        found: dict[int, float] = {}
-        for physical, shards in self._everything.items():
-            with suppress(ShardkitError, DBAPIError):
-                rows = self.ask(physical, _LOADS, {}, primary=True)
-                counted = {schema: float(n_rows) for schema, n_rows in rows}
-                found.update((shard, counted.get(schema_name(shard), 0.0)) for shard in shards)
-        return found
-
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
     ) -> Sequence[Sequence[Any]]:
@@ -274,10 +227,17 @@ class _Core:
             with self.connect(self.engine(endpoint, Purpose.LEASE), endpoint) as connection:
                 result = connection.exec_driver_sql(query, dict(parameters))
                 return result.all() if result.returns_rows else []
+        except EndpointUnavailableError:
+            if endpoint.role is Role.REPLICA:
+                self.replica_sets[physical].failed(endpoint)
+            raise
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise connection_error(error, endpoint) from error
             raise
+
+    def _loads(self) -> dict[int, float]:
+        return loads(self, range(self.router.total))
 
     def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -379,11 +339,11 @@ def _forget_connections(cluster: _Core | None) -> None:
 
 
 def _checks_server(
-    topology: Topology, endpoint: Endpoint, rules: dict[str, str]
+    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints
 ) -> Callable[[Any, Any], None]:
     """Return the check of a new connection: the right cluster, physical shard and role.
 
-    It notes in `rules` how the rows of tables were placed.
+    It notes how the rows of tables were placed.
     """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
@@ -420,7 +380,7 @@ def _checks_server(
                 endpoint=str(endpoint),
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
             )
-        rules.update(stored or {})
+        fingerprints.note(stored)
 
     return check
 

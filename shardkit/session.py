@@ -200,7 +200,7 @@ class ReadSession(Session):
             for physical, some in self._cluster.group(shards).items()
         }
         if state.bind_mapper is not None:
-            self._cluster.check(state.bind_mapper)
+            self._cluster.fingerprints.check(state.bind_mapper)
         return scatter.run(state, plan, servers, self._cluster.parallel)
 
     # -- connections
@@ -215,7 +215,7 @@ class ReadSession(Session):
         physical = self._cluster.physical_of(logical_shard)
         endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
         if isinstance(mapper, Mapper):
-            self._cluster.check(mapper)
+            self._cluster.fingerprints.check(mapper)
         return self._cluster.view(endpoint, self.purpose, logical_shard)
 
     def _connection_to(self, logical_shard: int) -> Connection:
@@ -435,7 +435,7 @@ class WriteSession(ReadSession):
                     logical_shard=shard,
                 )
         connection = self._connection_to(shard)
-        self._cluster.check(state.mapper)
+        self._cluster.fingerprints.check(state.mapper)
         return connection
 
     def _run(self, state: ORMExecuteState) -> Any:

@@ -258,7 +258,7 @@ def test_the_least_loaded_logical_shards_get_the_next_rows(topology: Topology) -
         session.commit()
 
     def loads() -> dict[int, float]:
-        return cluster.connections.loads()
+        return cluster.connections._loads()
 
     with Cluster(topology, placement=LeastLoaded()) as cluster:
         wait_until(lambda: loads()[7] >= 50, 20.0, "the server's statistics show the rows")
