@@ -235,9 +235,9 @@ class Rule:
         parts: dict[str, Any] = {
             "column": column, "strategy": self.strategy.name, "type": self.key_type.value,
         }  # fmt: skip
-        if isinstance(self.strategy, Hash):
+        if isinstance(self.strategy, Hash | Directory):  # entries lie where the hash says
             parts["version"] = HASH_VERSION
-        elif isinstance(self.strategy, Range):
+        if isinstance(self.strategy, Range):
             parts["bounds"] = [[_written(bound), shard] for bound, shard in self.strategy.bounds]
             parts["rest"] = self.strategy.rest
         elif isinstance(self.strategy, Directory):
@@ -261,7 +261,7 @@ class Rule:
                 case "range":
                     bounds = [(_read(key_type, b), shard) for b, shard in parts["bounds"]]
                     strategy = Range(bounds, rest=parts["rest"])
-                case "directory":
+                case "directory" if parts["version"] == HASH_VERSION:
                     strategy = Directory(parts["directory"])
                 case "embedded":
                     strategy = Embedded()
