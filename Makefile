@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit lint type format bench lock clean
+.PHONY: help setup run test test-unit lint type format bench uniqueness lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -39,6 +39,9 @@ format: setup ## rewrite the files as lint wants them
 
 bench: setup ## every benchmark, with its baseline in the same run
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+uniqueness: setup ## 20 million ids under forks, kills and clock steps, and no id twice
+	@$(BIN)/python -m benchmarks uniqueness $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

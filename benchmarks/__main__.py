@@ -11,12 +11,20 @@ import sys
 
 import benchmarks
 
+SHARED = ("__main__", "measure", "published")
+"""Modules that are no benchmarks."""
+
+LONG = ("uniqueness",)
+"""Benchmarks that take minutes, run only when named."""
+
 
 def main(arguments: list[str]) -> None:
     modules = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-    known = [name for name in modules if name not in ("__main__", "measure")]
+    known = [name for name in modules if name not in SHARED]
     options = {"as_json": "--json" in arguments, "quick": "--quick" in arguments}
-    wanted = [name for name in arguments if not name.startswith("-")] or known
+    wanted = [name for name in arguments if not name.startswith("-")] or (
+        [name for name in known if name not in LONG]
+    )
     if unknown := set(wanted) - set(known):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     for name in wanted:

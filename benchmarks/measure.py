@@ -27,7 +27,13 @@ __all__ = ["database", "interleaved", "report", "servers"]
 Arm = Callable[[], object]
 
 
-def interleaved(arms: Mapping[str, Arm], *, rounds: int, warm_up: int = 10) -> dict[str, float]:
+def interleaved(
+    arms: Mapping[str, Arm],
+    *,
+    rounds: int,
+    warm_up: int = 10,
+    timer: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Return the median seconds of each arm, run in turns so that noise hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(warm_up):
@@ -36,9 +42,9 @@ def interleaved(arms: Mapping[str, Arm], *, rounds: int, warm_up: int = 10) -> d
     gc.collect()
     for _ in range(rounds):
         for name, run in arms.items():
-            start = time.perf_counter()
+            start = timer()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timer() - start)
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
@@ -64,7 +70,9 @@ def report(
     console.print(table)
     raw = Table("arm", "median", box=None)
     for name, seconds in medians.items():
-        raw.add_row(name, f"{seconds * 1e6:,.0f} µs")
+        raw.add_row(
+            name, f"{seconds * 1e6:,.0f} µs" if seconds > 1e-5 else f"{seconds * 1e9:,.1f} ns"
+        )
     console.print(raw)
 
 

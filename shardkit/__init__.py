@@ -1,13 +1,15 @@
 """shardkit: many logical shards on a few PostgreSQL servers, as an extension of SQLAlchemy."""
 
 from shardkit import ids
+from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.models import Reference, Sharded
 from shardkit.placement import LeastLoaded, Pinned, Weighted
 from shardkit.router import Route
-from shardkit.session import AsyncReadSession, AsyncWriteSession, ReadSession, WriteSession
+from shardkit.session import ReadSession
 from shardkit.statements import all_shards
 from shardkit.strategies import Directory, Range
+from shardkit.writer import WriteSession
 
 __all__ = [
     "AsyncCluster",

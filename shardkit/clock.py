@@ -21,6 +21,9 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Return seconds from an arbitrary origin; never steps backwards."""
 
+    def sleep(self, seconds: float) -> None:
+        """Wait in this thread."""
+
 
 class SystemClock:
     """The clock of the operating system."""
@@ -32,6 +35,10 @@ class SystemClock:
     def monotonic(self) -> float:
         """Return seconds since the machine started."""
         return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait in this thread."""
+        time.sleep(seconds)
 
 
 SYSTEM: Clock = SystemClock()

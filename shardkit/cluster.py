@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import Self
 
 from shardkit import config
+from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.config import PoolConfig
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.placement import Placement, Policy, anywhere
-from shardkit.session import AsyncReadSession, AsyncWriteSession, ReadSession, WriteSession
+from shardkit.session import ReadSession
 from shardkit.topology import Topology
+from shardkit.writer import WriteSession
 
 __all__ = ["AsyncCluster", "Cluster"]
 

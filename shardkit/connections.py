@@ -30,14 +30,18 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.config import PoolConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
+    ClockMovedBackError,
     ConfigurationError,
     EndpointUnavailableError,
+    IdRequestError,
     PoolTimeoutError,
+    UnavailableError,
     UnsupportedStatementError,
 )
 from shardkit.fingerprints import Fingerprints
-from shardkit.ids import EPOCH_MS, IdMinter
+from shardkit.ids import EPOCH_MS, MAX_LEASE
 from shardkit.loads import loads
+from shardkit.minting import CLOCK_BEHIND, NOT_ACTIVE, NOT_HERE, IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
@@ -97,7 +101,7 @@ class _Core:
         }
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
-        self.ids = IdMinter(self._lease, clock=clock)
+        self.ids = IdMinter(self.lease_ids, clock=clock)
         self._pool = pool or PoolConfig()
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
@@ -195,14 +199,37 @@ class _Core:
 
     # -- ids
 
-    def _lease(self, counts: Mapping[int, int]) -> dict[int, int]:
+    def lease_ids(self, counts: Mapping[int, int]) -> dict[int, int]:
+        """Reserve ranges of ids; return the first generator state by logical shard.
+
+        Each physical shard's ranges are committed before it answers, so an answer that is lost
+        wastes ids and the next call repeats none.
+
+        Args:
+            counts: length of each range, 1 to `MAX_LEASE`, by logical shard.
+
+        Raises:
+            IdRequestError: a logical shard or a length is out of range.
+            ClockMovedBackError: the server's clock is far behind its last id (retryable).
+            UnavailableError: the server or the logical shard is unavailable (retryable).
+            ConfigurationError: the server does not hold the logical shard.
+        """
+        for shard, n in counts.items():
+            if not (0 <= shard < self.router.total and 1 <= n <= MAX_LEASE):
+                raise IdRequestError(
+                    f"cannot lease {n} ids on logical shard {shard}: give 1 to {MAX_LEASE}, "
+                    f"and a shard from 0 to {self.router.total - 1}"
+                )
         firsts: dict[int, int] = {}
         for physical, shards in self.group(sorted(counts)).items():
             primary = self.primary_of(physical)
             with self.connect(self.engine(primary, Purpose.LEASE), primary) as connection:
-                rows = connection.exec_driver_sql(
-                    _LEASE, {"shards": list(shards), "counts": [counts[s] for s in shards]}
-                )
+                try:
+                    rows = connection.exec_driver_sql(
+                        _LEASE, {"shards": list(shards), "counts": [counts[s] for s in shards]}
+                    )
+                except DBAPIError as error:
+                    raise _lease_error(error, primary) from error
                 firsts.update((row[0], row[1]) for row in rows)
         return firsts
 
@@ -325,6 +352,27 @@ def connection_error(
             hint="correct its address in shardkit.toml",
         )
     return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
+
+
+def _lease_error(error: DBAPIError, endpoint: Endpoint) -> Exception:
+    """Return the shardkit error for a lease that failed, or the driver's when there is none."""
+    cause, where = error.orig, str(endpoint)
+    if not isinstance(cause, psycopg.Error):
+        return error
+    reason = str(cause).strip().partition("\n")[0]
+    if cause.sqlstate == CLOCK_BEHIND:
+        return ClockMovedBackError(reason, endpoint=where)
+    if cause.sqlstate == NOT_HERE:
+        hint = "correct its place in shardkit.toml, or run shardkit migrate apply"
+        return ConfigurationError(reason, endpoint=where, hint=hint)
+    if cause.sqlstate == NOT_ACTIVE:
+        return UnavailableError(reason, endpoint=where, hint="a move is under way")
+    if isinstance(cause, psycopg.errors.LockNotAvailable):
+        hint = "an open transaction that called shardkit.next_id holds them; keep it short"
+        return UnavailableError("ids are locked", endpoint=where, hint=hint)
+    if error.connection_invalidated:
+        return EndpointUnavailableError(f"lease lost: {reason}", endpoint=where)
+    return error
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:

@@ -12,6 +12,7 @@
     │   └── UnsupportedStatementError
     ├── IdError
     │   ├── InvalidIdError
+    │   ├── IdRequestError
     │   └── ClockMovedBackError           retryable
     ├── UnavailableError                  retryable
     │   ├── EndpointUnavailableError      retryable
@@ -115,6 +116,10 @@ class IdError(ShardkitError):
 
 class InvalidIdError(IdError, ValueError):
     """The value is not an id of this layout."""
+
+
+class IdRequestError(IdError, ValueError):
+    """Ids cannot be minted in that number, or for a logical shard that does not exist."""
 
 
 class ClockMovedBackError(IdError):

@@ -1,4 +1,4 @@
-"""Time-sortable 64-bit ids that carry their logical shard: layout, parsing and minting.
+"""Time-sortable 64-bit ids that carry their logical shard: layout, parsing and a generator.
 
     bit offset  field                         width  range
     63          sign, always 0                1      0
@@ -7,10 +7,11 @@
     0-9         sequence                      10     0 to 1023, carries into the millisecond
 
 Ids of one logical shard sort by the time they were minted; ids of different shards sort by
-millisecond. `IdBlock` hands out a range that `shardkit.lease_ids` in the logical shard's own
-database reserved, so that any number of processes mint without duplicates, across fork, kill
-and restart. This module never talks to a database. In JSON an id is a string: JavaScript
-numbers end at 2^53. Source: docs/architecture.md, decision 2.
+millisecond. Two owners of one logical shard must not mint from their own clocks: they lease
+ranges from its database, see `shardkit.minting`. `IdGenerator` is for a logical shard that one
+process has to itself. Both count a *state*, `milliseconds << 10 | sequence`, that never falls.
+This module never talks to a database. In JSON an id is a string: JavaScript numbers end at
+2^53. Source: docs/ids.md.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from __future__ import annotations
 import datetime as dt
 import os
 import threading
-from collections.abc import Callable, Mapping
+import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 from shardkit.clock import SYSTEM, Clock
-from shardkit.errors import InvalidIdError
+from shardkit.errors import ClockMovedBackError, IdError, IdRequestError, InvalidIdError
 
 __all__ = [
     "EPOCH_MS",
+    "MAX_AHEAD_MS",
     "MAX_ID",
-    "IdBlock",
-    "IdMinter",
+    "MAX_LEASE",
+    "IdGenerator",
     "IdParts",
     "compose",
+    "expand",
+    "in_child",
     "max_id_at",
     "min_id_at",
     "parse",
@@ -46,6 +51,16 @@ SHARD_MASK = (1 << SHARD_BITS) - 1
 SEQUENCE_MASK = (1 << SEQUENCE_BITS) - 1
 MAX_ID = (1 << (TIME_BITS + TIME_SHIFT)) - 1
 """The largest id; also the largest PostgreSQL `bigint`."""
+
+MAX_AHEAD_MS = 50
+"""How far ids may run ahead of the clock, in milliseconds. Source: docs/ids.md."""
+
+MAX_LEASE = MAX_AHEAD_MS << SEQUENCE_BITS
+"""The most ids reserved at once: what the clock allows ahead of itself."""
+
+_AHEAD = MAX_AHEAD_MS << TIME_SHIFT
+_CARRY = (1 << TIME_SHIFT) - (1 << SEQUENCE_BITS)
+"""From the id one past the end of a millisecond to the first of the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +82,10 @@ def shard_of(id: int, /) -> int:
     """Return the logical shard an id carries.
 
     Raises:
-        InvalidIdError: not an `int` between 0 and 2^63 - 1.
+        InvalidIdError: not an `int` from 1 to 2^63 - 1.
     """
-    if type(id) is not int or not 0 <= id <= MAX_ID:
-        raise InvalidIdError(f"{id!r} is not an id: ids are whole numbers from 0 to 2^63 - 1")
+    if type(id) is not int or not 0 < id <= MAX_ID:
+        raise InvalidIdError(f"{id!r} is not an id: ids are whole numbers from 1 to 2^63 - 1")
     return (id >> SEQUENCE_BITS) & SHARD_MASK
 
 
@@ -78,7 +93,7 @@ def parse(id: int, /) -> IdParts:
     """Return the time, logical shard and sequence of an id.
 
     Raises:
-        InvalidIdError: not an `int` between 0 and 2^63 - 1.
+        InvalidIdError: not an `int` from 1 to 2^63 - 1.
 
     Example:
         >>> parse(compose(1_000, 42, 7)).logical_shard
@@ -123,109 +138,167 @@ def max_id_at(time: dt.datetime) -> int:
     return compose(_ms(time), SHARD_MASK, SEQUENCE_MASK)
 
 
-class IdBlock:
-    """A leased range of ids of one logical shard, used up from the front.
-
-    *Invariant:* a value is handed out at most once, and none after `expires`: what is left of
-    a block then is dropped, so that ids of several owners stay at most `ttl` out of order.
-    Not thread-safe: its owner locks.
+def expand(first: int, n: int, logical_shard: int) -> list[int]:
+    """Return the ids of n generator states, ascending.
 
     Args:
-        logical_shard: the shard the ids will carry.
-        first: first generator state of the range, from `shardkit.lease_ids`.
-        n: length of the range.
-        expires: monotonic time, in seconds, from which on it hands out nothing.
+        first: the first state, `milliseconds << 10 | sequence`.
+        n: how many; within a millisecond ids are next to each other.
+        logical_shard: the shard they carry.
     """
-
-    __slots__ = ("_end", "_next", "_shard_bits", "expires", "logical_shard")
-
-    def __init__(self, logical_shard: int, first: int, n: int, *, expires: float) -> None:
-        compose((first + n - 1) >> SEQUENCE_BITS, logical_shard, 0)  # checks the ranges once
-        self.logical_shard = logical_shard
-        self._shard_bits = logical_shard << SEQUENCE_BITS
-        self._next = first
-        self._end = first + n
-        self.expires = expires
-
-    def take(self, n: int, *, now: float) -> list[int]:
-        """Return the next ids, ascending: n of them, or fewer when the block ends."""
-        if now >= self.expires:
-            return []
-        first, self._next = self._next, min(self._next + n, self._end)
-        return [
-            (state >> SEQUENCE_BITS) << TIME_SHIFT | self._shard_bits | state & SEQUENCE_MASK
-            for state in range(first, self._next)
-        ]
+    made: list[int] = []
+    while n > 0:
+        sequence = first & SEQUENCE_MASK
+        here = min(n, (1 << SEQUENCE_BITS) - sequence)
+        start = (first >> SEQUENCE_BITS) << TIME_SHIFT | logical_shard << SEQUENCE_BITS | sequence
+        made += range(start, start + here)
+        first += here
+        n -= here
+    return made
 
 
-Lease = Callable[[Mapping[int, int]], Mapping[int, int]]
-"""Reserves ranges: number of ids by logical shard in, first generator state by shard out."""
+class Forkable(Protocol):
+    """What must know that it has become a child process's copy."""
+
+    def after_fork(self) -> None:
+        """Give up what belongs to the parent."""
 
 
-class IdMinter:
-    """Mints ids for any logical shard from blocks leased in that shard's database.
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
-    Thread-safe, and safe to share between tasks of an event loop: no lock is held while a
-    lease is fetched, so two callers may each fetch a block, which wastes ids but repeats none.
-    A child process forgets the blocks of its parent.
+
+def in_child(owner: Forkable) -> None:
+    """Have `after_fork` called in every child process, as long as its object lives."""
+    _forkable.add(owner)
+
+
+def _after_fork() -> None:
+    for owner in list(_forkable):
+        owner.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class IdGenerator:
+    """Mints ids of one logical shard from this process's clock, without a database.
+
+    For a logical shard that one process has to itself, such as a loader; where several may
+    mint, use `shardkit.minting`. Thread-safe. A child process cannot use its parent's generator.
+
+    *Invariant:* each id is larger than the one before, whatever the clock does, and less than
+    `MAX_AHEAD_MS` ahead of the clock when it is handed out.
 
     Args:
-        lease: fetches ranges, one round trip per physical shard.
-        block_size: ids leased ahead for a shard that mints one at a time.
-        block_ttl: seconds a block may be used; also the most that ids of two processes can be
-            out of time order. Source: docs/architecture.md, "Ids".
-        clock: source of monotonic time.
+        logical_shard: the shard the ids will carry, 0 to 8191.
+        clock: source of wall time.
+        after: the last id an earlier owner minted, when one did; new ids are larger.
+        patience: seconds a call may wait for the clock to catch up.
+
+    Raises:
+        InvalidIdError: the logical shard or `after` is out of range.
+
+    Example:
+        >>> new = IdGenerator(42).next()
+        >>> shard_of(new)
+        42
     """
 
     def __init__(
         self,
-        lease: Lease,
+        logical_shard: int,
         *,
-        block_size: int = 64,
-        block_ttl: float = 0.2,
         clock: Clock = SYSTEM,
+        after: int | None = None,
+        patience: float = 1.0,
     ) -> None:
-        self._lease = lease
-        self._block_size = block_size
-        self._block_ttl = block_ttl
+        self._shard_bits = compose(0, logical_shard, 0)
+        self.logical_shard = logical_shard
         self._clock = clock
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)
+        self._unix_ms = clock.unix_ms
+        self._patience = patience
+        # The id before the next. Of an earlier owner's millisecond nothing is left to use.
+        self._last = self._shard_bits
+        if after is not None:
+            shard_of(after)
+            self._last = (after >> TIME_SHIFT) << TIME_SHIFT | self._shard_bits | SEQUENCE_MASK
+        # unix_ms << TIME_SHIFT, plus this, is the first id of that millisecond.
+        self._origin = self._shard_bits - (EPOCH_MS << TIME_SHIFT)
+        self._is_inherited = False
+        self._lock = threading.Lock()
+        in_child(self)
 
-    def mint(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
-        """Return new ids by logical shard, ascending within each.
-
-        Args:
-            counts: how many ids each logical shard needs.
+    def next(self) -> int:
+        """Return a new id.
 
         Raises:
-            UnavailableError: a lease could not be fetched (retryable).
+            ClockMovedBackError: the clock is too far behind the last id to wait (retryable).
+            IdError: the generator belongs to the parent process.
         """
-        minted: dict[int, list[int]] = {}
-        missing: dict[int, int] = {}
-        now = self._clock.monotonic()
+        # max(state + 1, now) on whole ids: next to each other within a millisecond.
         with self._lock:
-            for shard, n in counts.items():
-                block = self._blocks.get(shard)
-                taken = minted[shard] = [] if block is None else block.take(n, now=now)
-                if len(taken) < n:
-                    missing[shard] = n - len(taken)
-        if not missing:
-            return minted
-        sizes = {shard: max(n, self._block_size) for shard, n in missing.items()}
-        # The block's life counts from before the request: its values are from then.
-        asked = self._clock.monotonic()
-        for shard, first in self._lease(sizes).items():
-            block = IdBlock(shard, first, sizes[shard], expires=float("inf"))
-            minted[shard] += block.take(missing[shard], now=asked)
-            block.expires = asked + self._block_ttl
-            with self._lock:
-                self._blocks[shard] = block
-        return minted
+            now = (self._unix_ms() << TIME_SHIFT) + self._origin
+            new = self._last + 1
+            if new < now:
+                new = now
+            elif not new & SEQUENCE_MASK:
+                new += _CARRY
+            if new < now + _AHEAD and new <= MAX_ID:
+                self._last = new
+                return new
+        return self.many(1)[0]
 
-    def _forget(self) -> None:
+    def many(self, k: int) -> list[int]:
+        """Return k new ids, ascending, reserved at once.
+
+        Args:
+            k: 1 to `MAX_LEASE`.
+
+        Raises:
+            IdRequestError: k is out of range.
+            ClockMovedBackError: the clock is too far behind the last id to wait (retryable).
+            IdError: the generator belongs to the parent process.
+        """
+        if type(k) is not int or not 1 <= k <= MAX_LEASE:
+            raise IdRequestError(
+                f"cannot mint {k!r} ids at once: give 1 to {MAX_LEASE}",
+                logical_shard=self.logical_shard,
+            )
+        give_up = None
+        while True:
+            with self._lock:
+                now = (self._unix_ms() - EPOCH_MS) << SEQUENCE_BITS
+                last = self._last
+                state = (last >> TIME_SHIFT) << SEQUENCE_BITS | last & SEQUENCE_MASK
+                first = max(state + 1, now)
+                too_far = first + k - now - MAX_LEASE
+                if too_far <= 0:
+                    minted = expand(first, k, self.logical_shard)
+                    if minted[-1] > MAX_ID:
+                        raise IdError("the clock is past the end of this id layout")
+                    self._last = minted[-1]
+                    return minted
+            if self._is_inherited:
+                raise IdError(
+                    "this generator belongs to the parent process",
+                    hint="mint with IdMinter, or make one generator after the fork",
+                    logical_shard=self.logical_shard,
+                )
+            wait = (too_far + SEQUENCE_MASK >> SEQUENCE_BITS) / 1000
+            monotonic = self._clock.monotonic()
+            give_up = monotonic + self._patience if give_up is None else give_up
+            if monotonic + wait > give_up:
+                raise ClockMovedBackError(
+                    f"the clock is {wait:.3f} s too far behind the last id",
+                    logical_shard=self.logical_shard,
+                )
+            self._clock.sleep(wait)
+
+    def after_fork(self) -> None:
+        """Refuse to mint in a child process."""
         self._lock = threading.Lock()
-        self._blocks: dict[int, IdBlock] = {}
+        self._is_inherited = True
+        self._last = MAX_ID  # sends every call to the check in `many`
 
 
 def _ms(time: dt.datetime) -> int:

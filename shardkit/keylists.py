@@ -25,8 +25,8 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import ColumnElement
 
 from shardkit.router import Router
+from shardkit.shapes import base_sharding
 from shardkit.statements import Params
-from shardkit.walk import base_sharding
 
 __all__ = ["KeyLists", "split"]
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.errors import InvalidShardKeyError, NoShardKeyError, ShardKeyChangeError
-from shardkit.ids import IdMinter
+from shardkit.minting import IdMinter
 from shardkit.models import Sharding, sharding_of
 from shardkit.placement import Placement
 from shardkit.router import Router

@@ -19,7 +19,7 @@ from sqlalchemy.sql.visitors import iterate
 
 from shardkit.errors import UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
-from shardkit.walk import expressions_of
+from shardkit.shapes import expressions_of
 
 __all__ = ["is_colocated", "refuse_joined_loads"]
 

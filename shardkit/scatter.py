@@ -25,7 +25,7 @@ from shardkit.gather import Plan
 from shardkit.keylists import KeyLists
 from shardkit.topology import schema_name
 
-__all__ = ["Scatter", "compose", "run", "sql_of", "view"]
+__all__ = ["Scatter", "compose", "of", "run", "sql_of", "view"]
 
 _OPTION: Final = "shardkit_scatter"
 _ANY_SCHEMA: Final = "shardkit_any_shard"
@@ -40,15 +40,24 @@ class Scatter:
         shards: the logical shards of that server to ask.
         tail: ORDER BY and LIMIT of their union, or nothing.
         lists: the keys that each logical shard is asked for; of its equality only the names.
+        union: what joins the branches.
     """
 
     shards: tuple[int, ...]
     tail: str
     lists: KeyLists = field(default_factory=KeyLists, compare=False)
+    union: str = "UNION ALL"
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.lists.values))
+
+
+def of(plan: Plan | None, shards: tuple[int, ...]) -> Scatter:
+    """Return what one server runs of a plan, or of a statement that needs none."""
+    if plan is None:
+        return Scatter(shards, "")
+    return Scatter(shards, plan.tail, plan.lists, plan.union)
 
 
 def view(engine: Engine) -> Engine:
@@ -66,7 +75,7 @@ def compose(branch: str, scatter: Scatter) -> str:
         branch: compiled for `view`, so that its schema is a placeholder.
         scatter: the schemas and the tail.
     """
-    union = " UNION ALL ".join(
+    union = f" {scatter.union} ".join(
         scatter.lists.text(branch, shard).replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.")
         for shard in scatter.shards
     )
@@ -111,7 +120,7 @@ def run(
             state.session, statement, params, options, bind_arguments, is_pre_event=False
         )
     tasks = [
-        _task(connection, statement, params, Scatter(shards, plan.tail, plan.lists), options)
+        _task(connection, statement, params, of(plan, shards), options)
         for connection, shards in servers.values()
     ]
     answers = dict(zip(servers, parallel(tasks), strict=True))

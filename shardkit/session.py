@@ -1,48 +1,38 @@
-"""The ORM session over all logical shards: one connection and one transaction per physical shard.
+"""The session that reads: every logical shard through one ORM session, from replicas.
 
-`ReadSession` reads from replicas and holds no transaction; `WriteSession` is a `ReadSession` on
-the primaries that may also write, so that one is accepted where the other is wanted. The async
-twins run the same classes through SQLAlchemy's proxy. A logical shard is a view of its server's
-connection in which unqualified tables are those of its schema.
+One connection per physical shard, no transaction. A logical shard is a view of its server's
+connection in which unqualified tables are those of its schema. `shardkit.writer` builds on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Engine, Insert, event, inspect
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolExhaustedError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, UOWTransaction
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from shardkit import gather, scatter
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
-    CrossShardWriteError,
     EndpointUnavailableError,
     GatherError,
     NoShardKeyError,
-    OutcomeUnknownError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
-    ShardKeyChangeError,
     UnavailableError,
     UnsupportedStatementError,
 )
-from shardkit.keylists import KeyLists
-from shardkit.placing import Placer, sharding_of_mapper, stored_shard
+from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
-from shardkit.replicas import physical_of_token, token_of
+from shardkit.replicas import physical_of_token
 from shardkit.router import Route, Router
+from shardkit.shapes import expressions_of
 from shardkit.statements import AllShards, Params, shards_of
-from shardkit.strategies import Rule
 from shardkit.topology import Endpoint, Role
-from shardkit.walk import expressions_of
 
-__all__ = ["AsyncReadSession", "AsyncWriteSession", "ReadSession", "WriteSession"]
+__all__ = ["ReadSession"]
 
 T = TypeVar("T")
 
@@ -118,12 +108,12 @@ class ReadSession(Session):
         """
         shards = self._route(statement, params)
         cluster = self._cluster
-        branch, tail, lists = statement, "", KeyLists()
+        branch, plan = statement, None
         if len(shards) > 1:
             plan = self._decided(lambda router: gather.plan(statement, params, router))
-            branch, tail, lists = plan.branch, plan.tail, plan.lists
+            branch = plan.branch
         texts = (
-            (physical, scatter.sql_of(branch, scatter.Scatter(some, tail, lists)))
+            (physical, scatter.sql_of(branch, scatter.of(plan, some)))
             for physical, some in cluster.group(shards).items()
         )
         return Route(tuple(shards), cluster.router.total, self.role, tuple(texts))
@@ -319,169 +309,6 @@ class ReadSession(Session):
         raise connection_error(error, (broken or endpoints)[0]) from error
 
 
-class WriteSession(ReadSession):
-    """A session on the primaries that may write.
-
-    A transaction spans as many logical shards as one physical shard holds; a unit of work over
-    two physical shards is refused before anything is written. Reads see the session's own
-    writes. Objects stay usable after commit: nothing is expired.
-
-    Attributes:
-        token: after a commit, what a later reader must have seen; an empty string before.
-
-    Made by `Cluster.writer`.
-    """
-
-    role: ClassVar[Role] = Role.PRIMARY
-    purpose: ClassVar[Purpose] = Purpose.WRITE
-
-    def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
-        super().__init__(connections, **options)
-        self._written: set[str] = set()
-        self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
-        self.token = ""
-
-    def flush(self, objects: Sequence[Any] | None = None) -> None:
-        """Write what was added, changed and deleted; ids are minted here.
-
-        Raises:
-            CrossShardWriteError: it would touch two physical shards; nothing was written.
-            ShardKeyChangeError: the shard key of a stored object was changed.
-            InvalidShardKeyError: the key of an object cannot place it.
-            NoShardKeyError: an object has no shard key.
-            EndpointUnavailableError: the primary does not answer (retryable).
-        """
-        try:
-            Session.flush(self, objects)
-        except DBAPIError as error:
-            self._raise(error)
-        finally:
-            self._placed.clear()
-
-    def commit(self) -> None:
-        """Flush and commit.
-
-        Raises:
-            OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
-        """
-        self.flush()
-        try:
-            super().commit()
-        except DBAPIError as error:
-            if error.connection_invalidated and self._written:
-                raise OutcomeUnknownError from error
-            raise
-
-    def rollback(self) -> None:
-        """Undo everything since the last commit."""
-        super().rollback()
-        self._ended()
-
-    # -- units of work
-
-    def _prepare_flush(self) -> None:
-        """Mint ids, place objects and check the unit of work, before anything is written."""
-        cluster = self._cluster
-        placed = self._placed
-        if self._new:
-            new = list(self._new.values())
-            placed |= self._decided(
-                lambda router: Placer(router, cluster.placement, cluster.ids).run(new), assign=True
-            )
-        if self._deleted or self.identity_map.check_modified():
-            for obj in (*self.deleted, *self.dirty):
-                shard = self._stored_shard(obj)
-                if shard is not None:
-                    placed[id(obj)] = shard
-        if placed:
-            self._note_written(placed.values())
-
-    def _stored_shard(self, obj: Any) -> int | None:
-        return self._decided(lambda router: stored_shard(obj, router))
-
-    def _named(self, rule: Rule, key: Any) -> int:
-        return self._decided(lambda router: router.shard(rule, key))
-
-    def _note_written(self, shards: Iterable[int]) -> None:
-        together = {self._cluster.physical_of(shard) for shard in shards} | self._written
-        if len(together) > 1:
-            raise CrossShardWriteError(
-                f"the unit of work would write to {', '.join(sorted(together))}",
-                hint="keep rows that change together under one shard key, or commit in between",
-            )
-        self._written = together
-
-    def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
-        """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
-        shard = self._placed.get(id(instance))
-        if shard is None:  # the flush itself found it, through a relationship
-            shard = self._stored_shard(instance)
-            if shard is None:
-                raise UnsupportedStatementError(
-                    f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
-                    hint="reference tables cannot be written through a session yet",
-                )
-            self._note_written((shard,))
-        # A relationship may have filled the key in after the unit of work was checked.
-        state = instance_state(instance)
-        sharding = sharding_of_mapper(state.mapper)
-        key = None if sharding is None else state.dict.get(sharding.key)
-        if sharding is not None and key is not None:
-            named = self._named(sharding.rule, key)
-            if named != shard:
-                raise ShardKeyChangeError(
-                    f"a relationship set {state.mapper.class_.__name__}.{sharding.key}, "
-                    f"which names logical shard {named}",
-                    logical_shard=shard,
-                )
-        connection = self._connection_to(shard)
-        self._cluster.fingerprints.check(state.mapper)
-        return connection
-
-    def _run(self, state: ORMExecuteState) -> Any:
-        result = super()._run(state)
-        if state.is_insert and state.is_orm_statement and state.parameters:
-            raise UnsupportedStatementError(
-                "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
-            )
-        if result is None and not state.is_select:
-            self._note_written((state.bind_arguments["logical_shard"],))
-        return result
-
-    def _writable(self) -> None:
-        return
-
-    # -- connections
-
-    def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
-        endpoint = self._cluster.primary_of(physical)
-        engine = self._cluster.view(endpoint, self.purpose, logical_shard)
-        try:
-            connection = Session._connection_for_bind(self, engine)
-        except (DBAPIError, PoolExhaustedError) as error:
-            raise connection_error(error, endpoint) from error
-        self._roots[physical] = (endpoint, connection)
-        return endpoint, connection
-
-    def _root_of(self, engine: Engine) -> Connection:
-        # Asked every time, so that each SAVEPOINT gets to know the connection.
-        return Session._connection_for_bind(self, super()._root_of(engine).engine)
-
-    def _ended(self) -> None:
-        """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
-        self._written.clear()
-        self._shard_views.clear()
-        self._roots.clear()
-
-    def _release(self) -> None:
-        self._ended()
-
-    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
-        """A statement of a transaction is never run again by itself."""
-        del error
-        return False
-
-
 def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
     if isinstance(ident, dict):
         return tuple(
@@ -490,65 +317,8 @@ def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
     return tuple(ident) if isinstance(ident, tuple | list) else (ident,)
 
 
-def _executes(connection: Connection, statement: Any, params: Any, options: Any) -> Any:
-    return lambda: connection.execute(statement, params or {}, execution_options=options)
-
-
 @event.listens_for(ReadSession, "do_orm_execute", propagate=True)
 def _on_execute(state: ORMExecuteState) -> Any:
     session = state.session
     assert isinstance(session, ReadSession)
     return session._run(state)
-
-
-@event.listens_for(WriteSession, "before_flush")
-def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None:
-    assert isinstance(session, WriteSession)
-    session._prepare_flush()
-
-
-@event.listens_for(WriteSession, "after_commit")
-def _on_commit(session: Session) -> None:
-    """Make the token, also where `with session.begin()` commits and `commit` is not called."""
-    assert isinstance(session, WriteSession)
-    if session._written and not session.in_nested_transaction():
-        session.token = token_of(session._written)
-
-
-@event.listens_for(WriteSession, "after_transaction_end")
-def _on_end(session: Session, transaction: SessionTransaction) -> None:
-    assert isinstance(session, WriteSession)
-    if transaction.parent is None:
-        session._ended()
-
-
-class AsyncReadSession(AsyncSession):
-    """`ReadSession` for asyncio: the same words, awaited."""
-
-    sync_session_class: type[Session] = ReadSession
-    sync_session: ReadSession
-
-    def __init__(self, connections: AsyncConnections, **options: Any) -> None:
-        super().__init__(
-            sync_session_class=type(self).sync_session_class, connections=connections, **options
-        )
-
-    def route(self, statement: Any, params: Params = None) -> Route:
-        """Return where a statement would run; runs nothing. See `ReadSession.route`.
-
-        Raises:
-            UnsupportedStatementError: a directory has to be asked first, which has to be awaited.
-        """
-        return self.sync_session.route(statement, params)
-
-
-class AsyncWriteSession(AsyncReadSession):
-    """`WriteSession` for asyncio: the same words, awaited."""
-
-    sync_session_class: type[Session] = WriteSession
-    sync_session: WriteSession
-
-    @property
-    def token(self) -> str:
-        """After a commit, what a later reader must have seen; an empty string before."""
-        return self.sync_session.token

@@ -23,7 +23,8 @@ from shardkit.errors import (
 )
 from shardkit.models import Sharding
 from shardkit.router import Router
-from shardkit.walk import Walk, base_sharding
+from shardkit.shapes import base_sharding
+from shardkit.walk import Walk
 
 __all__ = ["AllShards", "Params", "all_shards", "shards_of"]
 

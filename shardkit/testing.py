@@ -56,6 +56,10 @@ class FakeClock:
         self._monotonic += seconds
         self._unix_ms += round(seconds * 1000)
 
+    def sleep(self, seconds: float) -> None:
+        """Let time pass at once."""
+        self.advance(seconds)
+
     def set_unix_ms(self, unix_ms: int) -> None:
         """Step the wall clock, in either direction."""
         self._unix_ms = unix_ms

@@ -13,43 +13,49 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import (
     BinaryExpression,
     BindParameter,
     BooleanClauseList,
-    Column,
     CompoundSelect,
     Delete,
     Label,
-    Over,
     Select,
     Table,
     Update,
 )
-from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Grouping
 from sqlalchemy.sql.selectable import (
     AliasedReturnsRows,
     FromClause,
-    FromGrouping,
     Join,
     Lateral,
     SelectBase,
 )
-from sqlalchemy.sql.visitors import ExternallyTraversible, iterate
+from sqlalchemy.sql.visitors import ExternallyTraversible
 
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
-from shardkit.models import REFERENCE_SCHEMA, Sharding, sharding_of
+from shardkit.models import REFERENCE_SCHEMA, sharding_of
 from shardkit.router import Router
+from shardkit.shapes import (
+    base_sharding,
+    base_table,
+    extensions,
+    is_row_by_row,
+    mapped_expressions,
+    outermost,
+    plain_select,
+    refuse_ctes,
+    sources_of,
+    ungrouped,
+)
 from shardkit.strategies import Rule
 
-__all__ = ["Walk", "base_sharding", "expressions_of"]
+__all__ = ["Walk"]
 
 _ORDERED: Final = {operators.lt, operators.le, operators.gt, operators.ge}
 
@@ -176,7 +182,7 @@ class Walk:
         if not isinstance(statement, Update | Delete):
             self.query(statement, asfrom=True)
             return
-        _refuse_ctes(statement)
+        refuse_ctes(statement)
         values = [*(statement._values or {}).values()] if isinstance(statement, Update) else []
         extra = getattr(statement, "_extra_froms", ())  # DELETE has USING
         froms = {
@@ -186,7 +192,7 @@ class Walk:
             )
             for table in getattr(element, "_from_objects", ())
         }  # fmt: skip
-        frame = self._open(_surface(froms))
+        frame = self._open(outermost(froms))
         self.frames.append(frame)
         self.sources(frame)
         for clause in statement._where_criteria:
@@ -205,7 +211,7 @@ class Walk:
             equal_to: column that its only column is compared with by IN.
         """
         if isinstance(query, CompoundSelect):
-            _refuse_ctes(query)
+            refuse_ctes(query)
             for part in query.selects:
                 self.query(part.element if isinstance(part, Grouping) else part, asfrom=asfrom)
         elif isinstance(query, Select):
@@ -229,7 +235,7 @@ class Walk:
         equal_to: tuple[_Node, Rule] | None = None,
     ) -> None:
         """Walk a SELECT in its frame."""
-        _refuse_ctes(select)
+        refuse_ctes(select)
         outermost = not self.frames
         self.frames.append(frame)
         self.sources(frame)
@@ -239,14 +245,14 @@ class Walk:
             self.join(equal_to, self.placing(select._raw_columns[0]))
         self.elements(select._raw_columns)
         for column in select._raw_columns:
-            self.elements(_mapped_expressions(column))
+            self.elements(mapped_expressions(column))
         for clause in select._where_criteria:
             self.criterion(clause)
         self.elements(select._having_criteria)
         self.elements(select._order_by_clauses)
         self.elements(select._group_by_clauses)
         self.elements(select._distinct_on)
-        self.elements(clause for clause in _extensions(select) if clause is not None)
+        self.elements(clause for clause in extensions(select) if clause is not None)
         self.frames.pop()
 
     # -- FROM
@@ -258,7 +264,7 @@ class Walk:
         and a second occurrence where it does not: inside a join, for one. Source:
         `SelectState._correlate_froms` in SQLAlchemy.
         """
-        froms = _froms(select)
+        froms = sources_of(select)
         keys = {hash(source) for source in froms}
         around = self.frames[-1].known if self.frames and (lateral or not asfrom) else set()
         reach = self.frames if lateral or not asfrom else self.frames[:-1]
@@ -270,7 +276,7 @@ class Walk:
         if select._auto_correlate and len(keys) > 1:
             keys -= around
         frame = self._open([source for source in froms if hash(source) in keys])
-        frame.row_by_row = _is_row_by_row(select)
+        frame.row_by_row = is_row_by_row(select)
         return frame
 
     def _open(self, froms: list[Any]) -> _Frame:
@@ -279,11 +285,11 @@ class Walk:
         remaining = list(froms)
         self.frames.append(frame)
         while remaining:
-            source = _ungrouped(remaining.pop(0))
+            source = ungrouped(remaining.pop(0))
             frame.known.add(hash(source))
             if isinstance(source, Join):
                 remaining += [source.left, source.right]
-            elif _base_table(source) is not None:
+            elif base_table(source) is not None:
                 self._note(frame, source)
         self.frames.pop()
         return frame
@@ -301,7 +307,7 @@ class Walk:
             frame: the current frame.
             nullable: whether an outer join around it can show rows without one of it.
         """
-        source = _ungrouped(source)
+        source = ungrouped(source)
         if isinstance(source, Join):
             outer = source.isouter or source.full
             left = self.source(source.left, frame, nullable=nullable or source.full)
@@ -313,7 +319,7 @@ class Walk:
                     outer=_Outer(left, right, source.full) if outer else None,
                 )
             return left | right
-        if _base_table(source) is not None:
+        if base_table(source) is not None:
             node = frame.nodes.get(hash(source))
             return set() if node is None else {node}
         before = len(self.nodes)
@@ -344,7 +350,7 @@ class Walk:
 
     def _has_sharded_rows(self, source: Any) -> bool:
         """Tell whether every row of a source shows a row of a sharded table."""
-        source = _ungrouped(source)
+        source = ungrouped(source)
         if isinstance(source, Join):
             left = self._has_sharded_rows(source.left)
             if source.isouter and not source.full:
@@ -397,7 +403,7 @@ class Walk:
                 if node.root().order >= self.frames[-1].first:
                     node.root().confine(shards)
         if isinstance(clause, BinaryExpression):
-            inner = _plain_select(clause.right) if clause.operator is operators.in_op else None
+            inner = plain_select(clause.right) if clause.operator is operators.in_op else None
             if inner is not None:
                 self.element(clause.left)
                 self.query(inner, asfrom=False, equal_to=self.placing(clause.left))
@@ -489,7 +495,7 @@ class Walk:
             table = getattr(element, "table", None)
             if not isinstance(element, ColumnElement) or table is None:
                 return None
-            if _base_table(table) is not None:
+            if base_table(table) is not None:
                 break
             # A column of a subquery in FROM is the column it passes on.
             self.element(table)
@@ -518,13 +524,13 @@ class Walk:
                 return frame.nodes.get(key)
         frame = self.frames[-1]
         frame.known.add(key)
-        if _base_table(table) is not None:
+        if base_table(table) is not None:
             return self._note(frame, table)
         self._derive(table, frame)
         return None
 
     def _note(self, frame: _Frame, table: FromClause) -> _Node | None:
-        base = _base_table(table)
+        base = base_table(table)
         assert base is not None, "subqueries have no node"
         if sharding_of(base) is None:
             if base.schema != REFERENCE_SCHEMA:
@@ -545,123 +551,3 @@ class Walk:
         if parameter.key in self.params:
             return self.params[parameter.key]
         return parameter.effective_value
-
-
-def _base_table(element: Any) -> Table | None:
-    """Return the table under aliases, or None for a subquery."""
-    while isinstance(element, AliasedReturnsRows):
-        element = element.element
-    return element if isinstance(element, Table) else None
-
-
-def base_sharding(element: Any) -> Sharding | None:
-    """Return how the rows of a table are placed, also behind an alias, or None."""
-    table = _base_table(element)
-    return None if table is None else sharding_of(table)
-
-
-def _plain_select(element: Any) -> Select[Any] | None:
-    """Return the SELECT of `IN (SELECT …)` when every one of its rows counts by itself."""
-    while isinstance(element, Grouping) or hasattr(element, "element"):
-        element = element.element
-    if (
-        isinstance(element, Select)
-        and len(element._raw_columns) == 1
-        and not element._group_by_clauses
-        and _is_row_by_row(element)
-    ):
-        return element
-    return None
-
-
-def _is_row_by_row(select: Select[Any]) -> bool:
-    """Tell whether a SELECT makes each row without looking at rows of other shards.
-
-    GROUP BY does: a column that places is in it, or is decided by a primary key that is.
-    """
-    return (
-        select._limit_clause is None
-        and select._offset_clause is None
-        and select._fetch_clause is None
-        and not select._distinct_on
-        and not any(clause is not None for clause in _extensions(select))
-        and not any(
-            isinstance(part, Over)
-            for column in select._raw_columns
-            if isinstance(column, ColumnElement)
-            for part in iterate(column)
-        )
-    )
-
-
-def _extensions(select: Select[Any]) -> tuple[Any, ...]:
-    """Return what dialects and users put into a SELECT; DISTINCT ON, for one."""
-    return (
-        select._pre_columns_clause,
-        select._post_select_clause,
-        select._post_criteria_clause,
-        select._post_body_clause,
-    )
-
-
-def _refuse_ctes(statement: Any) -> None:
-    if statement._independent_ctes:
-        raise UnsupportedStatementError(
-            "a CTE beside the statement is not routed", hint="select from it, or run it by itself"
-        )
-
-
-def _froms(select: Select[Any]) -> list[Any]:
-    """Return the FROM list of a SELECT as if nothing were correlated."""
-    if select._setup_joins or select._memoized_select_entities:  # before with_only_columns()
-        # SQLAlchemy knows how relationships join; let it spell the ON clauses out.
-        try:
-            return list(select.get_final_froms())
-        except InvalidRequestError as error:  # it looked at a subquery without what is around it
-            raise UnsupportedStatementError(
-                "the joins of a subquery cannot be told", hint="join with select_from()"
-            ) from error
-    return _surface(
-        {
-            hash(table): table
-            for element in (*select._from_obj, *select._raw_columns, *select._where_criteria)
-            for table in element._from_objects
-        }
-    )
-
-
-def _surface(froms: Mapping[int, Any]) -> list[Any]:
-    """Return sources of rows without those that stand inside joins among them."""
-    inside = {
-        hash(table)
-        for source in froms.values()
-        if isinstance(source, Join)
-        for table in source._from_objects
-        if table is not source
-    }
-    return [source for key, source in froms.items() if key not in inside]
-
-
-def _ungrouped(source: Any) -> Any:
-    while isinstance(source, FromGrouping):
-        source = source.element
-    return source
-
-
-def _mapped_expressions(column: Any) -> Iterable[Any]:
-    """Return what an entity in the columns loads beside its table's columns."""
-    entity: Any = column._annotations.get("parententity")
-    if entity is None or not isinstance(column, FromClause):
-        return []
-    names = expressions_of(entity.mapper)
-    return [getattr(entity.entity, name).__clause_element__() for name in names]
-
-
-@lru_cache(maxsize=4096)
-def expressions_of(mapper: Mapper[Any]) -> tuple[str, ...]:
-    """Return the attributes of a class that are expressions instead of columns."""
-    return tuple(
-        attribute.key
-        for attribute in mapper.column_attrs
-        if not isinstance(attribute.columns[0], Column)
-    )

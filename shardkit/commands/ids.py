@@ -1,4 +1,4 @@
-"""`shardkit ids`: read the ids of rows."""
+"""`shardkit ids`: read the ids of rows, and mint some."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shardkit.commands.options import JsonOption
+from shardkit.commands.options import ConfigOption, JsonOption
 from shardkit.errors import InvalidIdError
 from shardkit.ids import IdParts, parse
+from shardkit.minting import MAX_MINT
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Read the ids of rows.")
+app = typer.Typer(no_args_is_help=True, help="Read the ids of rows, and mint some.")
 
 
 @app.callback()
 def ids() -> None:
-    """Read the ids of rows."""
+    """Read the ids of rows, and mint some."""
 
 
 @app.command("parse")
@@ -51,6 +52,28 @@ def parse_ids(
         time = part.time.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00")
         table.add_row(text, time, str(part.logical_shard), str(part.sequence))
     Console().print(table)
+
+
+@app.command("mint")
+def mint_ids(
+    config: ConfigOption = None,
+    *,
+    logical_shard: Annotated[int, typer.Option(help="The logical shard the ids will carry.")],
+    count: Annotated[int, typer.Option(min=1, max=MAX_MINT, help="How many.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Mint ids of a logical shard, one a line, through a lease from its own database."""
+    from shardkit.cluster import Cluster
+    from shardkit.config import default_file
+
+    with Cluster.from_file(config or default_file()) as cluster:
+        minted = cluster.connections.ids.mint({logical_shard: count})[logical_shard]
+    texts = [str(new) for new in minted]
+    if as_json:
+        json.dump({"logical_shard": logical_shard, "ids": texts}, sys.stdout, indent=2)
+        print()
+    else:
+        print("\n".join(texts))
 
 
 def _parse(text: str) -> IdParts:

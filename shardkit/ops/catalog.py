@@ -15,7 +15,8 @@ from collections.abc import Mapping
 
 from psycopg import sql
 
-from shardkit.ids import EPOCH_MS, SEQUENCE_BITS
+from shardkit.ids import EPOCH_MS
+from shardkit.ops.idfunctions import id_statements
 from shardkit.topology import schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
@@ -45,34 +46,6 @@ CREATE TABLE IF NOT EXISTS shardkit.placement (
 );
 """
 
-# Row locks of one statement, taken in ascending order so that two callers cannot deadlock; they
-# make concurrently leased ranges disjoint. SECURITY DEFINER with a fixed search_path: the
-# application role has no right on the rows themselves.
-_LEASE_FUNCTION = f"""
-CREATE OR REPLACE FUNCTION shardkit.lease_ids(shards integer[], counts integer[])
-RETURNS TABLE (logical_shard integer, first_state bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
-DECLARE
-    n integer;
-    state bigint;
-BEGIN
-    FOR logical_shard, n IN SELECT s, c FROM unnest(shards, counts) AS t (s, c) ORDER BY s LOOP
-        IF n IS NULL OR n NOT BETWEEN 1 AND 100000 THEN
-            RAISE EXCEPTION 'lease of % ids: must be 1 to 100000', n USING ERRCODE = '22023';
-        END IF;
-        EXECUTE format(
-            'UPDATE %I.shardkit_id_state SET state = greatest(state + 1, '
-            '(floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint - {EPOCH_MS})'
-            ' << {SEQUENCE_BITS}) + $1 - 1 RETURNING state',
-            'shard_' || lpad(logical_shard::text, 4, '0')
-        ) INTO STRICT state USING n;
-        first_state := state - n + 1;
-        RETURN NEXT;
-    END LOOP;
-END
-$$;
-"""
-
 
 def admin_statements(
     *, cluster: str, physical: str, n_logical_shards: int, app_role: str
@@ -81,14 +54,10 @@ def admin_statements(
     role = sql.Identifier(app_role)
     return [
         sql.SQL(_ADMIN_TABLES),
-        sql.SQL(_LEASE_FUNCTION),
-        sql.SQL("REVOKE ALL ON FUNCTION shardkit.lease_ids(integer[], integer[]) FROM PUBLIC"),
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
-        sql.SQL("GRANT EXECUTE ON FUNCTION shardkit.lease_ids(integer[], integer[]) TO {}").format(
-            role
-        ),
+        *id_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"

@@ -515,6 +515,7 @@ def aggregates(draw: Draw) -> Any:
         made = pick(
             draw, func.count(), func.count(column), func.sum(column), func.min(column),
             func.max(column), func.count(column.distinct()), func.avg(column),
+            func.bool_and(column > 2), func.bool_or(column == 2), func.avg(column * -3),
         )  # fmt: skip
         chosen.append(made.label(f"a{i}") if chance(draw, 50) else made)
     statement = select(*chosen).select_from(scope[0])
@@ -523,8 +524,8 @@ def aggregates(draw: Draw) -> Any:
             scope[1], matching(draw, scope[0], scope[1]), isouter=chance(draw, 40)
         )
     statement = narrowed(draw, statement.group_by(*grouped), scope)
-    if chance(draw, 10):
-        statement = statement.having(func.count() > 1)
+    if chance(draw, 30):
+        statement = statement.having(having(draw, scope, grouped))
     if grouped and chance(draw, 60):
         last = [column.desc() if chance(draw, 50) else column for column in grouped]
         some = [chosen[-1].desc()] if chance(draw, 50) else []
@@ -533,6 +534,21 @@ def aggregates(draw: Draw) -> Any:
             statement = statement.limit(draw(st.integers(0, 4))).offset(draw(st.integers(0, 2)))
         return statement, True
     return statement, False
+
+
+def having(draw: Draw, scope: Sequence[Any], grouped: Sequence[Any]) -> Any:
+    column = number(draw, scope)
+    tests = [
+        func.count() > draw(st.integers(0, 3)),
+        func.sum(column) <= draw(st.integers(0, 9)),
+        func.avg(column) >= draw(st.integers(0, 3)),
+        func.max(column).is_(None),
+        not_(func.min(column) != 1),
+        *(one == 2 for one in grouped),
+        *(one.is_not(None) for one in grouped),
+    ]
+    first, second = pick(draw, *tests), pick(draw, *tests)
+    return pick(draw, first, and_(first, second), or_(first, second), not_(or_(first, second)))
 
 
 def distincts(draw: Draw) -> Any:

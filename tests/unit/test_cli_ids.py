@@ -26,7 +26,7 @@ def test_an_id_is_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_keeps_ids_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("ids", "parse", "--json", str(ONE), "0") == 0
+    assert run("ids", "parse", "--json", str(ONE), "1") == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first == {
         "id": str(ONE),
@@ -37,7 +37,7 @@ def test_json_keeps_ids_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert second["logical_shard"] == 0
 
 
-@pytest.mark.parametrize("text", ["x", "1.5", "٣", "99999999999999999999", ""])
+@pytest.mark.parametrize("text", ["x", "0", "1.5", "٣", "99999999999999999999", ""])
 def test_what_is_no_id_is_said_in_one_line_with_exit_2(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,19 +45,15 @@ tags = cast(Photo.caption, JSON)
 per_owner = select(Photo.owner_id).subquery()
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("distinct", select(Photo.caption).distinct(), "DISTINCT"),
-    ("having", select(Photo.rank).group_by(Photo.rank).having(func.count() > 1), "HAVING"),
     ("for update", select(Photo).with_for_update(), "FOR UPDATE"),
     ("fetch", select(Photo).fetch(3), "FETCH"),
     ("text order", select(Photo).order_by(Photo.caption), "collat"),
     ("text min", select(func.min(Photo.caption)), "collat"),
-    ("average", select(func.avg(Photo.rank)), "avg"),
     ("unknown function", select(func.array_agg(Photo.id)), "array_agg"),
     ("aggregate in an expression", select(func.count() + 1).select_from(Photo), "count"),
     ("count distinct", select(func.count(distinct(Photo.rank))), "DISTINCT"),
     ("window", select(func.count().over()).select_from(Photo), "window"),
     ("column outside group by", select(Photo.rank, func.count()), "GROUP BY"),
-    ("group by unselected", select(func.count()).group_by(Photo.rank), "GROUP BY"),
     ("entity beside aggregate", select(Photo, func.count()).group_by(Photo.id), "entities"),
     ("subquery in from", select(per_owner), "subquery"),
     ("order by a window", select(Photo).order_by(func.rank().over(order_by=Photo.rank)), "window"),
@@ -197,3 +193,22 @@ def test_lists_that_do_not_place_rows_stay_lists() -> None:
     made = plan(select(Photo.id).where(Photo.rank.in_([1, 2]) | Photo.owner_id.in_([1])), None)
     assert not made.lists.values
     assert str(made.branch).count("IN (") == 2
+
+
+def test_distinct_rows_of_several_servers_become_one() -> None:
+    made = plan(select(Photo.rank).distinct().order_by(Photo.rank).limit(2), None)
+    assert made.union == "UNION"
+    assert made.combine([(3, 3), (None, None), (1, 1), (3, 3), (None, None)]) == [(1, 1), (3, 3)]
+
+
+def test_having_is_applied_to_whole_groups() -> None:
+    statement = select(Photo.rank).group_by(Photo.rank).having(func.count() > 2)
+    made = plan(statement.order_by(func.count().desc()), None)
+    assert "HAVING" not in str(made.branch)
+    assert [row[0] for row in made.combine([(1, 2), (1, 1), (2, 2), (None, 5)])] == [None, 1]
+
+
+def test_an_average_is_made_of_sums_and_counts() -> None:
+    made = plan(select(func.avg(Photo.rank)), None)
+    ((average, *_),) = made.combine([(None, 1, 1), (None, 1, 2), (None, None, 0)])
+    assert str(average) == "0.66666666666666666667"

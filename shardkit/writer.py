@@ -1,0 +1,216 @@
+"""The session that writes: a `ReadSession` on the primaries with one transaction for each.
+
+Everything on one physical shard commits together, however many logical shards it touches; what
+would write to two is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolExhaustedError
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction
+from sqlalchemy.orm.attributes import instance_state
+
+from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
+from shardkit.errors import (
+    CrossShardWriteError,
+    GatherError,
+    OutcomeUnknownError,
+    ShardKeyChangeError,
+    UnsupportedStatementError,
+)
+from shardkit.placing import Placer, sharding_of_mapper, stored_shard
+from shardkit.replicas import token_of
+from shardkit.session import ReadSession
+from shardkit.strategies import Rule
+from shardkit.topology import Endpoint, Role
+
+__all__ = ["WriteSession"]
+
+
+class WriteSession(ReadSession):
+    """A session on the primaries that may write.
+
+    A transaction spans as many logical shards as one physical shard holds; a unit of work over
+    two physical shards is refused before anything is written. Reads see the session's own
+    writes. Objects stay usable after commit: nothing is expired.
+
+    Attributes:
+        token: after a commit, what a later reader must have seen; an empty string before.
+
+    Made by `Cluster.writer`.
+    """
+
+    role: ClassVar[Role] = Role.PRIMARY
+    purpose: ClassVar[Purpose] = Purpose.WRITE
+
+    def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
+        super().__init__(connections, **options)
+        self._written: set[str] = set()
+        self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self.token = ""
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """Write what was added, changed and deleted; ids are minted here.
+
+        Raises:
+            CrossShardWriteError: it would touch two physical shards; nothing was written.
+            ShardKeyChangeError: the shard key of a stored object was changed.
+            InvalidShardKeyError: the key of an object cannot place it.
+            NoShardKeyError: an object has no shard key.
+            EndpointUnavailableError: the primary does not answer (retryable).
+        """
+        try:
+            Session.flush(self, objects)
+        except DBAPIError as error:
+            self._raise(error)
+        finally:
+            self._placed.clear()
+
+    def commit(self) -> None:
+        """Flush and commit.
+
+        Raises:
+            OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
+        """
+        self.flush()
+        try:
+            super().commit()
+        except DBAPIError as error:
+            if error.connection_invalidated and self._written:
+                raise OutcomeUnknownError from error
+            raise
+
+    def rollback(self) -> None:
+        """Undo everything since the last commit."""
+        super().rollback()
+        self._ended()
+
+    # -- units of work
+
+    def _prepare_flush(self) -> None:
+        """Mint ids, place objects and check the unit of work, before anything is written."""
+        cluster = self._cluster
+        placed = self._placed
+        if self._new:
+            new = list(self._new.values())
+            placed |= self._decided(
+                lambda router: Placer(router, cluster.placement, cluster.ids).run(new), assign=True
+            )
+        if self._deleted or self.identity_map.check_modified():
+            for obj in (*self.deleted, *self.dirty):
+                shard = self._stored_shard(obj)
+                if shard is not None:
+                    placed[id(obj)] = shard
+        if placed:
+            self._note_written(placed.values())
+
+    def _stored_shard(self, obj: Any) -> int | None:
+        return self._decided(lambda router: stored_shard(obj, router))
+
+    def _named(self, rule: Rule, key: Any) -> int:
+        return self._decided(lambda router: router.shard(rule, key))
+
+    def _note_written(self, shards: Iterable[int]) -> None:
+        together = {self._cluster.physical_of(shard) for shard in shards} | self._written
+        if len(together) > 1:
+            raise CrossShardWriteError(
+                f"the unit of work would write to {', '.join(sorted(together))}",
+                hint="keep rows that change together under one shard key, or commit in between",
+            )
+        self._written = together
+
+    def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
+        """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
+        shard = self._placed.get(id(instance))
+        if shard is None:  # the flush itself found it, through a relationship
+            shard = self._stored_shard(instance)
+            if shard is None:
+                raise UnsupportedStatementError(
+                    f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
+                    hint="reference tables cannot be written through a session yet",
+                )
+            self._note_written((shard,))
+        # A relationship may have filled the key in after the unit of work was checked.
+        state = instance_state(instance)
+        sharding = sharding_of_mapper(state.mapper)
+        key = None if sharding is None else state.dict.get(sharding.key)
+        if sharding is not None and key is not None:
+            named = self._named(sharding.rule, key)
+            if named != shard:
+                raise ShardKeyChangeError(
+                    f"a relationship set {state.mapper.class_.__name__}.{sharding.key}, "
+                    f"which names logical shard {named}",
+                    logical_shard=shard,
+                )
+        connection = self._connection_to(shard)
+        self._cluster.fingerprints.check(state.mapper)
+        return connection
+
+    def _run(self, state: ORMExecuteState) -> Any:
+        result = super()._run(state)
+        if state.is_insert and state.is_orm_statement and state.parameters:
+            raise UnsupportedStatementError(
+                "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
+            )
+        if result is None and not state.is_select:
+            self._note_written((state.bind_arguments["logical_shard"],))
+        return result
+
+    def _writable(self) -> None:
+        return
+
+    # -- connections
+
+    def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
+        endpoint = self._cluster.primary_of(physical)
+        engine = self._cluster.view(endpoint, self.purpose, logical_shard)
+        try:
+            connection = Session._connection_for_bind(self, engine)
+        except (DBAPIError, PoolExhaustedError) as error:
+            raise connection_error(error, endpoint) from error
+        self._roots[physical] = (endpoint, connection)
+        return endpoint, connection
+
+    def _root_of(self, engine: Engine) -> Connection:
+        # Asked every time, so that each SAVEPOINT gets to know the connection.
+        return Session._connection_for_bind(self, super()._root_of(engine).engine)
+
+    def _ended(self) -> None:
+        """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
+        self._written.clear()
+        self._shard_views.clear()
+        self._roots.clear()
+
+    def _release(self) -> None:
+        self._ended()
+
+    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
+        """A statement of a transaction is never run again by itself."""
+        del error
+        return False
+
+
+@event.listens_for(WriteSession, "before_flush")
+def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None:
+    assert isinstance(session, WriteSession)
+    session._prepare_flush()
+
+
+@event.listens_for(WriteSession, "after_commit")
+def _on_commit(session: Session) -> None:
+    """Make the token, also where `with session.begin()` commits and `commit` is not called."""
+    assert isinstance(session, WriteSession)
+    if session._written and not session.in_nested_transaction():
+        session.token = token_of(session._written)
+
+
+@event.listens_for(WriteSession, "after_transaction_end")
+def _on_end(session: Session, transaction: SessionTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    if transaction.parent is None:
+        session._ended()
