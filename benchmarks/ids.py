@@ -112,7 +112,9 @@ def measure(shard: PhysicalShard, *, rounds: int, seconds: float) -> dict[str, f
             for name, statements in arms.items():
                 for pipe, statement in zip(pipes, statements, strict=True):
                     pipe.send((statement, seconds))
-                rates[name].append(BLOCK * sum(pipe.recv() for pipe in pipes))
+                # From the first to begin to the last to end: clocks of processes are the same.
+                done, began, ended = zip(*(pipe.recv() for pipe in pipes), strict=True)
+                rates[name].append(BLOCK * sum(done) / (max(ended) - min(began)))
     return {name: statistics.median(measured) for name, measured in rates.items()}
 
 
@@ -134,7 +136,7 @@ def backends(shard: PhysicalShard) -> Iterator[list[Connection[Any, Any]]]:
 
 
 def backend(shard: PhysicalShard, pipe: Connection[Any, Any]) -> None:
-    """Repeat a statement for a time; answer how often it ran per second.
+    """Repeat a statement for a time; answer how often it ran, and from when to when.
 
     The first half second is not counted: a shard at rest has 50 ms of ids in hand.
     """
@@ -145,11 +147,14 @@ def backend(shard: PhysicalShard, pipe: Connection[Any, Any]) -> None:
             pipe.send(repeat(connection, statement, seconds))
 
 
-def repeat(connection: psycopg.Connection[Any], statement: bytes, seconds: float) -> float:
-    """Return runs per second."""
-    began = time.perf_counter()
+def repeat(
+    connection: psycopg.Connection[Any], statement: bytes, seconds: float
+) -> tuple[int, float, float]:
+    """Return how often it ran, when it began and when it ended."""
+    began = now = time.perf_counter()
     n = 0
-    while (spent := time.perf_counter() - began) < seconds:
+    while now - began < seconds:
         connection.execute(statement)
         n += 1
-    return n / spent
+        now = time.perf_counter()
+    return n, began, now
