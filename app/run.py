@@ -35,6 +35,7 @@ from shardkit.ops import migrate
 __all__ = ["main"]
 
 MIGRATIONS = "app:migrations"
+MODELS = "app.tables:Base"
 STOP_TIMEOUT = 5
 """Seconds requests under way have to end."""
 
@@ -121,7 +122,7 @@ def migrated(config: Path) -> None:
     if "migrations" not in tomllib.loads(config.read_text(encoding="utf-8")):
         # so that the command `shardkit migrate` finds them too
         with config.open("a", encoding="utf-8") as file:
-            file.write(f'\n[migrations]\nlocation = "{MIGRATIONS}"\n')
+            file.write(f'\n[migrations]\nlocation = "{MIGRATIONS}"\nmodels = "{MODELS}"\n')
     revisions = migrate.load_revisions(MIGRATIONS, folder=config.parent)
     with steps("logical shards") as show:
         done = 0
@@ -136,7 +137,8 @@ def migrated(config: Path) -> None:
             done += 1
             show(LocalProgress(done, total, f"{physical}/{logical_shard}"))
 
-        outcome = migrate.apply(topology, revisions, on_plan=on_plan, on_done=on_done)
+        rules = migrate.load_rules(MODELS)
+        outcome = migrate.apply(topology, revisions, rules=rules, on_plan=on_plan, on_done=on_done)
     if outcome.error:
         raise outcome.error
     n_logical_shards = topology.n_logical_shards

@@ -4,9 +4,11 @@ from shardkit import ids
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.models import Reference, Sharded
+from shardkit.placement import LeastLoaded, Pinned, Weighted
 from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import all_shards
+from shardkit.strategies import Directory, Range
 from shardkit.writer import WriteSession
 
 __all__ = [
@@ -14,10 +16,15 @@ __all__ = [
     "AsyncReadSession",
     "AsyncWriteSession",
     "Cluster",
+    "Directory",
+    "LeastLoaded",
+    "Pinned",
+    "Range",
     "ReadSession",
     "Reference",
     "Route",
     "Sharded",
+    "Weighted",
     "WriteSession",
     "all_shards",
     "ids",

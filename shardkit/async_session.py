@@ -28,7 +28,11 @@ class AsyncReadSession(AsyncSession):
         )
 
     def route(self, statement: Any, params: Params = None) -> Route:
-        """Return where a statement would run; runs nothing. See `ReadSession.route`."""
+        """Return where a statement would run; runs nothing. See `ReadSession.route`.
+
+        Raises:
+            UnsupportedStatementError: a directory has to be asked first, which has to be awaited.
+        """
         return self.sync_session.route(statement, params)
 
 

@@ -12,8 +12,14 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import ids, local, migrate
-from shardkit.errors import ConfigurationError, IdError, RefusedError, ShardkitError
+from shardkit.commands import ids, local, locate, migrate
+from shardkit.errors import (
+    ConfigurationError,
+    IdError,
+    InvalidShardKeyError,
+    RefusedError,
+    ShardkitError,
+)
 
 __all__ = ["app", "exit_code", "main"]
 
@@ -27,6 +33,7 @@ app = typer.Typer(
 app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(ids.app, name="ids")
+app.command("locate")(locate.locate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_code(error: ShardkitError) -> int:
     """Return the exit code an error stands for."""
-    if isinstance(error, ConfigurationError | IdError):
+    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError):
         return 2
     if isinstance(error, RefusedError):
         return 3

@@ -15,7 +15,7 @@ from shardkit import config
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.config import PoolConfig
 from shardkit.connections import AsyncConnections, Connections
-from shardkit.router import Placement, anywhere
+from shardkit.placement import Placement, Policy, anywhere
 from shardkit.session import ReadSession
 from shardkit.topology import Topology
 from shardkit.writer import WriteSession
@@ -32,7 +32,8 @@ class Cluster:
     Args:
         topology: endpoints and shard map, usually from `from_file`.
         pool: sizes and time limits of the pools.
-        placement: chooses the logical shard of rows that nothing places yet.
+        placement: chooses the logical shard of rows that nothing places yet; a policy of
+            `shardkit.placement`, or a function of the number of logical shards.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -46,13 +47,16 @@ class Cluster:
         topology: Topology,
         *,
         pool: PoolConfig | None = None,
-        placement: Placement = anywhere,
+        placement: Placement | Policy = anywhere,
     ) -> None:
         self.connections = Connections(topology, pool=pool, placement=placement)
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str] = "shardkit.toml", *, placement: Placement = anywhere
+        cls,
+        path: str | os.PathLike[str] = "shardkit.toml",
+        *,
+        placement: Placement | Policy = anywhere,
     ) -> Self:
         """Return the cluster that a configuration file describes.
 
@@ -117,13 +121,16 @@ class AsyncCluster:
         topology: Topology,
         *,
         pool: PoolConfig | None = None,
-        placement: Placement = anywhere,
+        placement: Placement | Policy = anywhere,
     ) -> None:
         self.connections = AsyncConnections(topology, pool=pool, placement=placement)
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str] = "shardkit.toml", *, placement: Placement = anywhere
+        cls,
+        path: str | os.PathLike[str] = "shardkit.toml",
+        *,
+        placement: Placement | Policy = anywhere,
     ) -> Self:
         """Return the cluster that a configuration file describes; see `Cluster.from_file`."""
         settings, topology = config.load(path)

@@ -17,6 +17,7 @@ A file looks like this (written by `shardkit local up`, or by hand):
 
     [migrations]
     location = "app:migrations"              # package:folder, or a path from this file's folder
+    models = "app.models:Base"               # optional: record how the models place their rows
 
     [[physical]]
     name = "alpha"
@@ -125,10 +126,14 @@ class PoolConfig(_Table):
 
 
 class MigrationsConfig(_Table):
-    """`[migrations]`: where the revisions of the application's tables are."""
+    """`[migrations]`: where the revisions of the application's tables and its models are."""
 
     location: Annotated[str, Field(min_length=1)] | None = None
     """`package:folder`, or a path from the folder of the file; None when there are none."""
+
+    models: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`module:Base` of a module that imports every model; None leaves unrecorded how rows are
+    placed."""
 
 
 class PhysicalConfig(_Table):

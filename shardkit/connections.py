@@ -23,10 +23,12 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import parallel, scatter
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import PoolConfig
+from shardkit.directories import Directories
 from shardkit.errors import (
     ClockMovedBackError,
     ConfigurationError,
@@ -34,11 +36,15 @@ from shardkit.errors import (
     IdRequestError,
     PoolTimeoutError,
     UnavailableError,
+    UnsupportedStatementError,
 )
+from shardkit.fingerprints import Fingerprints
 from shardkit.ids import EPOCH_MS, MAX_LEASE
+from shardkit.loads import loads
 from shardkit.minting import CLOCK_BEHIND, NOT_ACTIVE, NOT_HERE, IdMinter
+from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
-from shardkit.router import Placement, Router, anywhere
+from shardkit.router import Router
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
 __all__ = ["AsyncConnections", "Connections", "Purpose", "connection_error"]
@@ -47,14 +53,14 @@ T = TypeVar("T")
 
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
-SELECT pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
+SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
+    pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
 FROM shardkit.identity
 """
 _LEASE = """
 SELECT logical_shard, first_state
 FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
 """
-
 
 # libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
 _REFUSED_LOGIN = re.compile(
@@ -68,7 +74,8 @@ class Purpose(Enum):
 
     `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
     what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
-    one connection that fetches blocks of ids while a writer holds its own.
+    one connection for what shardkit needs to know while a session holds its own: blocks of ids,
+    entries of directories, loads.
     """
 
     WRITE = "write"
@@ -84,7 +91,7 @@ class _Core:
         topology: Topology,
         *,
         pool: PoolConfig | None = None,
-        placement: Placement = anywhere,
+        placement: Placement | Policy = anywhere,
         clock: Clock = SYSTEM,
     ) -> None:
         self.topology = topology
@@ -92,9 +99,11 @@ class _Core:
         self.replica_sets = {
             name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
         }
-        self.placement = placement
+        self.placement = bound(placement, topology, self._loads, clock=clock)
+        self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self._pool = pool or PoolConfig()
+        self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
         self.physical = frozenset(topology.physical)
@@ -121,7 +130,8 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
-            event.listen(engine, "connect", _checks_server(self.topology, endpoint))
+            check = _checks_server(self.topology, endpoint, self.fingerprints)
+            event.listen(engine, "connect", check)
             event.listen(engine, "checkout", _replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
@@ -223,6 +233,39 @@ class _Core:
                 firsts.update((row[0], row[1]) for row in rows)
         return firsts
 
+    def ask(
+        self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
+    ) -> Sequence[Sequence[Any]]:
+        """Run one statement by itself, apart from any session, and return its rows.
+
+        Args:
+            physical: name of the physical shard.
+            query: for the driver.
+            parameters: of the query.
+            primary: whether only the primary may answer.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        endpoint = self.primary_of(physical)
+        if not primary:
+            endpoint = self.replica_sets[physical].choose(excluding=set())
+        try:
+            with self.connect(self.engine(endpoint, Purpose.LEASE), endpoint) as connection:
+                result = connection.exec_driver_sql(query, dict(parameters))
+                return result.all() if result.returns_rows else []
+        except EndpointUnavailableError:
+            if endpoint.role is Role.REPLICA:
+                self.replica_sets[physical].failed(endpoint)
+            raise
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise connection_error(error, endpoint) from error
+            raise
+
+    def _loads(self) -> dict[int, float]:
+        return loads(self, range(self.router.total))
+
     def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
@@ -263,6 +306,17 @@ class AsyncConnections(_Core):
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
         return create_async_engine(endpoint.url, **options).sync_engine
+
+    def ask(
+        self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
+    ) -> Sequence[Sequence[Any]]:
+        """Run one statement by itself; see `Connections.ask`."""
+        if not in_greenlet():  # `route` is not awaited
+            raise UnsupportedStatementError(
+                "the key of a directory is not known yet",
+                hint="await session.run_sync(lambda sync: sync.route(statement))",
+            )
+        return super().ask(physical, query, parameters, primary=primary)
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""
@@ -332,8 +386,13 @@ def _forget_connections(cluster: _Core | None) -> None:
             engine.dispose(close=False)
 
 
-def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any], None]:
-    """Return the check of a new connection: the right cluster, physical shard and role."""
+def _checks_server(
+    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints
+) -> Callable[[Any, Any], None]:
+    """Return the check of a new connection: the right cluster, physical shard and role.
+
+    It notes how the rows of tables were placed.
+    """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
     def check(connection: Any, _record: Any) -> None:
@@ -350,11 +409,11 @@ def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any
             if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
                 raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
             raise ConfigurationError(
-                "holds no shardkit schema",
+                "holds no shardkit schema, or one of an older version",
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        in_recovery, *found = row
+        stored, in_recovery, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -369,6 +428,7 @@ def _checks_server(topology: Topology, endpoint: Endpoint) -> Callable[[Any, Any
                 endpoint=str(endpoint),
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
             )
+        fingerprints.note(stored)
 
     return check
 

@@ -81,13 +81,13 @@ def split(statement: Select[Any], params: Params, router: Router) -> tuple[Selec
         if not isinstance(column, Column) or not isinstance(parameter, BindParameter):
             return clause
         sharding = base_sharding(column.table)
-        strategy = sharding.placing.get(column.name) if sharding else None
-        if strategy is None:
+        rule = sharding.placing.get(column.name) if sharding else None
+        if rule is None:
             return clause
         given = params if isinstance(params, Mapping) else {}
         by_shard: dict[int, list[Any]] = {}
         for value in given.get(parameter.key, parameter.effective_value):
-            by_shard.setdefault(router.shard(strategy, value), []).append(value)
+            by_shard.setdefault(router.shard(rule, value), []).append(value)
         name = _NAME.format(len(lists))
         lists[name] = by_shard
         return column == any_(bindparam(name, [], type_=ARRAY(column.type)))

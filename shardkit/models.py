@@ -8,22 +8,45 @@ table copied whole to every physical shard. The declaration is kept in `Table.in
 from __future__ import annotations
 
 import typing
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, String, Table, Uuid, inspect
+from sqlalchemy import (
+    CHAR,
+    BigInteger,
+    Column,
+    Enum,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Uuid,
+    inspect,
+)
+from sqlalchemy.dialects.postgresql import CITEXT
 from sqlalchemy.orm import Mapped, MappedColumn, Mapper, mapped_column
+from sqlalchemy.types import NullType, TypeEngine
 
 from shardkit.errors import ConfigurationError
-from shardkit.router import Router, Strategy
+from shardkit.keys import KeyType
+from shardkit.router import Router
+from shardkit.strategies import EMBEDDED, Embedded, Rule, Strategy, strategy_named
 
-__all__ = ["REFERENCE_SCHEMA", "Reference", "Sharded", "Sharding", "sharding_of"]
+__all__ = ["REFERENCE_SCHEMA", "Reference", "Sharded", "Sharding", "rules_of", "sharding_of"]
 
 REFERENCE_SCHEMA: Final = "reference"
 """Schema of reference tables on every physical shard."""
 
 _INFO = "shardkit"
-_HASHED = (String, Integer, Uuid, LargeBinary)
+
+_KEY_TYPES: Final[dict[type[TypeEngine[Any]], KeyType]] = {
+    Integer: KeyType.INTEGER,
+    String: KeyType.TEXT,
+    Uuid: KeyType.UUID,
+    LargeBinary: KeyType.BYTES,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +56,21 @@ class Sharding:
     Attributes:
         key: attribute that holds the shard key.
         key_column: its column.
-        strategy: how the key's value names the logical shard.
+        rule: how the key's value names the logical shard.
         minted: attribute of the id minted at flush, or None when the class maps its own
             primary key. The minted id carries the shard whatever the strategy.
-        placing: how each column that determines the shard names it: column name to strategy.
+        placing: how each column that determines the shard names it: column name to rule.
         attributes: names of the attributes of those columns.
-        identity: position in the primary key of the column that places, with its strategy.
+        identity: position in the primary key of the column that places, with its rule.
     """
 
     key: str
     key_column: Column[Any]
-    strategy: Strategy
+    rule: Rule
     minted: str | None
-    placing: dict[str, Strategy]
+    placing: dict[str, Rule]
     attributes: tuple[str, ...]
-    identity: tuple[int, Strategy]
+    identity: tuple[int, Rule]
 
     def shard_of_identity(self, router: Router, identity: tuple[Any, ...]) -> int:
         """Return the logical shard of a primary key.
@@ -55,8 +78,21 @@ class Sharding:
         Raises:
             InvalidShardKeyError: the key cannot place a row.
         """
-        position, strategy = self.identity
-        return router.shard(strategy, identity[position])
+        position, rule = self.identity
+        return router.shard(rule, identity[position])
+
+    def kept(self, value: Any) -> Any:
+        """Return a key as the database will return it: the one spelling of a UUID."""
+        if self.rule.key_type is not KeyType.UUID:
+            return value
+        key = self.rule.key(value)
+        kept = key if self.key_column.type.python_type is uuid.UUID else str(key)
+        return value if value == kept else kept
+
+    @property
+    def fingerprint(self) -> str:
+        """How rows are placed, as text; equal as long as the same keys name the same shards."""
+        return self.rule.text(self.key_column.name)
 
 
 class Sharded:
@@ -65,15 +101,15 @@ class Sharded:
     Class attributes:
         __shard_key__: the attribute whose value places a row; omit it and the row's own id
             places it, on a logical shard chosen when it is added.
-        __shard_strategy__: `"embedded"` (default) when the key is a shardkit id, `"hash"` for
-            any other value.
+        __shard_strategy__: `"embedded"` (default) when the key is a shardkit id; `"hash"`,
+            `Range(…)` or `Directory(…)` for numbers, text, UUIDs and bytes.
 
     A class that maps no primary key of its own gets `id`, a `bigint` minted at flush. One that
     does must have the shard key in it: a primary key names one row of the whole cluster.
     """
 
     __shard_key__: ClassVar[str]
-    __shard_strategy__: ClassVar[str] = Strategy.EMBEDDED
+    __shard_strategy__: ClassVar[str | Strategy] = "embedded"
 
     if TYPE_CHECKING:
         id: Mapped[int]
@@ -120,6 +156,15 @@ def sharding_of(table: Table) -> Sharding | None:
     return typing.cast("Sharding | None", table.info.get(_INFO))
 
 
+def rules_of(metadata: MetaData) -> dict[str, str]:
+    """Return how the rows of every sharded table are placed, as text by name of the table."""
+    return {
+        table.name: sharding.fingerprint
+        for table in metadata.sorted_tables
+        if (sharding := sharding_of(table)) is not None
+    }
+
+
 def _sharding(cls: type[Any], minted: str | None) -> Sharding:
     mapper: Mapper[Any] = inspect(cls)
     key = getattr(cls, "__shard_key__", minted)
@@ -129,26 +174,18 @@ def _sharding(cls: type[Any], minted: str | None) -> Sharding:
         )
     if key not in mapper.columns:
         raise ConfigurationError(f"{cls.__name__}: __shard_key__ {key!r} is not a mapped column")
-    try:
-        strategy = Strategy(cls.__shard_strategy__)
-    except ValueError:
-        raise ConfigurationError(
-            f"{cls.__name__}: __shard_strategy__ {cls.__shard_strategy__!r} is unknown; "
-            f"one of: {', '.join(Strategy)}"
-        ) from None
-    if strategy is Strategy.HASH and key == minted:
-        raise ConfigurationError(f"{cls.__name__}: a minted id carries its shard; hash another key")
     key_column = mapper.columns[key]
-    kinds = _HASHED if strategy is Strategy.HASH else (Integer,)
-    if not isinstance(key_column.type, kinds):
+    try:
+        rule = _rule(strategy_named(cls.__shard_strategy__), key_column)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{cls.__name__}: {error.message}", hint=error.hint) from None
+    if rule != EMBEDDED and key == minted:
         raise ConfigurationError(
-            f"{cls.__name__}: a key of type {key_column.type!r} is not the same in Python and in "
-            "the database",
-            hint=f"give it one of the types {', '.join(kind.__name__ for kind in kinds)}",
+            f"{cls.__name__}: a minted id carries its shard", hint="name another __shard_key__"
         )
-    placing = {key_column.name: strategy}
+    placing = {key_column.name: rule}
     if minted is not None:
-        placing[mapper.columns[minted].name] = Strategy.EMBEDDED
+        placing[mapper.columns[minted].name] = EMBEDDED
     identity = next(
         (
             (position, placing[column.name])
@@ -164,7 +201,26 @@ def _sharding(cls: type[Any], minted: str | None) -> Sharding:
             hint="add the shard key to the primary key, or map none and get a minted id",
         )
     attributes = (key,) if minted in (None, key) else (key, minted)
-    return Sharding(key, key_column, strategy, minted, placing, attributes, identity)
+    return Sharding(key, key_column, rule, minted, placing, attributes, identity)
+
+
+def _rule(strategy: Strategy, column: Column[Any]) -> Rule:
+    """Return the rule of a shard key column.
+
+    Raises:
+        ConfigurationError: its type cannot place rows, or not by this strategy.
+    """
+    kind = column.type
+    if isinstance(kind, NullType) and isinstance(strategy, Embedded):
+        return EMBEDDED  # a foreign key to an id, whose type SQLAlchemy resolves later
+    key_type = next((found for known, found in _KEY_TYPES.items() if isinstance(kind, known)), None)
+    # PostgreSQL pads CHAR, folds CITEXT, and stores an Enum's name: equal there is not equal here.
+    if key_type is None or isinstance(kind, CHAR | CITEXT | Enum):
+        raise ConfigurationError(
+            f"a column of type {type(kind).__name__} cannot be a shard key",
+            hint="use BigInteger, Integer, Text, String, Uuid or LargeBinary",
+        )
+    return Rule(strategy, key_type)
 
 
 def _maps_primary_key(cls: type[Any]) -> bool:

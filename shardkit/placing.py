@@ -18,7 +18,9 @@ from sqlalchemy.orm.attributes import instance_state
 from shardkit.errors import InvalidShardKeyError, NoShardKeyError, ShardKeyChangeError
 from shardkit.minting import IdMinter
 from shardkit.models import Sharding, sharding_of
-from shardkit.router import Placement, Router, Strategy
+from shardkit.placement import Placement
+from shardkit.router import Router
+from shardkit.strategies import EMBEDDED
 
 __all__ = ["Placer", "sharding_of_mapper", "stored_shard"]
 
@@ -86,7 +88,7 @@ class Placer:
             given = getattr(obj, minted)
             if given is None:
                 wanted.setdefault(shard, []).append((obj, minted))
-            elif self._router.shard(Strategy.EMBEDDED, given) != shard:
+            elif self._router.shard(EMBEDDED, given) != shard:
                 raise InvalidShardKeyError(
                     f"{type(obj).__name__}: id {given} carries another logical shard than "
                     f"{sharding.key} names",
@@ -107,7 +109,9 @@ class Placer:
             return known
         value = getattr(obj, sharding.key)
         if value is not None:
-            shard = self._router.shard(sharding.strategy, value)
+            shard = self._router.shard(sharding.rule, value)
+            if (kept := sharding.kept(value)) is not value:
+                setattr(obj, sharding.key, kept)  # one spelling, so one identity
         elif sharding.key == sharding.minted:
             shard = self._placement(self._router.total)
         else:

@@ -1,36 +1,24 @@
 """Decides where: a shard key or an id to a logical shard, a set of them to a `Route`.
 
-Pure: no connection, no clock, no randomness but the one passed in. A route is one, some or all
-logical shards and a role, and nothing downstream asks again.
+Pure: no connection, no clock, no randomness. A route is one, some or all logical shards and a
+role, and nothing downstream asks again. How a single key names its shard is
+`shardkit.strategies`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-import unicodedata
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
-from shardkit import ids
-from shardkit.errors import InvalidShardKeyError
+from shardkit.keys import Key, KeyType
+from shardkit.strategies import Directory, Range, Rule
 from shardkit.topology import Role
 
-__all__ = ["Placement", "Route", "Router", "Strategy", "anywhere"]
+__all__ = ["Entry", "Route", "Router", "UnknownEntriesError"]
 
-
-class Strategy(StrEnum):
-    """How a key value names its logical shard.
-
-    `EMBEDDED`: the value is a shardkit id and carries the shard. `HASH`: any text, number, UUID
-    or bytes, hashed.
-    """
-
-    EMBEDDED = "embedded"
-    HASH = "hash"
+Entry = tuple[Directory, Key]
+"""A key of a directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +45,16 @@ class Route:
         return "all" if len(self.shards) == self.total else "some"
 
 
-Placement = Callable[[int], int]
-"""Chooses the logical shard, below its argument, of a row that nothing places yet."""
+class UnknownEntriesError(LookupError):
+    """Keys of directories have to be looked up before a decision; never leaves a session.
 
+    Attributes:
+        entries: the keys.
+    """
 
-def anywhere(n_logical_shards: int) -> int:
-    """Place at random: even on average, and no process needs to know what others chose."""
-    return random.randrange(n_logical_shards)  # noqa: S311 - spreads load, guards nothing
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = tuple(entries)
+        super().__init__(self.entries)
 
 
 class Router:
@@ -71,57 +62,57 @@ class Router:
 
     Args:
         n_logical_shards: the fixed number of logical shards, 1 to 8192.
+        entries: logical shards of the directory keys that were looked up.
     """
 
-    __slots__ = ("total",)
+    __slots__ = ("entries", "total")
 
-    def __init__(self, n_logical_shards: int) -> None:
+    def __init__(self, n_logical_shards: int, entries: Mapping[Entry, int] | None = None) -> None:
         self.total = n_logical_shards
+        self.entries = entries or {}
 
-    def shard(self, strategy: Strategy, value: object) -> int:
+    def shard(self, rule: Rule, value: object) -> int:
         """Return the logical shard that a key value names.
 
         Raises:
             InvalidShardKeyError: the value is None, of a wrong type, or names a shard that
                 does not exist.
+            UnknownEntriesError: it is the key of a directory and was not looked up.
         """
-        if strategy is Strategy.HASH:
-            digest = hashlib.blake2b(canonical(value), digest_size=8).digest()
-            return int.from_bytes(digest) % self.total
-        if type(value) is not int or not 0 <= value <= ids.MAX_ID:
-            raise InvalidShardKeyError(
-                f"{value!r} is not an id, so it cannot place a row",
-                hint="ids are whole numbers from 0 to 2^63 - 1; hash other keys",
-            )
-        shard = (value >> ids.SEQUENCE_BITS) & ids.SHARD_MASK
-        if shard >= self.total:
-            raise InvalidShardKeyError(
-                f"id {value} carries logical shard {shard}; the last one is {self.total - 1}"
-            )
-        return shard
+        key = rule.key(value)
+        strategy = rule.strategy
+        if not isinstance(strategy, Directory):
+            return strategy.shard(key, self.total)
+        try:
+            return self.entries[strategy, key]
+        except KeyError:
+            raise UnknownEntriesError([(strategy, key)]) from None
 
-    def shards(self, strategy: Strategy, values: Iterable[object]) -> frozenset[int]:
+    def shards(self, rule: Rule, values: Iterable[object]) -> frozenset[int]:
         """Return the logical shards that several key values name."""
-        return frozenset(self.shard(strategy, value) for value in values)
+        strategy = rule.strategy
+        if isinstance(strategy, Directory):
+            values = list(values)
+            wanted = dict.fromkeys((strategy, rule.key(value)) for value in values)
+            if unknown := [entry for entry in wanted if entry not in self.entries]:
+                raise UnknownEntriesError(unknown)
+        return frozenset(self.shard(rule, value) for value in values)
 
+    def shards_compared(self, rule: Rule, operator: str, value: object) -> frozenset[int] | None:
+        """Return the logical shards of the keys on one side of a value.
 
-def canonical(value: object) -> bytes:
-    """Return the one byte string of a key value, the same in every process and version.
+        Args:
+            rule: of the column on the left.
+            operator: `lt`, `le`, `gt` or `ge`.
+            value: on the right.
 
-    The first byte tells the type, so that 1 and "1" differ on purpose: a column has one type.
-    Text is NFC-normalised, a UUID is its 16 bytes whatever its spelling.
-
-    Raises:
-        InvalidShardKeyError: not text, a whole number, a UUID or bytes.
-    """
-    if isinstance(value, str):
-        return b"s" + unicodedata.normalize("NFC", value).encode("utf-8", "surrogatepass")
-    if type(value) is int:
-        return b"i" + str(value).encode("ascii")
-    if isinstance(value, uuid.UUID):
-        return b"u" + value.bytes
-    if isinstance(value, bytes):
-        return b"b" + value
-    raise InvalidShardKeyError(
-        f"{value!r} cannot be a shard key: give text, a whole number, a UUID or bytes"
-    )
+        Returns:
+            None when the comparison confines nothing: keys are not placed in order, or are text,
+            whose order in the database is its collation's.
+        """
+        strategy = rule.strategy
+        if not isinstance(strategy, Range) or rule.key_type is KeyType.TEXT:
+            return None
+        key = rule.key(value)
+        low, high = (None, key) if operator in {"lt", "le"} else (key, None)
+        return strategy.shards_between(low, high, self.total, below=operator == "lt")

@@ -6,10 +6,10 @@ connection in which unqualified tables are those of its schema. `shardkit.writer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar
 
-from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy import Connection, Engine, Insert, event, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
@@ -27,12 +27,14 @@ from shardkit.errors import (
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token
-from shardkit.router import Route
+from shardkit.router import Route, Router
 from shardkit.shapes import expressions_of
 from shardkit.statements import AllShards, Params, shards_of
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["ReadSession"]
+
+T = TypeVar("T")
 
 
 class ReadSession(Session):
@@ -88,7 +90,7 @@ class ReadSession(Session):
         sharding = sharding_of_mapper(mapper)
         if sharding is not None:
             identity = _identity(mapper, ident)
-            shard = sharding.shard_of_identity(self._cluster.router, identity)
+            shard = self._decided(lambda router: sharding.shard_of_identity(router, identity))
             # Expressions that the class loads may read other rows: its statement is looked into.
             if not expressions_of(mapper):
                 options["bind_arguments"] = {
@@ -99,6 +101,8 @@ class ReadSession(Session):
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run and the SQL of each server; runs nothing.
 
+        Keys of directories are looked up.
+
         Raises:
             RoutingError: it would be refused.
         """
@@ -106,7 +110,7 @@ class ReadSession(Session):
         cluster = self._cluster
         branch, plan = statement, None
         if len(shards) > 1:
-            plan = gather.plan(statement, params, cluster.router)
+            plan = self._decided(lambda router: gather.plan(statement, params, router))
             branch = plan.branch
         texts = (
             (physical, scatter.sql_of(branch, scatter.of(plan, some)))
@@ -131,12 +135,18 @@ class ReadSession(Session):
 
     # -- routing
 
+    def _decided(self, decide: Callable[[Router], T], *, assign: bool = False) -> T:
+        """Return a decision of the router, with the directory keys it needs."""
+        cluster = self._cluster
+        return cluster.directories.decided(cluster.router, decide, assign=assign)
+
     def _writable(self) -> None:
         raise ReadOnlySessionError
 
     def _route(self, statement: Any, params: Params) -> tuple[int, ...]:
         """Return the logical shards of a statement, ascending."""
-        shards = shards_of(statement, params, self._cluster.router)
+        assign = self.role is Role.PRIMARY and isinstance(statement, Insert)
+        shards = self._decided(lambda router: shards_of(statement, params, router), assign=assign)
         if shards is not None:
             return tuple(sorted(shards))
         if not any(isinstance(option, AllShards) for option in statement._with_options):
@@ -174,11 +184,13 @@ class ReadSession(Session):
 
     def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
         """Run one statement per physical shard, in parallel, and merge the answers."""
-        plan = gather.plan(state.statement, state.parameters, self._cluster.router)
+        plan = self._decided(lambda router: gather.plan(state.statement, state.parameters, router))
         servers = {
             physical: (self._scattering(physical), some)
             for physical, some in self._cluster.group(shards).items()
         }
+        if state.bind_mapper is not None:
+            self._cluster.fingerprints.check(state.bind_mapper)
         return scatter.run(state, plan, servers, self._cluster.parallel)
 
     # -- connections
@@ -192,6 +204,8 @@ class ReadSession(Session):
             )
         physical = self._cluster.physical_of(logical_shard)
         endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
+        if isinstance(mapper, Mapper):
+            self._cluster.fingerprints.check(mapper)
         return self._cluster.view(endpoint, self.purpose, logical_shard)
 
     def _connection_to(self, logical_shard: int) -> Connection:

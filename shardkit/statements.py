@@ -123,8 +123,7 @@ def _shard_of_row(sharding: Sharding, row: Mapping[str, Any], walk: Walk) -> int
             value = row[name]
             if isinstance(value, BindParameter):
                 value = walk.value(value)
-            strategy = sharding.placing.get(name, sharding.strategy)
-            shards.add(walk.router.shard(strategy, value))
+            shards.add(walk.router.shard(sharding.placing.get(name, sharding.rule), value))
     if not shards:
         raise NoShardKeyError(
             f"INSERT without {sharding.key}, the shard key", hint="name it in values()"

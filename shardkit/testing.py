@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shardkit.clock import SYSTEM, Clock
-from shardkit.models import REFERENCE_SCHEMA
+from shardkit.models import REFERENCE_SCHEMA, rules_of
 from shardkit.ops import catalog
 from shardkit.topology import PhysicalShard, Topology, schema_name
 
@@ -116,6 +116,7 @@ def _creation(
         n_logical_shards=topology.n_logical_shards,
         app_role=role,
     )
+    yield catalog.rule_statements(rules_of(metadata))
     tables = metadata.sorted_tables
     yield list(_reference([t for t in tables if t.schema == REFERENCE_SCHEMA], role))
     sharded = [ddl for t in tables if t.schema is None for ddl in _ddl(t)]

@@ -40,7 +40,7 @@ from sqlalchemy.sql.visitors import ExternallyTraversible
 
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
-from shardkit.router import Router, Strategy
+from shardkit.router import Router
 from shardkit.shapes import (
     base_sharding,
     base_table,
@@ -53,8 +53,11 @@ from shardkit.shapes import (
     sources_of,
     ungrouped,
 )
+from shardkit.strategies import Rule
 
 __all__ = ["Walk"]
+
+_ORDERED: Final = {operators.lt, operators.le, operators.gt, operators.ge}
 
 CO_LOCATE: Final = (
     "join on the shard key, or read one table first and pass its values to the other with in_()"
@@ -198,7 +201,7 @@ class Walk:
         self.frames.pop()
 
     def query(
-        self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Strategy] | None = None
+        self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Rule] | None = None
     ) -> None:
         """Walk a SELECT or a union of them.
 
@@ -229,7 +232,7 @@ class Walk:
         select: Select[Any],
         frame: _Frame,
         *,
-        equal_to: tuple[_Node, Strategy] | None = None,
+        equal_to: tuple[_Node, Rule] | None = None,
     ) -> None:
         """Walk a SELECT in its frame."""
         refuse_ctes(select)
@@ -411,8 +414,8 @@ class Walk:
 
     def join(
         self,
-        left: tuple[_Node, Strategy] | None,
-        right: tuple[_Node, Strategy] | None,
+        left: tuple[_Node, Rule] | None,
+        right: tuple[_Node, Rule] | None,
         outer: _Outer | None = None,
     ) -> None:
         """Join the nodes of two equal columns that place their rows by the same rule."""
@@ -471,14 +474,19 @@ class Walk:
             value = value.element
         if not isinstance(value, BindParameter) or not (found := self.placing(column)):
             return {}
-        node, strategy = found
+        node, rule = found
         if clause.operator is operators.eq:
-            return {id(node): (node, frozenset({self.router.shard(strategy, self.value(value))}))}
+            return {id(node): (node, frozenset({self.router.shard(rule, self.value(value))}))}
         if clause.operator is operators.in_op:
-            return {id(node): (node, self.router.shards(strategy, self.value(value)))}
+            return {id(node): (node, self.router.shards(rule, self.value(value)))}
+        if clause.operator in _ORDERED:
+            compared = self.router.shards_compared(
+                rule, clause.operator.__name__, self.value(value)
+            )
+            return {} if compared is None else {id(node): (node, compared)}
         return {}
 
-    def placing(self, element: Any) -> tuple[_Node, Strategy] | None:
+    def placing(self, element: Any) -> tuple[_Node, Rule] | None:
         """Return node and rule of a column that places its row, or None for anything else."""
         frame: _Frame | None = None
         while True:
@@ -502,11 +510,11 @@ class Walk:
                 element = element._proxies[0]
                 table = table.element
         sharding = base_sharding(table)
-        strategy = sharding.placing.get(element.name) if sharding else None
-        if strategy is None:
+        rule = sharding.placing.get(element.name) if sharding else None
+        if rule is None:
             return None
         node = self.node(table) if frame is None else frame.nodes.get(hash(table))
-        return (node, strategy) if node else None
+        return (node, rule) if node else None
 
     def node(self, table: FromClause) -> _Node | None:
         """Return the node of a table occurrence, or None when it is not sharded."""

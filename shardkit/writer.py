@@ -26,6 +26,7 @@ from shardkit.errors import (
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.replicas import token_of
 from shardkit.session import ReadSession
+from shardkit.strategies import Rule
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
@@ -97,14 +98,22 @@ class WriteSession(ReadSession):
         placed = self._placed
         if self._new:
             new = list(self._new.values())
-            placed |= Placer(cluster.router, cluster.placement, cluster.ids).run(new)
+            placed |= self._decided(
+                lambda router: Placer(router, cluster.placement, cluster.ids).run(new), assign=True
+            )
         if self._deleted or self.identity_map.check_modified():
             for obj in (*self.deleted, *self.dirty):
-                shard = stored_shard(obj, cluster.router)
+                shard = self._stored_shard(obj)
                 if shard is not None:
                     placed[id(obj)] = shard
         if placed:
             self._note_written(placed.values())
+
+    def _stored_shard(self, obj: Any) -> int | None:
+        return self._decided(lambda router: stored_shard(obj, router))
+
+    def _named(self, rule: Rule, key: Any) -> int:
+        return self._decided(lambda router: router.shard(rule, key))
 
     def _note_written(self, shards: Iterable[int]) -> None:
         together = {self._cluster.physical_of(shard) for shard in shards} | self._written
@@ -119,7 +128,7 @@ class WriteSession(ReadSession):
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
         shard = self._placed.get(id(instance))
         if shard is None:  # the flush itself found it, through a relationship
-            shard = stored_shard(instance, self._cluster.router)
+            shard = self._stored_shard(instance)
             if shard is None:
                 raise UnsupportedStatementError(
                     f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
@@ -131,14 +140,16 @@ class WriteSession(ReadSession):
         sharding = sharding_of_mapper(state.mapper)
         key = None if sharding is None else state.dict.get(sharding.key)
         if sharding is not None and key is not None:
-            named = self._cluster.router.shard(sharding.strategy, key)
+            named = self._named(sharding.rule, key)
             if named != shard:
                 raise ShardKeyChangeError(
                     f"a relationship set {state.mapper.class_.__name__}.{sharding.key}, "
                     f"which names logical shard {named}",
                     logical_shard=shard,
                 )
-        return self._connection_to(shard)
+        connection = self._connection_to(shard)
+        self._cluster.fingerprints.check(state.mapper)
+        return connection
 
     def _run(self, state: ORMExecuteState) -> Any:
         result = super()._run(state)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import uuid
 
 from sqlalchemy import ForeignKey, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from shardkit import Reference, Sharded
+from shardkit import Directory, Range, Reference, Sharded
 
 
 class Base(DeclarativeBase):
@@ -53,6 +54,35 @@ class Handle(Sharded, Base):
     __shard_strategy__ = "hash"
     name: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[int]
+
+
+class Reading(Sharded, Base):
+    """Placed by ranges of numbers."""
+
+    __tablename__ = "readings"
+    __shard_key__ = "meter"
+    __shard_strategy__ = Range([(1_000, 3), (2_000, 40)])
+    meter: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[int]
+
+
+class Tenant(Sharded, Base):
+    """Placed by a directory."""
+
+    __tablename__ = "tenants"
+    __shard_key__ = "name"
+    __shard_strategy__ = Directory("tenants")
+    name: Mapped[str] = mapped_column(primary_key=True)
+    plan: Mapped[str] = mapped_column(default="free")
+
+
+class Device(Sharded, Base):
+    """Placed by the hash of a UUID, beside a minted id."""
+
+    __tablename__ = "devices"
+    __shard_key__ = "serial"
+    __shard_strategy__ = "hash"
+    serial: Mapped[uuid.UUID]
 
 
 class Country(Reference, Base):

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from alembic import context
 
-import app.accounts.models
-import app.graph.models
-import app.photos.models  # noqa: F401 - every model has to be known
-from app.models import Base
+from app.tables import Base
 
 target_metadata = Base.metadata
 

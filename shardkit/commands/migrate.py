@@ -31,6 +31,14 @@ MigrationsOption = Annotated[
         help="Where the revisions are: package:folder or a path; instead of migrations.location.",
     ),
 ]
+ModelsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--models",
+        help="The models, as module:Base, to record how they place rows; instead of "
+        "migrations.models.",
+    ),
+]
 DEFAULTS = ops.Limits()
 
 
@@ -39,6 +47,7 @@ def apply_command(
     config: ConfigOption = None,
     *,
     migrations: MigrationsOption = None,
+    models: ModelsOption = None,
     lock_timeout: Annotated[
         float, typer.Option(min=0.01, max=10, help="Seconds to queue for a lock.")
     ] = DEFAULTS.lock_timeout,
@@ -58,9 +67,9 @@ def apply_command(
 
     Safe to interrupt, to kill and to run again: a rerun continues.
     """
-    topology, revisions = _inputs(config, migrations)
+    topology, revisions, rules = _inputs(config, migrations, models)
     if dry_run:
-        _print_plan(ops.plan(topology, revisions), as_json=as_json)
+        _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
         return
     limits = ops.Limits(
         lock_timeout=lock_timeout,
@@ -85,6 +94,7 @@ def apply_command(
         outcome = ops.apply(
             topology,
             revisions,
+            rules=rules,
             limits=limits,
             on_plan=on_plan,
             on_done=lambda physical, _logical_shard: bar.advance(tasks[physical]),
@@ -102,11 +112,12 @@ def plan_command(
     config: ConfigOption = None,
     *,
     migrations: MigrationsOption = None,
+    models: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print what apply would do, with the SQL; the same as apply --dry-run."""
-    topology, revisions = _inputs(config, migrations)
-    _print_plan(ops.plan(topology, revisions), as_json=as_json)
+    topology, revisions, rules = _inputs(config, migrations, models)
+    _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
 
 
 @app.command("status")
@@ -114,11 +125,12 @@ def status_command(
     config: ConfigOption = None,
     *,
     migrations: MigrationsOption = None,
+    models: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how many logical shards are at which revision, and which lag behind."""
-    topology, revisions = _inputs(config, migrations)
-    found = ops.status(topology, revisions)
+    topology, revisions, rules = _inputs(config, migrations, models)
+    found = ops.status(topology, revisions, rules=rules)
     if as_json:
         _print_json(_status_json(found))
     else:
@@ -136,11 +148,15 @@ def status_command(
                 entry.physical, str(entry.n_logical_shards), at, pending or "-", laggards or "-"
             )
         Console(soft_wrap=True).print(table)
+        if unrecorded := sorted({name for entry in found.physical for name in entry.unrecorded}):
+            print(f"not recorded how they place their rows: {', '.join(unrecorded)}")
     if errors := [entry.error for entry in found.physical if entry.error]:
         raise errors[0]
 
 
-def _inputs(given: Path | None, migrations: str | None) -> tuple[Topology, tuple[Revision, ...]]:
+def _inputs(
+    given: Path | None, migrations: str | None, models: str | None
+) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None]:
     config = given or default_file()
     settings, topology = load(config)
     location = migrations or settings.migrations.location
@@ -152,7 +168,9 @@ def _inputs(given: Path | None, migrations: str | None) -> tuple[Topology, tuple
     if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
     folder = Path() if migrations else config.parent
-    return topology, ops.load_revisions(location, folder=folder)
+    models = models or settings.migrations.models
+    rules = ops.load_rules(models) if models else None
+    return topology, ops.load_revisions(location, folder=folder), rules
 
 
 def _print_plan(plan: ops.MigrationPlan, *, as_json: bool) -> None:
@@ -177,6 +195,7 @@ def _summary(part: ops.PhysicalPlan) -> str:
         f"create {format_ranges(new)}" if new else "",
         f"migrate {format_ranges(used)}" if used else "",
         "complete the admin schema" if part.admin else "",
+        f"record how {', '.join(sorted(part.rules))} place their rows" if part.rules else "",
         f"{part.n_current} current" if part.n_current else "",
         *(f"wait for {number}: {why}" for number, why in part.waiting.items()),
     ]
@@ -205,6 +224,7 @@ def _plan_json(plan: ops.MigrationPlan) -> dict[str, Any]:
         "physical": {
             part.physical: {
                 "admin": part.admin,
+                "rules": part.rules,
                 "create": [w.logical_shard for w in part.work if w.is_new],
                 "migrate": {
                     w.logical_shard: [r.id for r in w.revisions] for w in part.work if not w.is_new
@@ -237,6 +257,7 @@ def _status_json(found: ops.MigrationStatus) -> dict[str, Any]:
                 "at": entry.at,
                 "pending": entry.pending,
                 "laggards": entry.laggards,
+                "unrecorded": entry.unrecorded,
                 "error": str(entry.error) if entry.error else None,
             }
             for entry in found.physical

@@ -25,7 +25,7 @@ from shardkit.errors import (
     TryAgainError,
 )
 from shardkit.ops.direct import connect
-from shardkit.ops.ledger import admin_script, shard_script
+from shardkit.ops.ledger import admin_script, rules_script, shard_script
 from shardkit.ops.plan import MigrationPlan, PhysicalPlan
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology, schema_name
@@ -178,6 +178,7 @@ class _PhysicalRun:
         self._shard = topology.physical[plan.physical]
         self._app_role = self._shard.primary.url.username or ""
         self._admin = plan.admin
+        self._rules = plan.rules
         self._queue = deque(plan.work)
         self._first = connection
         self._limits = limits
@@ -200,6 +201,8 @@ class _PhysicalRun:
                     n_logical_shards=self._topology.n_logical_shards,
                 )
                 self._transaction(self._first, script, None)
+            if self._rules:
+                self._transaction(self._first, rules_script(self._rules), None)
             n_more = min(self._limits.connections, len(self._queue)) - 1
             with ThreadPoolExecutor(max(1, n_more)) as pool:
                 futures = [pool.submit(self._drain_alone) for _ in range(n_more)]

@@ -11,13 +11,15 @@ Source: docs/architecture.md, decisions 6 and 7.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from psycopg import sql
 
 from shardkit.ids import EPOCH_MS
 from shardkit.ops.idfunctions import id_statements
 from shardkit.topology import schema_name
 
-__all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements"]
+__all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
 
 ADMIN_SCHEMA = "shardkit"
 
@@ -38,6 +40,10 @@ CREATE TABLE IF NOT EXISTS shardkit.ownership (
     state text NOT NULL CHECK (state IN ('active', 'importing', 'fenced', 'retired')),
     moved_to text
 );
+CREATE TABLE IF NOT EXISTS shardkit.placement (
+    table_name text PRIMARY KEY,
+    rule text NOT NULL
+);
 """
 
 
@@ -50,11 +56,27 @@ def admin_statements(
         sql.SQL(_ADMIN_TABLES),
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
+        sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
         *id_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
         ).format(cluster, physical, n_logical_shards, EPOCH_MS),
+    ]
+
+
+def rule_statements(rules: Mapping[str, str]) -> list[sql.SQL | sql.Composed]:
+    """Return the statements that record how the rows of tables are placed, where nothing is yet.
+
+    Args:
+        rules: text of `shardkit.strategies.Rule` by name of the table.
+    """
+    return [
+        sql.SQL(
+            "INSERT INTO shardkit.placement (table_name, rule) VALUES ({}, {}) "
+            "ON CONFLICT DO NOTHING"
+        ).format(table, rule)
+        for table, rule in sorted(rules.items())
     ]
 
 
@@ -82,6 +104,14 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}").format(
             schema, role
         ),
+        # Entries of directories never change, so the application may only add them.
+        sql.SQL(
+            "CREATE TABLE IF NOT EXISTS {}.shardkit_directory (directory text NOT NULL, "
+            "key bytea NOT NULL, shard integer NOT NULL CHECK (shard BETWEEN 0 AND 8191), "
+            "PRIMARY KEY (directory, key))"
+        ).format(schema),
+        sql.SQL("REVOKE ALL ON {}.shardkit_directory FROM {}").format(schema, role),
+        sql.SQL("GRANT SELECT, INSERT ON {}.shardkit_directory TO {}").format(schema, role),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from shardkit.ops.catalog import admin_statements, logical_shard_statements
+from shardkit.ops.catalog import admin_statements, logical_shard_statements, rule_statements
 from shardkit.ops.revisions import Revision
 from shardkit.topology import PhysicalShard, schema_name
 
@@ -28,6 +28,7 @@ __all__ = [
     "admin_script",
     "logical_shard_digest",
     "read",
+    "rules_script",
     "shard_script",
 ]
 
@@ -67,6 +68,7 @@ class Ledger:
         digest: of the admin schema's statements when they last ran.
         ownership: rows by logical shard.
         applied: checksum by revision, by logical shard; no entry before the first.
+        rules: how the rows of tables are placed, as far as it was recorded, by table.
     """
 
     identity: Identity | None = None
@@ -74,14 +76,16 @@ class Ledger:
     digest: str | None = None
     ownership: Mapping[int, Ownership] = field(default_factory=dict)
     applied: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(connection: psycopg.Connection[Any]) -> Ledger:
-    """Return the ledger of one physical shard, in four queries whatever its size."""
+    """Return the ledger of one physical shard, in five queries whatever its size."""
     # AccessShareLock on catalogues only.
     used = connection.execute(
         "SELECT to_regclass('shardkit.identity') IS NOT NULL, "
-        "obj_description(to_regnamespace('shardkit'), 'pg_namespace'), pg_is_in_recovery()"
+        "obj_description(to_regnamespace('shardkit'), 'pg_namespace'), pg_is_in_recovery(), "
+        "to_regclass('shardkit.placement') IS NOT NULL"
     ).fetchone()
     if used is None or not used[0]:
         return Ledger(is_replica=bool(used and used[2]))
@@ -106,12 +110,16 @@ def read(connection: psycopg.Connection[Any]) -> Ledger:
         )
         for number, revision, checksum in connection.execute(query):
             applied[number][revision] = checksum
+    rules: dict[str, str] = {}
+    if used[3]:
+        rules.update(connection.execute("SELECT table_name, rule FROM shardkit.placement"))
     return Ledger(
         identity=Identity(*row) if row else None,
         is_replica=used[2],
         digest=used[1],
         ownership={n: Ownership(epoch, state, to) for n, epoch, state, to, _ in owned},
         applied=applied,
+        rules=rules,
     )
 
 
@@ -130,6 +138,11 @@ def admin_script(shard: PhysicalShard, *, cluster: str, n_logical_shards: int) -
     digest = f"shardkit {_digest(text)}"
     comment = sql.SQL("COMMENT ON SCHEMA shardkit IS {}").format(digest)
     return _text([sql.SQL(text), comment]), digest
+
+
+def rules_script(rules: Mapping[str, str]) -> str:
+    """Return the SQL that records how the rows of tables are placed."""
+    return _text(rule_statements(rules))
 
 
 def logical_shard_digest(app_role: str) -> str:

@@ -14,6 +14,7 @@ transaction runs is `shardkit.ops.apply`, what is to be done is `shardkit.ops.pl
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from sqlalchemy import MetaData
 
 from shardkit.errors import (
+    ConfigurationError,
     EndpointUnavailableError,
     RefusedError,
     ShardkitError,
 )
+from shardkit.models import rules_of
 from shardkit.ops.apply import Limits, MigrationOutcome, run
 from shardkit.ops.direct import connect
 from shardkit.ops.ledger import Ledger, read
@@ -43,8 +47,10 @@ __all__ = [
     "MigrationStatus",
     "PhysicalPlan",
     "PhysicalStatus",
+    "Rules",
     "apply",
     "load_revisions",
+    "load_rules",
     "plan",
     "status",
 ]
@@ -54,6 +60,9 @@ LOCK_KEY = 0x7368_6172_646B_6974
 
 LOCK_PAUSE = 0.1
 """Seconds between two attempts to get it."""
+
+Rules = Mapping[str, str]
+"""How the rows of tables are placed, as text by table."""
 
 Connections = dict[str, psycopg.Connection[tuple[Any, ...]]]
 
@@ -69,6 +78,8 @@ class PhysicalStatus:
         pending: number of logical shards by revision they lack.
         laggards: logical shards that lack something, ascending.
         error: why nothing is known, or None.
+        unrecorded: tables of which it is not recorded how their rows are placed, so that no
+            cluster checks it; empty, too, when the models are not known.
     """
 
     physical: str
@@ -77,6 +88,7 @@ class PhysicalStatus:
     pending: Mapping[str, int] | None = None
     laggards: tuple[int, ...] = ()
     error: ShardkitError | None = None
+    unrecorded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +123,53 @@ def load_revisions(location: str, *, folder: Path) -> tuple[Revision, ...]:
     return load(locate(location, folder=folder))
 
 
-def plan(topology: Topology, revisions: Sequence[Revision]) -> MigrationPlan:
+def load_rules(location: str) -> Rules:
+    """Return how the models of a `migrations.models` place their rows, by table.
+
+    Args:
+        location: `module:name` of the declarative base, or of its metadata.
+
+    Raises:
+        ConfigurationError: there is no such thing.
+    """
+    module, _, name = location.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+        metadata = getattr(found, "metadata", found)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"migrations.models {location!r} cannot be loaded: {error}",
+            hint='write "module:Base" of a module that imports every model',
+        ) from error
+    if not isinstance(metadata, MetaData):
+        raise ConfigurationError(
+            f"migrations.models {location!r} is neither a declarative base nor its metadata"
+        )
+    return rules_of(metadata)
+
+
+def plan(
+    topology: Topology, revisions: Sequence[Revision], *, rules: Rules | None = None
+) -> MigrationPlan:
     """Return what `apply` would do now; changes nothing.
+
+    Args:
+        topology: the cluster.
+        revisions: oldest first, from `load_revisions`.
+        rules: of the models, from `load_rules`; None leaves them alone.
 
     Raises:
         RefusedError: `apply` would be refused, and why.
     """
     with _connections(topology) as (connections, failures):
-        return decide(topology, revisions, _read(connections) | failures)
+        return decide(topology, revisions, _read(connections) | failures, rules)
 
 
 def apply(
     topology: Topology,
     revisions: Sequence[Revision],
     *,
+    rules: Rules | None = None,
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
@@ -137,18 +182,20 @@ def apply(
     Args:
         topology: the cluster.
         revisions: oldest first, from `load_revisions`.
+        rules: of the models, from `load_rules`, recorded where none are; None leaves them alone.
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
 
     Raises:
         RefusedError: nothing was changed: another runner is at work, a server belongs to
-            something else, or an applied revision was edited.
+            something else, an applied revision was edited, or rows were placed by another rule
+            than the model's.
     """
     with _connections(topology) as (connections, failures):
         limits = limits or Limits()
         _lock(connections, limits.patience)
-        decided = decide(topology, revisions, _read(connections) | failures)
+        decided = decide(topology, revisions, _read(connections) | failures, rules)
         if on_plan:
             on_plan(decided)
         return run(
@@ -160,15 +207,22 @@ def apply(
         )
 
 
-def status(topology: Topology, revisions: Sequence[Revision]) -> MigrationStatus:
+def status(
+    topology: Topology, revisions: Sequence[Revision], *, rules: Rules | None = None
+) -> MigrationStatus:
     """Return how far every physical shard is; changes nothing.
+
+    Args:
+        topology: the cluster.
+        revisions: oldest first, from `load_revisions`.
+        rules: of the models, from `load_rules`; None leaves them unchecked.
 
     Raises:
         RefusedError: a server belongs to something else, or an applied revision was edited.
     """
     with _connections(topology) as (connections, failures):
         ledgers = _read(connections)
-        decided = decide(topology, revisions, ledgers | failures)
+        decided = decide(topology, revisions, ledgers | failures, rules)
     entries = []
     for physical in decided.physical:
         if physical.error:
@@ -191,6 +245,7 @@ def status(topology: Topology, revisions: Sequence[Revision]) -> MigrationStatus
                 laggards=tuple(
                     sorted([work.logical_shard for work in physical.work] + [*physical.waiting])
                 ),
+                unrecorded=tuple(sorted(physical.rules)),
             )
         )
     return MigrationStatus(revisions[-1].id if revisions else None, tuple(entries))

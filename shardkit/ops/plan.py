@@ -7,7 +7,7 @@ decides the same, and it refuses before anything has changed. It never opens a c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardkit.errors import RefusedError, ShardkitError
 from shardkit.ids import EPOCH_MS
@@ -58,6 +58,7 @@ class PhysicalPlan:
         n_current: logical shards with nothing to do.
         waiting: why a logical shard is left alone for now, by number.
         error: why the whole physical shard is left alone, or None.
+        rules: how the rows of tables are placed, where that is not recorded yet, by table.
     """
 
     physical: str
@@ -66,6 +67,7 @@ class PhysicalPlan:
     n_current: int = 0
     waiting: Mapping[int, str] = field(default_factory=dict)
     error: ShardkitError | None = None
+    rules: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ def decide(
     topology: Topology,
     revisions: Sequence[Revision],
     ledgers: Mapping[str, Ledger | ShardkitError],
+    rules: Mapping[str, str] | None = None,
 ) -> MigrationPlan:
     """Return what every logical shard still needs.
 
@@ -103,15 +106,19 @@ def decide(
         topology: whose first placement counts for logical shards that exist nowhere yet.
         revisions: oldest first.
         ledgers: what each physical shard says, or why it says nothing, by name.
+        rules: how the models place the rows of their tables; None when they are not known.
 
     Raises:
         RefusedError: a server belongs to something else, a logical shard has two owners, or
-            an applied revision was edited or is unknown here.
+            an applied revision was edited or is unknown here, or rows were placed by another
+            rule than the model's.
     """
+    rules = rules or {}
     known = {name: ledger for name, ledger in ledgers.items() if isinstance(ledger, Ledger)}
     for name, ledger in known.items():
         _check_identity(topology, name, ledger)
         _check_revisions(name, ledger, revisions)
+        _check_rules(name, ledger, rules)
     owners = _owners(known)
     silent = sorted(ledgers.keys() - known.keys())
     moved = any(owner != topology.shard_map.owner(n) for n, owner in owners.items())
@@ -123,11 +130,11 @@ def decide(
         else:
             # Where rows and configuration disagree, silence may hide a logical shard's home.
             uncertain = silent if moved else []
-            plans.append(
-                _plan(
-                    topology, name, found, owners=owners, revisions=revisions, uncertain=uncertain
-                )
+            planned = _plan(
+                topology, name, found, owners=owners, revisions=revisions, uncertain=uncertain
             )
+            new = {table: rule for table, rule in rules.items() if table not in found.rules}
+            plans.append(replace(planned, rules=new))
     return MigrationPlan(tuple(revisions), tuple(plans))
 
 
@@ -182,6 +189,16 @@ def _check_identity(topology: Topology, name: str, ledger: Ledger) -> None:
         f"the configuration says {expected}",
         hint="name the right server; the number of logical shards and the id epoch never change",
     )
+
+
+def _check_rules(name: str, ledger: Ledger, rules: Mapping[str, str]) -> None:
+    for table, rule in rules.items():
+        stored = ledger.rules.get(table, rule)
+        if stored != rule:
+            raise RefusedError(
+                f"rows of {table} on {name!r} were placed by {stored}, the model says {rule}",
+                hint="restore __shard_key__ and __shard_strategy__; rows do not move by themselves",
+            )
 
 
 def _check_revisions(name: str, ledger: Ledger, revisions: Sequence[Revision]) -> None:

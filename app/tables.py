@@ -1,0 +1,10 @@
+"""Every model of the service in one place, for commands that need to know all of them."""
+
+from __future__ import annotations
+
+import app.accounts.models
+import app.graph.models
+import app.photos.models  # noqa: F401 - every model has to be known
+from app.models import Base
+
+__all__ = ["Base"]
