@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     ARRAY,
@@ -16,7 +16,9 @@ from sqlalchemy import (
     BindParameter,
     BooleanClauseList,
     Column,
+    Delete,
     Select,
+    Update,
     and_,
     any_,
     bindparam,
@@ -31,6 +33,8 @@ from shardkit.statements import Params
 __all__ = ["KeyLists", "split"]
 
 _NAME: Final = "shardkit_keys_{}"
+
+S = TypeVar("S", Select[Any], Update, Delete)
 
 Values = Mapping[int, list[Any]]
 """Keys by the logical shard they name."""
@@ -52,6 +56,10 @@ class KeyLists:
             branch = branch.replace(f"%({name})s", f"%({name}_{logical_shard})s")
         return branch
 
+    def of(self, logical_shard: int) -> dict[str, list[Any]]:
+        """Return the parameters of the statement that runs on one logical shard alone."""
+        return {name: values.get(logical_shard, []) for name, values in self.values.items()}
+
     def parameters(self, logical_shards: tuple[int, ...]) -> dict[str, list[Any]]:
         """Return the parameters that the branches of these logical shards name."""
         return {
@@ -61,7 +69,7 @@ class KeyLists:
         }
 
 
-def split(statement: Select[Any], params: Params, router: Router) -> tuple[Select[Any], KeyLists]:
+def split(statement: S, params: Params, router: Router) -> tuple[S, KeyLists]:
     """Return the statement with split key lists, and the lists.
 
     A condition that every row meets and that compares a placing column with a list of values is

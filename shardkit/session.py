@@ -133,6 +133,9 @@ class ReadSession(Session):
             return
         self._writable()
 
+    def _bulk_save_mappings(self, *_: Any, **__: Any) -> None:
+        self._writable()
+
     # -- routing
 
     def _decided(self, decide: Callable[[Router], T], *, assign: bool = False) -> T:
@@ -257,8 +260,7 @@ class ReadSession(Session):
         cached = self._shard_views.get(engine)
         if cached is not None and cached[0] is root:
             return cached[1]
-        # A view shares the root's transaction and must never begin one of its own.
-        shown = Connection(engine, connection=root.connection, _allow_autobegin=False)
+        shown = _View(engine, root)
         self._shard_views[engine] = (root, shown)
         return shown
 
@@ -307,6 +309,21 @@ class ReadSession(Session):
         endpoints = [endpoint for endpoint, _ in self._roots.values()]
         broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]
         raise connection_error(error, (broken or endpoints)[0]) from error
+
+
+class _View(Connection):
+    """A connection as one logical shard sees it; it shares the transaction of the whole.
+
+    *Invariant:* it neither begins a transaction nor ends one: SQLAlchemy rolls back after an
+    error where it sees none, which would undo what other logical shards have written.
+    """
+
+    def __init__(self, engine: Engine, root: Connection) -> None:
+        super().__init__(engine, connection=root.connection, _allow_autobegin=False)
+        self._whole = root
+
+    def in_transaction(self) -> bool:
+        return self._whole.in_transaction()
 
 
 def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:

@@ -225,8 +225,6 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
      InvalidShardKeyError),
     ("key update", update(Photo).where(Photo.id == A).values(owner_id=B), ShardKeyChangeError),
     ("insert without key", insert(Photo).values(caption="x"), NoShardKeyError),
-    ("insert for two shards", insert(Photo).values([{"owner_id": A}, {"owner_id": B}]),
-     UnsupportedStatementError),
     ("insert from select", insert(Photo).from_select(["owner_id"], select(User.id)),
      UnsupportedStatementError),
 ]  # fmt: skip
