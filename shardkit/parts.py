@@ -114,8 +114,9 @@ def changes_of_rows(
             "a bulk DELETE by primary key", hint="delete(…).where(….id.in_([…]))"
         )
     else:
-        if statement._where_criteria:
-            shards_of(statement, None, router)  # refuses what it would refuse without the rows
+        # Refuses what it would refuse without the rows: subqueries, among others.
+        others = {name: value for name, value in rows[0].items() if name not in mapper.attrs}
+        shards_of(statement, others, router)
         shards = [_shard_of_change(mapper, row, router) for row in rows]
     return _grouped(statement, rows, shards)
 

@@ -166,9 +166,19 @@ class WriteSession(ReadSession):
                 "rows of a class for a logical shard given by number",
                 hint="leave bind_arguments out: each row names its shard",
             )
-        if result is None and not state.is_select:
-            self._note_written((state.bind_arguments["logical_shard"],))
-        return result
+        if result is not None or state.is_select:
+            return result
+        shard = state.bind_arguments["logical_shard"]
+        self._note_written((shard,))
+        if (state.is_update or state.is_delete) and self._is_about_objects(state):
+            # Its condition need not name the shard: objects of other shards may meet it.
+            part = parts.Part(shard, state.statement, state.parameters)
+            return writes.run(state, [part], self._connection_to, self._shard_of_identity)
+        return None
+
+    def _is_about_objects(self, state: ORMExecuteState) -> bool:
+        mapper = state.bind_mapper
+        return state.is_orm_statement and mapper is not None and bool(sharding_of_mapper(mapper))
 
     def _write(self, state: ORMExecuteState) -> Any:
         """Run an INSERT, UPDATE or DELETE on the logical shards of its rows."""

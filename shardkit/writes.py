@@ -176,6 +176,7 @@ def _changed(
     session = state.session
     sync, condition = _synchronization(state, load)
     results: list[Any] = []
+    places: dict[int, int | None] = {}
     last: Any = None
     for part in parts:
         # The condition is that of the whole statement, which can be evaluated where a part's
@@ -188,7 +189,9 @@ def _changed(
         if sync == "evaluate":
 
             def here(obj: Any, shard: int = part.shard) -> Any:
-                return condition(obj) if shard_of(obj) == shard else False
+                if id(obj) not in places:
+                    places[id(obj)] = shard_of(obj)
+                return condition(obj) if places[id(obj)] == shard else False
 
             chosen += {"_eval_condition": here}
             load._do_post_synchronize_evaluate(session, statement, result, chosen)

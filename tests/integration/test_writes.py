@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm.exc import StaleDataError
 
-from shardkit import Cluster, all_shards, ids
+from shardkit import AsyncCluster, Cluster, all_shards, ids
 from shardkit.config import PoolConfig, load
 from shardkit.errors import (
     CrossShardWriteError,
@@ -156,6 +157,25 @@ def test_returning_merges_rows_and_objects(session: WriteSession, sync: Any) -> 
     assert set(session.scalars(gone, execution_options=options)) == {p.id for p in photos}
 
 
+@pytest.mark.parametrize("sync", ["auto", "evaluate", "fetch"])
+def test_a_shard_given_by_number_leaves_objects_of_others_alone(
+    session: WriteSession, sync: str
+) -> None:
+    photos = photos_of(session)
+    shard = ids.shard_of(photos[1].id)
+    result: Any = session.execute(
+        update(Photo).values(rank=Photo.rank + 10).execution_options(synchronize_session=sync),
+        bind_arguments={"logical_shard": shard},
+    )
+    assert result.rowcount == 1
+    assert [photo.rank for photo in photos] == [0, 11, 2]
+    session.execute(
+        delete(Photo).execution_options(synchronize_session=sync),
+        bind_arguments={"logical_shard": shard},
+    )
+    assert [photo in session for photo in photos] == [True, False, True]
+
+
 def test_pending_changes_are_written_first(session: WriteSession) -> None:
     photos = photos_of(session)
     photos[0].rank = 50
@@ -296,6 +316,38 @@ def test_rows_with_different_columns_and_an_id_of_their_own(session: WriteSessio
     assert {tuple(row) for row in found} == {("x", None), ("", 3), ("", None)}
 
 
+def test_rows_with_different_columns_are_returned_in_order(session: WriteSession) -> None:
+    keys = [ids.compose(1, shard, 0) for shard in (1, 2)]
+    session.execute(insert(User), [{"id": key, "name": "x"} for key in keys])
+    rows: list[dict[str, Any]] = [
+        {"owner_id": keys[0], "caption": "a"},
+        {"owner_id": keys[1], "rank": 1},
+        {"owner_id": keys[0], "rank": 2},
+        {"owner_id": keys[1], "caption": "d"},
+    ]
+    made = session.scalars(insert(Photo).returning(Photo, sort_by_parameter_order=True), rows)
+    found = [(photo.owner_id, photo.caption, photo.rank) for photo in made]
+    assert found == [
+        (keys[0], "a", None), (keys[1], "", 1), (keys[0], "", 2), (keys[1], "d", None),
+    ]  # fmt: skip
+    count = select(func.count(User.id)).scalar_subquery()
+    with pytest.raises(UnsupportedStatementError, match="different logical shards"):
+        session.execute(update(Photo).values(rank=count), [{"id": keys[0], "caption": "x"}])
+
+
+def test_values_that_python_makes_are_those_of_each_shard(session: WriteSession) -> None:
+    made = session.scalars(
+        insert(Photo).values(caption="all", taken_at=None).returning(Photo),
+        [{"owner_id": key} for key in _new_users(session, 3)],
+    ).all()
+    assert [(photo.caption, photo.taken_at) for photo in made] == [("all", None)] * 3
+
+
+def _new_users(session: WriteSession, n: int) -> list[int]:
+    rows = [{"name": f"user {i}"} for i in range(n)]
+    return list(session.scalars(insert(User).returning(User.id), rows))
+
+
 def test_upserts_split_too(session: WriteSession) -> None:
     keys = [ids.compose(1, shard, 0) for shard in (1, 2)]
     rows = [{"id": key, "name": "old"} for key in keys]
@@ -419,3 +471,23 @@ def test_an_unkeyed_write_where_all_shards_are_on_one_server(new_cluster: NewClu
                 assert [photo.rank for photo in photos] == ranks, "once each"
             assert sorted(stored(session, Photo.rank)) == [2, 3, 4, 5]
             session.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("topology")
+async def test_the_async_twin_writes_alike(cluster_file: Path) -> None:
+    async with AsyncCluster.from_file(cluster_file) as cluster, cluster.writer() as session:
+        keys = [ids.compose(1, shard, 0) for shard in (1, 2)]
+        rows = [{"id": key, "name": "old"} for key in keys]
+        users = (await session.scalars(insert(User).returning(User), rows)).all()
+        changed: Any = await session.execute(
+            update(User).where(User.id.in_(keys)).values(name="new")
+        )
+        assert changed.rowcount == 2
+        assert [user.name for user in users] == ["new", "new"]
+        photos = [{"owner_id": key} for key in keys]
+        made = await session.scalars(insert(Photo).returning(Photo.id), photos)
+        assert [ids.shard_of(key) for key in made] == [1, 2]
+        await session.execute(delete(Photo).where(Photo.owner_id.in_(keys)))
+        await session.commit()
+        assert (await session.scalars(select(Photo).options(all_shards()))).all() == []
