@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, delete, func, insert, select, update
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    any_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm.exc import StaleDataError
@@ -251,6 +263,54 @@ def test_an_error_on_one_logical_shard_undoes_those_of_the_others(session: Write
         session.execute(update(Photo).where(Photo.id == photos[2].id).values(caption="half"))
     session.rollback()
     assert sorted(stored(session, Photo.caption)) == ["photo 0", "photo 1", "photo 2"]
+
+
+def test_composite_keys_and_lists_are_split(session: WriteSession) -> None:
+    photos = photos_of(session)
+    keys = [photo.id for photo in photos]
+    session.execute(insert(Like), [{"photo_id": k, "user_id": u} for k in keys for u in (1, 2)])
+    likes = session.scalars(select(Like).options(all_shards())).all()
+    assert len(likes) == 6
+    pairs = [(keys[0], 1), (keys[1], 2), (keys[2], 3)]
+    result: Any = session.execute(
+        delete(Like).where(tuple_(Like.photo_id, Like.user_id).in_(pairs))
+    )
+    assert result.rowcount == 2
+    assert {(like.photo_id, like.user_id) for like in likes if like not in session} == {*pairs[:2]}
+    listed = any_(literal(keys[:2], ARRAY(BigInteger)))
+    result = session.execute(update(Photo).where(Photo.id == listed).values(rank=9))
+    assert result.rowcount == 2
+    assert [photo.rank for photo in photos] == [9, 9, 2]
+
+
+def test_other_tables_in_the_condition(session: WriteSession) -> None:
+    photos = photos_of(session)
+    keys = [photo.owner_id for photo in photos]
+    session.execute(
+        update(Photo)
+        .where(Photo.owner_id == User.id, User.id.in_(keys), User.name != "user 1")
+        .values(caption=User.name)
+    )
+    assert [photo.caption for photo in photos] == ["user 0", "photo 1", "user 2"]
+    named = select(User.id).where(User.name == "user 2", User.id == Photo.owner_id).exists()
+    gone = session.scalars(
+        delete(Photo).where(Photo.owner_id.in_(keys), named).returning(Photo.id)
+    ).all()
+    assert gone == [photos[2].id]
+
+
+def test_values_passed_beside_the_statement(session: WriteSession) -> None:
+    photos = photos_of(session)
+    keys = [photo.owner_id for photo in photos]
+    statement = update(Photo).values(taken_at=func.now(), rank=bindparam("given"))
+    result: Any = session.execute(
+        statement.where(Photo.owner_id.in_(bindparam("keys", expanding=True))),
+        {"given": 4, "keys": keys[:2]},
+        execution_options={"synchronize_session": False},
+    )
+    assert result.rowcount == 2
+    assert sorted(stored(session, Photo.rank)) == [2, 4, 4]
+    assert len({*stored(session, Photo.taken_at)[:2]}) == 1, "one transaction has one time"
 
 
 # -- INSERT
