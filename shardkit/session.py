@@ -259,6 +259,8 @@ class ReadSession(Session):
             return cached[1]
         # A view shares the root's transaction and must never begin one of its own.
         shown = Connection(engine, connection=root.connection, _allow_autobegin=False)
+        # Nor may it roll the root's back, as a connection outside a transaction does on an error.
+        shown._transaction = root._transaction
         self._shard_views[engine] = (root, shown)
         return shown
 
