@@ -18,11 +18,11 @@ from sqlalchemy.orm.attributes import instance_state
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
     CrossShardWriteError,
-    GatherError,
     OutcomeUnknownError,
     ShardKeyChangeError,
     UnsupportedStatementError,
 )
+from shardkit.events import Committed, caller
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.replicas import token_of
 from shardkit.session import ReadSession
@@ -189,9 +189,8 @@ class WriteSession(ReadSession):
     def _release(self) -> None:
         self._ended()
 
-    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
+    def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
-        del error
         return False
 
 
@@ -207,6 +206,10 @@ def _on_commit(session: Session) -> None:
     assert isinstance(session, WriteSession)
     if session._written and not session.in_nested_transaction():
         session.token = token_of(session._written)
+        listeners = session._cluster.listeners
+        if listeners:
+            written = tuple(sorted(session._written))
+            listeners.emit(Committed(session._number, written, session.token, caller()))
 
 
 @event.listens_for(WriteSession, "after_transaction_end")
