@@ -6,7 +6,7 @@ connection in which unqualified tables are those of its schema. `shardkit.writer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Engine, Insert, event, inspect
@@ -24,6 +24,7 @@ from shardkit.errors import (
     UnavailableError,
     UnsupportedStatementError,
 )
+from shardkit.identities import identities, select_identities
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token
@@ -97,6 +98,42 @@ class ReadSession(Session):
                     **(options.get("bind_arguments") or {}), "logical_shard": shard,
                 }  # fmt: skip
         return super().get(entity, ident, **options)
+
+    def get_many(
+        self, entity: Any, idents: Iterable[Any], *, options: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Return the rows of many primary keys, in their order, None where there is no row.
+
+        What the session holds is not asked for; the rest takes one statement per physical shard,
+        however many keys there are.
+
+        Args:
+            entity: a sharded class.
+            idents: primary keys, in which each says where its row is; duplicates are allowed.
+                A composite key is a tuple, or a dictionary by attribute.
+            options: loader options, as for `select().options()`.
+
+        Raises:
+            InvalidShardKeyError: a key cannot place a row, or has too few or too many values.
+        """
+        mapper = inspect(entity)
+        wanted = identities(mapper, idents)
+        keys = [mapper.identity_key_from_primary_key(identity) for identity in wanted]
+        found: dict[Any, Any] = {}
+        for key in keys:
+            held = self.identity_map.get(key)
+            if isinstance(held, mapper.class_) and not inspect(held).expired:
+                found[key] = held
+        missing = {
+            key: identity
+            for key, identity in zip(keys, wanted, strict=True)
+            if key not in found and None not in identity
+        }
+        if missing:
+            statement = select_identities(mapper, list(missing.values())).options(*options)
+            for row in self.scalars(statement).unique():
+                found[inspect(row).key] = row
+        return [found.get(key) for key in keys]
 
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run and the SQL of each server; runs nothing.
