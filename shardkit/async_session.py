@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from shardkit.connections import AsyncConnections
 from shardkit.router import Route
@@ -27,6 +28,12 @@ class AsyncReadSession(AsyncSession):
         super().__init__(
             sync_session_class=type(self).sync_session_class, connections=connections, **options
         )
+
+    async def get_many(
+        self, entity: Any, idents: Iterable[Any], *, options: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Return the rows of many primary keys, in their order. See `ReadSession.get_many`."""
+        return await greenlet_spawn(self.sync_session.get_many, entity, idents, options=options)
 
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run; runs nothing. See `ReadSession.route`.

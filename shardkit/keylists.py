@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     ARRAY,
@@ -16,21 +16,29 @@ from sqlalchemy import (
     BindParameter,
     BooleanClauseList,
     Column,
+    Delete,
     Select,
+    Tuple,
+    Update,
     and_,
     any_,
     bindparam,
+    func,
+    select,
 )
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import ColumnElement
 
 from shardkit.router import Router
-from shardkit.shapes import base_sharding
+from shardkit.shapes import base_sharding, listed_by_any, tuples_of
 from shardkit.statements import Params
+from shardkit.strategies import Rule
 
 __all__ = ["KeyLists", "split"]
 
 _NAME: Final = "shardkit_keys_{}"
+
+S = TypeVar("S", Select[Any], Update, Delete)
 
 Values = Mapping[int, list[Any]]
 """Keys by the logical shard they name."""
@@ -52,6 +60,10 @@ class KeyLists:
             branch = branch.replace(f"%({name})s", f"%({name}_{logical_shard})s")
         return branch
 
+    def of(self, logical_shard: int) -> dict[str, list[Any]]:
+        """Return the parameters of the statement that runs on one logical shard alone."""
+        return {name: values.get(logical_shard, []) for name, values in self.values.items()}
+
     def parameters(self, logical_shards: tuple[int, ...]) -> dict[str, list[Any]]:
         """Return the parameters that the branches of these logical shards name."""
         return {
@@ -61,7 +73,13 @@ class KeyLists:
         }
 
 
-def split(statement: Select[Any], params: Params, router: Router) -> tuple[Select[Any], KeyLists]:
+def _rule(column: Any) -> Rule | None:
+    """Return how the values of a column place its rows, or None when they do not."""
+    sharding = base_sharding(column.table) if isinstance(column, Column) else None
+    return sharding.placing.get(column.name) if sharding else None
+
+
+def split(statement: S, params: Params, router: Router) -> tuple[S, KeyLists]:
     """Return the statement with split key lists, and the lists.
 
     A condition that every row meets and that compares a placing column with a list of values is
@@ -75,22 +93,35 @@ def split(statement: Select[Any], params: Params, router: Router) -> tuple[Selec
     def rewritten(clause: Any) -> Any:
         if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
             return and_(*(rewritten(part) for part in clause.clauses))
-        if not isinstance(clause, BinaryExpression) or clause.operator is not operators.in_op:
+        if not isinstance(clause, BinaryExpression):
             return clause
         column, parameter = clause.left, clause.right
-        if not isinstance(column, Column) or not isinstance(parameter, BindParameter):
+        if (listed := listed_by_any(clause)) is not None:
+            parameter = listed
+        elif clause.operator is not operators.in_op:
             return clause
-        sharding = base_sharding(column.table)
-        rule = sharding.placing.get(column.name) if sharding else None
-        if rule is None:
+        if not isinstance(parameter, BindParameter):
             return clause
+        columns = list(column.clauses) if isinstance(column, Tuple) else [column]
+        place = next((i for i, c in enumerate(columns) if _rule(c) is not None), None)
+        if place is None:
+            return clause
+        rule = _rule(columns[place])
+        assert rule is not None, "it places rows"
         given = params if isinstance(params, Mapping) else {}
+        values = given.get(parameter.key, parameter.effective_value) or ()
+        rows = tuples_of(column, values) if isinstance(column, Tuple) else [(v,) for v in values]
         by_shard: dict[int, list[Any]] = {}
-        for value in given.get(parameter.key, parameter.effective_value):
-            by_shard.setdefault(router.shard(rule, value), []).append(value)
-        name = _NAME.format(len(lists))
-        lists[name] = by_shard
-        return column == any_(bindparam(name, [], type_=ARRAY(column.type)))
+        for row in rows:
+            by_shard.setdefault(router.shard(rule, row[place]), []).append(row)
+        binds = []
+        for i, part in enumerate(columns):
+            name = _NAME.format(len(lists))
+            lists[name] = {shard: [row[i] for row in mine] for shard, mine in by_shard.items()}
+            binds.append(bindparam(name, [], type_=ARRAY(part.type)))
+        if not isinstance(column, Tuple):
+            return column == any_(binds[0])
+        return column.in_(select(*(func.unnest(bind) for bind in binds)))
 
     criteria: list[ColumnElement[bool]] = [rewritten(c) for c in statement._where_criteria]
     if not lists:

@@ -7,7 +7,7 @@ connection in which unqualified tables are those of its schema. `shardkit.writer
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Engine, Insert, event, inspect
@@ -27,6 +27,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.events import Gathered, StatementRouted, caller
+from shardkit.identities import identities, select_identities
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token
@@ -111,6 +112,42 @@ class ReadSession(Session):
                 }  # fmt: skip
         return super().get(entity, ident, **options)
 
+    def get_many(
+        self, entity: Any, idents: Iterable[Any], *, options: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Return the rows of many primary keys, in their order, None where there is no row.
+
+        What the session holds is not asked for; the rest takes one statement per physical shard,
+        however many keys there are.
+
+        Args:
+            entity: a sharded class.
+            idents: primary keys, in which each says where its row is; duplicates are allowed.
+                A composite key is a tuple, or a dictionary by attribute.
+            options: loader options, as for `select().options()`.
+
+        Raises:
+            InvalidShardKeyError: a key cannot place a row, or has too few or too many values.
+        """
+        mapper = inspect(entity)
+        wanted = identities(mapper, idents)
+        keys = [mapper.identity_key_from_primary_key(identity) for identity in wanted]
+        found: dict[Any, Any] = {}
+        for key in keys:
+            held = self.identity_map.get(key)
+            if isinstance(held, mapper.class_) and not inspect(held).expired:
+                found[key] = held
+        missing = {
+            key: identity
+            for key, identity in zip(keys, wanted, strict=True)
+            if key not in found and None not in identity
+        }
+        if missing:
+            statement = select_identities(mapper, list(missing.values())).options(*options)
+            for row in self.scalars(statement).unique():
+                found[inspect(row).key] = row
+        return [found.get(key) for key in keys]
+
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run and the SQL of each server; runs nothing.
 
@@ -145,6 +182,9 @@ class ReadSession(Session):
         """
         if self._is_clean():
             return
+        self._writable()
+
+    def _bulk_save_mappings(self, *_: Any, **__: Any) -> None:
         self._writable()
 
     # -- routing
@@ -366,10 +406,7 @@ class ReadSession(Session):
         cached = self._shard_views.get(engine)
         if cached is not None and cached[0] is root:
             return cached[1]
-        # A view shares the root's transaction and must never begin one of its own.
-        shown = Connection(engine, connection=root.connection, _allow_autobegin=False)
-        # Nor may it roll the root's back, as a connection outside a transaction does on an error.
-        shown._transaction = root._transaction
+        shown = _View(engine, root)
         self._shard_views[engine] = (root, shown)
         return shown
 
@@ -425,6 +462,21 @@ class ReadSession(Session):
 
 def _lost(endpoint: Endpoint) -> EndpointUnavailableError:
     return EndpointUnavailableError("connection lost", endpoint=str(endpoint))
+
+
+class _View(Connection):
+    """A connection as one logical shard sees it; it shares the transaction of the whole.
+
+    *Invariant:* it neither begins a transaction nor ends one: SQLAlchemy rolls back after an
+    error where it sees none, which would undo what other logical shards have written.
+    """
+
+    def __init__(self, engine: Engine, root: Connection) -> None:
+        super().__init__(engine, connection=root.connection, _allow_autobegin=False)
+        self._whole = root
+
+    def in_transaction(self) -> bool:
+        return self._whole.in_transaction()
 
 
 def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:

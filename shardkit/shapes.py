@@ -5,14 +5,15 @@ Called by the walker and by what plans a gather; never runs anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Column, Over, Select, Table
+from sqlalchemy import BindParameter, Column, Over, Select, Table, Tuple
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Mapper
-from sqlalchemy.sql.elements import ColumnElement, Grouping
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import CollectionAggregate, ColumnElement, Grouping
 from sqlalchemy.sql.selectable import (
     AliasedReturnsRows,
     FromClause,
@@ -21,7 +22,8 @@ from sqlalchemy.sql.selectable import (
 )
 from sqlalchemy.sql.visitors import iterate
 
-from shardkit.errors import UnsupportedStatementError
+from shardkit.errors import InvalidShardKeyError, UnsupportedStatementError
+from shardkit.keys import shown
 from shardkit.models import Sharding, sharding_of
 
 __all__ = [
@@ -30,11 +32,13 @@ __all__ = [
     "expressions_of",
     "extensions",
     "is_row_by_row",
+    "listed_by_any",
     "mapped_expressions",
     "outermost",
     "plain_select",
     "refuse_ctes",
     "sources_of",
+    "tuples_of",
     "ungrouped",
 ]
 
@@ -64,6 +68,32 @@ def plain_select(element: Any) -> Select[Any] | None:
     ):
         return element
     return None
+
+
+def listed_by_any(clause: Any) -> BindParameter[Any] | None:
+    """Return the list of `column = ANY (:list)`, or None for anything else."""
+    value = clause.right
+    if clause.operator is not operators.eq or not isinstance(value, CollectionAggregate):
+        return None
+    inner: Any = value.element
+    while isinstance(inner, Grouping):
+        inner = inner.element
+    is_list = value.operator is operators.any_op and isinstance(inner, BindParameter)
+    return inner if is_list else None
+
+
+def tuples_of(columns: Tuple, values: Any) -> Sequence[tuple[Any, ...]]:
+    """Return what `(a, b) IN (…)` compares with.
+
+    Raises:
+        InvalidShardKeyError: these are no tuples of as many values as there are columns.
+    """
+    rows = list(values or ())
+    n_columns = len(columns.clauses)
+    for row in rows:
+        if not isinstance(row, tuple | list) or len(row) != n_columns:
+            raise InvalidShardKeyError(f"{n_columns} columns were compared with {shown(row)}")
+    return rows
 
 
 def is_row_by_row(select: Select[Any]) -> bool:

@@ -27,7 +27,15 @@ from shardkit.router import Router
 from shardkit.shapes import base_sharding
 from shardkit.walk import Walk
 
-__all__ = ["AllShards", "Limits", "Params", "all_shards", "limits_of", "shards_of"]
+__all__ = [
+    "AllShards",
+    "Limits",
+    "Params",
+    "all_shards",
+    "limits_of",
+    "shards_of",
+    "shards_of_rows",
+]
 
 _LONGEST_TIMEOUT = 2_147_483
 """Seconds; PostgreSQL keeps milliseconds in 32 bits."""
@@ -139,11 +147,19 @@ def shards_of(statement: Any, params: Params, router: Router) -> frozenset[int] 
     return walk.answer()
 
 
-def _shards_of_insert(statement: Insert, params: Params, walk: Walk) -> frozenset[int] | None:
+def shards_of_rows(statement: Insert, params: Params, router: Router) -> list[int | None]:
+    """Return the logical shard of each row that an INSERT into a sharded table adds, in order.
+
+    None stands for a row that lacks the id it would be placed by.
+
+    Raises:
+        NoShardKeyError: a row has no shard key.
+        InvalidShardKeyError: a key cannot place its row, or its id carries another shard.
+        ShardKeyChangeError: ON CONFLICT would set a placing column.
+        UnsupportedStatementError: it reads other rows.
+    """
     sharding = base_sharding(statement.table)
-    if sharding is None:
-        walk.statement(select(statement.table))
-        return walk.answer()
+    assert sharding is not None, "the caller has looked"
     if statement.select is not None:
         raise UnsupportedStatementError(
             "INSERT from SELECT is not routed", hint="read the rows, then session.add_all()"
@@ -154,42 +170,57 @@ def _shards_of_insert(statement: Insert, params: Params, walk: Walk) -> frozense
         statement,
         {getattr(c, "name", c) for c in getattr(conflict, "update_values_to_set", None) or ()},
     )
+    walk = Walk(router, params if isinstance(params, Mapping) else {})
     given: Any = [row for rows in statement._multi_values for row in rows]
     given = given or [statement._values or {}]
     if isinstance(params, Sequence):
         rows = [{**_by_name(given[0]), **row} for row in params]
     else:
         rows = [{**_by_name(row), **(params or {})} for row in given]
-    shards = frozenset(_shard_of_row(sharding, row, walk) for row in rows)
-    if len(shards) > 1:
-        raise UnsupportedStatementError(
-            f"one INSERT for {len(shards)} logical shards", hint="use session.add_all()"
+    return [_shard_of_row(sharding, row, walk) for row in rows]
+
+
+def _shards_of_insert(statement: Insert, params: Params, walk: Walk) -> frozenset[int] | None:
+    sharding = base_sharding(statement.table)
+    if sharding is None:
+        walk.statement(select(statement.table))
+        return walk.answer()
+    shards = shards_of_rows(statement, params, walk.router)
+    if None in shards:
+        raise NoShardKeyError(
+            f"INSERT without {sharding.key} goes where it is placed when it runs",
+            hint="name it in values()",
         )
-    return shards
+    return frozenset(shard for shard in shards if shard is not None)
 
 
 def _by_name(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {getattr(name, "key", name): value for name, value in row.items()}
 
 
-def _shard_of_row(sharding: Sharding, row: Mapping[str, Any], walk: Walk) -> int:
+def _shard_of_row(sharding: Sharding, row: Mapping[str, Any], walk: Walk) -> int | None:
     shards = set()
     for name in {sharding.key: None, **sharding.placing}:
         if name in row:
             value = row[name]
             if isinstance(value, BindParameter):
                 value = walk.value(value)
+            if value is None and name == sharding.minted:
+                continue
             shards.add(walk.router.shard(sharding.placing.get(name, sharding.rule), value))
-    if not shards:
+    if sharding.key != sharding.minted and not row.keys() & {
+        sharding.key,
+        sharding.key_column.name,
+    }:
         raise NoShardKeyError(
             f"INSERT without {sharding.key}, the shard key", hint="name it in values()"
         )
     if len(shards) > 1:
         raise InvalidShardKeyError(
             f"INSERT of an id that carries another logical shard than {sharding.key} names",
-            hint="use session.add(), which mints the id",
+            hint="leave the id out; it is minted",
         )
-    return shards.pop()
+    return shards.pop() if shards else None
 
 
 def _refuse_key_change(statement: Update | Insert, names: Iterable[str]) -> None:

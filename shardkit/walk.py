@@ -24,6 +24,7 @@ from sqlalchemy import (
     Label,
     Select,
     Table,
+    Tuple,
     Update,
 )
 from sqlalchemy.sql import operators
@@ -46,11 +47,13 @@ from shardkit.shapes import (
     base_table,
     extensions,
     is_row_by_row,
+    listed_by_any,
     mapped_expressions,
     outermost,
     plain_select,
     refuse_ctes,
     sources_of,
+    tuples_of,
     ungrouped,
 )
 from shardkit.strategies import Rule
@@ -464,27 +467,48 @@ class Walk:
                 for key, (node, shards) in part.items():
                     merged[key] = (node, merged[key][1] & shards if key in merged else shards)
             return merged
-        if not isinstance(clause, BinaryExpression):
-            return {}
+        return self._comparing(clause) if isinstance(clause, BinaryExpression) else {}
+
+    def _comparing(self, clause: BinaryExpression[Any]) -> dict[int, tuple[_Node, frozenset[int]]]:
+        """Return what a comparison of a column, or of several, with values confines."""
         column: Any = clause.left
         value: Any = clause.right
         if clause.operator is operators.eq and isinstance(column, BindParameter):
             column, value = value, column
         if isinstance(value, Grouping):
             value = value.element
+        if isinstance(column, Tuple):
+            return self._confining_tuple(clause, column, value)
+        listed = listed_by_any(clause)
+        value = value if listed is None else listed
         if not isinstance(value, BindParameter) or not (found := self.placing(column)):
             return {}
         node, rule = found
-        if clause.operator is operators.eq:
-            return {id(node): (node, frozenset({self.router.shard(rule, self.value(value))}))}
-        if clause.operator is operators.in_op:
-            return {id(node): (node, self.router.shards(rule, self.value(value)))}
-        if clause.operator in _ORDERED:
-            compared = self.router.shards_compared(
-                rule, clause.operator.__name__, self.value(value)
-            )
-            return {} if compared is None else {id(node): (node, compared)}
-        return {}
+        shards: frozenset[int] | None = None
+        if clause.operator is operators.in_op or listed is not None:
+            shards = self.router.shards(rule, self.value(value) or ())
+        elif clause.operator is operators.eq:
+            shards = frozenset({self.router.shard(rule, self.value(value))})
+        elif clause.operator in _ORDERED:
+            shards = self.router.shards_compared(rule, clause.operator.__name__, self.value(value))
+        return {} if shards is None else {id(node): (node, shards)}
+
+    def _confining_tuple(
+        self, clause: BinaryExpression[Any], columns: Tuple, value: Any
+    ) -> dict[int, tuple[_Node, frozenset[int]]]:
+        """Return what `(a, b) IN ((1, 2), …)` confines, where a or b places its row."""
+        if clause.operator is not operators.in_op or not isinstance(value, BindParameter):
+            return {}
+        found: dict[int, tuple[_Node, frozenset[int]]] = {}
+        rows = tuples_of(columns, self.value(value))
+        for i, column in enumerate(columns.clauses):
+            placing = self.placing(column)
+            if placing is not None:
+                node, rule = placing
+                shards = self.router.shards(rule, [row[i] for row in rows])
+                known = found.get(id(node))
+                found[id(node)] = (node, shards if known is None else known[1] & shards)
+        return found
 
     def placing(self, element: Any) -> tuple[_Node, Rule] | None:
         """Return node and rule of a column that places its row, or None for anything else."""

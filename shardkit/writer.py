@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, Insert, event, insert, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction
 from sqlalchemy.orm.attributes import instance_state
 
+from shardkit import parts, writes
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
     CrossShardWriteError,
@@ -116,13 +117,17 @@ class WriteSession(ReadSession):
         return self._decided(lambda router: router.shard(rule, key))
 
     def _note_written(self, shards: Iterable[int]) -> None:
+        self._written = self._refuse_several(shards)
+
+    def _refuse_several(self, shards: Iterable[int]) -> set[str]:
+        """Return the physical shards written to, with those of `shards`: one at most."""
         together = {self._cluster.physical_of(shard) for shard in shards} | self._written
         if len(together) > 1:
             raise CrossShardWriteError(
                 f"the unit of work would write to {', '.join(sorted(together))}",
                 hint="keep rows that change together under one shard key, or commit in between",
             )
-        self._written = together
+        return together
 
     def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
@@ -152,14 +157,93 @@ class WriteSession(ReadSession):
         return connection
 
     def _run(self, state: ORMExecuteState) -> Any:
+        is_write = state.is_insert or state.is_update or state.is_delete
+        if is_write and "logical_shard" not in state.bind_arguments:
+            return self._write(state)
         result = super()._run(state)
-        if state.is_insert and state.is_orm_statement and state.parameters:
+        if is_write and writes.is_bulk(state):
             raise UnsupportedStatementError(
-                "a bulk INSERT of ORM rows", hint="use session.add_all(), which mints ids"
+                "rows of a class for a logical shard given by number",
+                hint="leave bind_arguments out: each row names its shard",
             )
         if result is None and not state.is_select:
             self._note_written((state.bind_arguments["logical_shard"],))
         return result
+
+    def _write(self, state: ORMExecuteState) -> Any:
+        """Run an INSERT, UPDATE or DELETE on the logical shards of its rows."""
+        found = self._parts(state)
+        self._note_written(part.shard for part in found)
+        if len(found) == 1 and not writes.is_bulk(state):
+            state.statement = found[0].statement
+            state.parameters = found[0].params
+            state.bind_arguments["logical_shard"] = found[0].shard
+            return None
+        if state.bind_mapper is not None:
+            self._cluster.fingerprints.check(state.bind_mapper)
+        return writes.run(state, found, self._connection_to, self._shard_of_identity)
+
+    def _parts(self, state: ORMExecuteState) -> list[parts.Part]:
+        statement: Any = state.statement
+        params: Any = state.parameters
+        parts.refuse_unwritable(statement, params)
+        cluster = self._cluster
+        if isinstance(statement, Insert):
+            shards = self._decided(
+                lambda router: parts.placed_rows(statement, params, router, cluster.placement),
+                assign=True,
+            )
+            # Before ids are minted and anything is written.
+            self._refuse_several(shards)
+            return parts.inserts(statement, params, shards, cluster.ids.mint)
+        if isinstance(params, list | tuple):
+            mapper = state.bind_mapper if writes.is_bulk(state) else None
+            return self._decided(
+                lambda router: parts.changes_of_rows(statement, params, router, mapper)
+            )
+        route = self._route(statement, params)
+        if len(route) == 1:
+            return [parts.Part(route[0], statement, params)]
+        return self._decided(lambda router: parts.changes(statement, params, router, route))
+
+    def _shard_of_identity(self, obj: Any) -> int | None:
+        state = instance_state(obj)
+        sharding = sharding_of_mapper(state.mapper)
+        identity = state.identity
+        if sharding is None or identity is None:
+            return None
+        return self._decided(lambda router: sharding.shard_of_identity(router, identity))
+
+    def _bulk_save_mappings(
+        self,
+        mapper: Any,
+        mappings: Iterable[Any],
+        *,
+        isupdate: bool,
+        isstates: bool,
+        return_defaults: bool,
+        update_changed_only: bool,
+        render_nulls: bool,
+    ) -> None:
+        """Run what SQLAlchemy's `bulk_insert_mappings` and `bulk_update_mappings` ask for."""
+        if isstates:
+            raise UnsupportedStatementError(
+                "bulk_save_objects()", hint="use session.add_all(), which mints ids"
+            )
+        if return_defaults:
+            raise UnsupportedStatementError(
+                "bulk_insert_mappings() with return_defaults",
+                hint="use session.scalars(insert(…).returning(…), rows)",
+            )
+        rows = list(mappings)
+        if not rows:
+            return
+        if isupdate:
+            options = {"synchronize_session": False, "autoflush": False}
+            self.execute(update(mapper), rows, execution_options=options)
+        else:
+            options = {"render_nulls": render_nulls, "autoflush": False}
+            self.execute(insert(mapper), rows, execution_options=options)
 
     def _writable(self) -> None:
         return

@@ -55,8 +55,8 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
 
     theirs = {*dir(Session), *vars(Session())}
     meant = {
-        "_connection_for_bind", "_execute_internal", "close", "commit", "connection_callable",
-        "flush", "get", "get_bind", "rollback",
+        "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "close", "commit",
+        "connection_callable", "flush", "get", "get_bind", "rollback",
     }  # fmt: skip
     defined = {*vars(ReadSession), *vars(WriteSession)}
     assigned = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(session))

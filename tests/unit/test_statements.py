@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    all_,
     and_,
+    any_,
     delete,
     exists,
     func,
@@ -17,6 +21,7 @@ from sqlalchemy import (
     select,
     text,
     true,
+    tuple_,
     union_all,
     update,
 )
@@ -61,6 +66,24 @@ ROUTED: list[tuple[str, Any, set[int] | None]] = [
     ("== turned round", select(Photo).where(literal(A) == Photo.owner_id), {1}),
     ("own id ==", select(Photo).where(Photo.id == B), {2}),
     ("key in", select(Photo).where(Photo.owner_id.in_([A, B])), {1, 2}),
+    ("tuples in", select(Like).where(tuple_(Like.user_id, Like.photo_id).in_([(7, A), (8, B)])),
+     {1, 2}),
+    ("tuples of two placing columns", select(Photo).where(
+        tuple_(Photo.id, Photo.owner_id).in_([(A, A), (B, B)]), Photo.owner_id == A), {1}),
+    ("tuples without the key", select(Photo).where(
+        tuple_(Photo.rank, Photo.caption).in_([(1, "x")])), None),
+    ("no tuples", select(Like).where(tuple_(Like.photo_id, Like.user_id).in_([])), {0}),
+    ("tuples not in", select(Like).where(
+        tuple_(Like.photo_id, Like.user_id).not_in([(A, 1)])), None),
+    ("any", select(Photo).where(Photo.owner_id == any_(literal([A, B], ARRAY(BigInteger)))),
+     {1, 2}),
+    ("any of none", select(Photo).where(Photo.owner_id == any_(literal([], ARRAY(BigInteger)))),
+     {0}),
+    ("all", select(Photo).where(Photo.owner_id == all_(literal([A], ARRAY(BigInteger)))), None),
+    ("not any", select(Photo).where(Photo.owner_id != any_(literal([A], ARRAY(BigInteger)))),
+     None),
+    ("insert for two shards", insert(Photo).values([{"owner_id": A}, {"owner_id": B}]), {1, 2}),
+    ("update in", update(Photo).where(Photo.owner_id.in_([A, B])).values(rank=1), {1, 2}),
     ("empty in", select(Photo).where(Photo.owner_id.in_([])), {0}),
     ("and", select(Photo).where(and_(Photo.owner_id == A, Photo.rank > 3)), {1}),
     ("two where", select(Photo).where(Photo.owner_id.in_([A, B])).where(Photo.id == A), {1}),
@@ -224,9 +247,14 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
     ("bad value in a list", select(Photo).where(Photo.owner_id.in_([A, -3])),
      InvalidShardKeyError),
     ("key update", update(Photo).where(Photo.id == A).values(owner_id=B), ShardKeyChangeError),
+    ("a tuple too short", select(Like).where(
+        tuple_(Like.photo_id, Like.user_id).in_([(A,)])), InvalidShardKeyError),
+    ("a tuple of the wrong type", select(Like).where(
+        tuple_(Like.photo_id, Like.user_id).in_([("x", 1)])), InvalidShardKeyError),
+    ("any of nothing", select(Photo).where(
+        Photo.owner_id == any_(literal([None], ARRAY(BigInteger)))), InvalidShardKeyError),
+    ("insert that goes where it is placed", insert(User).values(name="x"), NoShardKeyError),
     ("insert without key", insert(Photo).values(caption="x"), NoShardKeyError),
-    ("insert for two shards", insert(Photo).values([{"owner_id": A}, {"owner_id": B}]),
-     UnsupportedStatementError),
     ("insert from select", insert(Photo).from_select(["owner_id"], select(User.id)),
      UnsupportedStatementError),
 ]  # fmt: skip
