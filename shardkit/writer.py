@@ -12,7 +12,13 @@ from typing import Any, ClassVar
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
-from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction
+from sqlalchemy.orm import (
+    InstanceState,
+    ORMExecuteState,
+    Session,
+    SessionTransaction,
+    UOWTransaction,
+)
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import parts, writes
@@ -25,6 +31,7 @@ from shardkit.errors import (
 )
 from shardkit.events import Committed, caller
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
+from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
 from shardkit.session import ReadSession
 from shardkit.strategies import Rule
@@ -140,8 +147,15 @@ class WriteSession(ReadSession):
                     hint="reference tables cannot be written through a session yet",
                 )
             self._note_written((shard,))
-        # A relationship may have filled the key in after the unit of work was checked.
         state = instance_state(instance)
+        if relationships_set_key(state.mapper):
+            self._refuse_moved(state, shard)
+        connection = self._connection_to(shard)
+        self._cluster.fingerprints.check(state.mapper)
+        return connection
+
+    def _refuse_moved(self, state: InstanceState[Any], shard: int) -> None:
+        """Refuse an object whose key a relationship filled in after the unit was checked."""
         sharding = sharding_of_mapper(state.mapper)
         key = None if sharding is None else state.dict.get(sharding.key)
         if sharding is not None and key is not None:
@@ -152,9 +166,6 @@ class WriteSession(ReadSession):
                     f"which names logical shard {named}",
                     logical_shard=shard,
                 )
-        connection = self._connection_to(shard)
-        self._cluster.fingerprints.check(state.mapper)
-        return connection
 
     def _run(self, state: ORMExecuteState) -> Any:
         is_write = state.is_insert or state.is_update or state.is_delete
