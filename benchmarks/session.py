@@ -6,17 +6,19 @@ schema of the same logical shard, and raw psycopg.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 from sqlalchemy import BigInteger, create_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from benchmarks.measure import connect, database, interleaved, report, servers
-from shardkit import Cluster, Sharded, ids
+from shardkit import AsyncCluster, Cluster, Sharded, ids
 from shardkit.config import load
 from shardkit.topology import schema_name
 
-PEERS = ("sqlalchemy.orm.Session", "psycopg")
+PEERS = ("sqlalchemy.orm.Session", "sqlalchemy.ext.asyncio.AsyncSession", "psycopg")
 TARGETS = {"get_vs_plain_session": "≤ 1.10", "write_vs_plain_session": "≤ 1.10"}
 SHARD = 7
 
@@ -83,15 +85,38 @@ def main(*, as_json: bool, quick: bool = False) -> None:
                     session.add(PlainPhoto(id=next(numbers), owner_id=owner, caption="dawn"))
                     session.commit()
 
+            loop = asyncio.new_event_loop()
+            async_cluster = AsyncCluster(small)
+            async_engine = create_async_engine(shard.primary.url)
+
+            async def awaited() -> object:
+                async with async_cluster.reader() as session:
+                    return await session.get_one(Photo, key)
+
+            async def plain_awaited() -> object:
+                async with AsyncSession(async_engine) as session:
+                    return await session.get_one(PlainPhoto, key)
+
             rounds = 2_000 if quick else 10_000
             medians = interleaved(
                 {"get": get, "plain get": plain_get, "psycopg get": raw_get}, rounds=rounds
             )
             medians |= interleaved({"write": write, "plain write": plain_write}, rounds=rounds)
+            medians |= interleaved(
+                {
+                    "async get": lambda: loop.run_until_complete(awaited()),
+                    "plain async get": lambda: loop.run_until_complete(plain_awaited()),
+                },
+                rounds=rounds,
+            )
+            loop.run_until_complete(async_cluster.close())
+            loop.run_until_complete(async_engine.dispose())
+            loop.close()
         engine.dispose()
     figures = {
         "get_vs_plain_session": medians["get"] / medians["plain get"],
         "write_vs_plain_session": medians["write"] / medians["plain write"],
+        "async_get_vs_plain_session": medians["async get"] / medians["plain async get"],
         "get_vs_raw_psycopg": medians["get"] / medians["psycopg get"],
     }
     report("session", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -42,6 +42,11 @@ class AsyncReadSession(AsyncSession):
             UnsupportedStatementError: a directory has to be asked first, which has to be awaited.
         """
         return self.sync_session.route(statement, params)
+
+    @property
+    def failures(self) -> Mapping[str, Exception]:
+        """What is missing from the last partial result; see `ReadSession.failures`."""
+        return self.sync_session.failures
 
 
 class AsyncWriteSession(AsyncReadSession):

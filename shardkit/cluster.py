@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from shardkit import config
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
-from shardkit.config import PoolConfig
+from shardkit.config import MAX_ROWS, PoolConfig
 from shardkit.connections import AsyncConnections, Connections
+from shardkit.events import Listener
 from shardkit.placement import Placement, Policy, anywhere
 from shardkit.session import ReadSession
 from shardkit.topology import Topology
@@ -34,6 +36,8 @@ class Cluster:
         pool: sizes and time limits of the pools.
         placement: chooses the logical shard of rows that nothing places yet; a policy of
             `shardkit.placement`, or a function of the number of logical shards.
+        max_rows: rows that a statement over several logical shards may fetch, unless it says
+            otherwise with `all_shards(max_rows=…)`.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -48,8 +52,11 @@ class Cluster:
         *,
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
+        max_rows: int = MAX_ROWS,
     ) -> None:
-        self.connections = Connections(topology, pool=pool, placement=placement)
+        self.connections = Connections(
+            topology, pool=pool, placement=placement, max_rows=_checked_rows(max_rows)
+        )
 
     @classmethod
     def from_file(
@@ -64,7 +71,12 @@ class Cluster:
             ConfigurationError: the file is wrong, naming file, key and remedy.
         """
         settings, topology = config.load(path)
-        return cls(topology, pool=settings.pool, placement=placement)
+        return cls(
+            topology,
+            pool=settings.pool,
+            placement=placement,
+            max_rows=settings.limits.max_rows,
+        )
 
     @property
     def topology(self) -> Topology:
@@ -88,6 +100,14 @@ class Cluster:
             ValueError: max_lag is not above 0, or not finite.
         """
         return ReadSession(self.connections, after=after, max_lag=_checked(max_lag))
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tell a listener of every event of `shardkit.events`; return what ends it.
+
+        The listener runs where the event happens, before the statement or after the commit it
+        is about. It must be quick; what it raises is logged.
+        """
+        return self.connections.listeners.add(listener)
 
     def close(self) -> None:
         """Close every pooled connection; sessions still open keep theirs until they close."""
@@ -122,8 +142,11 @@ class AsyncCluster:
         *,
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
+        max_rows: int = MAX_ROWS,
     ) -> None:
-        self.connections = AsyncConnections(topology, pool=pool, placement=placement)
+        self.connections = AsyncConnections(
+            topology, pool=pool, placement=placement, max_rows=_checked_rows(max_rows)
+        )
 
     @classmethod
     def from_file(
@@ -134,7 +157,12 @@ class AsyncCluster:
     ) -> Self:
         """Return the cluster that a configuration file describes; see `Cluster.from_file`."""
         settings, topology = config.load(path)
-        return cls(topology, pool=settings.pool, placement=placement)
+        return cls(
+            topology,
+            pool=settings.pool,
+            placement=placement,
+            max_rows=settings.limits.max_rows,
+        )
 
     @property
     def topology(self) -> Topology:
@@ -148,6 +176,10 @@ class AsyncCluster:
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""
         return AsyncReadSession(self.connections, after=after, max_lag=_checked(max_lag))
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tell a listener, a plain function, of every event; see `Cluster.listen`."""
+        return self.connections.listeners.add(listener)
 
     async def close(self) -> None:
         """Close every pooled connection."""
@@ -169,3 +201,9 @@ def _checked(max_lag: float | None) -> float | None:
     if max_lag is not None and not (math.isfinite(max_lag) and max_lag > 0):
         raise ValueError(f"max_lag={max_lag!r}: give seconds above 0, or None for any delay")
     return max_lag
+
+
+def _checked_rows(max_rows: int) -> int:
+    if max_rows < 1:
+        raise ValueError(f"max_rows={max_rows!r}: give a whole number above 0")
+    return max_rows

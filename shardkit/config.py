@@ -15,6 +15,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
     overflow = 5                             # more than that under load
     timeout = 5.0                            # seconds to wait for one
 
+    [limits]
+    max_rows = 300_000                       # rows a statement over logical shards may fetch
+
     [migrations]
     location = "app:migrations"              # package:folder, or a path from this file's folder
     models = "app.models:Base"               # optional: record how the models place their rows
@@ -64,9 +67,11 @@ from shardkit.topology import (
 )
 
 __all__ = [
+    "MAX_ROWS",
     "AdminLogin",
     "ClusterConfig",
     "Config",
+    "LimitsConfig",
     "MigrationsConfig",
     "PhysicalConfig",
     "PoolConfig",
@@ -125,6 +130,17 @@ class PoolConfig(_Table):
         return value
 
 
+MAX_ROWS = 300_000
+"""Rows a statement may fetch from several logical shards. Source: Vitess, max_memory_rows."""
+
+
+class LimitsConfig(_Table):
+    """`[limits]`: how far statements may go that do not say it themselves."""
+
+    max_rows: Annotated[int, Field(ge=1, le=2**31)] = MAX_ROWS
+    """Rows fetched from all servers together, before they are merged."""
+
+
 class MigrationsConfig(_Table):
     """`[migrations]`: where the revisions of the application's tables and its models are."""
 
@@ -158,6 +174,7 @@ class Config(_Table):
     cluster: ClusterConfig
     admin: AdminLogin
     pool: PoolConfig = PoolConfig()
+    limits: LimitsConfig = LimitsConfig()
     migrations: MigrationsConfig = MigrationsConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)

@@ -27,7 +27,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import parallel, scatter
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import PoolConfig
+from shardkit.config import MAX_ROWS, PoolConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     ClockMovedBackError,
@@ -38,6 +38,7 @@ from shardkit.errors import (
     UnavailableError,
     UnsupportedStatementError,
 )
+from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
 from shardkit.ids import EPOCH_MS, MAX_LEASE
 from shardkit.loads import loads
@@ -92,9 +93,13 @@ class _Core:
         *,
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
+        max_rows: int = MAX_ROWS,
         clock: Clock = SYSTEM,
     ) -> None:
         self.topology = topology
+        self.max_rows = max_rows
+        self.clock = clock
+        self.listeners = Listeners()
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
             name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
@@ -176,6 +181,15 @@ class _Core:
             groups.setdefault(self.physical_of(shard), []).append(shard)
         return {physical: tuple(shards) for physical, shards in groups.items()}
 
+    def failed(self, endpoint: Endpoint, error: Exception) -> None:
+        """Note that an endpoint did not answer, and tell the listeners."""
+        if endpoint.role is Role.REPLICA:
+            self.replica_sets[endpoint.physical].failed(endpoint)
+        if self.listeners:
+            self.listeners.emit(
+                EndpointFailed(endpoint.physical, endpoint.role.value, str(endpoint), error)
+            )
+
     def connect(self, engine: Engine, endpoint: Endpoint) -> Connection:
         """Check a connection out that begins no transaction by itself.
 
@@ -254,9 +268,8 @@ class _Core:
             with self.connect(self.engine(endpoint, Purpose.LEASE), endpoint) as connection:
                 result = connection.exec_driver_sql(query, dict(parameters))
                 return result.all() if result.returns_rows else []
-        except EndpointUnavailableError:
-            if endpoint.role is Role.REPLICA:
-                self.replica_sets[physical].failed(endpoint)
+        except EndpointUnavailableError as error:
+            self.failed(endpoint, error)
             raise
         except DBAPIError as error:
             if error.connection_invalidated:

@@ -9,6 +9,8 @@
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError
+    │   ├── TooManyShardsError
+    │   ├── TooManyRowsError
     │   └── UnsupportedStatementError
     ├── IdError
     │   ├── InvalidIdError
@@ -16,9 +18,10 @@
     │   └── ClockMovedBackError           retryable
     ├── UnavailableError                  retryable
     │   ├── EndpointUnavailableError      retryable
-    │   └── PoolTimeoutError              retryable
+    │   ├── PoolTimeoutError              retryable
+    │   └── StatementTimeoutError         retryable
     ├── OutcomeUnknownError
-    ├── GatherError
+    ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
         ├── TryAgainError                 retryable
@@ -106,6 +109,14 @@ class ReadOnlySessionError(RoutingError):
     """A reader session cannot write; use cluster.writer()."""
 
 
+class TooManyShardsError(RoutingError):
+    """The statement goes to more logical shards than it allows; name fewer keys or allow more."""
+
+
+class TooManyRowsError(RoutingError):
+    """The statement fetches more rows than may be held; add a LIMIT or allow more."""
+
+
 class UnsupportedStatementError(RoutingError):
     """The statement cannot be answered exactly over several logical shards."""
 
@@ -142,25 +153,31 @@ class PoolTimeoutError(UnavailableError):
     """No pooled connection came free in time; try again or raise pool_size."""
 
 
+class StatementTimeoutError(UnavailableError):
+    """A server did not finish a statement in the time it was given; try again or allow more."""
+
+
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
 
 
 class GatherError(ShardkitError):
-    """Some physical shards did not answer a scatter.
+    """Some physical shards did not answer a scatter; try again or ask for partial results.
 
     Attributes:
-        failures: exception by physical shard name.
-        answered: names of the physical shards that did answer.
+        failures: `UnavailableError` by name of the physical shard that did not answer.
+        answers: rows fetched, by name of the physical shard that did.
     """
 
-    def __init__(self, failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None:
+    retryable = True
+
+    def __init__(self, failures: Mapping[str, Exception], answers: Mapping[str, int]) -> None:
         self.failures = dict(failures)
-        self.answered = answered
+        self.answers = dict(answers)
         first = next(iter(self.failures.values()))
         super().__init__(
             f"no answer from physical shard {', '.join(sorted(self.failures))}: {first}",
-            hint=f"{len(answered)} other physical shards answered",
+            hint=f"{len(self.answers)} other physical shards answered",
         )
 
 

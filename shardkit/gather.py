@@ -53,6 +53,7 @@ class Plan:
         n_columns: elements of a result row that the statement asked for.
         adds: whether the branch has further columns after those.
         lists: the keys that each logical shard is asked for.
+        n_rows: rows that a server may return at most, as the tail has it; None for any number.
     """
 
     branch: Select[Any]
@@ -62,6 +63,7 @@ class Plan:
     n_columns: int
     adds: bool
     lists: KeyLists
+    n_rows: int | None
 
 
 def plan(statement: Any, params: Params, router: Router) -> Plan:
@@ -92,7 +94,7 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     if _has_aggregates(statement):
         whole = aggregation(statement, bare, params, limit, offset)
         adds = whole.branch is not bare
-        return Plan(whole.branch, "UNION ALL", "", whole.combine, n_columns, adds, lists)
+        return Plan(whole.branch, "UNION ALL", "", whole.combine, n_columns, adds, lists, None)
     sort, branch, tail = [], bare, []
     for i, clause in enumerate(statement._order_by_clauses):
         expression, descending, nulls_first = direction(clause)
@@ -107,12 +109,14 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
             f"{name} {'DESC' if descending else 'ASC'} NULLS {'FIRST' if nulls_first else 'LAST'}"
         )
     text = f" ORDER BY {', '.join(tail)}" if tail else ""
-    if limit is not None:
-        text += f" LIMIT {limit + (offset or 0)}"
+    n_rows = None if limit is None else limit + (offset or 0)
+    if n_rows is not None:
+        text += f" LIMIT {n_rows}"
     combine = ordering(sort, limit, offset)
-    if not statement._distinct:
-        return Plan(branch, "UNION ALL", text, combine, n_columns, bool(sort), lists)
-    return Plan(branch, "UNION", text, _distinct(combine), n_columns, bool(sort), lists)
+    union = "UNION" if statement._distinct else "UNION ALL"
+    if statement._distinct:
+        combine = _distinct(combine)
+    return Plan(branch, union, text, combine, n_columns, bool(sort), lists, n_rows)
 
 
 def _has_aggregates(statement: Select[Any]) -> bool:

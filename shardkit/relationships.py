@@ -21,7 +21,7 @@ from shardkit.errors import UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
 from shardkit.shapes import expressions_of
 
-__all__ = ["is_colocated", "refuse_joined_loads"]
+__all__ = ["is_colocated", "refuse_joined_loads", "relationships_set_key"]
 
 _JOINED = ("lazy", "joined")
 
@@ -119,3 +119,16 @@ def _default_joins(mapper: Mapper[Any]) -> tuple[RelationshipProperty[Any], ...]
                 found[relationship] = None
                 mappers.append(relationship.mapper)
     return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def relationships_set_key(mapper: Mapper[Any]) -> bool:
+    """Tell whether a flush may fill in the shard key of a class from a related object."""
+    table = mapper.local_table
+    sharding = sharding_of(table) if isinstance(table, Table) else None
+    return sharding is not None and any(
+        filled is sharding.key_column
+        for other in mapper.registry.mappers
+        for relationship in other.relationships
+        for _, filled in relationship.synchronize_pairs
+    )

@@ -2,8 +2,8 @@
 
 `view` makes the engine on which the branch of a plan, compiled once by SQLAlchemy and cached by
 it, is sent as one UNION ALL over the schemas of that server, with ORDER BY and LIMIT outside,
-where PostgreSQL turns them into a MergeAppend. `run` sends it to every server in parallel and
-loads what comes back through the ORM. Source: docs/architecture.md, decision 4.
+where PostgreSQL turns them into a MergeAppend. `Gathering` sends it to every server in parallel
+and loads what comes back through the ORM. Source: docs/architecture.md, decision 4.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ from sqlalchemy.engine.result import SimpleResultMetaData, tuplegetter
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
-from shardkit.errors import GatherError
+from shardkit.errors import StatementTimeoutError, TooManyRowsError
 from shardkit.gather import Plan
 from shardkit.keylists import KeyLists
+from shardkit.timeouts import limited
 from shardkit.topology import schema_name
 
-__all__ = ["Scatter", "compose", "of", "run", "sql_of", "view"]
+__all__ = [
+    "Gathering",
+    "Scatter",
+    "compose",
+    "is_lost",
+    "of",
+    "sql_of",
+    "too_many_rows",
+    "view",
+]
 
 _OPTION: Final = "shardkit_scatter"
 _ANY_SCHEMA: Final = "shardkit_any_shard"
@@ -53,11 +63,20 @@ class Scatter:
         object.__setattr__(self, "names", tuple(self.lists.values))
 
 
-def of(plan: Plan | None, shards: tuple[int, ...]) -> Scatter:
-    """Return what one server runs of a plan, or of a statement that needs none."""
+def of(plan: Plan | None, shards: tuple[int, ...], max_rows: int) -> Scatter:
+    """Return what one server runs of a plan, or of a statement that needs none.
+
+    Args:
+        plan: of the statement.
+        shards: the logical shards of that server to ask.
+        max_rows: rows that may be held; the server sends at most one more, which tells.
+    """
     if plan is None:
         return Scatter(shards, "")
-    return Scatter(shards, plan.tail, plan.lists, plan.union)
+    tail = plan.tail
+    if plan.n_rows is None or plan.n_rows > max_rows:
+        tail = f"{tail.removesuffix(f' LIMIT {plan.n_rows}')} LIMIT {max_rows + 1}"
+    return Scatter(shards, tail, plan.lists, plan.union)
 
 
 def view(engine: Engine) -> Engine:
@@ -89,13 +108,8 @@ def sql_of(branch: Any, scatter: Scatter) -> str:
     return compose(compiled.preparer._render_schema_translates(compiled.string, schemas), scatter)
 
 
-def run(
-    state: ORMExecuteState,
-    plan: Plan,
-    servers: Mapping[str, tuple[Connection, tuple[int, ...]]],
-    parallel: Callable[[Sequence[Callable[[], Any]]], list[Any]],
-) -> Result[Any]:
-    """Run a plan on every server at once and return its rows, merged.
+class Gathering:
+    """One statement on its way through several servers.
 
     Only the round trips run in parallel; objects are made in the caller's thread, since a
     session belongs to one.
@@ -103,39 +117,120 @@ def run(
     Args:
         state: the execution that the session's hook was given.
         plan: what to run.
-        servers: connection, of an engine made by `view`, and logical shards, by name of the
-            physical shard.
-        parallel: runs tasks at the same time and returns result or exception of each.
+        max_rows: how many rows all servers may return together.
+        timeout: seconds for each server, or None.
 
-    Raises:
-        GatherError: servers could not be reached; others may have answered.
+    Attributes:
+        answers: rows fetched, by name of the physical shard.
     """
-    load = cast("Any", state._compile_state_cls)
-    statement: Any = plan.branch
-    options: Mapping[str, Any] = state.execution_options
-    params = state.parameters
-    bind_arguments = state.bind_arguments
-    if load is not None:
-        statement, options, params = load.orm_pre_session_exec(
-            state.session, statement, params, options, bind_arguments, is_pre_event=False
-        )
-    tasks = [
-        _task(connection, statement, params, of(plan, shards), options)
-        for connection, shards in servers.values()
-    ]
-    answers = dict(zip(servers, parallel(tasks), strict=True))
-    failures = {name: a for name, a in answers.items() if isinstance(a, Exception)}
-    if failures:
-        _raise(failures, answered=tuple(name for name in answers if name not in failures))
-    # Merge what the driver returned and let SQLAlchemy read the winners as one server's answer.
-    result, _ = next(iter(answers.values()))
-    merged = plan.combine([row for _, rows in answers.values() for row in rows])
-    result.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=merged)
-    if load is not None:
-        result = load.orm_setup_cursor_result(
-            state.session, statement, params, options, bind_arguments, result
-        )
-    return _without_sort_columns(result, plan.n_columns) if plan.adds else result
+
+    def __init__(
+        self, state: ORMExecuteState, plan: Plan, *, max_rows: int, timeout: float | None
+    ) -> None:
+        self.answers: dict[str, int] = {}
+        self._session = state.session
+        self._plan = plan
+        self._max_rows = max_rows
+        self._timeout = timeout
+        self._load = cast("Any", state._compile_state_cls)
+        self._statement: Any = plan.branch
+        self._options: Mapping[str, Any] = state.execution_options
+        self._params = state.parameters
+        self._bind_arguments = state.bind_arguments
+        self._results: list[CursorResult[Any]] = []
+        self._rows: list[Any] = []
+        if self._load is not None:
+            self._statement, self._options, self._params = self._load.orm_pre_session_exec(
+                state.session,
+                self._statement,
+                self._params,
+                self._options,
+                self._bind_arguments,
+                is_pre_event=False,
+            )
+
+    def ask(
+        self,
+        servers: Mapping[str, tuple[Connection, tuple[int, ...]]],
+        parallel: Callable[[Sequence[Callable[[], Any]]], list[Any]],
+    ) -> dict[str, Exception]:
+        """Ask servers at once; return the lost connection or timeout of each that failed.
+
+        Args:
+            servers: connection, of an engine made by `view`, and logical shards, by name of the
+                physical shard.
+            parallel: runs tasks at the same time and returns result or exception of each.
+
+        Raises:
+            TooManyRowsError: they returned more rows than may be held.
+        """
+        tasks = [
+            self._task(connection, of(self._plan, shards, self._max_rows))
+            for connection, shards in servers.values()
+        ]
+        failures: dict[str, Exception] = {}
+        for name, answer in zip(servers, parallel(tasks), strict=True):
+            if isinstance(answer, Exception):
+                # These are about a server; anything else is about the statement.
+                if not isinstance(answer, StatementTimeoutError) and not is_lost(answer):
+                    raise answer
+                failures[name] = answer
+            else:
+                result, rows = answer
+                self.answers[name] = len(rows)
+                self._results.append(result)
+                self._rows.extend(rows)
+        if len(self._rows) > self._max_rows:
+            raise too_many_rows(self._max_rows)
+        return failures
+
+    def result(self) -> Result[Any]:
+        """Merge the answers, of which there is at least one, and load them."""
+        # Merge what the driver returned and let SQLAlchemy read it as one server's answer.
+        cursor = self._results[0]
+        merged = self._plan.combine(self._rows)
+        cursor.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=merged)
+        result: Result[Any] = cursor
+        if self._load is not None:
+            result = self._load.orm_setup_cursor_result(
+                self._session,
+                self._statement,
+                self._params,
+                self._options,
+                self._bind_arguments,
+                cursor,
+            )
+        return _without_sort_columns(result, self._plan.n_columns) if self._plan.adds else result
+
+    def _task(
+        self, connection: Connection, scatter: Scatter
+    ) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
+        # Every row is fetched here for the merge; what SQLAlchemy buffered would be missing.
+        here = {**self._options, _OPTION: scatter, "stream_results": False, "yield_per": None}
+
+        def task() -> tuple[CursorResult[Any], Sequence[Any]]:
+            result = connection.execute(self._statement, self._params or {}, execution_options=here)
+            return result, cast("Any", result.cursor).fetchall()
+
+        def in_time() -> tuple[CursorResult[Any], Sequence[Any]]:
+            assert self._timeout is not None
+            with limited(connection, self._timeout):
+                return task()
+
+        return task if self._timeout is None else in_time
+
+
+def is_lost(error: Exception) -> bool:
+    """Tell whether an error is the loss of a connection."""
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def too_many_rows(max_rows: int) -> TooManyRowsError:
+    """Return the error of a statement that would hold too many rows."""
+    return TooManyRowsError(
+        f"more than {max_rows:,} rows would be held",
+        hint="add a LIMIT and a cursor, or all_shards(max_rows=…)",
+    )
 
 
 def _without_sort_columns(result: Result[Any], n_columns: int) -> Result[Any]:
@@ -158,26 +253,6 @@ def _without_sort_columns(result: Result[Any], n_columns: int) -> Result[Any]:
         _ambiguous_keys=known._ambiguous_keys,
     )
     return result
-
-
-def _raise(failures: Mapping[str, Exception], answered: tuple[str, ...]) -> None:
-    for failure in failures.values():
-        # A lost connection is about a server; anything else is about the statement.
-        if not isinstance(failure, DBAPIError) or not failure.connection_invalidated:
-            raise failure
-    raise GatherError(failures, answered)
-
-
-def _task(
-    connection: Connection, statement: Any, params: Any, scatter: Scatter, options: Any
-) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
-    def task() -> tuple[CursorResult[Any], Sequence[Any]]:
-        # Every row is fetched here for the merge; what SQLAlchemy buffered would be missing.
-        here = {**options, _OPTION: scatter, "stream_results": False, "yield_per": None}
-        result = connection.execute(statement, params or {}, execution_options=here)
-        return result, cast("Any", result.cursor).fetchall()
-
-    return task
 
 
 def _rewrite(

@@ -6,7 +6,8 @@ connection in which unqualified tables are those of its schema. `shardkit.writer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Engine, Insert, event, inspect
@@ -21,21 +22,27 @@ from shardkit.errors import (
     NoShardKeyError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
+    TooManyShardsError,
     UnavailableError,
     UnsupportedStatementError,
 )
+from shardkit.events import Gathered, StatementRouted, caller
 from shardkit.identities import identities, select_identities
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
 from shardkit.replicas import physical_of_token
 from shardkit.router import Route, Router
 from shardkit.shapes import expressions_of
-from shardkit.statements import AllShards, Params, shards_of
+from shardkit.statements import Limits, Params, limits_of, shards_of
+from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["ReadSession"]
 
 T = TypeVar("T")
+
+_NUMBERS = itertools.count(1)
+_NO_LIMITS = Limits()
 
 
 class ReadSession(Session):
@@ -44,6 +51,10 @@ class ReadSession(Session):
     Statements run outside transactions, each on its own snapshot. Every physical shard is read
     from one endpoint for the session's life; a replica that fails is replaced by another one, or
     by the primary, and the statement is run again.
+
+    Attributes:
+        failures: after a statement with `all_shards(partial=True)`, the error of each physical
+            shard whose rows are missing, by name; empty when all answered.
 
     *Invariant:* at most one connection per physical shard.
 
@@ -64,6 +75,8 @@ class ReadSession(Session):
         options.setdefault("expire_on_commit", False)
         super().__init__(**options)
         self._cluster = connections
+        self._number = next(_NUMBERS)
+        self.failures: Mapping[str, Exception] = {}
         self._must_see: frozenset[str] = frozenset()
         if max_lag is not None:
             self._must_see = connections.physical
@@ -145,12 +158,13 @@ class ReadSession(Session):
         """
         shards = self._route(statement, params)
         cluster = self._cluster
+        max_rows = (limits_of(statement) or _NO_LIMITS).max_rows or cluster.max_rows
         branch, plan = statement, None
         if len(shards) > 1:
             plan = self._decided(lambda router: gather.plan(statement, params, router))
             branch = plan.branch
         texts = (
-            (physical, scatter.sql_of(branch, scatter.of(plan, some)))
+            (physical, scatter.sql_of(branch, scatter.of(plan, some, max_rows)))
             for physical, some in cluster.group(shards).items()
         )
         return Route(tuple(shards), cluster.router.total, self.role, tuple(texts))
@@ -187,11 +201,17 @@ class ReadSession(Session):
         """Return the logical shards of a statement, ascending."""
         assign = self.role is Role.PRIMARY and isinstance(statement, Insert)
         shards = self._decided(lambda router: shards_of(statement, params, router), assign=assign)
-        if shards is not None:
-            return tuple(sorted(shards))
-        if not any(isinstance(option, AllShards) for option in statement._with_options):
-            raise ScatterNotAllowedError
-        return tuple(range(self._cluster.router.total))
+        limits = limits_of(statement)
+        if shards is None:
+            if limits is None:
+                raise ScatterNotAllowedError
+            shards = frozenset(range(self._cluster.router.total))
+        if limits is not None and len(shards) > (limits.max_shards or len(shards)):
+            raise TooManyShardsError(
+                f"{len(shards)} logical shards to ask, and {limits.max_shards} allowed",
+                hint="name fewer keys, or all_shards(max_shards=…)",
+            )
+        return tuple(sorted(shards))
 
     def _run(self, state: ORMExecuteState) -> Any:
         """Route one statement: the session's do_orm_execute hook."""
@@ -208,13 +228,18 @@ class ReadSession(Session):
         if "logical_shard" in state.bind_arguments:
             if state.is_select and state.is_orm_statement:
                 refuse_joined_loads(state.statement, state.bind_mapper, several=False)
+            if self._cluster.listeners:
+                self._tell_routed(state, (state.bind_arguments["logical_shard"],))
             return None
         shards = self._route(state.statement, state.parameters)
         if state.is_select and state.is_orm_statement:
             refuse_joined_loads(state.statement, state.bind_mapper, several=len(shards) > 1)
         if len(shards) == 1:
             state.bind_arguments["logical_shard"] = shards[0]
-            return None
+            if self._cluster.listeners:
+                self._tell_routed(state, shards)
+            limits = limits_of(state.statement)
+            return None if limits is None else self._limited(state, shards[0], limits)
         if not state.is_select:
             raise UnsupportedStatementError(
                 f"one {type(state.statement).__name__.upper()} over {len(shards)} logical shards",
@@ -222,16 +247,100 @@ class ReadSession(Session):
             )
         return self._gather(state, shards)
 
+    def _limited(self, state: ORMExecuteState, shard: int, limits: Limits) -> Any:
+        """Run a statement of one logical shard within limits of its own, if it has any."""
+        if not state.is_select or limits.timeout is limits.max_rows is None:
+            return None
+        if limits.timeout is None:
+            result = state.invoke_statement()
+        else:
+            with limited(self._connection_to(shard), limits.timeout):
+                result = state.invoke_statement()
+        # -1 where rows are streamed, and so never held.
+        n_rows = getattr(getattr(result, "raw", result), "rowcount", -1)
+        if limits.max_rows is not None and n_rows > limits.max_rows:
+            result.close()
+            raise scatter.too_many_rows(limits.max_rows)
+        return result
+
     def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
         """Run one statement per physical shard, in parallel, and merge the answers."""
+        cluster, limits = self._cluster, limits_of(state.statement) or _NO_LIMITS
+        if limits.partial and self.role is Role.PRIMARY:
+            raise UnsupportedStatementError(
+                "partial results inside a transaction", hint="ask for them in cluster.reader()"
+            )
         plan = self._decided(lambda router: gather.plan(state.statement, state.parameters, router))
-        servers = {
-            physical: (self._scattering(physical), some)
-            for physical, some in self._cluster.group(shards).items()
-        }
         if state.bind_mapper is not None:
-            self._cluster.fingerprints.check(state.bind_mapper)
-        return scatter.run(state, plan, servers, self._cluster.parallel)
+            cluster.fingerprints.check(state.bind_mapper)
+        gathering = scatter.Gathering(
+            state, plan, max_rows=limits.max_rows or cluster.max_rows, timeout=limits.timeout
+        )
+        started = cluster.clock.monotonic()
+        groups = cluster.group(shards)
+        failures = self._asked(state, gathering, groups)
+        lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
+        if lost and self._can_retry():
+            self._abandon_broken()
+            failures = {name: e for name, e in failures.items() if name not in lost}
+            failures |= self._asked(state, gathering, lost)
+        failures = {
+            name: connection_error(e, self._roots[name][0]) if scatter.is_lost(e) else e
+            for name, e in failures.items()
+        }
+        if cluster.listeners:
+            seconds = cluster.clock.monotonic() - started
+            cluster.listeners.emit(
+                Gathered(self._number, gathering.answers, failures, seconds, caller())
+            )
+        if limits.partial:
+            self.failures = failures
+        if failures and not (limits.partial and gathering.answers):
+            raise GatherError(failures, gathering.answers) from next(iter(failures.values()))
+        return gathering.result()
+
+    def _asked(
+        self,
+        state: ORMExecuteState,
+        gathering: scatter.Gathering,
+        groups: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Exception]:
+        """Ask servers for their part; return the failure of each that did not answer."""
+        failures: dict[str, Exception] = {}
+        servers = {}
+        for physical, shards in groups.items():
+            try:
+                servers[physical] = (self._scattering(physical), shards)
+            except UnavailableError as error:
+                failures[physical] = error
+        if self._cluster.listeners:
+            self._tell_routed(state, tuple(sorted(itertools.chain(*groups.values()))))
+        return failures | gathering.ask(servers, self._cluster.parallel)
+
+    def _tell_routed(self, state: ORMExecuteState, shards: tuple[int, ...]) -> None:
+        """Tell the listeners where a statement goes, opening its connections for that."""
+        cluster = self._cluster
+        if len(shards) == 1:
+            self._connection_to(shards[0])
+        physical = tuple(cluster.group(shards))
+        kinds = ("select", "insert", "update", "delete")
+        mapper = state.bind_mapper
+        cluster.listeners.emit(
+            StatementRouted(
+                session=self._number,
+                operation=next((k for k in kinds if getattr(state, f"is_{k}")), ""),
+                subject="" if mapper is None else mapper.class_.__name__,
+                shards=shards,
+                total=cluster.router.total,
+                physical=physical,
+                from_replica=frozenset(
+                    name
+                    for name in physical
+                    if name in self._roots and self._roots[name][0].role is Role.REPLICA
+                ),
+                caller=caller(),
+            )
+        )
 
     # -- connections
 
@@ -279,11 +388,11 @@ class ReadSession(Session):
             try:
                 connection = cluster.connect(engine, endpoint)
             except UnavailableError as error:
+                if isinstance(error, EndpointUnavailableError):
+                    cluster.failed(endpoint, error)
                 if endpoint.role is Role.PRIMARY:
                     raise
                 tried.add(endpoint)
-                if isinstance(error, EndpointUnavailableError):
-                    replicas.failed(endpoint)
                 continue
             replicas.answered(endpoint)
             self._roots[physical] = (endpoint, connection)
@@ -319,8 +428,10 @@ class ReadSession(Session):
         """Run a statement, once more on another endpoint when its connection broke."""
         try:
             return super()._execute_internal(statement, *args, **options)
-        except (DBAPIError, GatherError) as error:
-            if options.get("_parent_execute_state") is not None or not self._can_retry(error):
+        except DBAPIError as error:
+            if options.get("_parent_execute_state") is not None:
+                raise  # to the statement that it is a part of
+            if not error.connection_invalidated or not self._can_retry():
                 self._raise(error)
             self._abandon_broken()
         try:
@@ -328,24 +439,29 @@ class ReadSession(Session):
         except DBAPIError as error:
             self._raise(error)
 
-    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
-        return isinstance(error, GatherError) or error.connection_invalidated
+    def _can_retry(self) -> bool:
+        """Tell whether a statement may run again by itself after its connection broke."""
+        return True
 
     def _abandon_broken(self) -> None:
         for physical, (endpoint, connection) in list(self._roots.items()):
             views = [v for root, v in self._shard_views.values() if root is connection]
             if connection.invalidated or any(view.invalidated for view in views):
-                self._cluster.replica_sets[physical].failed(endpoint)
+                self._cluster.failed(endpoint, _lost(endpoint))
                 del self._roots[physical]
                 connection.close()
 
-    def _raise(self, error: DBAPIError | GatherError) -> NoReturn:
+    def _raise(self, error: DBAPIError) -> NoReturn:
         """Raise the shardkit error of a lost connection, or the error itself."""
-        if isinstance(error, GatherError) or not error.connection_invalidated or not self._roots:
+        if not error.connection_invalidated or not self._roots:
             raise error
         endpoints = [endpoint for endpoint, _ in self._roots.values()]
         broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]
         raise connection_error(error, (broken or endpoints)[0]) from error
+
+
+def _lost(endpoint: Endpoint) -> EndpointUnavailableError:
+    return EndpointUnavailableError("connection lost", endpoint=str(endpoint))
 
 
 class _View(Connection):

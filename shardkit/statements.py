@@ -8,6 +8,7 @@ expression tree and the bound values and never compiles or runs anything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import BindParameter, Insert, TextClause, Update, select
@@ -26,25 +27,88 @@ from shardkit.router import Router
 from shardkit.shapes import base_sharding
 from shardkit.walk import Walk
 
-__all__ = ["AllShards", "Params", "all_shards", "shards_of", "shards_of_rows"]
+__all__ = [
+    "AllShards",
+    "Limits",
+    "Params",
+    "all_shards",
+    "limits_of",
+    "shards_of",
+    "shards_of_rows",
+]
+
+_LONGEST_TIMEOUT = 2_147_483
+"""Seconds; PostgreSQL keeps milliseconds in 32 bits."""
 
 Params = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 """Values passed beside a statement: none, one set, or many."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a statement may go; see `all_shards`."""
+
+    partial: bool = False
+    max_rows: int | None = None
+    max_shards: int | None = None
+    timeout: float | None = None
+
+
 class AllShards(UserDefinedOption):
-    """Says that a statement may go to every logical shard; made by `all_shards`."""
+    """Says that a statement may go to every logical shard; made by `all_shards`.
+
+    Attributes:
+        payload: its `Limits`.
+    """
+
+    payload: Limits
 
 
-def all_shards() -> AllShards:
-    """Return the option that allows a statement without a shard key.
+def all_shards(
+    *,
+    partial: bool = False,
+    max_rows: int | None = None,
+    max_shards: int | None = None,
+    timeout: float | None = None,
+) -> AllShards:
+    """Return the option that allows a statement without a shard key, within limits.
+
+    The limits hold for the statement however many logical shards it goes to.
+
+    Args:
+        partial: whether the rows of the servers that answer are enough when others do not. Then
+            `session.failures` says which are missing; a reader only.
+        max_rows: rows fetched from all servers together, before they are merged; 1 or more. None
+            for the cluster's own limit, `Cluster(max_rows=…)`. `yield_per` fetches all of them.
+        max_shards: logical shards asked; 1 or more. None for any number.
+        timeout: seconds the statement may run on each server, above 0; the server enforces it.
+            None for the server's own setting.
+
+    Raises:
+        ValueError: a limit is out of range, or the timeout not finite.
 
     Example:
         >>> from sqlalchemy import select
         >>> statement = select(Photo).order_by(Photo.id.desc()).limit(20)  # doctest: +SKIP
         >>> session.scalars(statement.options(all_shards()))  # doctest: +SKIP
     """
-    return AllShards()
+    counts: dict[str, Any] = {"max_rows": max_rows, "max_shards": max_shards}
+    for name, limit in counts.items():
+        if limit is not None and not (isinstance(limit, int) and limit >= 1):
+            raise ValueError(f"{name}={limit!r}: give a whole number above 0, or None")
+    if timeout is not None and not 0 < timeout <= _LONGEST_TIMEOUT:
+        raise ValueError(
+            f"timeout={timeout!r}: give seconds above 0, {_LONGEST_TIMEOUT:,} at most, or None"
+        )
+    return AllShards(Limits(partial, max_rows, max_shards, timeout))
+
+
+def limits_of(statement: Any) -> Limits | None:
+    """Return what `all_shards` says of a statement, the last time it does; None when it is not."""
+    for option in reversed(statement._with_options):
+        if isinstance(option, AllShards):
+            return option.payload
+    return None
 
 
 def shards_of(statement: Any, params: Params, router: Router) -> frozenset[int] | None:

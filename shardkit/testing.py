@@ -2,13 +2,16 @@
 
 `wait_until` waits for a fact instead of for a time, so that a test is as quick as the system and
 fails with a sentence. `FakeClock` is a clock that moves when told. `create_tables` makes the
-tables of models on every logical shard without migrations. Never used by the library itself.
+tables of models on every logical shard without migrations. `watch` collects what a cluster does
+and fails a test that reads too widely, too often or too early. Never used by the library itself.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 import psycopg
 from psycopg import sql
@@ -17,11 +20,13 @@ from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shardkit.clock import SYSTEM, Clock
+from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.events import Caller, Committed, Event, StatementRouted
 from shardkit.models import REFERENCE_SCHEMA, rules_of
 from shardkit.ops import catalog
 from shardkit.topology import PhysicalShard, Topology, schema_name
 
-__all__ = ["FakeClock", "create_tables", "wait_until"]
+__all__ = ["FakeClock", "Watch", "create_tables", "wait_until", "watch"]
 
 _POLL = 0.02
 
@@ -85,6 +90,140 @@ def wait_until(
         if clock.monotonic() > deadline:
             raise AssertionError(f"not within {timeout:g} seconds: {what}")
         pause.wait(_POLL)
+
+
+class Watch:
+    """What a cluster did since; made by `watch`.
+
+    Attributes:
+        events: every event so far, in order.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    @property
+    def statements(self) -> list[StatementRouted]:
+        """The statements that ran, in order; what a flush wrote is not among them."""
+        return [event for event in self.events if isinstance(event, StatementRouted)]
+
+    def assert_no_scatter(self, *, planned: Collection[str] = (), up_to: int = 1) -> None:
+        """Fail if a statement went to several logical shards.
+
+        Args:
+            planned: parts of the caller, as `file.py:12 in function`, that may scatter.
+            up_to: logical shards that are no scatter yet; 1 or more.
+
+        Raises:
+            AssertionError: one did; the message names the line that ran it.
+        """
+        wide = [
+            f"{_line(s.caller)}: {_what(s)} on {len(s.shards)} of {s.total} logical shards"
+            for s in self.statements
+            if len(s.shards) > up_to and not any(part in _line(s.caller) for part in planned)
+        ]
+        _fail("unplanned scatter", wide, "filter on a shard key, or name the caller in planned=")
+
+    def assert_no_n_plus_one(self, limit: int = 5) -> None:
+        """Fail if one line ran many statements of one logical shard each, in one session.
+
+        Args:
+            limit: how often a line may read one class in one session; 1 or more.
+
+        Raises:
+            AssertionError: one did it more often; the message names the line.
+        """
+        counts: Counter[tuple[int, Caller | None, str]] = Counter()
+        shards: dict[tuple[int, Caller | None, str], set[int]] = {}
+        for s in self.statements:
+            if s.operation == "select" and s.kind == "one":
+                place = (s.session, s.caller, _what(s))
+                counts[place] += 1
+                shards.setdefault(place, set()).update(s.shards)
+        often = [
+            f"{_line(place[1])}: {place[2]} {n} times on {len(shards[place])} logical shards"
+            for place, n in counts.items()
+            if n > limit
+        ]
+        _fail("N+1", often, "ask for all keys at once with in_(), or load with selectinload()")
+
+    def assert_no_stale_read_risk(self) -> None:
+        """Fail if a replica was read of a physical shard that was written to before.
+
+        A reader with a token that covers the write asks the primary, which is no risk. Other
+        replicas may have caught up by chance; the risk is the same.
+
+        Raises:
+            AssertionError: one was; the message names both lines.
+        """
+        written: dict[str, Committed] = {}
+        risks = []
+        for event in self.events:
+            if isinstance(event, Committed):
+                written |= dict.fromkeys(event.physical, event)
+            elif isinstance(event, StatementRouted):
+                risks += [
+                    f"{_line(event.caller)}: {_what(event)} on a replica of {physical}, "
+                    f"written by {_line(written[physical].caller)}"
+                    for physical in event.physical
+                    if physical in event.from_replica and physical in written
+                ]
+        _fail("replica read after a write", risks, "pass the token: cluster.reader(after=token)")
+
+
+@contextmanager
+def watch(
+    cluster: Cluster | AsyncCluster,
+    *,
+    scatter: bool = True,
+    planned: Collection[str] = (),
+    n_plus_one: int | None = None,
+    stale_reads: bool = True,
+) -> Iterator[Watch]:
+    """Collect what a cluster does, and check it at the end.
+
+    Args:
+        cluster: the cluster; under asyncio, too, this is a plain context manager.
+        scatter: whether statements may go to several logical shards; if not, `planned` may.
+        planned: see `Watch.assert_no_scatter`.
+        n_plus_one: how often a line may read one class in one session; None for any number.
+        stale_reads: whether a replica may be read after a write.
+
+    Raises:
+        AssertionError: at the end, for what is not allowed, unless an exception ends it.
+
+    Example:
+        >>> @pytest.fixture(autouse=True)  # doctest: +SKIP
+        ... def watched(cluster):
+        ...     limits = {"scatter": False, "n_plus_one": 5, "stale_reads": False}
+        ...     with watch(cluster, planned=["feed.py"], **limits) as seen:
+        ...         yield seen
+    """
+    seen = Watch()
+    stop = cluster.listen(seen.events.append)
+    try:
+        yield seen
+    finally:
+        stop()
+    if not scatter:
+        seen.assert_no_scatter(planned=planned)
+    if n_plus_one is not None:
+        seen.assert_no_n_plus_one(n_plus_one)
+    if not stale_reads:
+        seen.assert_no_stale_read_risk()
+
+
+def _what(statement: StatementRouted) -> str:
+    return f"{statement.operation} {statement.subject}".strip()
+
+
+def _line(caller: Caller | None) -> str:
+    return "an unknown caller" if caller is None else str(caller)
+
+
+def _fail(what: str, found: list[str], remedy: str) -> None:
+    if found:
+        raise AssertionError("\n  ".join([f"{what} ({remedy}):", *found]))
 
 
 def create_tables(topology: Topology, metadata: MetaData) -> None:

@@ -12,19 +12,26 @@ from typing import Any, ClassVar
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
-from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction
+from sqlalchemy.orm import (
+    InstanceState,
+    ORMExecuteState,
+    Session,
+    SessionTransaction,
+    UOWTransaction,
+)
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import parts, writes
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
     CrossShardWriteError,
-    GatherError,
     OutcomeUnknownError,
     ShardKeyChangeError,
     UnsupportedStatementError,
 )
+from shardkit.events import Committed, caller
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
+from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
 from shardkit.session import ReadSession
 from shardkit.strategies import Rule
@@ -140,8 +147,15 @@ class WriteSession(ReadSession):
                     hint="reference tables cannot be written through a session yet",
                 )
             self._note_written((shard,))
-        # A relationship may have filled the key in after the unit of work was checked.
         state = instance_state(instance)
+        if relationships_set_key(state.mapper):
+            self._refuse_moved(state, shard)
+        connection = self._connection_to(shard)
+        self._cluster.fingerprints.check(state.mapper)
+        return connection
+
+    def _refuse_moved(self, state: InstanceState[Any], shard: int) -> None:
+        """Refuse an object whose key a relationship filled in after the unit was checked."""
         sharding = sharding_of_mapper(state.mapper)
         key = None if sharding is None else state.dict.get(sharding.key)
         if sharding is not None and key is not None:
@@ -152,9 +166,6 @@ class WriteSession(ReadSession):
                     f"which names logical shard {named}",
                     logical_shard=shard,
                 )
-        connection = self._connection_to(shard)
-        self._cluster.fingerprints.check(state.mapper)
-        return connection
 
     def _run(self, state: ORMExecuteState) -> Any:
         is_write = state.is_insert or state.is_update or state.is_delete
@@ -283,9 +294,8 @@ class WriteSession(ReadSession):
     def _release(self) -> None:
         self._ended()
 
-    def _can_retry(self, error: DBAPIError | GatherError) -> bool:
+    def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
-        del error
         return False
 
 
@@ -301,6 +311,10 @@ def _on_commit(session: Session) -> None:
     assert isinstance(session, WriteSession)
     if session._written and not session.in_nested_transaction():
         session.token = token_of(session._written)
+        listeners = session._cluster.listeners
+        if listeners:
+            written = tuple(sorted(session._written))
+            listeners.emit(Committed(session._number, written, session.token, caller()))
 
 
 @event.listens_for(WriteSession, "after_transaction_end")

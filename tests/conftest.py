@@ -6,4 +6,5 @@ pytest_plugins = [
     "tests.fixtures.sharded",
     "tests.fixtures.site",
     "tests.fixtures.skips",
+    "tests.fixtures.sockets",
 ]

@@ -18,8 +18,9 @@ from shardkit.errors import (
     OutcomeUnknownError,
     UnavailableError,
 )
+from shardkit.events import EndpointFailed, Gathered
 from shardkit.local import LocalCluster
-from shardkit.testing import wait_until
+from shardkit.testing import wait_until, watch
 from shardkit.topology import Endpoint, Role, Topology
 from tests.fixtures.sharded import Settled
 from tests.models import Photo, User
@@ -130,6 +131,50 @@ def test_a_dead_primary_leaves_the_other_physical_shard_working(
     with cluster.writer() as session:
         session.add(User(name="bo"))
         session.commit()
+
+
+def test_a_gather_says_who_answered_and_who_did_not(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    other = next(name for name in cluster.topology.physical if name != physical)
+    healed.kill_server(healed.primary(other).name)
+    with cluster.reader(max_lag=1.0) as session, watch(cluster) as seen:
+        with pytest.raises(GatherError, match=f"physical shard {other}") as caught:
+            session.scalars(NEWEST)
+        assert caught.value.retryable
+        assert caught.value.answers == {physical: 1}
+        assert {name: type(e) for name, e in caught.value.failures.items()} == {
+            other: EndpointUnavailableError
+        }
+        failed = [event for event in seen.events if isinstance(event, EndpointFailed)]
+        assert [(event.physical, event.role) for event in failed] == [(other, "primary")]
+        partly = session.scalars(NEWEST.options(all_shards(partial=True)))
+        assert [photo.caption for photo in partly] == ["dawn"]
+        assert set(session.failures) == {other}
+        healed.kill_server(healed.primary(physical).name)
+        with pytest.raises(GatherError) as caught:
+            session.scalars(NEWEST.options(all_shards(partial=True)))
+        assert set(caught.value.failures) == {physical, other}, "nobody answered"
+
+
+def test_a_partial_result_takes_another_replica_before_it_leaves_a_server_out(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    limits = all_shards(partial=True, timeout=5)
+    with cluster.reader() as session, watch(cluster) as seen:
+        assert len(session.scalars(NEWEST.options(limits)).all()) == 1
+        port = session._roots[physical][0].url.port
+        name = next(s.name for s in healed.replicas(physical) if s.port == port)
+        healed.kill_server(name)
+        assert len(session.scalars(NEWEST.options(limits)).all()) == 1
+        assert session.failures == {}
+        again = seen.statements[-1]
+        assert again.physical == (physical,), "only the server that failed was asked again"
+        gathered = [event for event in seen.events if isinstance(event, Gathered)]
+        assert set(gathered[-1].answers) == set(cluster.topology.physical)
+        assert any(isinstance(event, EndpointFailed) for event in seen.events)
 
 
 def test_a_primary_killed_before_commit_leaves_the_outcome_unknown(

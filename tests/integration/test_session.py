@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import String, cast, delete, func, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import String, cast, delete, func, insert, select, text, update
+from sqlalchemy.exc import IntegrityError, InternalError
 from sqlalchemy.orm import aliased, joinedload, selectinload
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
@@ -377,6 +377,33 @@ def test_savepoints_and_rollback(cluster: Cluster) -> None:
         session.rollback()
         captions = session.scalars(select(Photo.caption).where(Photo.owner_id == user.id)).all()
     assert sorted(captions) == ["kept", "kept too"]
+
+
+def test_an_error_on_one_logical_shard_undoes_nothing_of_another_by_itself(
+    cluster: Cluster,
+) -> None:
+    keys = [ids.compose(1, shard, 0) for shard in (0, 1)]
+    first, second = (User(id=key, name="x") for key in keys)
+    twin = insert(User).values(id=keys[1], name="twin")
+    with cluster.writer() as session:
+        session.add_all([first, second])
+        session.commit()
+        first.name = "kept"
+        session.flush()
+        savepoint = session.begin_nested()
+        with pytest.raises(IntegrityError):
+            session.execute(twin)
+        savepoint.rollback()
+        session.commit()
+        first.name = "lost"
+        session.flush()
+        with pytest.raises(IntegrityError):
+            session.execute(twin)
+        with pytest.raises(InternalError, match="current transaction is aborted"):
+            session.execute(select(User.name).where(User.id == keys[1]))
+        session.rollback()
+    with cluster.writer() as session:
+        assert session.get_one(User, keys[0]).name == "kept"
 
 
 def test_database_errors_pass_through(cluster: Cluster) -> None:

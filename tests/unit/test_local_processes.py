@@ -119,6 +119,7 @@ def test_a_directory_has_one_owner(tmp_path: Path) -> None:
         assert second.acquire()
 
 
+@pytest.mark.enable_socket
 def test_a_port_in_use_is_not_free() -> None:
     port = ports.choose(())
     assert ports.is_free(port)

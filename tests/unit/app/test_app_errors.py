@@ -51,7 +51,7 @@ def test_errors_of_the_library() -> None:
     busy = problem_of(PoolTimeoutError("alpha/primary@10.0.0.1:5432"))
     assert (busy.status, busy.headers) == (503, {"retry-after": "2"})
     assert "10.0.0.1" not in busy.model_dump_json()
-    assert problem_of(GatherError({"beta": OSError("10.0.0.2")}, ("alpha",))).status == 503
+    assert problem_of(GatherError({"beta": OSError("10.0.0.2")}, {"alpha": 3})).status == 503
     assert problem_of(OutcomeUnknownError()).status == 504
     bug = problem_of(ShardkitError("secret detail"))
     assert bug.status == 500
