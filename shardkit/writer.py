@@ -34,7 +34,9 @@ from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
 from shardkit.session import ReadSession
+from shardkit.statements import Limits, limits_of
 from shardkit.strategies import Rule
+from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
@@ -195,14 +197,26 @@ class WriteSession(ReadSession):
         """Run an INSERT, UPDATE or DELETE on the logical shards of its rows."""
         found = self._parts(state)
         self._note_written(part.shard for part in found)
-        if len(found) == 1 and not writes.is_bulk(state):
+        if self._cluster.listeners:
+            self._tell_routed(state, tuple(sorted(part.shard for part in found)))
+        limits = limits_of(state.statement) or Limits()
+        if limits.partial or limits.max_rows is not None:
+            raise UnsupportedStatementError(
+                "all_shards(partial=…) and all_shards(max_rows=…) in a write",
+                hint="a write is done whole or not at all; they limit what is read",
+            )
+        if len(found) == 1 and not writes.is_bulk(state) and limits.timeout is None:
             state.statement = found[0].statement
             state.parameters = found[0].params
             state.bind_arguments["logical_shard"] = found[0].shard
             return None
         if state.bind_mapper is not None:
             self._cluster.fingerprints.check(state.bind_mapper)
-        return writes.run(state, found, self._connection_to, self._shard_of_identity)
+        if limits.timeout is None:
+            return writes.run(state, found, self._connection_to, self._shard_of_identity)
+        self._autoflush()  # what it writes must not be undone with the statement
+        with limited(self._connection_to(found[0].shard), limits.timeout):
+            return writes.run(state, found, self._connection_to, self._shard_of_identity)
 
     def _parts(self, state: ORMExecuteState) -> list[parts.Part]:
         statement: Any = state.statement

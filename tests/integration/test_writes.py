@@ -11,8 +11,10 @@ import pytest
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    String,
     any_,
     bindparam,
+    cast,
     delete,
     func,
     insert,
@@ -34,8 +36,10 @@ from shardkit.errors import (
     ReadOnlySessionError,
     ScatterNotAllowedError,
     ShardKeyChangeError,
+    StatementTimeoutError,
     UnsupportedStatementError,
 )
+from shardkit.events import StatementRouted
 from shardkit.testing import create_tables
 from shardkit.topology import Topology
 from shardkit.writer import WriteSession
@@ -311,6 +315,39 @@ def test_values_passed_beside_the_statement(session: WriteSession) -> None:
     assert result.rowcount == 2
     assert sorted(stored(session, Photo.rank)) == [2, 4, 4]
     assert len({*stored(session, Photo.taken_at)[:2]}) == 1, "one transaction has one time"
+
+
+def test_limits_of_a_write(session: WriteSession) -> None:
+    photos = photos_of(session)
+    keys = [photo.owner_id for photo in photos]
+    statement = update(Photo).where(Photo.owner_id.in_(keys))
+    photos[0].caption = "flushed"
+    slow = statement.values(caption=cast(func.pg_sleep(60), String))
+    with pytest.raises(StatementTimeoutError):
+        session.execute(slow.options(all_shards(timeout=0.1)))
+    session.execute(statement.values(rank=7).options(all_shards(timeout=60.0)))
+    session.commit()
+    assert sorted(stored(session, Photo.caption)) == ["flushed", "photo 1", "photo 2"]
+    assert stored(session, Photo.rank) == [7, 7, 7]
+    for option in (all_shards(partial=True), all_shards(max_rows=3)):
+        with pytest.raises(UnsupportedStatementError, match="whole or not at all"):
+            session.execute(statement.values(rank=8).options(option))
+
+
+def test_listeners_hear_of_writes(session: WriteSession, alpha: Cluster) -> None:
+    heard: list[tuple[str, str, tuple[int, ...]]] = []
+
+    def note(record: object) -> None:
+        if isinstance(record, StatementRouted):
+            heard.append((record.operation, record.subject, record.shards))
+
+    alpha.listen(note)
+    keys = _new_users(session, 3)
+    session.execute(update(User).where(User.id.in_(keys[:2])).values(name="x"))
+    session.execute(delete(User).where(User.id == keys[2]))
+    assert heard == [
+        ("insert", "User", (1, 2, 3)), ("update", "User", (1, 2)), ("delete", "User", (3,)),
+    ]  # fmt: skip
 
 
 # -- INSERT
