@@ -254,6 +254,7 @@ class ReadSession(Session):
         if limits.timeout is None:
             result = state.invoke_statement()
         else:
+            self._autoflush()  # what it writes must not be undone with the statement
             with limited(self._connection_to(shard), limits.timeout):
                 result = state.invoke_statement()
         # -1 where rows are streamed, and so never held.

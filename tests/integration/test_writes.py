@@ -31,6 +31,7 @@ from shardkit import AsyncCluster, Cluster, all_shards, ids
 from shardkit.config import PoolConfig, load
 from shardkit.errors import (
     CrossShardWriteError,
+    GatherError,
     InvalidShardKeyError,
     NoShardKeyError,
     ReadOnlySessionError,
@@ -332,6 +333,19 @@ def test_limits_of_a_write(session: WriteSession) -> None:
     for option in (all_shards(partial=True), all_shards(max_rows=3)):
         with pytest.raises(UnsupportedStatementError, match="whole or not at all"):
             session.execute(statement.values(rank=8).options(option))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_a_limited_read_flushes_stays_written(session: WriteSession, wide: bool) -> None:
+    [key] = _new_users(session, 1)
+    session.commit()
+    session.add(Photo(owner_id=key, caption="kept"))
+    slow = select(Photo.id).where(cast(func.pg_sleep(60), String) == "")
+    statement = slow if wide else slow.where(Photo.owner_id == key)
+    with pytest.raises((GatherError, StatementTimeoutError)):
+        session.execute(statement.options(all_shards(timeout=0.1)))
+    session.commit()
+    assert stored(session, Photo.caption) == ["kept"]
 
 
 def test_listeners_hear_of_writes(session: WriteSession, alpha: Cluster) -> None:
