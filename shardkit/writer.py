@@ -18,6 +18,7 @@ from sqlalchemy.orm.attributes import instance_state
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
     CrossShardWriteError,
+    EndpointUnavailableError,
     OutcomeUnknownError,
     ShardKeyChangeError,
     UnsupportedStatementError,
@@ -172,7 +173,10 @@ class WriteSession(ReadSession):
         try:
             connection = Session._connection_for_bind(self, engine)
         except (DBAPIError, PoolExhaustedError) as error:
-            raise connection_error(error, endpoint) from error
+            found = connection_error(error, endpoint)
+            if isinstance(found, EndpointUnavailableError):
+                self._cluster.failed(endpoint, found)
+            raise found from error
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
