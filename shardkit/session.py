@@ -22,6 +22,7 @@ from shardkit.errors import (
     NoShardKeyError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
+    StatementTimeoutError,
     TooManyShardsError,
     UnavailableError,
     UnsupportedStatementError,
@@ -255,8 +256,13 @@ class ReadSession(Session):
             result = state.invoke_statement()
         else:
             self._autoflush()  # what it writes must not be undone with the statement
-            with limited(self._connection_to(shard), limits.timeout):
-                result = state.invoke_statement()
+            try:
+                with limited(self._connection_to(shard), limits.timeout):
+                    result = state.invoke_statement()
+            except StatementTimeoutError as error:
+                error.logical_shard = shard
+                self._note_lost()
+                raise
         # -1 where rows are streamed, and so never held.
         n_rows = getattr(getattr(result, "raw", result), "rowcount", -1)
         if limits.max_rows is not None and n_rows > limits.max_rows:
@@ -285,10 +291,7 @@ class ReadSession(Session):
             self._abandon_broken()
             failures = {name: e for name, e in failures.items() if name not in lost}
             failures |= self._asked(state, gathering, lost)
-        failures = {
-            name: connection_error(e, self._roots[name][0]) if scatter.is_lost(e) else e
-            for name, e in failures.items()
-        }
+        failures = {name: self._located(name, e) for name, e in failures.items()}
         if cluster.listeners:
             seconds = cluster.clock.monotonic() - started
             cluster.listeners.emit(
@@ -299,6 +302,22 @@ class ReadSession(Session):
         if failures and not (limits.partial and gathering.answers):
             raise GatherError(failures, gathering.answers) from next(iter(failures.values()))
         return gathering.result()
+
+    def _located(self, physical: str, error: Exception) -> Exception:
+        """Return the shardkit error of a server that did not answer its part of a scatter."""
+        self._note_lost()
+        if scatter.is_lost(error):
+            endpoint = self._roots[physical][0]
+            found = connection_error(error, endpoint)
+            found.__cause__ = error
+            if self._can_retry():
+                self._abandon_broken()
+            else:
+                self._cluster.failed(endpoint, found)
+            return found
+        if isinstance(error, StatementTimeoutError):
+            error.endpoint = str(self._roots[physical][0])
+        return error
 
     def _asked(
         self,
@@ -452,13 +471,23 @@ class ReadSession(Session):
                 del self._roots[physical]
                 connection.close()
 
+    def _note_lost(self) -> None:
+        """Have the connections know what their views lost: a transaction is not to be committed."""
+        for _, root in self._roots.values():
+            if not root.closed and not root.invalidated and not root.connection.is_valid:
+                root.invalidate()
+
     def _raise(self, error: DBAPIError) -> NoReturn:
         """Raise the shardkit error of a lost connection, or the error itself."""
         if not error.connection_invalidated or not self._roots:
             raise error
+        self._note_lost()
         endpoints = [endpoint for endpoint, _ in self._roots.values()]
         broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]
-        raise connection_error(error, (broken or endpoints)[0]) from error
+        endpoint = (broken or endpoints)[0]
+        found = connection_error(error, endpoint)
+        self._cluster.failed(endpoint, found)
+        raise found from error
 
 
 def _lost(endpoint: Endpoint) -> EndpointUnavailableError:

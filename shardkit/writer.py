@@ -25,6 +25,7 @@ from shardkit import parts, writes
 from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
 from shardkit.errors import (
     CrossShardWriteError,
+    EndpointUnavailableError,
     OutcomeUnknownError,
     ShardKeyChangeError,
     UnsupportedStatementError,
@@ -291,7 +292,10 @@ class WriteSession(ReadSession):
         try:
             connection = Session._connection_for_bind(self, engine)
         except (DBAPIError, PoolExhaustedError) as error:
-            raise connection_error(error, endpoint) from error
+            found = connection_error(error, endpoint)
+            if isinstance(found, EndpointUnavailableError):
+                self._cluster.failed(endpoint, found)
+            raise found from error
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 

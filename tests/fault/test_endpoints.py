@@ -9,6 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import PendingRollbackError
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
 from shardkit.errors import (
@@ -115,10 +116,11 @@ def test_a_dead_primary_leaves_the_other_physical_shard_working(
     with cluster.writer() as session:
         session.get_one(User, user.id).name = "changed"
         healed.kill_server(healed.primary(physical).name)
-        with pytest.raises(UnavailableError) as caught:
+        with watch(cluster) as seen, pytest.raises(UnavailableError) as caught:
             session.commit()
         assert caught.value.retryable
         assert physical in str(caught.value)
+        assert [type(event) for event in seen.events] == [EndpointFailed], "and no commit"
     with cluster.writer() as session, pytest.raises(EndpointUnavailableError):
         session.get(User, user.id)
     with cluster.reader() as session:
@@ -156,6 +158,32 @@ def test_a_gather_says_who_answered_and_who_did_not(
         with pytest.raises(GatherError) as caught:
             session.scalars(NEWEST.options(all_shards(partial=True)))
         assert set(caught.value.failures) == {physical, other}, "nobody answered"
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_writer_that_lost_a_server_elsewhere_cannot_commit(
+    cluster: Cluster, user: User, healed: LocalCluster, wide: bool
+) -> None:
+    physical = owner(cluster, user)
+    with cluster.writer() as session:
+        session.get_one(User, user.id).name = "lost"
+        session.flush()
+        healed.kill_server(healed.primary(physical).name)
+        if wide:
+            with pytest.raises(GatherError) as caught:
+                session.scalars(NEWEST)
+            assert set(caught.value.failures) == {physical}
+        else:
+            shard = ids.shard_of(user.id) ^ 1
+            with pytest.raises(EndpointUnavailableError):
+                session.get(User, ids.compose(1, shard, 0))
+        with pytest.raises(PendingRollbackError):
+            session.commit()
+        session.rollback()
+        healed.start_server(healed.primary(physical).name)
+        assert session.get_one(User, user.id).name == "ana"
+        session.get_one(User, user.id).name = "kept"
+        session.commit()
 
 
 def test_a_partial_result_takes_another_replica_before_it_leaves_a_server_out(

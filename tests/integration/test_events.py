@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from shardkit import AsyncCluster, Cluster, all_shards, ids
+from shardkit import AsyncCluster, AsyncReadSession, Cluster, all_shards, ids
 from shardkit.events import Caller, Committed, Event, Gathered, StatementRouted
 from shardkit.testing import watch
 from tests.fixtures.sharded import Settled
@@ -111,6 +112,28 @@ async def test_callers_are_found_beyond_the_greenlet(cluster_file: Path, users: 
         assert lines == [first, first, second, third]
         with pytest.raises(AssertionError, match=r"unplanned scatter(.|\n)*test_events.py"):
             seen.assert_no_scatter()
+
+
+@pytest.mark.anyio
+async def test_a_task_of_nothing_but_a_statement_has_no_caller(
+    cluster_file: Path, users: list[User]
+) -> None:
+    async with AsyncCluster.from_file(cluster_file) as cluster:
+        with watch(cluster) as seen:
+            async with cluster.reader() as session:
+                await asyncio.create_task(session.get_one(User, users[0].id))
+                expected = line_here(1)
+                await asyncio.wait_for(asyncio.shield(read(session, users[1])), 10)
+        assert seen.statements[0].caller is None
+        inner = seen.statements[1].caller
+        assert inner is not None
+        assert (inner.file, inner.function) == (expected[0], "read")
+        with pytest.raises(AssertionError, match="an unknown caller: select User 1 times"):
+            seen.assert_no_n_plus_one(0)
+
+
+async def read(session: AsyncReadSession, user: User) -> None:
+    await session.get_one(User, user.id)
 
 
 def test_a_listener_that_raises_breaks_nothing_and_is_logged(

@@ -124,6 +124,7 @@ def test_one_logical_shard_obeys_too(cluster: Cluster, users: list[User]) -> Non
             with pytest.raises(StatementTimeoutError) as caught:
                 session.scalars(slow)
             assert caught.value.retryable
+            assert caught.value.logical_shard == 0
             assert len(session.scalars(mine.options(all_shards(timeout=5))).all()) == 3
             assert timeout_of(session) == "0"
 
@@ -154,6 +155,7 @@ def test_a_timeout_is_typed_and_does_not_outlive_its_statement(cluster: Cluster)
         assert {type(e) for e in caught.value.failures.values()} == {StatementTimeoutError}
         assert set(caught.value.failures) == {"alpha", "beta"}
         assert caught.value.answers == {}
+        assert "alpha/replica@" in str(caught.value.failures["alpha"])
         assert timeout_of(session) == "0"
         found = session.scalars(select(User.id).options(all_shards(timeout=5)))
         assert len(found.all()) == 8

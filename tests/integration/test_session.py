@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import String, cast, delete, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError, InternalError
-from sqlalchemy.orm import aliased, joinedload, selectinload
+from sqlalchemy.orm import Session, aliased, joinedload, selectinload
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
 from shardkit.config import PoolConfig, load
@@ -28,6 +28,7 @@ from shardkit.errors import (
 )
 from shardkit.keys import canonical
 from shardkit.session import ReadSession
+from shardkit.statements import AllShards
 from shardkit.strategies import hash_shard
 from shardkit.testing import create_tables, wait_until
 from shardkit.topology import PhysicalShard, Role, ShardMap, Topology, schema_name
@@ -506,15 +507,16 @@ async def test_the_async_twin_says_the_same_words(cluster_file: Path, settled: S
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("limits", [all_shards(), all_shards(timeout=60)], ids=["", "timeout"])
 async def test_a_cancelled_gather_leaves_clean_connections(
-    cluster_file: Path, topology: Topology
+    cluster_file: Path, topology: Topology, limits: AllShards
 ) -> None:
     async with AsyncCluster.from_file(cluster_file) as cluster:
         for shard in (0, 40):
             async with cluster.writer() as session:
                 session.add(User(id=ids.compose(1, shard, 0), name="x"))
                 await session.commit()
-        slow = select(User.id).where(cast(func.pg_sleep(60), String) == "").options(all_shards())
+        slow = select(User.id).where(cast(func.pg_sleep(60), String) == "").options(limits)
         async with cluster.reader(max_lag=1.0) as session:
             task = asyncio.create_task(session.execute(slow))
             await asyncio.to_thread(
@@ -530,6 +532,15 @@ async def test_a_cancelled_gather_leaves_clean_connections(
         async with cluster.reader(max_lag=1.0) as session:
             names = await session.scalars(select(User.name).options(all_shards()))
             assert names.all() == ["x", "x"]
+            assert await session.run_sync(_timeouts) == {"0"}
+
+
+def _timeouts(session: Session) -> set[object]:
+    assert isinstance(session, ReadSession)
+    return {
+        connection.exec_driver_sql("SHOW statement_timeout").scalar()
+        for _, connection in session._roots.values()
+    }
 
 
 def _sleeps(shard: PhysicalShard) -> bool:
