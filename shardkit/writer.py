@@ -28,6 +28,7 @@ from shardkit.errors import (
     EndpointUnavailableError,
     OutcomeUnknownError,
     ShardKeyChangeError,
+    StatementTimeoutError,
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
@@ -216,8 +217,12 @@ class WriteSession(ReadSession):
         if limits.timeout is None:
             return writes.run(state, found, self._connection_to, self._shard_of_identity)
         self._autoflush()  # what it writes must not be undone with the statement
-        with limited(self._connection_to(found[0].shard), limits.timeout):
-            return writes.run(state, found, self._connection_to, self._shard_of_identity)
+        try:
+            with limited(self._connection_to(found[0].shard), limits.timeout):
+                return writes.run(state, found, self._connection_to, self._shard_of_identity)
+        except StatementTimeoutError:
+            self._note_lost()
+            raise
 
     def _parts(self, state: ORMExecuteState) -> list[parts.Part]:
         statement: Any = state.statement
