@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.orm import (
     InstanceState,
@@ -42,6 +43,8 @@ from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
+
+_FAILED = psycopg.pq.TransactionStatus.INERROR
 
 
 class WriteSession(ReadSession):
@@ -88,8 +91,16 @@ class WriteSession(ReadSession):
 
         Raises:
             OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
+            sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
+                PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
         self.flush()
+        for _, root in self._roots.values():
+            driver: Any = None if root.closed else root.connection.driver_connection
+            if driver is not None and driver.pgconn.transaction_status == _FAILED:
+                raise PendingRollbackError(
+                    "a statement of this transaction failed; call rollback() and begin again"
+                )
         try:
             super().commit()
         except DBAPIError as error:

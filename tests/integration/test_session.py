@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from sqlalchemy import String, cast, delete, func, insert, select, text, update
-from sqlalchemy.exc import IntegrityError, InternalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError, PendingRollbackError
 from sqlalchemy.orm import Session, aliased, joinedload, selectinload
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
@@ -419,6 +419,21 @@ def test_database_errors_pass_through(cluster: Cluster) -> None:
         session.rollback()
         session.add(Like(photo_id=user.photos[0].id, user_id=2))
         session.commit()
+
+
+def test_a_failed_statement_never_becomes_a_commit(cluster: Cluster) -> None:
+    user = add_user(cluster, "ana")
+    with cluster.writer() as session:
+        session.add(Photo(owner_id=user.id, caption="lost"))
+        session.flush()
+        here = {"logical_shard": ids.shard_of(user.id)}
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT 1/0"), bind_arguments=here)
+        with pytest.raises(PendingRollbackError):
+            session.commit()
+        assert not session.token
+        session.rollback()
+        assert session.scalar(select(func.count()).where(Photo.owner_id == user.id)) == 0
 
 
 def test_a_full_pool_is_a_typed_error(topology: Topology) -> None:
