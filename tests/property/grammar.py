@@ -32,6 +32,7 @@ from tests.property.parts import (
     finished,
     limited,
     model_of,
+    pairs,
     selected,
     simple_condition,
     total_order,
@@ -46,8 +47,7 @@ Made = tuple[Any, bool]
 def _matching(d: Dice, a: Any, b: Any) -> Any:
     """Return a condition between two entities, usually on keys."""
     kind = d.upto(9)
-    column = d.key(a)
-    on_keys = column == d.twin(column, [b]) if d.chance(25) else column == _same_key(d, a, b)
+    on_keys = _on_keys(d, a, b)
     if kind < 6:
         return on_keys
     other = d.column([a])
@@ -59,13 +59,13 @@ def _matching(d: Dice, a: Any, b: Any) -> Any:
     return and_(on_keys, d.pinned(d.pick(a, b)))
 
 
-def _same_key(d: Dice, a: Any, b: Any) -> Any:
-    """Return the placing column of an entity that holds the keys of another one's, if any."""
-    keys = d.schema.keys
-    ours, theirs = keys[model_of(a)][0], keys[model_of(b)]
-    if ours in theirs:
-        return getattr(b, ours)
-    return d.key(b)
+def _on_keys(d: Dice, a: Any, b: Any) -> Any:
+    """Return an equality of placing columns, usually of two that place by one rule."""
+    together = pairs(a, b)
+    if together and d.chance(85):
+        return d.pick(*together)
+    column = d.key(a)
+    return column == d.twin(column, [b])
 
 
 def _condition(d: Dice, scope: Sequence[Any], depth: int = 2) -> Any:
@@ -229,7 +229,7 @@ def _subquery(d: Dice) -> Made:
         scope.append(d.beside(scope))
     statement = select(*_columns(d, scope))
     if len(scope) == 2 and d.chance(60):
-        statement = statement.where(d.key(scope[0]) == _same_key(d, scope[0], scope[1]))
+        statement = statement.where(_on_keys(d, scope[0], scope[1]))
     inner = _subselect(d, scope, 1)
     column = d.twin(inner.selected_columns[0], scope)
     clause = d.pick(exists(inner), ~exists(inner), column.in_(inner), column.not_in(inner))
@@ -261,12 +261,17 @@ def _inner(d: Dice, inner: Any, around: Any) -> tuple[Any, bool]:
 
 def _derived(d: Dice) -> Made:
     scope = [d.entity()]
-    found, is_lateral = _inner(d, d.entity(), scope[0])
+    inner = d.entity()
+    found, is_lateral = _inner(d, inner, scope[0])
     table: Any = found.lateral() if is_lateral else d.pick(found.subquery, found.cte)()
     if d.chance(20):
         table = table.alias()
     first, *_ = table.c
-    passed = [c for c in table.c if c.key != "counted"]
+    keys = d.schema.keys[model_of(inner)]
+    passed = [
+        c for c in table.c
+        if c.key.removeprefix("d_") in keys or (c.key != "counted" and d.chance(5))
+    ] or [first]  # fmt: skip
     chosen = _columns(d, scope) if d.chance(60) else []
     statement = select(*chosen, first) if d.chance(50) else select(*chosen, *table.c)
     key = d.key(scope[0])

@@ -14,10 +14,21 @@ from hypothesis import strategies as st
 from sqlalchemy import Boolean, Integer, Numeric, String, and_, inspect, not_, or_, tuple_
 from sqlalchemy.orm import aliased
 
+from shardkit.models import sharding_of
 from tests.property.schemas import Schema, family
 from tests.property.worlds import World
 
-__all__ = ["Dice", "columns_of", "model_of", "simple_condition", "total_order"]
+__all__ = [
+    "Dice",
+    "columns_of",
+    "finished",
+    "limited",
+    "model_of",
+    "pairs",
+    "selected",
+    "simple_condition",
+    "total_order",
+]
 
 T = TypeVar("T")
 
@@ -109,6 +120,23 @@ def model_of(entity: Any) -> Any:
 def columns_of(one: Any) -> list[Any]:
     """Return the columns of an entity."""
     return [getattr(one, attribute.key) for attribute in inspect(model_of(one)).column_attrs]
+
+
+def placing(one: Any) -> dict[str, Any]:
+    """Return the rules of the placing columns of an entity."""
+    sharding = sharding_of(inspect(model_of(one)).local_table)
+    assert sharding is not None
+    return sharding.placing
+
+
+def pairs(a: Any, b: Any) -> list[Any]:
+    """Return the conditions that say that rows of two entities lie together."""
+    return [
+        getattr(a, first) == getattr(b, second)
+        for first, rule in placing(a).items()
+        for second, other in placing(b).items()
+        if rule == other
+    ]
 
 
 def simple_condition(d: Dice, scope: Sequence[Any], depth: int = 2) -> Any:

@@ -10,8 +10,8 @@ from sqlalchemy.orm import aliased
 
 from shardkit import all_shards
 from tests.property.grammar import Made
-from tests.property.parts import Dice, columns_of, selected, total_order
-from tests.property.supported import ANSWERED, Shape, co_located, confined, pairs
+from tests.property.parts import Dice, columns_of, pairs, selected, total_order
+from tests.property.supported import ANSWERED, Shape, co_located, confined
 
 __all__ = ["REFUSED", "SHAPES"]
 

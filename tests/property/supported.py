@@ -29,7 +29,6 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 
 from shardkit import all_shards
-from shardkit.models import sharding_of
 from tests.property.grammar import Made, having
 from tests.property.parts import (
     Dice,
@@ -37,12 +36,13 @@ from tests.property.parts import (
     finished,
     limited,
     model_of,
+    pairs,
     selected,
     simple_condition,
     total_order,
 )
 
-__all__ = ["ANSWERED", "Shape", "co_located", "confined", "pairs"]
+__all__ = ["ANSWERED", "Shape", "co_located", "confined"]
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,6 @@ def _word(*, is_answered: bool) -> str:
 
 
 # -- where rows lie
-
-
-def placing(one: Any) -> dict[str, Any]:
-    """Return the rules of the placing columns of an entity."""
-    sharding = sharding_of(inspect(model_of(one)).local_table)
-    assert sharding is not None
-    return sharding.placing
-
-
-def pairs(a: Any, b: Any) -> list[Any]:
-    """Return the conditions that say that rows of two entities lie together."""
-    return [
-        getattr(a, first) == getattr(b, second)
-        for first, rule in placing(a).items()
-        for second, other in placing(b).items()
-        if rule == other
-    ]
 
 
 def co_located(d: Dice, one: Any) -> tuple[Any, Any]:

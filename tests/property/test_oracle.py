@@ -9,6 +9,7 @@ worlds every time, with a table of what was refused: `make test-oracle`.
 from __future__ import annotations
 
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -41,7 +42,9 @@ pytestmark = [
 CASES = int(os.environ.get("SHARDKIT_ORACLE_CASES", "0"))
 """Statements to make in all, half of them of each grammar; 0 for a few, the same every time."""
 
-SEED = int(os.environ.get("SHARDKIT_ORACLE_SEED", "0")) or (os.getpid() if CASES else 1)
+SEED = int(os.environ.get("SHARDKIT_ORACLE_SEED", "0")) or (
+    secrets.randbelow(10**6) if CASES else 1
+)
 N_WORLDS = 6
 ROUNDS = max(1, CASES // 10_000)
 IN_EACH = CASES // ROUNDS // 2 or 800
@@ -55,6 +58,15 @@ def worlds(local_cluster: LocalCluster, request: pytest.FixtureRequest) -> Itera
             stack.enter_context(opened(local_cluster, SEED, request.param * N_WORLDS + i))
             for i in range(N_WORLDS)
         ]
+
+
+@pytest.fixture(scope="module")
+def tallies() -> Iterator[dict[str, Tally]]:
+    """The counts of all rounds, by grammar; shown at the end."""
+    made = {"free grammar": Tally(), "supported grammar": Tally()}
+    yield made
+    for title, tally in made.items():
+        tally.show(f"{title}, seed {SEED}")
 
 
 class Tally:
@@ -92,8 +104,10 @@ def examples(check: Callable[[Any], None]) -> None:
     run()
 
 
-def test_every_statement_is_answered_as_by_one_server_or_refused(worlds: list[World]) -> None:
-    tally = Tally()
+def test_every_statement_is_answered_as_by_one_server_or_refused(
+    worlds: list[World], tallies: dict[str, Tally]
+) -> None:
+    tally = tallies["free grammar"]
 
     def check(data: Any) -> None:
         world = worlds[data.draw(st.integers(0, N_WORLDS - 1))]
@@ -115,14 +129,13 @@ def test_every_statement_is_answered_as_by_one_server_or_refused(worlds: list[Wo
         assert_alike(found, expected, is_ordered=is_ordered)
 
     examples(check)
-    tally.show(f"free grammar, seed {SEED}")
     assert all(tally.answered[kind] for kind in KINDS), tally.answered
 
 
-def test_what_is_promised_is_never_refused(worlds: list[World]) -> None:
+def test_what_is_promised_is_never_refused(worlds: list[World], tallies: dict[str, Tally]) -> None:
     promised = [(shape, several) for shape in SHAPES for several in (False, True)
                 if (shape.several if several else shape.one)]  # fmt: skip
-    tally = Tally()
+    tally = tallies["supported grammar"]
 
     def check(data: Any) -> None:
         world = worlds[data.draw(st.integers(0, N_WORLDS - 1))]
@@ -141,7 +154,4 @@ def test_what_is_promised_is_never_refused(worlds: list[World]) -> None:
         tally.answered[name] += 1
         assert_alike(found, expected, is_ordered=is_ordered)
 
-    try:
-        examples(check)
-    finally:
-        tally.show(f"supported grammar, seed {SEED}")
+    examples(check)
