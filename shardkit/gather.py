@@ -225,8 +225,10 @@ def _about_subqueries(expression: Any, statement: Select[Any]) -> set[int]:
             if getattr(part, "is_literal", False) and part.name == "*":
                 within.add(id(part))
             elif isinstance(part, FunctionElement):
-                tables = [c.table for c in iterate(part) if isinstance(c, ColumnClause)]
-                named = {hash(table) for table in tables if table is not None}
-                if not named or named - around:
+                inside = list(iterate(part))
+                columns = [c for c in inside if isinstance(c, ColumnClause)]
+                named = {hash(c.table) for c in columns if c.table is not None}
+                is_plain = not any(isinstance(c, SelectBase) for c in inside)
+                if is_plain and (not named or named - around):
                     within.add(id(part))
     return within
