@@ -191,9 +191,9 @@ def direction(d: Dice, column: Any) -> Any:
     return term
 
 
-def total_order(d: Dice, scope: Sequence[Any]) -> list[Any]:
+def total_order(d: Dice, scope: Sequence[Any], least: int = 0) -> list[Any]:
     """Return a total order: some columns, and last everything that tells rows apart."""
-    some = [d.column(scope) for _ in range(d.upto(2))]
+    some = [d.column(scope) for _ in range(least + d.upto(2 - least))]
     last = [getattr(one, c.key) for one in scope for c in inspect(model_of(one)).primary_key]
     return [direction(d, column) for column in (*some, *last)]
 

@@ -235,8 +235,9 @@ def _scalar(d: Dice, several: bool) -> Made:
 
 def _order(d: Dice, several: bool) -> Made:
     scope = [d.entity()]
-    statement = select(*selected(d, scope)).order_by(*total_order(d, scope))
-    statement = _filtered(d, statement, scope)
+    statement = select(*selected(d, scope)).order_by(*total_order(d, scope, 1))
+    if d.chance(40):
+        statement = _filtered(d, statement, scope)
     return confined(d, limited(d, statement), scope[0], several=several), True
 
 
