@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit lint type format bench uniqueness lock clean
+.PHONY: help setup run test test-unit test-oracle lint type format bench uniqueness lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -24,6 +24,12 @@ test: ## every test, on real servers; installs what they need when root on Debia
 
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
+
+# Statements to compare, half of them of the supported grammar; each 10,000 in new worlds.
+CASES ?= 50000
+
+test-oracle: setup ## compare 50,000 statements with one server; CASES=n for more or fewer
+	@SHARDKIT_ORACLE_CASES=$(CASES) $(BIN)/python -m pytest tests/property -s $(ARGS)
 
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from sqlalchemy import Column, Over, Select, Table, TextClause
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, FromClause, SelectBase
 from sqlalchemy.sql.visitors import iterate
@@ -34,6 +34,7 @@ from shardkit.ordering import (
     same,
 )
 from shardkit.router import Router
+from shardkit.shapes import sources_of
 from shardkit.statements import Params
 
 __all__ = ["Plan", "plan"]
@@ -99,7 +100,7 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     for i, clause in enumerate(statement._order_by_clauses):
         expression, descending, nulls_first = direction(clause)
         refuse_unordered(expression)
-        _refuse_beyond_row(expression)
+        _refuse_beyond_row(expression, statement)
         if statement._distinct and not _is_selected(expression, statement):
             raise refused(f"DISTINCT with ORDER BY {expression}, which is not selected")
         name = _SORT.format(i)
@@ -186,16 +187,19 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
     for column in statement._raw_columns:
         inner = unlabelled(column)
         if not isinstance(inner, Column | Table) and not is_aggregate(inner):
-            _refuse_beyond_row(inner)
+            _refuse_beyond_row(inner, statement)
     if statement._distinct:
         for selected in cast("Iterable[Any]", statement.selected_columns):
             if not isinstance(selected.type, EQUATABLE_TYPES):
                 raise refused(f"DISTINCT of {selected} of type {selected.type}")
 
 
-def _refuse_beyond_row(expression: Any) -> None:
-    """Refuse an expression that may be about more than one row."""
+def _refuse_beyond_row(expression: Any, statement: Select[Any]) -> None:
+    """Refuse an expression that may be about more than one row of a statement."""
+    within = _about_subqueries(expression, statement)
     for part in iterate(expression):
+        if id(part) in within:
+            continue
         if isinstance(part, Over):
             raise refused("a window function over several logical shards")
         if isinstance(part, FunctionElement) and part.name.lower() not in ROW_FUNCTIONS:
@@ -205,3 +209,30 @@ def _refuse_beyond_row(expression: Any) -> None:
             )
         if isinstance(part, TextClause) or getattr(part, "is_literal", False):
             raise refused(f"the SQL text {part} over several logical shards", "name columns")
+
+
+def _about_subqueries(expression: Any, statement: Select[Any]) -> set[int]:
+    """Return the functions that subqueries apply to their own rows, and `*`, by identity.
+
+    For the row around it a subquery is one value, and the walker has seen that its rows lie with
+    that row. An aggregate that names only columns of the query around belongs to that query.
+    Source: PostgreSQL manual, 4.2.7, aggregate expressions.
+    """
+    queries = [part for part in iterate(expression) if isinstance(part, Select)]
+    if not queries:
+        return set()
+    around = {hash(table) for source in sources_of(statement) for table in source._from_objects}
+    within = set()
+    for query in queries:
+        part: Any
+        for part in iterate(query):
+            if getattr(part, "is_literal", False) and part.name == "*":
+                within.add(id(part))
+            elif isinstance(part, FunctionElement):
+                inside = list(iterate(part))
+                columns = [c for c in inside if isinstance(c, ColumnClause)]
+                named = {hash(c.table) for c in columns if c.table is not None}
+                is_plain = not any(isinstance(c, SelectBase) for c in inside)
+                if is_plain and (not named or named - around):
+                    within.add(id(part))
+    return within

@@ -56,6 +56,19 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("column outside group by", select(Photo.rank, func.count()), "GROUP BY"),
     ("entity beside aggregate", select(Photo, func.count()).group_by(Photo.id), "entities"),
     ("subquery in from", select(per_owner), "subquery"),
+    ("average of floats", select(func.avg(cast(Photo.rank, Float))), "avg of type FLOAT"),
+    ("sum of floats", select(func.sum(cast(Photo.rank, Float))), "sum of type FLOAT"),
+    (
+        "an aggregate of the query around",
+        select(
+            select(func.max(Photo.rank))
+            .correlate(Photo)
+            .select_from(Like)
+            .where(Like.photo_id == Photo.id)
+            .scalar_subquery()
+        ).select_from(Photo),
+        "max",
+    ),
     ("order by a window", select(Photo).order_by(func.rank().over(order_by=Photo.rank)), "window"),
     ("order by a disguise", select(Photo).order_by(type_coerce(Photo.caption, Integer)), "looks"),
     ("order by a duration", select(Photo).order_by(cast(Photo.caption, INTERVAL)), "ORDER BY"),
@@ -199,6 +212,15 @@ def test_distinct_rows_of_several_servers_become_one() -> None:
     made = plan(select(Photo.rank).distinct().order_by(Photo.rank).limit(2), None)
     assert made.union == "UNION"
     assert made.combine([(3, 3), (None, None), (1, 1), (3, 3), (None, None)]) == [(1, 1), (3, 3)]
+
+
+def test_a_subquery_of_its_own_rows_is_one_value() -> None:
+    own = select(func.max(Like.user_id)).where(Like.photo_id == Photo.id)
+    every = select(func.count()).select_from(Like).where(Like.photo_id == Photo.id)
+    for inner in (own, every):
+        made = plan(select(Photo.id, inner.scalar_subquery().label("x")), None)
+        assert made.tail == ""
+        assert made.combine([(1, 7), (2, None)]) == [(1, 7), (2, None)]
 
 
 def test_having_is_applied_to_whole_groups() -> None:

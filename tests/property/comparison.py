@@ -1,0 +1,63 @@
+"""Compares what shardkit answers with what one server does, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from sqlalchemy import inspect
+
+from shardkit import all_shards
+from tests.property.worlds import World
+
+__all__ = ["Answer", "answer_of_one_server", "answer_of_shardkit", "assert_alike"]
+
+Answer = tuple[list[str], list[tuple[str, ...]]]
+"""Names of the columns, and the rows as text that tells every two values apart."""
+
+
+def answer_of_one_server(world: World, statement: Any) -> Answer:
+    """Ask the plain server."""
+    world.single.expunge_all()
+    return _read(world.single.execute(statement))
+
+
+def answer_of_shardkit(world: World, statement: Any, *, awaited: bool) -> Answer:
+    """Ask shardkit, through asyncio or not.
+
+    Raises:
+        RoutingError: it refuses.
+    """
+    if awaited:
+        world.awaited.expunge_all()
+        return _read(world.runner.run(world.awaited.execute(statement)))
+    world.sharded.expunge_all()
+    return _read(world.sharded.execute(statement))
+
+
+def wide(statement: Any) -> Any:
+    """Return a statement that may go to every logical shard."""
+    return statement.options(all_shards())
+
+
+def assert_alike(found: Answer, expected: Answer, *, is_ordered: bool) -> None:
+    """Check that two answers are the same, in the same order if it counts."""
+    assert found[0] == expected[0]
+    if is_ordered:
+        assert found[1] == expected[1]
+    else:
+        assert Counter(found[1]) == Counter(expected[1])
+
+
+def _read(result: Any) -> Answer:
+    return list(result.keys()), [tuple(_text(item) for item in row) for row in result]
+
+
+def _text(item: Any) -> str:
+    """Return a value as text: NaN equals itself then, and 1.0 is not 1.00."""
+    state = inspect(item, raiseerr=False)
+    if state is None or not hasattr(state, "mapper"):
+        return repr(item)
+    mapper = state.mapper
+    values = [getattr(item, attribute.key) for attribute in mapper.column_attrs]
+    return f"{mapper.class_.__name__}{values!r}"
