@@ -291,7 +291,9 @@ class ReadSession(Session):
             self._abandon_broken()
             failures = {name: e for name, e in failures.items() if name not in lost}
             failures |= self._asked(state, gathering, lost)
-        failures = {name: self._located(name, e) for name, e in failures.items()}
+        # Taken before any is let go: locating one failure abandons every broken connection.
+        endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
+        failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
         if cluster.listeners:
             seconds = cluster.clock.monotonic() - started
             cluster.listeners.emit(
@@ -303,11 +305,17 @@ class ReadSession(Session):
             raise GatherError(failures, gathering.answers) from next(iter(failures.values()))
         return gathering.result()
 
-    def _located(self, physical: str, error: Exception) -> Exception:
-        """Return the shardkit error of a server that did not answer its part of a scatter."""
+    def _located(self, error: Exception, endpoint: Endpoint | None) -> Exception:
+        """Return the shardkit error of a server that did not answer its part of a scatter.
+
+        Args:
+            error: what became of its part.
+            endpoint: the server, or None when no connection to one could be had.
+        """
         self._note_lost()
+        if endpoint is None:
+            return error
         if scatter.is_lost(error):
-            endpoint = self._roots[physical][0]
             found = connection_error(error, endpoint)
             found.__cause__ = error
             if self._can_retry():
@@ -316,7 +324,7 @@ class ReadSession(Session):
                 self._cluster.failed(endpoint, found)
             return found
         if isinstance(error, StatementTimeoutError):
-            error.endpoint = str(self._roots[physical][0])
+            error.endpoint = str(endpoint)
         return error
 
     def _asked(

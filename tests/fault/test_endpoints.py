@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import psycopg
 import pytest
 from sqlalchemy import select
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
 from shardkit.errors import (
@@ -290,3 +290,29 @@ def test_a_wrong_password_is_a_matter_of_configuration(topology: Topology) -> No
     refused = pytest.raises(ConfigurationError, match="password authentication failed")
     with Cluster(wrong) as cluster, cluster.writer() as session, refused:
         session.get(User, ids.compose(1, 0, 0))
+
+
+@pytest.mark.usefixtures("user")
+def test_servers_that_are_lost_together_are_all_named(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = psycopg.OperationalError("gone")
+    lost = DBAPIError.instance("SELECT", None, gone, psycopg.Error, connection_invalidated=True)
+    assert isinstance(lost, DBAPIError)
+    with cluster.reader() as session:
+
+        def asked(
+            _state: object, _gathering: object, groups: Iterable[str]
+        ) -> dict[str, Exception]:
+            """Both servers take the statement and go away, also when it is asked again."""
+            for physical in groups:
+                session._scattering(physical).invalidate()
+            return dict.fromkeys(groups, lost)
+
+        monkeypatch.setattr(session, "_asked", asked)
+        with pytest.raises(GatherError) as caught:
+            session.scalars(NEWEST)
+    assert set(caught.value.failures) == {"alpha", "beta"}
+    for error in caught.value.failures.values():
+        assert isinstance(error, EndpointUnavailableError)
+        assert error.endpoint
