@@ -323,6 +323,7 @@ class WriteSession(ReadSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()
 
@@ -357,3 +358,5 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+    else:
+        session._streams.abandon(transaction)
