@@ -74,7 +74,8 @@ class _Server:
     Attributes:
         name: of the physical shard.
         connection: of the session.
-        result: the first rows as SQLAlchemy's result; None until they are there.
+        result: the first rows as SQLAlchemy's result; None until they are there. Before, a
+            failure has undone the cursor.
         cursor: name of the cursor.
         rows: what was fetched and not yet asked for.
         is_done: whether the cursor has no more rows.
@@ -155,7 +156,7 @@ class Streams:
         try:
             if is_reader and status != _NONE and not self._using(server):
                 server.connection.exec_driver_sql("COMMIT" if status == _OPEN else "ROLLBACK")
-            elif status == _OPEN:
+            elif status == _OPEN and server.result is not None:
                 server.connection.exec_driver_sql(f"CLOSE {server.cursor}")
             elif status not in (_NONE, _FAILED):
                 server.connection.invalidate()
