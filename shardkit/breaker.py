@@ -21,11 +21,8 @@ not used: it holds its lock while the function runs.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,11 +38,10 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import BreakerOpenError
 from shardkit.failures import is_failure
 from shardkit.forks import ForkSafeLock
+from shardkit.telling import Teller
 from shardkit.windows import BreakerRules, Cause, Window, open_time, tripping
 
 __all__ = ["Breaker", "OpenState", "Probe"]
-
-_LOG: Final = logging.getLogger(__name__)
 
 _STRIDE: Final = 16
 """Successes counted together while nothing fails: one reading of the clock for all of them.
@@ -106,6 +102,11 @@ class Breaker(pybreaker.CircuitBreaker):
     *Invariant:* closed, or at most one probe is out that has not expired.
     """
 
+    # What the success path reads; an instance has too many attributes for Python to be quick at
+    # the others. Successes are unremarkable while the breaker is closed, nothing in the window is
+    # bad, no listener hears of them and they are quick.
+    __slots__ = ("_credit", "_is_closed", "_unremarkable")
+
     def __init__(
         self,
         name: str | None = None,
@@ -133,21 +134,18 @@ class Breaker(pybreaker.CircuitBreaker):
         self._now = clock.monotonic
         self._uniform = uniform
         self._window = Window()
-        self._told: deque[tuple[str, Any, Any]] = deque()
-        self._teller: int | None = None
+        self._teller = Teller(self, self._guard)
         self._cause: Cause | None = None
         self._times_opened = 0
         self._retry_at = 0.0
         self._probe: Probe | None = None
         self._in_a_row = 0
         self._successes = 0
-        # The success path reads these three. Successes are unremarkable while the breaker is
-        # closed, nothing in the window is bad, no listener hears of them and they are quick.
         self._is_closed = True
         self._unremarkable = rules.slow_after
         self._credit = _STRIDE
-        self._read_at = self._now()
-        self._heard_by: tuple[CircuitBreakerListener, ...] = ()
+        self._uncounted = 0
+        self._read_at = self._second_ends = self._now()
         self.add_listeners(*listeners)
 
     # -- around a call
@@ -190,8 +188,7 @@ class Breaker(pybreaker.CircuitBreaker):
             return False
         with self._guard:
             now = self._now()
-            if self._heard_by:
-                self._told.append(("failure", error, None))
+            self._teller.note("failure", error)
             if self._is_closed:
                 self._settle_at(now)
                 self._in_a_row += 1
@@ -200,7 +197,7 @@ class Breaker(pybreaker.CircuitBreaker):
                 self._judge(now)
             elif probe is not None and probe is self._probe:
                 self._open(now, Cause.PROBE)
-        self._tell()
+        self._teller.tell()
         return True
 
     def abandoned(self, probe: Probe | None = None) -> None:
@@ -219,7 +216,7 @@ class Breaker(pybreaker.CircuitBreaker):
         if iscoroutinefunction(func):
             return self.call_async(func, *args, **kwargs)
         with self.calling():
-            for listener in self._heard_by:
+            for listener in self._teller.listeners:
                 listener.before_call(self, func, *args, **kwargs)
             return func(*args, **kwargs)
 
@@ -232,7 +229,7 @@ class Breaker(pybreaker.CircuitBreaker):
             BreakerOpenError: the server is left alone for now (retryable).
         """
         with self.calling():
-            for listener in self._heard_by:
+            for listener in self._teller.listeners:
                 listener.before_call(self, func, *args, **kwargs)
             return await func(*args, **kwargs)
 
@@ -343,7 +340,7 @@ class Breaker(pybreaker.CircuitBreaker):
         """Let nothing through until the open time has passed, whatever the rules say."""
         with self._guard:
             self._open(self._now(), Cause.ORDER)
-        self._tell()
+        self._teller.tell()
         return self._throw_new_error_on_trip
 
     def half_open(self) -> None:
@@ -351,13 +348,13 @@ class Breaker(pybreaker.CircuitBreaker):
         with self._guard:
             self._retry_at = self._now()
             self._become(STATE_HALF_OPEN)
-        self._tell()
+        self._teller.tell()
 
     def close(self) -> None:
         """Let everything through and forget what failed."""
         with self._guard:
             self._close(self._now())
-        self._tell()
+        self._teller.tell()
 
     @property
     def state(self) -> Any:
@@ -375,55 +372,18 @@ class Breaker(pybreaker.CircuitBreaker):
 
     @property
     def listeners(self) -> tuple[Any, ...]:
-        """Those who are told."""
-        return self._heard_by
+        """Those who are told, in the order in which they were added."""
+        return self._teller.listeners
 
     def add_listener(self, listener: CircuitBreakerListener) -> None:
         """Tell a listener from now on."""
-        with self._guard:
-            self._heard_by = (*self._heard_by, listener)
-            self._unremarkable = _NEVER if self._hears_successes() else self._unremarkable
+        self._teller.add(listener)
+        if self._teller.hears_successes:
+            self._unremarkable = _NEVER
 
     def remove_listener(self, listener: CircuitBreakerListener) -> None:
         """Tell a listener no longer; ValueError if it was not told before."""
-        with self._guard:
-            left = list(self._heard_by)
-            left.remove(listener)
-            self._heard_by = tuple(left)
-
-    def _hears_successes(self) -> bool:
-        """Whether a listener has a `success` of its own; the others cost a success nothing."""
-        return any(
-            getattr(type(each), "success", None) is not CircuitBreakerListener.success
-            for each in self._heard_by
-        )
-
-    def _tell(self) -> None:
-        """Tell what has happened, in order; leave it to the thread that is already telling."""
-        process = os.getpid()  # a forked child waits for no thread of its parent
-        while self._told:
-            with self._guard:
-                if self._teller == process:
-                    return
-                self._teller = process
-            try:
-                while self._told:
-                    what, first, second = self._told.popleft()
-                    for listener in self._heard_by:
-                        self._tell_one(listener, what, first, second)
-            finally:
-                self._teller = None
-
-    def _tell_one(self, listener: Any, what: str, first: Any, second: Any) -> None:
-        try:
-            if what == "failure":
-                listener.failure(self, first)
-            elif what == "success":
-                listener.success(self)
-            else:
-                listener.state_change(self, first, second)
-        except Exception:  # noqa: BLE001 - a call never fails for those who watch it
-            _LOG.exception("a listener failed on %s of %s", what, self._name)
+        self._teller.remove(listener)
 
     # -- with the lock held
 
@@ -443,7 +403,7 @@ class Breaker(pybreaker.CircuitBreaker):
                     admitted = probe
                 else:
                     admitted = None
-            self._tell()
+            self._teller.tell()
             if admitted:
                 return admitted
         wait = self.retry_after or 0.0
@@ -456,15 +416,23 @@ class Breaker(pybreaker.CircuitBreaker):
         )
 
     def _settle(self) -> None:
-        with self._guard:
-            self._settle_at(self._now())
+        """Read the clock after a number of successes; called without the lock."""
+        now = self._now()
+        if now < self._second_ends:  # all of them belong in one bucket
+            self._uncounted += _STRIDE
+            self._credit = _STRIDE
+        else:
+            with self._guard:
+                self._settle_at(now)
 
     def _settle_at(self, now: float) -> None:
         """Count the successes since the clock was last read, as of then."""
-        if self._credit < _STRIDE:
-            self._window.add(self._read_at, _STRIDE - max(self._credit, 0))
+        successes = self._uncounted + _STRIDE - max(self._credit, 0)
+        if successes:
+            self._window.add(self._read_at, successes)
+            self._uncounted = 0
             self._credit = _STRIDE
-        self._read_at = now
+        self._read_at, self._second_ends = now, math.floor(now) + 1.0
 
     def _remark(self, seconds: float, probe: Probe | None) -> None:
         """Note a success that is slow, is heard of, or comes while something is bad."""
@@ -484,9 +452,8 @@ class Breaker(pybreaker.CircuitBreaker):
                     self._successes += 1
                     if self._successes >= self._rules.successes:
                         self._close(now)
-            if self._heard_by and self._hears_successes():
-                self._told.append(("success", None, None))
-        self._tell()
+            self._teller.note("success")
+        self._teller.tell()
 
     def _judge(self, now: float) -> None:
         """Trip if the rules say so; take no more notice of successes when all is well."""
@@ -495,7 +462,7 @@ class Breaker(pybreaker.CircuitBreaker):
         cause = tripping(rules, counts, self._in_a_row)
         if cause and self._allowed(cause):
             self._open(now, cause)
-        elif not (counts.failures or counts.slow or self._in_a_row or self._hears_successes()):
+        elif not (counts.failures or counts.slow or self._in_a_row or self._teller.hears_successes):
             self._unremarkable = rules.slow_after
 
     def _allowed(self, cause: Cause) -> bool:
@@ -516,8 +483,9 @@ class Breaker(pybreaker.CircuitBreaker):
         self._in_a_row = 0
         self._window.clear()
         self._credit = _STRIDE
-        self._read_at = now
-        self._unremarkable = _NEVER if self._hears_successes() else self._rules.slow_after
+        self._uncounted = 0
+        self._read_at, self._second_ends = now, math.floor(now) + 1.0
+        self._unremarkable = _NEVER if self._teller.hears_successes else self._rules.slow_after
 
     def _become(self, name: str, cause: Cause | None = None, seconds: float = 0.0) -> None:
         self._probe = None
@@ -529,8 +497,8 @@ class Breaker(pybreaker.CircuitBreaker):
         if isinstance(self._state, OpenState) and cause is not None:
             self._state.cause, self._state.seconds = cause, seconds
         self._state_storage.state = name
-        if old.name != name and self._heard_by:
-            self._told.append(("state", old, self._state))
+        if old.name != name:
+            self._teller.note("state_change", old, self._state)
 
 
 _STATES: Final[Mapping[str, Any]] = {
