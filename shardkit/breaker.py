@@ -142,6 +142,7 @@ class Breaker(pybreaker.CircuitBreaker):
         self._in_a_row = 0
         self._successes = 0
         self._is_closed = True
+        self._closed_at = _NEVER
         self._unremarkable = rules.slow_after
         self._credit = _STRIDE
         self._uncounted = 0
@@ -180,7 +181,8 @@ class Breaker(pybreaker.CircuitBreaker):
 
         Args:
             error: what it raised. Anything but a failure of the server changes nothing.
-            seconds: how long it took.
+            seconds: how long it took. A call that began before the breaker closed again hung
+                in the trouble that is over, and is not held against the server.
             probe: what `admit` returned.
         """
         if not self.is_system_error(error):
@@ -189,7 +191,7 @@ class Breaker(pybreaker.CircuitBreaker):
         with self._guard:
             now = self._now()
             self._teller.note("failure", error)
-            if self._is_closed:
+            if self._is_closed and now - seconds >= self._closed_at:
                 self._settle_at(now)
                 self._in_a_row += 1
                 self._unremarkable = _NEVER
@@ -478,6 +480,7 @@ class Breaker(pybreaker.CircuitBreaker):
 
     def _close(self, now: float) -> None:
         self._cause = None
+        self._closed_at = now
         self._times_opened = 0
         self._become(STATE_CLOSED)
         self._in_a_row = 0
