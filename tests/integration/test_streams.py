@@ -152,13 +152,17 @@ def test_a_stream_leaves_nothing_open(cluster: Cluster, topology: Topology) -> N
     def ways(session: ReadSession) -> Iterator[Any]:
         yield session.scalars(IN_ORDER, execution_options=A_FEW).all()
         stream = session.scalars(IN_ORDER, execution_options=A_FEW)
-        yield next(stream), stream.close()
+        next(stream)
+        yield stream.close
         yield session.scalars(IN_ORDER, execution_options=A_FEW).first()
         with session.scalars(IN_ORDER, execution_options=A_FEW) as stream:
-            yield next(stream), stream.close()
+            next(stream)
+        yield None
 
     with cluster.reader(max_lag=1.0) as session:
-        for _ in ways(session):
+        for close in ways(session):
+            if callable(close):
+                close()
             assert statuses(session) == {"IDLE"}
         abandoned = session.scalars(IN_ORDER, execution_options=A_FEW)
         next(abandoned)
