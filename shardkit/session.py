@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
@@ -385,6 +385,25 @@ def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
 
 @event.listens_for(ReadSession, "do_orm_execute", propagate=True)
 def _on_execute(state: ORMExecuteState) -> Any:
+    """Route a statement, after the program's own listeners have had it.
+
+    SQLAlchemy calls listeners in the order they were added, this one first, and none after one
+    that returns a result, as a scatter does. So those that wait are put before, as what they
+    change decides the route, and what they run themselves, by `state.invoke_statement()`, comes
+    here in the end. Source: `Session._execute_internal` in SQLAlchemy.
+    """
     session = state.session
     assert isinstance(session, ReadSession)
-    return session._run(state)
+    others = state._remaining_events()
+    if not others:
+        return session._run(state)
+    state._events_todo = [*others, _on_execute]  # also what is left for statements inside
+    for i, listener in enumerate(others):
+        state._starting_event_idx = i
+        found: Any = cast("Any", listener)(state)
+        if found:
+            return found
+    state._starting_event_idx = len(others)
+    found = session._run(state)
+    # None has SQLAlchemy run it, and first call the others again: it is run here instead.
+    return state.invoke_statement() if found is None else found

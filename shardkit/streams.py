@@ -156,8 +156,9 @@ class Streams:
         try:
             if is_reader and status != _NONE and not self._using(server):
                 server.connection.exec_driver_sql("COMMIT" if status == _OPEN else "ROLLBACK")
-            elif status == _OPEN and server.result is not None:
-                server.connection.exec_driver_sql(f"CLOSE {server.cursor}")
+            elif status == _OPEN:
+                if server.result is not None:
+                    server.connection.exec_driver_sql(f"CLOSE {server.cursor}")
             elif status not in (_NONE, _FAILED):
                 server.connection.invalidate()
         except BaseException as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import (
     BinaryExpression,
@@ -481,6 +481,8 @@ class Walk:
             return self._confining_tuple(clause, column, value)
         listed = listed_by_any(clause)
         value = value if listed is None else listed
+        if clause.operator is operators.between_op:
+            return self._between(clause, column)
         if not isinstance(value, BindParameter) or not (found := self.placing(column)):
             return {}
         node, rule = found
@@ -492,6 +494,21 @@ class Walk:
         elif clause.operator in _ORDERED:
             shards = self.router.shards_compared(rule, clause.operator.__name__, self.value(value))
         return {} if shards is None else {id(node): (node, shards)}
+
+    def _between(
+        self, clause: BinaryExpression[Any], column: Any
+    ) -> dict[int, tuple[_Node, frozenset[int]]]:
+        """Return what `column BETWEEN low AND high` confines: what both of its sides do."""
+        ends = list(clause.right.get_children())
+        values = all(isinstance(end, BindParameter) for end in ends)
+        if clause.modifiers.get("symmetric") or not values or not (found := self.placing(column)):
+            return {}
+        node, rule = found
+        low, high = (
+            self.router.shards_compared(rule, operator, self.value(cast("Any", end)))
+            for operator, end in zip(("ge", "le"), ends, strict=True)
+        )
+        return {} if low is None or high is None else {id(node): (node, low & high)}
 
     def _confining_tuple(
         self, clause: BinaryExpression[Any], columns: Tuple, value: Any

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -359,3 +360,29 @@ def test_servers_that_are_lost_together_are_all_named(
     for error in caught.value.failures.values():
         assert isinstance(error, EndpointUnavailableError)
         assert error.endpoint
+
+
+def test_a_server_lost_in_the_middle_of_a_stream_is_named(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    other = next(name for name in cluster.topology.physical if name != physical)
+    there = cluster.topology.shard_map.owned_by(other)[0]
+    with cluster.writer() as session:
+        photos = [Photo(caption=f"{i}") for i in range(30)]
+        session.add(User(id=ids.compose(1, there, 0), name="bo", photos=photos))
+        session.commit()
+    every = select(Photo.id).order_by(Photo.id).options(all_shards())
+    with cluster.reader(max_lag=1.0) as session:
+        stream = session.scalars(every, execution_options={"yield_per": 5})
+        next(stream)
+        healed.kill_server(healed.primary(other).name)
+        with pytest.raises(GatherError, match=f"physical shard {other}") as caught:
+            stream.all()
+        assert caught.value.retryable
+        assert set(caught.value.failures) == {other}
+        assert set(caught.value.answers) == {physical}
+        root: Any = session._roots[physical][1].connection.driver_connection
+        assert root.info.transaction_status.name == "IDLE"
+        assert other not in session._roots
+        assert session.get_one(User, user.id).name == "ana"

@@ -153,16 +153,16 @@ def test_a_stream_leaves_nothing_open(cluster: Cluster, topology: Topology) -> N
         yield session.scalars(IN_ORDER, execution_options=A_FEW).all()
         stream = session.scalars(IN_ORDER, execution_options=A_FEW)
         next(stream)
-        stream.close()
-        yield stream
+        yield stream.close
         yield session.scalars(IN_ORDER, execution_options=A_FEW).first()
         with session.scalars(IN_ORDER, execution_options=A_FEW) as stream:
             next(stream)
-            stream.close()
-            yield stream
+        yield None
 
     with cluster.reader(max_lag=1.0) as session:
-        for _ in ways(session):
+        for close in ways(session):
+            if callable(close):
+                close()
             assert statuses(session) == {"IDLE"}
         abandoned = session.scalars(IN_ORDER, execution_options=A_FEW)
         next(abandoned)
