@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit test-oracle lint type format bench uniqueness lock clean
+.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -21,6 +21,14 @@ run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.
 test: ## every test, on real servers; installs what they need when root on Debian
 	@$(PYTHON) scripts/setup.py --system
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Of what goes through it, a part that runs every kind of statement; the rest knows its servers.
+POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
+	tests/integration/test_limits.py tests/integration/test_drivers.py tests/fault/test_endpoints.py
+
+test-pooler: ## the tests of sessions, through PgBouncer
+	@$(PYTHON) scripts/setup.py --system
+	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED) $(ARGS)
 
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)

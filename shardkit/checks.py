@@ -34,6 +34,7 @@ FROM shardkit.identity
 # libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
 _REFUSED_LOGIN = re.compile(
     r"FATAL:\s+(password authentication failed|no pg_hba.conf entry|permission denied for database"
+    r"|SASL authentication failed|no such database"  # PgBouncer's words
     r'|(role|database) ".*" (does not exist|is not permitted))'
 )
 
@@ -52,6 +53,10 @@ def connection_error(
             f"refuses the login: {told.strip()}",
             endpoint=str(endpoint),
             hint="correct its address in shardkit.toml",
+        )
+    if "query_wait_timeout" in reason:
+        return PoolTimeoutError(
+            endpoint=str(endpoint), hint="raise default_pool_size of PgBouncer or try again"
         )
     return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
 

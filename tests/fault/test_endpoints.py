@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
+from shardkit.config import load
 from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
@@ -43,6 +45,19 @@ def healed(local_cluster: LocalCluster, settled: Settled) -> Iterator[LocalClust
         if server.status != "running":
             local_cluster.start_server(server.name)
     settled()
+    _, topology = load(local_cluster.config_path)
+    for endpoint in topology.endpoints:  # a pooler waits before it tries a server again
+        wait_until(partial(answers, endpoint), 10.0, f"{endpoint} answers")
+
+
+def answers(endpoint: Endpoint) -> bool:
+    """Return whether an endpoint runs a query, through a pooler or not."""
+    url = endpoint.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    try:
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute("SELECT 1").fetchone() == (1,)
+    except psycopg.Error:
+        return False
 
 
 @pytest.fixture
@@ -310,12 +325,19 @@ def test_two_physical_shards_exchanged_are_refused(topology: Topology) -> None:
 def test_a_database_without_the_schema_names_the_command(
     topology: Topology, local_cluster: LocalCluster
 ) -> None:
-    alpha = topology.physical["alpha"]
+    alpha = replace(topology.physical["alpha"], pooler=None)  # which knows no such database
     dsn = local_cluster.superuser_dsn(local_cluster.primary("alpha").name)
     with psycopg.connect(dsn, autocommit=True) as superuser:
         superuser.execute("DROP DATABASE IF EXISTS bare")
         superuser.execute("CREATE DATABASE bare")
-    elsewhere = replace(alpha.primary, url=alpha.primary.url.set(database="bare"))
+    elsewhere = replace(
+        alpha.primary,
+        url=alpha.admin_url.set(
+            username=alpha.primary.url.username,
+            password=alpha.primary.url.password,
+            database="bare",
+        ),
+    )
     shards = {**topology.physical, "alpha": replace(alpha, primary=elsewhere)}
     wrong = Topology(topology.name, shards, topology.shard_map)
     refused = pytest.raises(ConfigurationError, match="shardkit migrate apply")
@@ -331,7 +353,9 @@ def test_a_wrong_password_is_a_matter_of_configuration(topology: Topology) -> No
         "alpha": replace(alpha, primary=replace(alpha.primary, url=wrong_url)),
     }
     wrong = Topology(topology.name, shards, topology.shard_map)
-    refused = pytest.raises(ConfigurationError, match="password authentication failed")
+    refused = pytest.raises(
+        ConfigurationError, match=r"refuses the login: (password|SASL) authentication failed"
+    )
     with Cluster(wrong) as cluster, cluster.writer() as session, refused:
         session.get(User, ids.compose(1, 0, 0))
 

@@ -109,7 +109,10 @@ def test_it_does_so_however_often_a_statement_runs(cluster: Cluster, user: User)
         assert driver.info.transaction_status.name == "IDLE"
     assert all("BEGIN" in sent.texts for sent in transactions)
     assert [transactions[i].n_round_trips for i in (0, -1)] == [3, 3]
-    assert transactions[-1].messages["F Parse"] == 1, "that of BEGIN"
+    if driver.prepare_threshold is None:  # a pooler below 1.21: each is sent whole, always
+        assert transactions[-1].messages == transactions[0].messages
+    else:
+        assert transactions[-1].messages["F Parse"] == 1, "that of BEGIN"
 
 
 def test_a_first_statement_that_fails_leaves_a_failed_transaction(
