@@ -22,10 +22,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import parallel, scatter
+from shardkit import gates, parallel, scatter
 from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, PoolConfig
+from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
@@ -33,11 +33,13 @@ from shardkit.errors import (
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
+from shardkit.freshness import Knowledge
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
-from shardkit.replicas import ReplicaSet
+from shardkit.probes import AsyncProbes, Probes
+from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
@@ -63,6 +65,9 @@ class Purpose(Enum):
 class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
 
+    _probes_class: type[Probes | AsyncProbes]
+    _cursor_class: type[gates.Cursor | gates.AsyncCursor]
+
     def __init__(
         self,
         topology: Topology,
@@ -70,20 +75,31 @@ class _Core:
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        replicas: ReplicasConfig | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
+        reading = replicas or ReplicasConfig()
+        self._pool = pool or PoolConfig()
         self.topology = topology
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
-            name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
+            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            for name, shard in topology.physical.items()
         }
+        self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
+        self.probes = self._probes_class(
+            topology,
+            self.replica_sets,
+            interval=reading.probe_interval,
+            timeout=self._pool.connect_timeout,
+            clock=clock,
+        )
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self.lease_ids, clock=clock)
-        self._pool = pool or PoolConfig()
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
@@ -111,8 +127,11 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
-            check = checks_server(self.topology, endpoint, self.fingerprints)
+            replicas = self.replica_sets[endpoint.physical]
+            check = checks_server(self.topology, endpoint, self.fingerprints, replicas.meets)
             event.listen(engine, "connect", check)
+            if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
+                event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
@@ -232,6 +251,7 @@ class _Core:
         }
         if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
             arguments["options"] = "-c default_transaction_read_only=on"
+            arguments["cursor_factory"] = self._cursor_class
         if not self._pool.prepare_statements:
             arguments["prepare_threshold"] = None
         return arguments
@@ -240,8 +260,13 @@ class _Core:
 class Connections(_Core):
     """Connections for threads."""
 
+    _probes_class = Probes
+    _cursor_class = gates.Cursor
+    probes: Probes
+
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
+        self.probes.close()
         for engine in self._engines.values():
             engine.dispose()
 
@@ -258,12 +283,18 @@ class Connections(_Core):
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
 
+    _probes_class = AsyncProbes
+    _cursor_class = gates.AsyncCursor
+    probes: AsyncProbes
+
     async def close(self) -> None:
         """Close every pooled connection."""
+        await self.probes.close()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+        options["connect_args"]["async_creator_fn"] = gates.AsyncConnection.connect
         return create_async_engine(endpoint.url, **options).sync_engine
 
     def ask(
@@ -295,8 +326,18 @@ class AsyncConnections(_Core):
         return await_only(run())
 
 
-def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
-    return parallel.Connection.connect(*arguments, **options)
+def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> gates.Connection:
+    return gates.Connection.connect(*arguments, **options)
+
+
+def _meters(member: Member) -> Callable[[Any, Any], None]:
+    """Return what has a new connection tell a replica's member how long statements take."""
+
+    def meter(connection: Any, _record: Any) -> None:
+        driver: gates.Gated = getattr(connection, "driver_connection", connection)
+        driver.meter = member
+
+    return meter
 
 
 def _forget_connections(cluster: _Core | None) -> None:
@@ -304,3 +345,4 @@ def _forget_connections(cluster: _Core | None) -> None:
     if cluster is not None:
         for engine in cluster._engines.values():
             engine.dispose(close=False)
+        cluster.probes.forget()
