@@ -57,6 +57,18 @@ class BoundSession(Session):
         super().close()
         self._release()
 
+    def endpoint_of(self, physical: str) -> Endpoint | None:
+        """Return the server that this session reads a physical shard from.
+
+        Args:
+            physical: name of the physical shard.
+
+        Returns:
+            None as long as the session has no connection to it.
+        """
+        held = self._roots.get(physical)
+        return None if held is None else held[0]
+
     # -- connections
 
     def get_bind(self, mapper: Any = None, *, logical_shard: int | None = None, **_: Any) -> Engine:

@@ -193,7 +193,7 @@ def merge(*tokens: str | None) -> str:
 def covers(token: str, other: str) -> bool:
     """Tell whether a reader with one token sees all that another asks for."""
     found = parse(token)
-    return not found.is_readable or joined([found, parse(other)]) == found
+    return bool(token) and (not found.is_readable or joined([found, parse(other)]) == found)
 
 
 def joined(tokens: Iterable[Token]) -> Token:
