@@ -10,10 +10,12 @@ The text, at most `LONGEST` characters that are safe in URLs, cookies and header
 hexadecimal:
 
     token   = "0"                      ; ask the primaries
-            | "1" *( "~" mark )        ; "1" alone asks for nothing
+            | "1"                      ; nothing needs to be seen
+            | "1" 1*( "~" mark ) "~" check
     mark    = system "." timeline "." epoch "." position [ "." shards ]
     shards  = range *( "_" range )     ; none: every logical shard of that server
     range   = shard [ "-" shard ]
+    check   = 8 digits                 ; CRC-32 of all before it, so that a part is no token
 
 Source: docs/replicas.md.
 """
@@ -21,6 +23,7 @@ Source: docs/replicas.md.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -117,8 +120,11 @@ class Token:
     text: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        text = "~".join((NOTHING, *(mark.text for mark in self.marks)))
-        object.__setattr__(self, "text", text if self.is_readable else ASK_PRIMARIES)
+        text = NOTHING if self.is_readable else ASK_PRIMARIES
+        if self.marks:
+            text = "~".join((NOTHING, *(mark.text for mark in self.marks)))
+            text = f"{text}~{_check(text)}"
+        object.__setattr__(self, "text", text)
 
     def need(
         self, system: int, shards: frozenset[int], *, epoch: int, systems: frozenset[int]
@@ -182,8 +188,8 @@ def merge(*tokens: str | None) -> str:
         a token; `ASK_PRIMARIES` when one of them cannot be read.
 
     Example:
-        >>> merge("1~a.1.1.10.3", "1~a.1.1.18.4")
-        '1~a.1.1.18.3-4'
+        >>> merge("1~a.1.1.10.3~9302b5af", "1~a.1.1.18.4~037571b4")
+        '1~a.1.1.18.3-4~e2a38343'
         >>> merge(None, "broken")
         '0'
     """
@@ -233,13 +239,20 @@ def parse(text: str) -> Token:
     """Return the token of a text; anything that is no token asks the primaries."""
     if len(text) > LONGEST:
         return Token(is_readable=False)
-    version, *marks = text.split("~")
+    if text == NOTHING:
+        return Token()
+    checked, _, check = text.rpartition("~")
+    version, *marks = checked.split("~")
     try:
-        if version != NOTHING:
-            raise ValueError("another version")
+        if version != NOTHING or not marks or check != _check(checked):
+            raise ValueError("of another version, or a part of a token")
         return Token(tuple(_mark(mark) for mark in marks))
     except ValueError:
         return Token(is_readable=False)
+
+
+def _check(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _mark(text: str) -> Mark:

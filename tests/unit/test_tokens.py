@@ -16,6 +16,7 @@ from shardkit.tokens import (
     Mark,
     Need,
     Token,
+    _check,
     joined,
     merge,
     mint,
@@ -35,6 +36,10 @@ marks = st.builds(
     shards=st.none() | st.frozensets(st.integers(0, 63), min_size=1, max_size=8),
 )
 tokens = st.lists(marks, max_size=4).map(lambda found: joined([Token((m,)) for m in found]))
+
+
+def checked(text: str) -> str:
+    return f"{text}~{_check(text)}"
 
 
 def need(
@@ -77,7 +82,7 @@ def test_merging_does_not_depend_on_the_order_and_repeats_nothing(one: Token, ot
 
 def test_the_later_position_of_a_lineage_counts() -> None:
     early, late = mint(ALPHA, 1, 16, {3: 1}), mint(ALPHA, 1, 24, {3: 1})
-    assert merge(early.text, late.text) == late.text == "1~a.1.1.18.3"
+    assert merge(early.text, late.text) == late.text == checked("1~a.1.1.18.3")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +158,17 @@ def test_nothing_asks_for_nothing_and_everything_for_the_primary() -> None:
     ids=lambda text: text[:20],
 )
 def test_text_that_is_no_token_asks_the_primary(text: str) -> None:
-    assert parse(text) == Token(is_readable=False)
-    assert merge("1~a.1.1.18.3", text) == (ASK_PRIMARIES if text else "1~a.1.1.18.3")
+    good = mint(ALPHA, 1, 24, {3: 1}).text
+    for form in (text, checked(text) if text.isascii() else text):
+        assert parse(form) == Token(is_readable=False)
+        assert merge(good, form) == (ASK_PRIMARIES if form else good)
+
+
+def test_no_part_of_a_token_is_a_token() -> None:
+    text = joined([mint(ALPHA, 1, 0xABCDEF, {3: 1, 9: 1}), mint(BETA, 2, 24, {60: 1})]).text
+    assert parse(text).is_readable
+    for length in range(2, len(text)):
+        assert not parse(text[:length]).is_readable, text[:length]
 
 
 @given(st.text())
@@ -170,4 +184,4 @@ def test_a_token_that_would_be_too_long_is_shortened_and_asks_for_no_less() -> N
 
 
 def test_a_commit_over_shards_of_two_epochs_makes_two_marks() -> None:
-    assert mint(ALPHA, 1, 24, {3: 1, 4: 2, 5: 1}).text == "1~a.1.1.18.3_5~a.1.2.18.4"
+    assert mint(ALPHA, 1, 24, {3: 1, 4: 2, 5: 1}).text == checked("1~a.1.1.18.3_5~a.1.2.18.4")
