@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import psycopg
 import pytest
@@ -39,7 +40,7 @@ def replay_paused(local: LocalCluster, *servers: str) -> Iterator[None]:
             )
             stack.callback(connection.execute, "SELECT pg_wal_replay_resume()")
             connection.execute("SELECT pg_wal_replay_pause()")
-            wait_until(lambda c=connection: _is_paused(c), 10.0, "replay is paused")
+            wait_until(partial(_is_paused, connection), 10.0, "replay is paused")
         yield
 
 
