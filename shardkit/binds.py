@@ -190,7 +190,10 @@ class BoundSession(Session):
         refused = self._fresh.refused()
         for physical in refused:
             self._fresh.leave(physical)
+            is_lost = self._roots[physical][1].invalidated
             endpoint = self._let_go(physical)
+            if is_lost:
+                self._cluster.failed(endpoint, _lost(endpoint))
             if self._cluster.listeners:
                 self._cluster.listeners.emit(
                     ReplicaPassedOver(self._number, physical, str(endpoint))

@@ -94,7 +94,7 @@ class _Core:
             topology,
             self.replica_sets,
             interval=reading.probe_interval,
-            timeout=self._pool.connect_timeout,
+            timeout=1.0,
             clock=clock,
         )
         self.placement = bound(placement, topology, self._loads, clock=clock)

@@ -120,6 +120,7 @@ class Freshness:
         """Return what a connection is asked, or None when its server may not answer at all."""
         physical = endpoint.physical
         is_replica = endpoint.role is Role.REPLICA
+        replicas = self._knowledge.replica_sets[physical]
         first = self._position(physical, driver.system) if is_replica else None
         if first is _PRIMARY:
             return None
@@ -132,6 +133,7 @@ class Freshness:
         gate = Gate(
             needed,
             is_replica=is_replica,
+            is_silent=lambda: replicas.is_silent(endpoint),
             patience=self._knowledge.patience,
             keeps_track=self._token is not None,
             asks=self.is_asked,

@@ -41,6 +41,7 @@ __all__ = [
     "Meter",
     "NotReplayedError",
     "Position",
+    "SilentError",
     "lsn_of",
     "lsn_text",
     "position_of",
@@ -78,10 +79,15 @@ class NotReplayedError(psycopg.OperationalError):
     """The replica has not replayed what the reader must see; its rows were thrown away."""
 
 
+class SilentError(psycopg.OperationalError):
+    """The replica answers neither the statement nor the probes; its connection was closed."""
+
+
 # Replay takes locks and removes rows; it cancels what stands in its way. Source: PostgreSQL,
 # "Handling Query Conflicts"; outside transactions readers meet these for no other reason.
 CANNOT_ANSWER: Final = (
     NotReplayedError,
+    SilentError,
     psycopg.errors.SerializationFailure,
     psycopg.errors.DeadlockDetected,
 )
@@ -116,6 +122,7 @@ class Gate:
     Attributes:
         needed: returns the position that must have been replayed, or None for any.
         is_replica: whether the server replays or writes.
+        is_silent: tells whether probes have no answer of the server, though they run.
         patience: milliseconds that the server may wait for what it has not replayed yet.
         keeps_track: whether the position after each statement is asked for.
         seen: the position after the last statement, or None.
@@ -129,6 +136,7 @@ class Gate:
         "has_lost_track",
         "has_refused",
         "is_replica",
+        "is_silent",
         "keeps_track",
         "needed",
         "patience",
@@ -140,6 +148,7 @@ class Gate:
         needed: Callable[[], Position | None],
         *,
         is_replica: bool,
+        is_silent: Callable[[], bool],
         patience: int,
         keeps_track: bool,
         asks: bool = True,
@@ -147,6 +156,7 @@ class Gate:
         self.asks = asks
         self.needed = needed
         self.is_replica = is_replica
+        self.is_silent = is_silent
         self.patience = patience
         self.keeps_track = keeps_track
         self.seen: Position | None = None
@@ -208,17 +218,18 @@ class _Cursor:
         try:
             gate = connection.gate
             if gate is None or not gate.asks or this._conn._pipeline or _CONTROL.match(pgq.query):
-                yield from cast("Any", super())._maybe_prepare_gen(
-                    pgq, prepare=prepare, binary=binary
-                )
+                work = cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
             else:
-                yield from self._gated_gen(gate, pgq, prepare=prepare, binary=binary)
+                work = self._gated_gen(gate, pgq, prepare=prepare, binary=binary)
+            if gate is not None and gate.is_replica:
+                work = _unless_silent(work, gate, this._conn)
+            yield from work
         except BaseException as error:
             if isinstance(error, CANNOT_ANSWER) and connection.gate is not None:
                 connection.gate.has_refused = connection.gate.is_replica
             if meter is not None:
                 failed = isinstance(error, psycopg.OperationalError)
-                meter.ended(began, failed=failed and not isinstance(error, CANNOT_ANSWER))
+                meter.ended(began, failed=failed and not isinstance(error, NotReplayedError))
             raise
         if meter is not None:
             meter.ended(began)
@@ -366,6 +377,24 @@ def _pipelined(
     before = found[n_before - 1][0] if n_before else None
     after = found[-1][0] if len(found) > n_after else None
     return before, found[n_before:n_after], after
+
+
+def _unless_silent(work: PQGen[None], gate: Gate, connection: Any) -> PQGen[None]:
+    """Drive a generator of psycopg, and give up a server that has fallen silent.
+
+    psycopg wakes it every tenth of a second. A slow statement goes on as long as the server
+    answers the probes.
+    """
+    try:
+        wanted = next(work)
+        while True:
+            ready = yield wanted
+            if not ready and gate.is_silent():
+                connection.pgconn.finish()
+                raise SilentError("neither the statement nor the probes are answered")
+            wanted = work.send(ready)
+    except StopIteration:
+        return
 
 
 def wait_for(lsn: int, patience: int) -> bytes:
