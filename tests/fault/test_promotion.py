@@ -67,7 +67,7 @@ def test_a_replica_without_the_write_never_meets_its_token(new_cluster: NewClust
             seen = write(before, 0)
             for name in ("alpha_1", "alpha_2"):
                 (mark,) = tokens.parse(seen).marks
-                wait_until(lambda n=name, m=mark: replayed(local, n) >= m.lsn, 20.0, name)
+                wait_until(partial(_passes, local, name, mark.lsn), 20.0, name)
                 local.stop_server(name)
             lost = write(before, 1)  # acknowledged by the primary alone
         (mark,) = tokens.parse(lost).marks
@@ -88,13 +88,14 @@ def test_a_replica_without_the_write_never_meets_its_token(new_cluster: NewClust
         after = promoted(local, topology)
         patient = ReplicasConfig(patience=5.0)
         with Cluster(after, replicas=patient) as cluster:
+            fresh = ""
             for number in range(2, 50):  # the new timeline passes the position of the lost write
                 fresh = write(cluster, number)
             (new_mark,) = tokens.parse(fresh).marks
             assert (new_mark.timeline, mark.timeline) == (2, 1)
             assert new_mark.system == mark.system
             wait_until(
-                partial(_passes, local, max(mark.lsn, new_mark.lsn)), 20.0, "alpha_2 follows"
+                partial(_passes, local, "alpha_2", max(mark.lsn, new_mark.lsn)), 20.0, "alpha_2 follows"
             )
             with cluster.reader(after=fresh) as session:
                 assert session.get(User, ids.compose(2, 3, 49)) is not None
@@ -138,5 +139,5 @@ def _role(session: object) -> Role:
     return endpoint.role  # type: ignore[no-any-return]
 
 
-def _passes(local: LocalCluster, lsn: int) -> bool:
-    return replayed(local, "alpha_2") >= lsn
+def _passes(local: LocalCluster, name: str, lsn: int) -> bool:
+    return replayed(local, name) >= lsn
