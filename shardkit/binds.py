@@ -47,7 +47,7 @@ class BoundSession(Session):
         super().__init__(**options)
         self._cluster = connections
         self._number = next(_NUMBERS)
-        self._fresh = Freshness(connections.knowledge, after, max_lag)
+        self._fresh = Freshness(connections, after, max_lag)
         self._after = after or ""
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}

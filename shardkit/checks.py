@@ -27,6 +27,7 @@ __all__ = ["checks_server", "connection_error", "replace_if_dead"]
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
 SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
+    pg_catalog.current_setting('transaction_read_only') = 'on',
     pg_catalog.pg_is_in_recovery(), pg_catalog.pg_backend_pid(),
     (SELECT system_identifier FROM pg_catalog.pg_control_system()),
     cluster, physical, logical_shards, id_epoch_ms
@@ -63,16 +64,22 @@ def checks_server(
     endpoint: Endpoint,
     fingerprints: Fingerprints,
     meets: Callable[[int], None],
+    *,
+    is_reader: bool,
 ) -> Callable[[Any, Any], None]:
     """Return the check of a new connection: the right cluster, physical shard and role.
 
-    It notes how the rows of tables were placed, and whose log the connection reads.
+    It notes how the rows of tables were placed, and whose log the connection reads. Behind a
+    pooler it looks at one of the servers' connections, and another one, after a failover to
+    another server, may serve the next transaction: it finds mistakes of configuration, and does
+    not replace a check per transaction.
 
     Args:
-        topology: what the configuration says.
-        endpoint: the server.
-        fingerprints: is told how the rows of tables were placed.
-        meets: is told the system identifier of the server.
+        topology: what is expected.
+        endpoint: where the connections go.
+        fingerprints: told how the rows of tables were placed.
+        meets: told the system identifier of the server.
+        is_reader: whether the server itself must refuse to write.
     """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
@@ -94,7 +101,7 @@ def checks_server(
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        stored, in_recovery, pid, system, *found = row
+        stored, is_read_only, in_recovery, pid, system, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -108,6 +115,13 @@ def checks_server(
                 "id epoch {}".format(*found),
                 endpoint=str(endpoint),
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
+            )
+        if is_reader and not is_read_only:
+            raise ConfigurationError(
+                f"lets readers of physical shard {endpoint.physical!r} write",
+                endpoint=str(endpoint),
+                hint="give physical.reader an address whose connections are read-only, in "
+                "pgbouncer.ini by connect_query='SET default_transaction_read_only = on'",
             )
         fingerprints.note(stored)
         driver: Gated = getattr(connection, "driver_connection", connection)

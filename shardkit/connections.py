@@ -13,9 +13,9 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -41,6 +41,7 @@ from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
+from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
@@ -67,6 +68,8 @@ class _Core:
 
     _probes_class: type[Probes | AsyncProbes]
     _cursor_class: type[gates.Cursor | gates.AsyncCursor]
+    _writing: ClassVar[Mapping[str, Any]]
+    """How connections that write are made, for the driver."""
 
     def __init__(
         self,
@@ -121,14 +124,19 @@ class _Core:
                 "pool_timeout": self._pool.timeout,
                 "pool_use_lifo": True,
                 "hide_parameters": True,  # rows of users stay out of logs and errors
-                "connect_args": self._connect_args(purpose),
+                "connect_args": self._connect_args(endpoint, purpose),
             }
             if purpose is not Purpose.WRITE:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-            engine = self._create_engine(endpoint, options)
+            is_reader = purpose is Purpose.READ
+            url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
+            engine = self._create_engine(url, options)
+            engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
             replicas = self.replica_sets[endpoint.physical]
-            check = checks_server(self.topology, endpoint, self.fingerprints, replicas.meets)
+            check = checks_server(
+                self.topology, endpoint, self.fingerprints, replicas.meets, is_reader=is_reader
+            )
             event.listen(engine, "connect", check)
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
@@ -199,7 +207,7 @@ class _Core:
 
     # -- to be provided
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         raise NotImplementedError
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
@@ -244,15 +252,24 @@ class _Core:
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
-    def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
+    def _connect_args(self, endpoint: Endpoint, purpose: Purpose) -> dict[str, Any]:
+        pooler = self.topology.physical[endpoint.physical].pooler
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
         }
-        if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
+        if purpose is Purpose.WRITE:
+            arguments |= self._writing
+        # The primary, too, refuses what slips past the session. PgBouncer refuses the option
+        # instead; its connections for readers are read-only by its own configuration.
+        if purpose is Purpose.READ and pooler is None:
             arguments["options"] = "-c default_transaction_read_only=on"
+        if purpose is Purpose.READ:
             arguments["cursor_factory"] = self._cursor_class
-        if not self._pool.prepare_statements:
+        prepares = self._pool.prepare_statements
+        if prepares is None:
+            prepares = pooler is None or pooler.carries_prepared_statements
+        if not prepares:
             arguments["prepare_threshold"] = None
         return arguments
 
@@ -262,6 +279,7 @@ class Connections(_Core):
 
     _probes_class = Probes
     _cursor_class = gates.Cursor
+    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": gates.WriteCursor}
     probes: Probes
 
     def close(self) -> None:
@@ -270,8 +288,8 @@ class Connections(_Core):
         for engine in self._engines.values():
             engine.dispose()
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        engine = create_engine(endpoint.url, **options)
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        engine = create_engine(url, **options)
         event.listen(engine, "do_connect", _connects)
         return engine
 
@@ -285,6 +303,10 @@ class AsyncConnections(_Core):
 
     _probes_class = AsyncProbes
     _cursor_class = gates.AsyncCursor
+    _writing: ClassVar[Mapping[str, Any]] = {
+        "async_creator_fn": gates.AsyncWriter.connect,
+        "cursor_factory": gates.AsyncWriteCursor,
+    }
     probes: AsyncProbes
 
     async def close(self) -> None:
@@ -293,9 +315,9 @@ class AsyncConnections(_Core):
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        options["connect_args"]["async_creator_fn"] = gates.AsyncConnection.connect
-        return create_async_engine(endpoint.url, **options).sync_engine
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.connect)
+        return create_async_engine(url, **options).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
@@ -326,8 +348,10 @@ class AsyncConnections(_Core):
         return await_only(run())
 
 
-def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> gates.Connection:
-    return gates.Connection.connect(*arguments, **options)
+def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
+    writes = options.get("cursor_factory") is gates.WriteCursor
+    made = gates.Writer if writes else gates.Connection
+    return made.connect(*arguments, **options)
 
 
 def _meters(member: Member) -> Callable[[Any, Any], None]:

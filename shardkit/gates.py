@@ -28,12 +28,14 @@ from psycopg.abc import PQGen
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from shardkit import parallel
+from shardkit import drivers, parallel
 
 __all__ = [
     "CANNOT_ANSWER",
     "AsyncConnection",
     "AsyncCursor",
+    "AsyncWriteCursor",
+    "AsyncWriter",
     "Connection",
     "Cursor",
     "Gate",
@@ -42,6 +44,8 @@ __all__ = [
     "NotReplayedError",
     "Position",
     "SilentError",
+    "WriteCursor",
+    "Writer",
     "lsn_of",
     "lsn_text",
     "position_of",
@@ -164,6 +168,12 @@ class Gate:
         self.has_lost_track = False
 
 
+_COMMITTING: Final = Gate(
+    lambda: None, is_replica=False, is_silent=lambda: False, patience=0, keeps_track=True
+)
+"""Stands for a statement that commits itself: its position is asked for after the commit."""
+
+
 class Gated:
     """What both kinds of connection have; mixed into psycopg's classes.
 
@@ -191,9 +201,10 @@ class Gated:
         if not self.mints or this._tpc or this._pipeline or this._num_transactions:
             yield from cast("Any", super())._commit_gen()
             return
-        self.mints, self.committed = False, None
+        self.mints = False
         if this.pgconn.transaction_status == TransactionStatus.IDLE:
             return
+        self.committed = None
         this.pgconn.send_query(_COMMIT)
         results = yield from generators.execute(this.pgconn)
         for result in results[:2]:
@@ -203,6 +214,64 @@ class Gated:
             flushed, inserted, file = (results[2].get_value(0, i) or b"" for i in range(3))
             waited = results[0].get_value(0, 0) != b"off"
             self.committed = Position(int(file[:8], 16), lsn_of(flushed if waited else inserted))
+
+
+def _sending(cursor: Any, pgq: Any, *, prepare: bool | None, binary: bool | None) -> Any:
+    """Return what psycopg decided on preparing, and what sends a statement as it would go.
+
+    That returns how many answers the statement has.
+    """
+    prep, name = cursor._get_prepared(pgq, prepare)
+
+    def send() -> int:
+        if prep is Prepare.NO:
+            cursor._execute_send(pgq, force_extended=True, binary=binary)
+            return 1
+        if prep is Prepare.SHOULD:
+            cursor._send_prepare(name, pgq)
+        cursor._send_query_prepared(name, pgq, binary=binary)
+        return 2 if prep is Prepare.SHOULD else 1
+
+    return prep, name, send
+
+
+def _accept(cursor: Any, pgq: Any, prep: Any, name: bytes, answers: list[list[PGresult]]) -> None:
+    """Give a cursor the answers to its statement, as psycopg does."""
+    failed = [found for found in answers if found[0].status not in _SUCCESS]
+    if failed:
+        cursor._raise_for_result(failed[0][0])
+    key = cursor._conn._prepared.maybe_add_to_cache(pgq, prep, name)
+    if key is not None:
+        cursor._conn._prepared.validate(key, prep, name, answers[-1])
+    cursor._check_results(answers[-1])
+    cursor._set_results(answers[-1])
+
+
+class _Minting:
+    """What cursors of writers do: a statement that commits itself tells its position.
+
+    It is one that psycopg would have put BEGIN before; see `shardkit.drivers`.
+    """
+
+    def _maybe_prepare_gen(
+        self, pgq: Any, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        this = cast("Any", self)
+        connection = this._conn
+        if (
+            connection.pgconn.transaction_status != TransactionStatus.IDLE
+            or connection.autocommit
+            or connection._pipeline
+        ):
+            yield from cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        connection.committed = None
+        prep, name, send = _sending(this, pgq, prepare=prepare, binary=binary)
+        _, answers, after = yield from _pipelined(connection, _COMMITTING, None, send)
+        if after is not None and _is_gone(after):
+            connection._has_prepared = frozenset()
+        _accept(this, pgq, prep, name, answers)
+        connection.committed = position_of(after)
 
 
 class _Cursor:
@@ -245,32 +314,14 @@ class _Cursor:
         if needed is None and not gate.keeps_track:
             yield from cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
             return
-        prep, name = this._get_prepared(pgq, prepare)
-
-        def send() -> int:
-            """Send the statement as it would go by itself; return how many answers it has."""
-            if prep is Prepare.NO:
-                this._execute_send(pgq, force_extended=True, binary=binary)
-                return 1
-            if prep is Prepare.SHOULD:
-                this._send_prepare(name, pgq)
-            this._send_query_prepared(name, pgq, binary=binary)
-            return 2 if prep is Prepare.SHOULD else 1
-
+        prep, name, send = _sending(this, pgq, prepare=prepare, binary=binary)
         before, answers, after = yield from _pipelined(this._conn, gate, needed, send)
         if before is not None and _is_gone(before):  # nothing ran after it
             connection._has_prepared = frozenset()
             before, answers, after = yield from _pipelined(this._conn, gate, needed, send)
         if needed is not None:
             self._let_through(gate, before, needed)
-        failed = [found for found in answers if found[0].status not in _SUCCESS]
-        if failed:
-            this._raise_for_result(failed[0][0])
-        key = this._conn._prepared.maybe_add_to_cache(pgq, prep, name)
-        if key is not None:
-            this._conn._prepared.validate(key, prep, name, answers[-1])
-        this._check_results(answers[-1])
-        this._set_results(answers[-1])
+        _accept(this, pgq, prep, name, answers)
         if gate.keeps_track:
             if after is None or _is_gone(after):
                 connection._has_prepared = frozenset()
@@ -304,12 +355,28 @@ class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
 
 
+class WriteCursor(drivers._Joining, _Minting, psycopg.Cursor[Any]):
+    """A writer's cursor of a thread."""
+
+
+class AsyncWriteCursor(drivers._Joining, _Minting, psycopg.AsyncCursor[Any]):
+    """A writer's cursor of an event loop."""
+
+
 class Connection(Gated, parallel.Connection):
-    """A connection of a thread."""
+    """A reader's connection of a thread."""
 
 
 class AsyncConnection(Gated, psycopg.AsyncConnection[Any]):
-    """A connection of an event loop."""
+    """A reader's connection of an event loop."""
+
+
+class Writer(Gated, drivers.Connection):
+    """A writer's connection of a thread."""
+
+
+class AsyncWriter(Gated, drivers.AsyncConnection):
+    """A writer's connection of an event loop."""
 
 
 def lsn_of(text: bytes | str) -> int:
@@ -357,6 +424,8 @@ def _pipelined(
                 n_before += 1
             n_before += _ask(connection, _REPLAYED, [text, b"%d" % patience])
         n_after = n_before + send()
+        if gate is _COMMITTING:  # the position is to be that after the commit
+            server.pipeline_sync()
         if gate.keeps_track and gate.is_replica:
             _ask(connection, _REPLAYED, [b"0/0", b"0"])
         elif gate.keeps_track:
@@ -364,11 +433,13 @@ def _pipelined(
         server.pipeline_sync()
         yield from generators.send(server)
         found: list[list[PGresult]] = []
-        while True:
+        n_syncs = 2 if gate is _COMMITTING else 1
+        while n_syncs:
             results = yield from generators.fetch_many(server)
             if results and results[-1].status == ExecStatus.PIPELINE_SYNC:
-                break
-            found.append(results)
+                n_syncs -= 1
+            else:
+                found.append(results)
         server.exit_pipeline_mode()
     except BaseException:
         if server.status == ConnStatus.OK:

@@ -7,7 +7,7 @@ would write to two is refused before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
@@ -22,7 +22,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import parts, writes
+from shardkit import gates, parts, writes
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
@@ -35,6 +35,7 @@ from shardkit.errors import (
 )
 from shardkit.events import Committed, caller
 from shardkit.freshness import driver_of
+from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
 from shardkit.session import ReadSession
@@ -45,6 +46,8 @@ from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
+
+_Driver = gates.Writer | gates.AsyncWriter
 
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
@@ -69,6 +72,9 @@ class WriteSession(ReadSession):
         self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self._token = Token()
+        self._drivers: list[_Driver] = []
+        self._is_lone = False  # while committing what is one INSERT and nothing else
+        self._lone_driver: _Driver | None = None  # what that is sent over
 
     @property
     def token(self) -> str:
@@ -95,24 +101,42 @@ class WriteSession(ReadSession):
     def commit(self) -> None:
         """Flush and commit.
 
+        What is one INSERT and nothing else is sent without BEGIN and COMMIT.
+
         Raises:
             OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
-        self.flush()
-        for _, root in self._roots.values():
-            driver: Any = None if root.closed else root.connection.driver_connection
-            if driver is not None and driver.pgconn.transaction_status == _FAILED:
-                raise PendingRollbackError(
-                    "a statement of this transaction failed; call rollback() and begin again"
-                )
+        if not self._roots and is_lone_insert(self):
+            self._flush_lone()
+        else:
+            self.flush()
+        if any(root.invalidated for _, root in self._roots.values()) or any(
+            driver.pgconn.transaction_status == _FAILED for driver in self._drivers
+        ):
+            raise PendingRollbackError(
+                "a statement of this transaction failed; call rollback() and begin again"
+            )
         try:
             super().commit()
         except DBAPIError as error:
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
             raise
+
+    def _flush_lone(self) -> None:
+        """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
+        self._is_lone = True
+        try:
+            self.flush()
+        except EndpointUnavailableError as error:
+            if self._lone_driver is not None and not self._lone_driver.is_alone:
+                raise OutcomeUnknownError from error
+            raise
+        finally:
+            self._is_lone = False
+            self._lone_driver = None
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -148,6 +172,9 @@ class WriteSession(ReadSession):
         noted = set(shards)
         self._written = self._refuse_several(noted)
         self._written_shards |= noted
+        for physical in self._written:
+            if physical in self._roots:  # COMMIT asks for its position
+                driver_of(self._roots[physical][1]).mints = True
 
     def _refuse_several(self, shards: Iterable[int]) -> set[str]:
         """Return the physical shards written to, with those of `shards`: one at most."""
@@ -320,7 +347,12 @@ class WriteSession(ReadSession):
             if isinstance(found, EndpointUnavailableError):
                 self._cluster.failed(endpoint, found)
             raise found from error
-        driver_of(connection).mints = False
+        driver = cast("_Driver", connection.connection.driver_connection)
+        driver.mints, driver.committed = physical in self._written, None
+        driver.is_alone = self._is_lone
+        if self._is_lone:
+            self._lone_driver = driver
+        self._drivers.append(driver)
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
@@ -334,16 +366,10 @@ class WriteSession(ReadSession):
         self._written_shards.clear()
         self._shard_views.clear()
         self._roots.clear()
+        self._drivers.clear()
 
     def _release(self) -> None:
         self._ended()
-
-    def _mint_ahead(self) -> None:
-        """Have COMMIT ask for its position, in its own round trip."""
-        for physical in self._written:
-            if physical in self._roots:
-                driver = driver_of(self._roots[physical][1])
-                driver.mints, driver.committed = True, None
 
     def _minted(self) -> Token:
         """Return the token of what was just committed."""
@@ -370,14 +396,6 @@ class WriteSession(ReadSession):
 def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None:
     assert isinstance(session, WriteSession)
     session._prepare_flush()
-
-
-@event.listens_for(WriteSession, "before_commit")
-def _before_commit(session: Session) -> None:
-    assert isinstance(session, WriteSession)
-    if not session.in_nested_transaction():
-        session.flush()  # what it writes is part of what is committed
-        session._mint_ahead()
 
 
 @event.listens_for(WriteSession, "after_commit")

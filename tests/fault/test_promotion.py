@@ -95,7 +95,9 @@ def test_a_replica_without_the_write_never_meets_its_token(new_cluster: NewClust
             assert (new_mark.timeline, mark.timeline) == (2, 1)
             assert new_mark.system == mark.system
             wait_until(
-                partial(_passes, local, "alpha_2", max(mark.lsn, new_mark.lsn)), 20.0, "alpha_2 follows"
+                partial(_passes, local, "alpha_2", max(mark.lsn, new_mark.lsn)),
+                20.0,
+                "alpha_2 follows",
             )
             with cluster.reader(after=fresh) as session:
                 assert session.get(User, ids.compose(2, 3, 49)) is not None
