@@ -421,7 +421,7 @@ def _pipelined(
             text, patience = lsn_text(needed.lsn).encode(), gate.patience
             if server.server_version >= WAITS_FOR_LSN and patience:
                 server.send_query_params(wait_for(needed.lsn, patience), None)
-                n_before += 1
+                n_before, patience = 1, 0
             n_before += _ask(connection, _REPLAYED, [text, b"%d" % patience])
         n_after = n_before + send()
         if gate is _COMMITTING:  # the position is to be that after the commit
