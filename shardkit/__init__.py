@@ -1,6 +1,6 @@
 """shardkit: many logical shards on a few PostgreSQL servers, as an extension of SQLAlchemy."""
 
-from shardkit import ids
+from shardkit import ids, tokens
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.models import Reference, Sharded
@@ -28,4 +28,5 @@ __all__ = [
     "WriteSession",
     "all_shards",
     "ids",
+    "tokens",
 ]

@@ -22,10 +22,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import drivers, parallel, scatter
+from shardkit import gates, parallel, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, PoolConfig
+from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
@@ -33,11 +33,13 @@ from shardkit.errors import (
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
+from shardkit.freshness import Knowledge
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
-from shardkit.replicas import ReplicaSet
+from shardkit.probes import AsyncProbes, Probes
+from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
 from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
@@ -64,6 +66,8 @@ class Purpose(Enum):
 class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
 
+    _probes_class: type[Probes | AsyncProbes]
+    _cursor_class: type[gates.Cursor | gates.AsyncCursor]
     _writing: ClassVar[Mapping[str, Any]]
     """How connections that write are made, for the driver."""
 
@@ -74,20 +78,31 @@ class _Core:
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        replicas: ReplicasConfig | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
+        reading = replicas or ReplicasConfig()
+        self._pool = pool or PoolConfig()
         self.topology = topology
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
-            name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
+            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            for name, shard in topology.physical.items()
         }
+        self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
+        self.probes = self._probes_class(
+            topology,
+            self.replica_sets,
+            interval=reading.probe_interval,
+            timeout=1.0,
+            clock=clock,
+        )
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self.lease_ids, clock=clock)
-        self._pool = pool or PoolConfig()
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
@@ -118,8 +133,13 @@ class _Core:
             url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
             engine = self._create_engine(url, options)
             engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
-            check = checks_server(self.topology, endpoint, self.fingerprints, is_reader=is_reader)
+            replicas = self.replica_sets[endpoint.physical]
+            check = checks_server(
+                self.topology, endpoint, self.fingerprints, replicas.meets, is_reader=is_reader
+            )
             event.listen(engine, "connect", check)
+            if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
+                event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
@@ -246,6 +266,8 @@ class _Core:
         # instead; its connections for readers are read-only by its own configuration.
         if purpose is Purpose.READ and pooler is None:
             arguments["options"] = "-c default_transaction_read_only=on"
+        if purpose is Purpose.READ:
+            arguments["cursor_factory"] = self._cursor_class
         prepares = self._pool.prepare_statements
         if prepares is None:
             prepares = pooler is None or pooler.carries_prepared_statements
@@ -257,10 +279,14 @@ class _Core:
 class Connections(_Core):
     """Connections for threads."""
 
-    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": drivers.Cursor}
+    _probes_class = Probes
+    _cursor_class = gates.Cursor
+    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": gates.WriteCursor}
+    probes: Probes
 
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
+        self.probes.close()
         for engine in self._engines.values():
             engine.dispose()
 
@@ -277,17 +303,22 @@ class Connections(_Core):
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
 
+    _probes_class = AsyncProbes
+    _cursor_class = gates.AsyncCursor
     _writing: ClassVar[Mapping[str, Any]] = {
-        "async_creator_fn": drivers.AsyncConnection.connect,
-        "cursor_factory": drivers.AsyncCursor,
+        "async_creator_fn": gates.AsyncWriter.connect,
+        "cursor_factory": gates.AsyncWriteCursor,
     }
+    probes: AsyncProbes
 
     async def close(self) -> None:
         """Close every pooled connection."""
+        await self.probes.close()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.connect)
         return create_async_engine(url, **options).sync_engine
 
     def ask(
@@ -320,9 +351,19 @@ class AsyncConnections(_Core):
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
-    writes = options.get("cursor_factory") is drivers.Cursor
-    made = drivers.Connection if writes else parallel.Connection
+    writes = options.get("cursor_factory") is gates.WriteCursor
+    made = gates.Writer if writes else gates.Connection
     return made.connect(*arguments, **options)
+
+
+def _meters(member: Member) -> Callable[[Any, Any], None]:
+    """Return what has a new connection tell a replica's member how long statements take."""
+
+    def meter(connection: Any, _record: Any) -> None:
+        driver: gates.Gated = getattr(connection, "driver_connection", connection)
+        driver.meter = member
+
+    return meter
 
 
 def _forget_connections(cluster: _Core | None) -> None:
@@ -330,3 +371,4 @@ def _forget_connections(cluster: _Core | None) -> None:
     if cluster is not None:
         for engine in cluster._engines.values():
             engine.dispose(close=False)
+        cluster.probes.forget()

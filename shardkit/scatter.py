@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
 from shardkit.errors import StatementTimeoutError, TooManyRowsError
+from shardkit.gates import CANNOT_ANSWER
 from shardkit.gather import Plan
 from shardkit.keylists import KeyLists
 from shardkit.timeouts import limited
@@ -33,6 +34,7 @@ __all__ = [
     "Scatter",
     "compose",
     "is_lost",
+    "is_refused",
     "of",
     "sql_of",
     "too_many_rows",
@@ -196,7 +198,9 @@ class Gathering:
         for name, answer in zip(servers, parallel(tasks), strict=True):
             if isinstance(answer, Exception):
                 # These are about a server; anything else is about the statement.
-                if not isinstance(answer, StatementTimeoutError) and not is_lost(answer):
+                if not isinstance(answer, StatementTimeoutError) and not (
+                    is_lost(answer) or is_refused(answer)
+                ):
                     raise answer
                 failures[name] = answer
             else:
@@ -269,6 +273,11 @@ class Gathering:
 def is_lost(error: Exception) -> bool:
     """Tell whether an error is the loss of a connection."""
     return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def is_refused(error: Exception) -> bool:
+    """Tell whether a replica could not answer, so that the primary is to be asked."""
+    return isinstance(error, DBAPIError) and isinstance(error.orig, CANNOT_ANSWER)
 
 
 def too_many_rows(max_rows: int) -> TooManyRowsError:

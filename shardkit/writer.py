@@ -22,7 +22,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import drivers, parts, writes
+from shardkit import gates, parts, writes
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
@@ -34,19 +34,20 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
+from shardkit.freshness import driver_of
 from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
-from shardkit.replicas import token_of
 from shardkit.session import ReadSession
 from shardkit.statements import Limits, limits_of
 from shardkit.strategies import Rule
 from shardkit.timeouts import limited
+from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
 
-_Driver = drivers.Connection | drivers.AsyncConnection
+_Driver = gates.Writer | gates.AsyncWriter
 
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
@@ -59,8 +60,6 @@ class WriteSession(ReadSession):
     writes. Objects stay usable after commit: nothing is expired.
 
     Attributes:
-        token: after a commit, what a later reader must have seen; an empty string before.
-
     Made by `Cluster.writer`.
     """
 
@@ -70,11 +69,17 @@ class WriteSession(ReadSession):
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
         self._written: set[str] = set()
+        self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self._token = Token()
         self._drivers: list[_Driver] = []
         self._is_lone = False  # while committing what is one INSERT and nothing else
         self._lone_driver: _Driver | None = None  # what that is sent over
-        self.token = ""
+
+    @property
+    def token(self) -> str:
+        """After a commit, what a later reader must have seen; an empty string before."""
+        return self._token.text if self._token.marks or not self._token.is_readable else ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Write what was added, changed and deleted; ids are minted here.
@@ -164,7 +169,12 @@ class WriteSession(ReadSession):
         return self._decided(lambda router: router.shard(rule, key))
 
     def _note_written(self, shards: Iterable[int]) -> None:
-        self._written = self._refuse_several(shards)
+        noted = set(shards)
+        self._written = self._refuse_several(noted)
+        self._written_shards |= noted
+        for physical in self._written:
+            if physical in self._roots:  # COMMIT asks for its position
+                driver_of(self._roots[physical][1]).mints = True
 
     def _refuse_several(self, shards: Iterable[int]) -> set[str]:
         """Return the physical shards written to, with those of `shards`: one at most."""
@@ -338,6 +348,7 @@ class WriteSession(ReadSession):
                 self._cluster.failed(endpoint, found)
             raise found from error
         driver = cast("_Driver", connection.connection.driver_connection)
+        driver.mints, driver.committed = physical in self._written, None
         driver.is_alone = self._is_lone
         if self._is_lone:
             self._lone_driver = driver
@@ -352,6 +363,7 @@ class WriteSession(ReadSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._written_shards.clear()
         self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()
@@ -359,6 +371,22 @@ class WriteSession(ReadSession):
 
     def _release(self) -> None:
         self._ended()
+
+    def _minted(self) -> Token:
+        """Return the token of what was just committed."""
+        epochs = self._cluster.topology.shard_map.epochs
+        found = Token()
+        for physical in self._written:
+            driver = driver_of(self._roots[physical][1]) if physical in self._roots else None
+            if driver is None or driver.committed is None or not driver.system:
+                return Token(is_readable=False)
+            held = [n for n in self._written_shards if self._cluster.physical_of(n) == physical]
+            position = driver.committed
+            minted = mint(
+                driver.system, position.timeline, position.lsn, {n: epochs[n] for n in held}
+            )
+            found = joined([found, minted]) if found.marks else minted
+        return found
 
     def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
@@ -376,7 +404,7 @@ def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
     if session._written and not session.in_nested_transaction():
-        session.token = token_of(session._written)
+        session._token = session._minted()
         listeners = session._cluster.listeners
         if listeners:
             written = tuple(sorted(session._written))
