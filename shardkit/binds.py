@@ -19,6 +19,7 @@ from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import EndpointUnavailableError, NoShardKeyError, UnavailableError
 from shardkit.events import ReplicaPassedOver
 from shardkit.freshness import Freshness, driver_of
+from shardkit.streams import Streams
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["BoundSession"]
@@ -51,6 +52,7 @@ class BoundSession(Session):
         self._after = after or ""
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
+        self._streams = Streams()
 
     def close(self) -> None:
         """Return the connections to their pools; the session can be used again."""
@@ -152,6 +154,7 @@ class BoundSession(Session):
         raise NoShardKeyError("not an engine of this session")
 
     def _release(self) -> None:
+        self._streams.close()
         self._shard_views.clear()
         for physical in list(self._roots):
             self._let_go(physical)

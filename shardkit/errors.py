@@ -23,6 +23,7 @@
     │   ├── PoolTimeoutError              retryable
     │   └── StatementTimeoutError         retryable
     ├── OutcomeUnknownError
+    ├── StreamEndedError
     ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
@@ -177,6 +178,10 @@ class StatementTimeoutError(UnavailableError):
 
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
+
+
+class StreamEndedError(ShardkitError):
+    """The stream ended before its last row; read it before its session or transaction ends."""
 
 
 class GatherError(ShardkitError):

@@ -364,6 +364,7 @@ class WriteSession(ReadSession):
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
         self._written_shards.clear()
+        self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()
         self._drivers.clear()
@@ -415,3 +416,5 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+    else:
+        session._streams.abandon(transaction)
