@@ -143,6 +143,7 @@ READS: dict[str, Read] = {
     "scatter with timeout": lambda session: session.scalars(
         select(User.name).order_by(User.id).options(all_shards(timeout=10))
     ).all()[0],
+    "stream": lambda session: session.scalars(WIDE.execution_options(yield_per=10)).all()[0],
     "lazy load": lambda session: session.get_one(Photo, ids_of_photo(session)).owner.name,
     "eager load": lambda session: session.scalars(
         select(User).where(User.id == KEY).options(selectinload(User.photos))

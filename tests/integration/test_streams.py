@@ -24,6 +24,7 @@ from shardkit.events import Gathered
 from shardkit.session import ReadSession
 from shardkit.streams import Stream
 from shardkit.testing import watch
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Topology
 from tests.fixtures.sharded import Settled, admin
 from tests.models import Photo, Reading, User
@@ -159,7 +160,7 @@ def test_a_stream_leaves_nothing_open(cluster: Cluster, topology: Topology) -> N
             next(stream)
         yield None
 
-    with cluster.reader(max_lag=1.0) as session:
+    with cluster.reader(after=ASK_PRIMARIES) as session:
         for close in ways(session):
             if callable(close):
                 close()
@@ -171,7 +172,7 @@ def test_a_stream_leaves_nothing_open(cluster: Cluster, topology: Topology) -> N
         assert n_open() == 0
         with pytest.raises(StreamEndedError, match="closed"):
             list(abandoned)
-    forgotten = cluster.reader(max_lag=1.0)
+    forgotten = cluster.reader(after=ASK_PRIMARIES)
     rest = forgotten.scalars(IN_ORDER, execution_options=A_FEW)
     next(rest)
     forgotten._roots["alpha"][1].close()  # as garbage collection does
@@ -283,7 +284,7 @@ def test_many_rows_take_little_memory(
 
     monkeypatch.setattr(Stream, "_received", received)
     for order in (Reading.value % 1000, None):
-        with cluster.reader(max_lag=1.0) as session:
+        with cluster.reader(after=ASK_PRIMARIES) as session:
             statement = select(Reading.meter, Reading.value).options(all_shards(max_rows=100))
             if order is not None:
                 statement = statement.order_by(order)
