@@ -9,6 +9,7 @@ from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import all_shards
 from shardkit.strategies import Directory, Range
+from shardkit.uniques import unique_lookup
 from shardkit.writer import WriteSession
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "WriteSession",
     "all_shards",
     "ids",
+    "unique_lookup",
 ]

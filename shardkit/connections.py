@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -35,6 +36,7 @@ from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
+from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
@@ -52,12 +54,16 @@ class Purpose(Enum):
     `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
     what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
     one connection for what shardkit needs to know while a session holds its own: blocks of ids,
-    entries of directories, loads.
+    entries of directories, loads. `LOOKUP`: rows of unique values, one statement at a time, so
+    that nobody who holds one waits for anybody. `WAIT`: waits for transactions of others to end;
+    apart from `LOOKUP`, which those need to end.
     """
 
     WRITE = "write"
     READ = "read"
     LEASE = "lease"
+    LOOKUP = "lookup"
+    WAIT = "wait"
 
 
 class _Core:
@@ -82,6 +88,7 @@ class _Core:
         }
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
+        self.lookups = Lookups(self, topology.n_logical_shards)
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self._pool = pool or PoolConfig()
         self.fingerprints = Fingerprints()
@@ -222,6 +229,34 @@ class _Core:
                 raise connection_error(error, endpoint) from error
             raise
 
+    @contextmanager
+    def borrow(self, physical: str, *, waits: bool) -> Iterator[Connection]:
+        """Lend a connection to a primary, apart from any session; nothing is open on it.
+
+        Args:
+            physical: name of the physical shard.
+            waits: whether it will wait for transactions of others.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        self.awaited("a unique value has to be looked up")
+        endpoint = self.primary_of(physical)
+        purpose = Purpose.WAIT if waits else Purpose.LOOKUP
+        try:
+            with self.connect(self.engine(endpoint, purpose), endpoint) as connection:
+                yield connection
+        except EndpointUnavailableError as error:
+            self.failed(endpoint, error)
+            raise
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise connection_error(error, endpoint) from error
+            raise
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on where a server cannot be asked; under asyncio, in `route`."""
+
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
@@ -270,12 +305,15 @@ class AsyncConnections(_Core):
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
     ) -> Sequence[Sequence[Any]]:
         """Run one statement by itself; see `Connections.ask`."""
-        if not in_greenlet():  # `route` is not awaited
-            raise UnsupportedStatementError(
-                "the key of a directory is not known yet",
-                hint="await session.run_sync(lambda sync: sync.route(statement))",
-            )
+        self.awaited("the key of a directory is not known yet")
         return super().ask(physical, query, parameters, primary=primary)
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on outside SQLAlchemy's greenlet: `route` is not awaited."""
+        if not in_greenlet():
+            raise UnsupportedStatementError(
+                what, hint="await session.run_sync(lambda sync: sync.route(statement))"
+            )
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""

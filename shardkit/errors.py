@@ -6,6 +6,7 @@
     │   ├── NoShardKeyError
     │   │   └── ScatterNotAllowedError
     │   ├── InvalidShardKeyError
+    │   ├── InvalidUniqueValueError
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError
@@ -19,7 +20,9 @@
     ├── UnavailableError                  retryable
     │   ├── EndpointUnavailableError      retryable
     │   ├── PoolTimeoutError              retryable
-    │   └── StatementTimeoutError         retryable
+    │   ├── StatementTimeoutError         retryable
+    │   └── ValueBusyError                retryable
+    ├── UniqueViolationError
     ├── OutcomeUnknownError
     ├── GatherError                       retryable
     └── OperationError
@@ -93,6 +96,10 @@ class InvalidShardKeyError(RoutingError):
     """The shard key has a value that cannot place a row; give a real value of its type."""
 
 
+class InvalidUniqueValueError(RoutingError, ValueError):
+    """A value cannot be kept unique; give a real value of its column's type, not too long."""
+
+
 class ScatterNotAllowedError(NoShardKeyError):
     """The statement touches every logical shard; say so with .options(all_shards())."""
 
@@ -155,6 +162,24 @@ class PoolTimeoutError(UnavailableError):
 
 class StatementTimeoutError(UnavailableError):
     """A server did not finish a statement in the time it was given; try again or allow more."""
+
+
+class ValueBusyError(UnavailableError):
+    """Another transaction is about to take or give up a unique value; try again."""
+
+
+class UniqueViolationError(ShardkitError):
+    """Another row has the value of a unique column; give another value.
+
+    Attributes:
+        column: the column, as `table.column`.
+    """
+
+    def __init__(
+        self, message: str | None = None, *, column: str = "", hint: str | None = None
+    ) -> None:
+        self.column = column
+        super().__init__(message, hint=hint)
 
 
 class OutcomeUnknownError(ShardkitError):

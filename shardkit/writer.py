@@ -24,6 +24,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import parts, writes
 from shardkit.checks import connection_error
+from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
@@ -42,6 +43,7 @@ from shardkit.statements import Limits, limits_of
 from shardkit.strategies import Rule
 from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
+from shardkit.uniques import Value
 
 __all__ = ["WriteSession"]
 
@@ -69,6 +71,7 @@ class WriteSession(ReadSession):
         self._written: set[str] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self.token = ""
+        self._claims = Claims(connections.lookups, connections.physical_of, self._connection_to)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Write what was added, changed and deleted; ids are minted here.
@@ -78,6 +81,9 @@ class WriteSession(ReadSession):
             ShardKeyChangeError: the shard key of a stored object was changed.
             InvalidShardKeyError: the key of an object cannot place it.
             NoShardKeyError: an object has no shard key.
+            UniqueViolationError: another row has the value of a unique column.
+            InvalidUniqueValueError: a value cannot be kept unique.
+            ValueBusyError: another transaction is about to take or give one up (retryable).
             EndpointUnavailableError: the primary does not answer (retryable).
         """
         try:
@@ -132,6 +138,7 @@ class WriteSession(ReadSession):
                     placed[id(obj)] = shard
         if placed:
             self._note_written(placed.values())
+            self._claims.flush(self)
 
     def _stored_shard(self, obj: Any) -> int | None:
         return self._decided(lambda router: stored_shard(obj, router))
@@ -196,6 +203,8 @@ class WriteSession(ReadSession):
         if result is not None or state.is_select:
             return result
         shard = state.bind_arguments["logical_shard"]
+        if is_write:
+            self._claims.refuse(state.statement, state.parameters, numbered=True)
         self._note_written((shard,))
         if (state.is_update or state.is_delete) and self._is_about_objects(state):
             # Its condition need not name the shard: objects of other shards may meet it.
@@ -213,6 +222,7 @@ class WriteSession(ReadSession):
         self._note_written(part.shard for part in found)
         if self._cluster.listeners:
             self._tell_routed(state, tuple(sorted(part.shard for part in found)))
+        self._claims.statement(self, state.statement, found)
         limits = limits_of(state.statement) or Limits()
         if limits.partial or limits.max_rows is not None:
             raise UnsupportedStatementError(
@@ -240,6 +250,7 @@ class WriteSession(ReadSession):
         statement: Any = state.statement
         params: Any = state.parameters
         parts.refuse_unwritable(statement, params)
+        self._claims.refuse(statement, params)
         cluster = self._cluster
         if isinstance(statement, Insert):
             shards = self._decided(
@@ -298,6 +309,14 @@ class WriteSession(ReadSession):
             options = {"render_nulls": render_nulls, "autoflush": False}
             self.execute(insert(mapper), rows, execution_options=options)
 
+    def _looked_up(self, values: Iterable[Value]) -> dict[Value, frozenset[int]]:
+        self._autoflush()  # what it writes may have the values
+        return self._cluster.lookups.shards(values)
+
+    def _looked_up_ids(self, value: Value) -> list[int]:
+        self._autoflush()
+        return [pair.id for pair in self._cluster.lookups.read([value])[value]]
+
     def _writable(self) -> None:
         return
 
@@ -344,11 +363,15 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
-    if session._written and not session.in_nested_transaction():
-        session.token = token_of(session._written)
+    if session.in_nested_transaction():
+        return
+    session._claims.committed()
+    if session._written:
+        all_written = session._written | session._claims.physical
+        session.token = token_of(all_written)
         listeners = session._cluster.listeners
         if listeners:
-            written = tuple(sorted(session._written))
+            written = tuple(sorted(all_written))
             listeners.emit(Committed(session._number, written, session.token, caller()))
 
 
@@ -357,3 +380,17 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+        session._claims.settle()
+
+
+@event.listens_for(WriteSession, "after_flush")
+def _on_flushed(session: Session, _context: UOWTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    session._claims.flushed(session)
+
+
+@event.listens_for(WriteSession, "after_rollback")
+def _on_rollback(session: Session) -> None:
+    """Note it also where only a savepoint is returned to."""
+    assert isinstance(session, WriteSession)
+    session._claims.undone()
