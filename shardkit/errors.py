@@ -29,6 +29,7 @@
         ├── RefusedError
         ├── TryAgainError                 retryable
         ├── MigrationError
+        ├── InconsistentLookupError
         └── LocalServerError
 
 `retryable` means: the same call may succeed with no change by the caller, and nothing was
@@ -222,6 +223,10 @@ class TryAgainError(OperationError):
 
 class MigrationError(OperationError):
     """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class InconsistentLookupError(OperationError):
+    """Rows and the lookup rows of their values disagree; the report lists what to see to."""
 
 
 class LocalServerError(OperationError):
