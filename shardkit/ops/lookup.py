@@ -40,6 +40,7 @@ Kind = Literal["backfill", "check", "repair"]
 _ROWS: Final = (
     "SELECT {1} FROM {0} WHERE {2} > %(after)s AND {3} IS NOT NULL ORDER BY {2} LIMIT %(n)s"
 )
+_VALUES: Final = "SELECT {1}, {2} FROM {0} WHERE {1} = ANY(%(ids)s::bigint[])"
 _LOOKUP_ROWS: Final = (
     "SELECT lookup, value, ids, tickets FROM {0}.shardkit_lookup "
     "WHERE lookup = %(lookup)s AND value > %(after)s ORDER BY value LIMIT %(n)s"
@@ -316,8 +317,7 @@ class _Scan:
         for shard, mine in by_shard.items():
             if shard >= self._lookups.total:
                 continue
-            # AccessShareLock.
-            query = "SELECT {1}, {2} FROM {0} WHERE {1} = ANY(%(ids)s::bigint[])".format(
+            query = _VALUES.format(
                 f"{schema_name(shard)}.{quoted(lookup.table)}",
                 quoted(lookup.id_column),
                 quoted(lookup.column),

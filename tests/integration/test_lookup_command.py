@@ -143,7 +143,7 @@ def test_a_scan_beside_writers_finds_nothing_wrong(cluster: Cluster, topology: T
     try:
         assert run(cluster, NAME, "backfill", limits=Limits(batch=3)).error is None
         for kind in ("check", "repair", "check"):
-            found = run(cluster, NAME, kind, limits=Limits(batch=3))  # type: ignore[arg-type]
+            found = run(cluster, NAME, kind, limits=Limits(batch=3))
             assert found.error is None
             assert found.n_missing == 0
     finally:
