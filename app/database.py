@@ -2,7 +2,7 @@
 
 Services take a `Database` and open sessions on it; the endpoint layer makes one per request
 from the client's token and hands the newest token back. Services commit themselves, because a
-sign-up and a follow are two transactions in a fixed order on two shards.
+follow is two transactions in a fixed order on two shards.
 """
 
 from __future__ import annotations
