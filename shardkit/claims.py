@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 from sqlalchemy import Connection, Delete, Insert, Update, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -36,6 +36,16 @@ __all__ = ["Claims"]
 
 Connect = Callable[[int], Connection]
 """Returns the session's connection to a logical shard."""
+
+
+class Servers(Protocol):
+    """What claims need of the cluster."""
+
+    lookups: Lookups
+
+    def physical_of(self, logical_shard: int, /) -> str:
+        """Return the name of the physical shard that holds a logical shard."""
+
 
 _LOG: Final = logging.getLogger("shardkit.lookup")
 
@@ -70,16 +80,12 @@ class Claims:
     """The unique values of one session's transaction.
 
     Args:
-        lookups: of the cluster.
-        physical_of: names the physical shard of a logical shard.
+        servers: the cluster.
         connect: returns the session's connection to a logical shard.
     """
 
-    def __init__(
-        self, lookups: Lookups, physical_of: Callable[[int], str], connect: Connect
-    ) -> None:
-        self._lookups = lookups
-        self._physical_of = physical_of
+    def __init__(self, servers: Servers, connect: Connect) -> None:
+        self._servers = servers
         self._connect = connect
         self._flushing: dict[int, Mapping[Lookup, Value | None]] = {}
         self.ended()
@@ -97,8 +103,8 @@ class Claims:
     @property
     def physical(self) -> set[str]:
         """Names of the physical shards whose lookup rows a later reader must have seen."""
-        total = self._lookups.total
-        return {self._physical_of(value.home(total)) for value in self._taken}
+        total = self._servers.lookups.total
+        return {self._servers.physical_of(value.home(total)) for value in self._taken}
 
     # -- objects
 
@@ -255,7 +261,7 @@ class Claims:
         self._tickets.add(self._ticket)
         for row_id in wanted.values():
             shard = ids.shard_of(row_id)
-            physical = self._physical_of(shard)
+            physical = self._servers.physical_of(shard)
             if physical not in self._held_on:
                 self._connect(shard).exec_driver_sql(_HOLD, {"ticket": self._ticket})
                 self._held_on.add(physical)
@@ -263,7 +269,7 @@ class Claims:
         for value, row_id in wanted.items():
             self._taken.setdefault(value, set()).add(row_id)
         tickets = frozenset(self._tickets)
-        self._lookups.run(
+        self._servers.lookups.run(
             [
                 Task(
                     value,
@@ -277,7 +283,7 @@ class Claims:
     def _has(self, value: Value, row_id: int) -> bool:
         """Tell whether a row has a value as this transaction sees it."""
         shard = ids.shard_of(row_id)
-        if self._physical_of(shard) not in self._held_on:
+        if self._servers.physical_of(shard) not in self._held_on:
             return True  # committed, and not of this transaction
         return stored_value(self._connect(shard), value.lookup, row_id) == value
 
@@ -350,7 +356,7 @@ class Claims:
             for value, row_ids in concerned.items()
         ]
         try:
-            self._lookups.run(tasks)
+            self._servers.lookups.run(tasks)
         except (ShardkitError, SQLAlchemyError) as error:
             _LOG.warning("%d lookup rows are left to whoever comes next: %s", len(tasks), error)
 

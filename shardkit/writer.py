@@ -7,7 +7,7 @@ would write to two is refused before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
@@ -22,7 +22,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import parts, writes
+from shardkit import drivers, parts, writes
 from shardkit.checks import connection_error
 from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
@@ -35,6 +35,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
+from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
@@ -46,6 +47,8 @@ from shardkit.topology import Endpoint, Role
 from shardkit.uniques import Value
 
 __all__ = ["WriteSession"]
+
+_Driver = drivers.Connection | drivers.AsyncConnection
 
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
@@ -70,8 +73,11 @@ class WriteSession(ReadSession):
         super().__init__(connections, **options)
         self._written: set[str] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self._drivers: list[_Driver] = []
+        self._is_lone = False  # while committing what is one INSERT and nothing else
+        self._lone_driver: _Driver | None = None  # what that is sent over
         self.token = ""
-        self._claims = Claims(connections.lookups, connections.physical_of, self._connection_to)
+        self._claims = Claims(connections, self._connection_to)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Write what was added, changed and deleted; ids are minted here.
@@ -96,24 +102,42 @@ class WriteSession(ReadSession):
     def commit(self) -> None:
         """Flush and commit.
 
+        What is one INSERT and nothing else is sent without BEGIN and COMMIT.
+
         Raises:
             OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
-        self.flush()
-        for _, root in self._roots.values():
-            driver: Any = None if root.closed else root.connection.driver_connection
-            if driver is not None and driver.pgconn.transaction_status == _FAILED:
-                raise PendingRollbackError(
-                    "a statement of this transaction failed; call rollback() and begin again"
-                )
+        if not self._roots and is_lone_insert(self):
+            self._flush_lone()
+        else:
+            self.flush()
+        if any(root.invalidated for _, root in self._roots.values()) or any(
+            driver.pgconn.transaction_status == _FAILED for driver in self._drivers
+        ):
+            raise PendingRollbackError(
+                "a statement of this transaction failed; call rollback() and begin again"
+            )
         try:
             super().commit()
         except DBAPIError as error:
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
             raise
+
+    def _flush_lone(self) -> None:
+        """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
+        self._is_lone = True
+        try:
+            self.flush()
+        except EndpointUnavailableError as error:
+            if self._lone_driver is not None and not self._lone_driver.is_alone:
+                raise OutcomeUnknownError from error
+            raise
+        finally:
+            self._is_lone = False
+            self._lone_driver = None
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -332,6 +356,11 @@ class WriteSession(ReadSession):
             if isinstance(found, EndpointUnavailableError):
                 self._cluster.failed(endpoint, found)
             raise found from error
+        driver = cast("_Driver", connection.connection.driver_connection)
+        driver.is_alone = self._is_lone
+        if self._is_lone:
+            self._lone_driver = driver
+        self._drivers.append(driver)
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
@@ -344,6 +373,7 @@ class WriteSession(ReadSession):
         self._written.clear()
         self._shard_views.clear()
         self._roots.clear()
+        self._drivers.clear()
 
     def _release(self) -> None:
         self._ended()
