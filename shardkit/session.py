@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Insert, event, inspect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
 from shardkit import gather, scatter
@@ -218,9 +219,20 @@ class ReadSession(BoundSession):
     def _ask(
         self, logical_shard: int, query: str, parameters: Mapping[str, Any]
     ) -> Sequence[Sequence[Any]]:
-        """Run a statement of shardkit's own where this session reads a logical shard."""
-        connection = self._connection_to(logical_shard)
-        return connection.exec_driver_sql(query, dict(parameters)).all()
+        """Run a statement of shardkit's own where this session reads a logical shard.
+
+        Raises:
+            EndpointUnavailableError: the server does not answer (retryable).
+        """
+        for is_last in (False, True):
+            try:
+                connection = self._connection_to(logical_shard)
+                return connection.exec_driver_sql(query, dict(parameters)).all()
+            except DBAPIError as error:
+                if is_last or not error.connection_invalidated or not self._can_retry():
+                    self._raise(error)
+                self._abandon_broken()
+        raise AssertionError("the second attempt returns or raises")
 
     def _writable(self) -> None:
         raise ReadOnlySessionError

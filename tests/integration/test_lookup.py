@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
+import psycopg
 import pytest
 from sqlalchemy import delete, func, insert, select, update
 
@@ -18,6 +19,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
     ValueBusyError,
 )
+from shardkit.local import LocalCluster
 from shardkit.lookup import Lookups
 from shardkit.testing import watch
 from shardkit.topology import Topology, schema_name
@@ -508,6 +510,45 @@ def test_a_transaction_that_does_not_end_makes_others_try_again(cluster: Cluster
         session.commit()
     with pytest.raises(UniqueViolationError):
         add(cluster, "ana")
+
+
+def test_a_lookup_row_that_stays_locked_makes_others_try_again(cluster: Cluster) -> None:
+    """Nobody of shardkit holds one; somebody at a console may."""
+    value = NAME.value("ana")
+    home = value.home(cluster.connections.router.total)
+    physical = cluster.topology.physical[cluster.connections.physical_of(home)]
+    with admin(physical) as connection, connection.transaction():
+        connection.execute(
+            f"INSERT INTO {schema_name(home)}.shardkit_lookup VALUES (%s, %s, '{{1}}', '{{1}}')".encode(),
+            [value.lookup.name, value.key],
+        )
+        with pytest.raises(ValueBusyError):
+            add(cluster, "ana")
+    add(cluster, "bo")
+
+
+def test_a_reader_whose_connection_broke_asks_again(
+    cluster: Cluster, local_cluster: LocalCluster
+) -> None:
+    ana = add(cluster, "ana")
+
+    def cut() -> None:
+        for name in cluster.topology.physical:
+            dsn = local_cluster.superuser_dsn(local_cluster.primary(name).name)
+            with psycopg.connect(dsn, autocommit=True) as superuser:
+                superuser.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                    "WHERE application_name = 'shardkit read'"
+                )
+
+    with cluster.reader(max_lag=1.0) as session:
+        for _ in range(2):
+            assert session.get_by(Account, name="ana").id == ana.id
+            cut()
+            found = session.scalars(select(Account.id).where(Account.name == "ana"))
+            assert found.one() == ana.id
+            cut()
+            session.expunge_all()
 
 
 def test_two_that_swap_crosswise_end(cluster: Cluster) -> None:
