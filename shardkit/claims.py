@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 from sqlalchemy import Connection, Delete, Insert, Update, select
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import InstanceState, PassiveFlag, Session
+from sqlalchemy.orm import InstanceState, Session
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import ids
+from shardkit.changes import Change, added, changed, inserted, label_of, rows_of
 from shardkit.errors import (
-    NoShardKeyError,
     ShardkitError,
     UniqueViolationError,
     UnsupportedStatementError,
@@ -55,25 +54,6 @@ _LOCK: Final = "SELECT {1} FROM {0} WHERE {2} = ANY(%(ids)s::bigint[]) ORDER BY 
 
 # An advisory lock that nobody else asks for before it is written down, so it is had at once.
 _HOLD: Final = "SELECT pg_catalog.pg_advisory_xact_lock(%(ticket)s)"
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What happens to the unique values of one row.
-
-    Attributes:
-        id: of the row.
-        lookups: of its table.
-        values: the new value by column; None for none. Columns that stay are missing.
-        label: names the object in messages.
-        is_stored: whether the row may be stored already.
-    """
-
-    id: int
-    lookups: tuple[Lookup, ...]
-    values: Mapping[Lookup, Value | None]
-    label: str
-    is_stored: bool = False
 
 
 class Claims:
@@ -114,7 +94,7 @@ class Claims:
         changes = []
         for obj in session.new:
             if lookups := lookups_of(instance_state(obj).mapper.local_table):
-                changes.append(_added(obj, lookups))
+                changes.append(added(obj, lookups))
                 self._flushing[id(obj)] = changes[-1].values
         if session.deleted or session.identity_map.check_modified():
             deleted = {id(obj) for obj in session.deleted}
@@ -124,12 +104,12 @@ class Claims:
                 if not lookups or (id(obj) in deleted and id(obj) in self._flushing):
                     continue
                 gone = id(obj) in deleted
-                values = dict.fromkeys(lookups) if gone else _changed(state, lookups)
+                values = dict.fromkeys(lookups) if gone else changed(state, lookups)
                 self._flushing[id(obj)] = values
                 if values:
                     identity = cast("Any", state.identity)[0]
                     changes.append(
-                        _Change(identity, lookups, values, label=_label(state), is_stored=True)
+                        Change(identity, lookups, values, label=label_of(state), is_stored=True)
                     )
         if changes:
             self._reserve(changes)
@@ -147,11 +127,11 @@ class Claims:
                 continue
             known = self._flushing.get(id(obj), {})
             is_new = state.key is None
-            wanted = _added(obj, lookups).values if is_new else _changed(state, lookups)
+            wanted = added(obj, lookups).values if is_new else changed(state, lookups)
             for lookup, value in wanted.items():
                 if known.get(lookup) != value:
                     raise UnsupportedStatementError(
-                        f"{_label(state)}.{lookup.attribute} was set while it was flushed",
+                        f"{label_of(state)}.{lookup.attribute} was set while it was flushed",
                         hint="set it before: what relationships and events set comes too late",
                     )
         self._flushing.clear()
@@ -174,9 +154,7 @@ class Claims:
         if not lookups:
             return
         if isinstance(statement, Insert):
-            changes = [
-                _inserted(row, lookups, statement) for part in found for row in _rows_of(part)
-            ]
+            changes = [inserted(row, lookups, statement) for part in found for row in rows_of(part)]
             self._reserve([change for change in changes if change.values])
         elif isinstance(statement, Delete):
             cast("Any", session)._autoflush()
@@ -234,7 +212,7 @@ class Claims:
 
     # -- what is taken and given up
 
-    def _reserve(self, changes: Sequence[_Change]) -> None:
+    def _reserve(self, changes: Sequence[Change]) -> None:
         """Reserve new values of rows, and note which they leave.
 
         Raises:
@@ -288,10 +266,10 @@ class Claims:
         return stored_value(self._connect(shard), value.lookup, row_id) == value
 
     def _locked(
-        self, changes: Iterable[_Change]
+        self, changes: Iterable[Change]
     ) -> tuple[dict[Value, set[int]], dict[tuple[int, Lookup], Value | None]]:
         """Lock stored rows; return which ids leave each value, and the values that are stored."""
-        by_table: dict[tuple[int, tuple[Lookup, ...]], list[_Change]] = {}
+        by_table: dict[tuple[int, tuple[Lookup, ...]], list[Change]] = {}
         for change in changes:
             by_table.setdefault((ids.shard_of(change.id), change.lookups), []).append(change)
         leaving: dict[Value, set[int]] = {}
@@ -359,63 +337,3 @@ class Claims:
             self._servers.lookups.run(tasks)
         except (ShardkitError, SQLAlchemyError) as error:
             _LOG.warning("%d lookup rows are left to whoever comes next: %s", len(tasks), error)
-
-
-def _added(obj: Any, lookups: tuple[Lookup, ...]) -> _Change:
-    state: InstanceState[Any] = instance_state(obj)
-    values = {}
-    for lookup in lookups:
-        given = state.dict.get(lookup.attribute)
-        if given is not None:
-            values[lookup] = lookup.value(given)
-    identity = state.mapper.primary_key_from_instance(obj)[0]
-    return _Change(identity, lookups, values, label=_label(state))
-
-
-def _changed(state: InstanceState[Any], lookups: tuple[Lookup, ...]) -> dict[Lookup, Value | None]:
-    """Return the unique values that were set on a stored object."""
-    values: dict[Lookup, Value | None] = {}
-    for lookup in lookups:
-        history = state.get_history(lookup.attribute, PassiveFlag.PASSIVE_NO_INITIALIZE)
-        if history.added:
-            given = history.added[0]
-            values[lookup] = None if given is None else lookup.value(given)
-        elif history.deleted:
-            values[lookup] = None
-    return values
-
-
-def _label(state: InstanceState[Any]) -> str:
-    return str(state.mapper.class_.__name__)
-
-
-def _rows_of(part: Part) -> list[dict[str, Any]]:
-    """Return the rows that a part of an INSERT adds, by name."""
-    statement, params = part.statement, part.params
-    base = _by_name(statement._values or {})
-    if isinstance(params, list | tuple):
-        return [{**base, **_by_name(row)} for row in params]
-    given = _by_name(cast("Any", params) or {})
-    multi = [row for rows in statement._multi_values for row in rows]
-    return [{**base, **_by_name(row), **given} for row in multi or [{}]]
-
-
-def _by_name(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {
-        getattr(key, "key", key): getattr(value, "effective_value", value)
-        for key, value in row.items()
-    }
-
-
-def _inserted(row: Mapping[str, Any], lookups: tuple[Lookup, ...], statement: Any) -> _Change:
-    values = {}
-    for lookup in lookups:
-        given = row.get(lookup.attribute, row.get(lookup.column))
-        if given is not None:
-            values[lookup] = lookup.value(given)
-    name = lookups[0].id_column
-    column = statement.table.c[name]
-    row_id = row.get(name, row.get(column.key))
-    if values and row_id is None:
-        raise NoShardKeyError(f"INSERT without {name}, the primary key")
-    return _Change(row_id or 0, lookups, values, label=statement.table.name)

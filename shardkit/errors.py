@@ -26,6 +26,7 @@
     │   └── ValueBusyError                retryable
     ├── UniqueViolationError
     ├── OutcomeUnknownError
+    ├── StreamEndedError
     ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
@@ -203,6 +204,10 @@ class UniqueViolationError(ShardkitError):
 
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
+
+
+class StreamEndedError(ShardkitError):
+    """The stream ended before its last row; read it before its session or transaction ends."""
 
 
 class GatherError(ShardkitError):

@@ -371,6 +371,7 @@ class WriteSession(ReadSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()
         self._drivers.clear()
@@ -411,6 +412,8 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session._ended()
         session._claims.settle()
+    else:
+        session._streams.abandon(transaction)
 
 
 @event.listens_for(WriteSession, "after_flush")
