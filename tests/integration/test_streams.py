@@ -152,10 +152,14 @@ def test_a_stream_leaves_nothing_open(cluster: Cluster, topology: Topology) -> N
     def ways(session: ReadSession) -> Iterator[Any]:
         yield session.scalars(IN_ORDER, execution_options=A_FEW).all()
         stream = session.scalars(IN_ORDER, execution_options=A_FEW)
-        yield next(stream), stream.close()
+        next(stream)
+        stream.close()
+        yield stream
         yield session.scalars(IN_ORDER, execution_options=A_FEW).first()
         with session.scalars(IN_ORDER, execution_options=A_FEW) as stream:
-            yield next(stream), stream.close()
+            next(stream)
+            stream.close()
+            yield stream
 
     with cluster.reader(max_lag=1.0) as session:
         for _ in ways(session):
