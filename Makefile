@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lock clean
+.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lookup-race lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -59,6 +59,9 @@ uniqueness: setup ## 20 million ids under forks, kills and clock steps, and no i
 
 stale: setup ## a million writes, each read at once from replicas, and no read is stale
 	@$(BIN)/python -m benchmarks stale $(ARGS)
+
+lookup-race: setup ## 64 clients race for 1,000 names while they are killed, and each is had once
+	@$(BIN)/python -m benchmarks lookup $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

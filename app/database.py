@@ -2,7 +2,7 @@
 
 Services take a `Database` and open sessions on it; the endpoint layer makes one per request
 with what the client must see, which its writes add to. Services commit themselves, because a
-sign-up and a follow are two transactions in a fixed order on two shards.
+follow is two transactions in a fixed order on two shards.
 """
 
 from __future__ import annotations

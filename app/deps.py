@@ -53,7 +53,6 @@ async def get_accounts(resources: ResourcesDep, database: DatabaseDep) -> Accoun
         resources.passwords,
         resources.clock,
         session_limits(resources.settings),
-        resources.sign_ups,
     )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -36,6 +37,7 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
+from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.probes import AsyncProbes, Probes
@@ -49,18 +51,30 @@ __all__ = ["AsyncConnections", "Connections", "Purpose"]
 T = TypeVar("T")
 
 
+# What was committed on another connection, durably, lies before the end of what is flushed.
+_WRITTEN = """
+SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+    pg_catalog.pg_current_wal_flush_lsn()::text,
+    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn())
+"""
+
+
 class Purpose(Enum):
     """What a connection is for.
 
     `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
     what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
     one connection for what shardkit needs to know while a session holds its own: blocks of ids,
-    entries of directories, loads.
+    entries of directories, loads. `LOOKUP`: rows of unique values, one statement at a time, so
+    that nobody who holds one waits for anybody. `WAIT`: waits for transactions of others to end;
+    apart from `LOOKUP`, which those need to end.
     """
 
     WRITE = "write"
     READ = "read"
     LEASE = "lease"
+    LOOKUP = "lookup"
+    WAIT = "wait"
 
 
 class _Core:
@@ -102,6 +116,7 @@ class _Core:
         )
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
+        self.lookups = Lookups(self, topology.n_logical_shards)
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
@@ -251,6 +266,43 @@ class _Core:
                 raise connection_error(error, endpoint) from error
             raise
 
+    def written(self, physical: str) -> tuple[int, gates.Position]:
+        """Return which server a primary is, and a log position beyond all that it has committed.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        [(system, lsn, file)] = self.ask(physical, _WRITTEN, {}, primary=True)
+        return int(system), gates.Position(int(file[:8], 16), gates.lsn_of(lsn.encode()))
+
+    @contextmanager
+    def borrow(self, physical: str, *, waits: bool) -> Iterator[Connection]:
+        """Lend a connection to a primary, apart from any session; nothing is open on it.
+
+        Args:
+            physical: name of the physical shard.
+            waits: whether it will wait for transactions of others.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        self.awaited("a unique value has to be looked up")
+        endpoint = self.primary_of(physical)
+        purpose = Purpose.WAIT if waits else Purpose.LOOKUP
+        try:
+            with self.connect(self.engine(endpoint, purpose), endpoint) as connection:
+                yield connection
+        except EndpointUnavailableError as error:
+            self.failed(endpoint, error)
+            raise
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise connection_error(error, endpoint) from error
+            raise
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on where a server cannot be asked; under asyncio, in `route`."""
+
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
@@ -325,12 +377,15 @@ class AsyncConnections(_Core):
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
     ) -> Sequence[Sequence[Any]]:
         """Run one statement by itself; see `Connections.ask`."""
-        if not in_greenlet():  # `route` is not awaited
-            raise UnsupportedStatementError(
-                "the key of a directory is not known yet",
-                hint="await session.run_sync(lambda sync: sync.route(statement))",
-            )
+        self.awaited("the key of a directory is not known yet")
         return super().ask(physical, query, parameters, primary=primary)
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on outside SQLAlchemy's greenlet: `route` is not awaited."""
+        if not in_greenlet():
+            raise UnsupportedStatementError(
+                what, hint="await session.run_sync(lambda sync: sync.route(statement))"
+            )
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""

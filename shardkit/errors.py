@@ -6,6 +6,7 @@
     │   ├── NoShardKeyError
     │   │   └── ScatterNotAllowedError
     │   ├── InvalidShardKeyError
+    │   ├── InvalidUniqueValueError
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError
@@ -21,7 +22,9 @@
     │   │   └── BreakerOpenError          retryable
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
-    │   └── StatementTimeoutError         retryable
+    │   ├── StatementTimeoutError         retryable
+    │   └── ValueBusyError                retryable
+    ├── UniqueViolationError
     ├── OutcomeUnknownError
     ├── StreamEndedError
     ├── GatherError                       retryable
@@ -29,6 +32,7 @@
         ├── RefusedError
         ├── TryAgainError                 retryable
         ├── MigrationError
+        ├── InconsistentLookupError
         └── LocalServerError
 
 `retryable` means: the same call may succeed with no change by the caller, and nothing was
@@ -99,6 +103,10 @@ class NoShardKeyError(RoutingError):
 
 class InvalidShardKeyError(RoutingError):
     """The shard key has a value that cannot place a row; give a real value of its type."""
+
+
+class InvalidUniqueValueError(RoutingError, ValueError):
+    """A value cannot be kept unique; give a real value of its column's type, not too long."""
 
 
 class ScatterNotAllowedError(NoShardKeyError):
@@ -176,6 +184,24 @@ class StatementTimeoutError(UnavailableError):
     """A server did not finish a statement in the time it was given; try again or allow more."""
 
 
+class ValueBusyError(UnavailableError):
+    """Another transaction is about to take or give up a unique value; try again."""
+
+
+class UniqueViolationError(ShardkitError):
+    """Another row has the value of a unique column; give another value.
+
+    Attributes:
+        column: the column, as `table.column`.
+    """
+
+    def __init__(
+        self, message: str | None = None, *, column: str = "", hint: str | None = None
+    ) -> None:
+        self.column = column
+        super().__init__(message, hint=hint)
+
+
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
 
@@ -220,6 +246,10 @@ class TryAgainError(OperationError):
 
 class MigrationError(OperationError):
     """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class InconsistentLookupError(OperationError):
+    """Rows and the lookup rows of their values disagree; the report lists what to see to."""
 
 
 class LocalServerError(OperationError):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Insert, event, inspect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
 from shardkit import gather, scatter, streams
@@ -31,11 +32,12 @@ from shardkit.events import Gathered, StatementRouted, caller
 from shardkit.identities import identities, select_identities
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
-from shardkit.router import Route, Router
+from shardkit.router import Route, Router, UnknownValuesError
 from shardkit.shapes import expressions_of
 from shardkit.statements import Limits, Params, limits_of, shards_of
 from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
+from shardkit.uniques import Value, lookups_of
 
 __all__ = ["ReadSession"]
 
@@ -132,15 +134,48 @@ class ReadSession(BoundSession):
                 found[inspect(row).key] = row
         return [found.get(key) for key in keys]
 
+    def get_by(self, entity: Any, **unique: Any) -> Any:
+        """Return the row that has a unique value, however it is written, or None.
+
+        `select(User).where(User.username == "Ana")` finds the row that holds this very text; this
+        finds the one whose value counts as the same.
+
+        Args:
+            entity: a class with `__unique__`.
+            **unique: one attribute of it, with the value.
+
+        Raises:
+            InvalidUniqueValueError: no row can have the value.
+            UnsupportedStatementError: not the name of one unique attribute that may be read.
+
+        Example:
+            >>> session.get_by(User, username="ANA")  # doctest: +SKIP
+        """
+        known = {k.attribute: k for k in lookups_of(inspect(entity).local_table) if k.complete}
+        if len(unique) != 1 or not unique.keys() <= known.keys():
+            raise UnsupportedStatementError(
+                f"get_by() of {', '.join(unique) or 'nothing'}",
+                hint=f"name one of {', '.join(known) or 'its unique attributes, which are none'}",
+            )
+        ((name, given),) = unique.items()
+        value = known[name].value(given)
+        ids = self._looked_up_ids(value)
+        for row in self.get_many(entity, ids):
+            stored = None if row is None else getattr(row, name)
+            if stored is not None and known[name].value(stored) == value:
+                return row
+        return None
+
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run and the SQL of each server; runs nothing.
 
-        Keys of directories are looked up.
+        Keys of directories and unique values are looked up.
 
         Raises:
             RoutingError: it would be refused.
         """
-        shards = self._route(statement, params)
+        with self.no_autoflush:
+            shards = self._route(statement, params)
         cluster = self._cluster
         max_rows = (limits_of(statement) or _NO_LIMITS).max_rows or cluster.max_rows
         branch, plan = statement, None
@@ -169,9 +204,42 @@ class ReadSession(BoundSession):
     # -- routing
 
     def _decided(self, decide: Callable[[Router], T], *, assign: bool = False) -> T:
-        """Return a decision of the router, with the directory keys it needs."""
+        """Return a decision of the router, with the directory keys and unique values it needs."""
         cluster = self._cluster
-        return cluster.directories.decided(cluster.router, decide, assign=assign)
+        router, known = cluster.router, dict[Value, frozenset[int]]()
+        while True:
+            try:
+                return cluster.directories.decided(router, decide, assign=assign)
+            except UnknownValuesError as unknown:
+                known |= self._looked_up(unknown.values)
+                router = Router(router.total, values=known)
+
+    def _looked_up(self, values: Iterable[Value]) -> dict[Value, frozenset[int]]:
+        """Return the logical shards of the rows that may have unique values."""
+        self._cluster.awaited("a unique value has to be looked up")
+        return self._cluster.lookups.shards(values, self._ask)
+
+    def _looked_up_ids(self, value: Value) -> list[int]:
+        """Return the ids of the rows that may have a unique value."""
+        return [pair.id for pair in self._cluster.lookups.read([value], self._ask)[value]]
+
+    def _ask(
+        self, logical_shard: int, query: str, parameters: Mapping[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        """Run a statement of shardkit's own where this session reads a logical shard.
+
+        Raises:
+            EndpointUnavailableError: the server does not answer (retryable).
+        """
+        for is_last in (False, True):
+            try:
+                connection = self._connection_to(logical_shard)
+                return connection.exec_driver_sql(query, dict(parameters)).all()
+            except DBAPIError as error:
+                if is_last or not error.connection_invalidated or not self._can_retry():
+                    self._raise(error)
+                self._abandon_broken()
+        raise AssertionError("the second attempt returns or raises")
 
     def _writable(self) -> None:
         raise ReadOnlySessionError

@@ -24,6 +24,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import gates, parts, writes
 from shardkit.checks import connection_error
+from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
@@ -31,10 +32,12 @@ from shardkit.errors import (
     OutcomeUnknownError,
     ShardKeyChangeError,
     StatementTimeoutError,
+    UnavailableError,
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
 from shardkit.freshness import driver_of
+from shardkit.gates import Position
 from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
@@ -44,6 +47,7 @@ from shardkit.strategies import Rule
 from shardkit.timeouts import limited
 from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
+from shardkit.uniques import Value
 
 __all__ = ["WriteSession"]
 
@@ -75,6 +79,7 @@ class WriteSession(ReadSession):
         self._drivers: list[_Driver] = []
         self._is_lone = False  # while committing what is one INSERT and nothing else
         self._lone_driver: _Driver | None = None  # what that is sent over
+        self._claims = Claims(connections, self._connection_to)
 
     @property
     def token(self) -> str:
@@ -89,6 +94,9 @@ class WriteSession(ReadSession):
             ShardKeyChangeError: the shard key of a stored object was changed.
             InvalidShardKeyError: the key of an object cannot place it.
             NoShardKeyError: an object has no shard key.
+            UniqueViolationError: another row has the value of a unique column.
+            InvalidUniqueValueError: a value cannot be kept unique.
+            ValueBusyError: another transaction is about to take or give one up (retryable).
             EndpointUnavailableError: the primary does not answer (retryable).
         """
         try:
@@ -161,6 +169,7 @@ class WriteSession(ReadSession):
                     placed[id(obj)] = shard
         if placed:
             self._note_written(placed.values())
+            self._claims.flush(self)
 
     def _stored_shard(self, obj: Any) -> int | None:
         return self._decided(lambda router: stored_shard(obj, router))
@@ -230,6 +239,8 @@ class WriteSession(ReadSession):
         if result is not None or state.is_select:
             return result
         shard = state.bind_arguments["logical_shard"]
+        if is_write:
+            self._claims.refuse(state.statement, state.parameters, numbered=True)
         self._note_written((shard,))
         if (state.is_update or state.is_delete) and self._is_about_objects(state):
             # Its condition need not name the shard: objects of other shards may meet it.
@@ -247,6 +258,7 @@ class WriteSession(ReadSession):
         self._note_written(part.shard for part in found)
         if self._cluster.listeners:
             self._tell_routed(state, tuple(sorted(part.shard for part in found)))
+        self._claims.statement(self, state.statement, found)
         limits = limits_of(state.statement) or Limits()
         if limits.partial or limits.max_rows is not None:
             raise UnsupportedStatementError(
@@ -274,6 +286,7 @@ class WriteSession(ReadSession):
         statement: Any = state.statement
         params: Any = state.parameters
         parts.refuse_unwritable(statement, params)
+        self._claims.refuse(statement, params)
         cluster = self._cluster
         if isinstance(statement, Insert):
             shards = self._decided(
@@ -332,6 +345,14 @@ class WriteSession(ReadSession):
             options = {"render_nulls": render_nulls, "autoflush": False}
             self.execute(insert(mapper), rows, execution_options=options)
 
+    def _looked_up(self, values: Iterable[Value]) -> dict[Value, frozenset[int]]:
+        self._autoflush()  # what it writes may have the values
+        return self._cluster.lookups.shards(values)
+
+    def _looked_up_ids(self, value: Value) -> list[int]:
+        self._autoflush()
+        return [pair.id for pair in self._cluster.lookups.read([value])[value]]
+
     def _writable(self) -> None:
         return
 
@@ -374,19 +395,32 @@ class WriteSession(ReadSession):
 
     def _minted(self) -> Token:
         """Return the token of what was just committed."""
-        epochs = self._cluster.topology.shard_map.epochs
-        found = Token()
-        for physical in self._written:
-            driver = driver_of(self._roots[physical][1]) if physical in self._roots else None
-            if driver is None or driver.committed is None or not driver.system:
+        cluster = self._cluster
+        epochs = cluster.topology.shard_map.epochs
+        tokens: list[Token] = []
+        for physical, shards in cluster.group(
+            sorted(self._written_shards | self._claims.shards)
+        ).items():
+            found = self._position(physical)
+            if found is None:
                 return Token(is_readable=False)
-            held = [n for n in self._written_shards if self._cluster.physical_of(n) == physical]
-            position = driver.committed
-            minted = mint(
-                driver.system, position.timeline, position.lsn, {n: epochs[n] for n in held}
-            )
-            found = joined([found, minted]) if found.marks else minted
-        return found
+            system, position = found
+            marks = {n: epochs[n] for n in shards}
+            tokens.append(mint(system, position.timeline, position.lsn, marks))
+        return tokens[0] if len(tokens) == 1 else joined(tokens)
+
+    def _position(self, physical: str) -> tuple[int, Position] | None:
+        """Return the server and the end of its log, which what was committed lies before."""
+        if physical in self._written:
+            root = self._roots.get(physical)
+            driver = None if root is None else driver_of(root[1])
+            if driver is None or driver.committed is None or not driver.system:
+                return None
+            return driver.system, driver.committed
+        try:
+            return self._cluster.written(physical)
+        except (UnavailableError, DBAPIError):
+            return None
 
     def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
@@ -403,11 +437,14 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
-    if session._written and not session.in_nested_transaction():
+    if session.in_nested_transaction():
+        return
+    session._claims.committed()
+    if session._written:
         session._token = session._minted()
         listeners = session._cluster.listeners
         if listeners:
-            written = tuple(sorted(session._written))
+            written = tuple(sorted(session._written | session._claims.physical))
             listeners.emit(Committed(session._number, written, session.token, caller()))
 
 
@@ -416,5 +453,19 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+        session._claims.settle()
     else:
         session._streams.abandon(transaction)
+
+
+@event.listens_for(WriteSession, "after_flush")
+def _on_flushed(session: Session, _context: UOWTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    session._claims.flushed(session)
+
+
+@event.listens_for(WriteSession, "after_rollback")
+def _on_rollback(session: Session) -> None:
+    """Note it also where only a savepoint is returned to."""
+    assert isinstance(session, WriteSession)
+    session._claims.undone()
