@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from shardkit.connections import AsyncConnections
+from shardkit.emitting import HasId
 from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import Params
@@ -59,3 +60,11 @@ class AsyncWriteSession(AsyncReadSession):
     def token(self) -> str:
         """After a commit, what a later reader must have seen; an empty string before."""
         return self.sync_session.token
+
+    def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
+        """Write an event to the outbox, in this transaction. See `WriteSession.emit`."""
+        self.sync_session.emit(topic, payload, key=key, near=near)
+
+    async def once(self, event: HasId, *, near: Any, consumer: str = "") -> bool:
+        """Note an event's effect; see `WriteSession.once`."""
+        return await greenlet_spawn(self.sync_session.once, event, near=near, consumer=consumer)

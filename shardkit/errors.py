@@ -20,6 +20,11 @@
     │   ├── EndpointUnavailableError      retryable
     │   ├── PoolTimeoutError              retryable
     │   └── StatementTimeoutError         retryable
+    ├── OutboxError
+    │   ├── InvalidEventError
+    │   │   └── EventTooLargeError
+    │   ├── HandlerTimeoutError
+    │   └── HandlerStuckError
     ├── OutcomeUnknownError
     ├── GatherError                       retryable
     └── OperationError
@@ -155,6 +160,26 @@ class PoolTimeoutError(UnavailableError):
 
 class StatementTimeoutError(UnavailableError):
     """A server did not finish a statement in the time it was given; try again or allow more."""
+
+
+class OutboxError(ShardkitError):
+    """An event could not be emitted or handled."""
+
+
+class InvalidEventError(OutboxError, ValueError):
+    """The event cannot be stored; give a topic, a key and a payload that JSON can hold."""
+
+
+class EventTooLargeError(InvalidEventError):
+    """The payload is larger than an event may be; store it as a row and emit its id."""
+
+
+class HandlerTimeoutError(OutboxError):
+    """A handler did not end before its deadline; its event is tried again later."""
+
+
+class HandlerStuckError(OutboxError):
+    """Too many handlers never ended; start the relay's process anew."""
 
 
 class OutcomeUnknownError(ShardkitError):

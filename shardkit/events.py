@@ -25,6 +25,7 @@ __all__ = [
     "Gathered",
     "Listener",
     "Listeners",
+    "Relayed",
     "StatementRouted",
     "caller",
 ]
@@ -140,7 +141,24 @@ class Committed:
     caller: Caller | None
 
 
-Event = StatementRouted | Gathered | EndpointFailed | Committed
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """A relay has delivered what it had claimed on one physical shard.
+
+    Attributes:
+        physical: name of the physical shard.
+        delivered: events whose handler succeeded.
+        failed: events whose handler failed; some may be dead letters now.
+        seconds: from the first handler to the last acknowledgement.
+    """
+
+    physical: str
+    delivered: int
+    failed: int
+    seconds: float
+
+
+Event = StatementRouted | Gathered | EndpointFailed | Committed | Relayed
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

@@ -22,12 +22,14 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import parts, writes
+from shardkit import emitting, parts, writes
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
     EndpointUnavailableError,
+    InvalidEventError,
+    NoShardKeyError,
     OutcomeUnknownError,
     ShardKeyChangeError,
     StatementTimeoutError,
@@ -39,7 +41,7 @@ from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
 from shardkit.session import ReadSession
 from shardkit.statements import Limits, limits_of
-from shardkit.strategies import Rule
+from shardkit.strategies import EMBEDDED, Rule
 from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
 
@@ -67,7 +69,9 @@ class WriteSession(ReadSession):
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
         self._written: set[str] = set()
+        self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self._emissions = emitting.Emissions()
         self.token = ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -114,6 +118,113 @@ class WriteSession(ReadSession):
         super().rollback()
         self._ended()
 
+    # -- events
+
+    def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
+        """Write an event to the outbox, in this transaction.
+
+        It is stored with COMMIT, in one logical shard, and a relay delivers it to the handler of
+        its topic: at least once, and events of one key of that logical shard one after the other
+        in the order in which their transactions committed.
+
+        Args:
+            topic: names the handler, up to `emitting.MAX_TOPIC` characters.
+            payload: what JSON can hold, up to `emitting.MAX_PAYLOAD` bytes of it.
+            key: number, text or UUID whose events keep their order, such as the id of the object
+                they are about; transactions with events of one key commit one after the other.
+                None asks for no order.
+            near: an object of a sharded class, or an id, beside which the event is stored. None
+                for the place of the key, when that is an id; else for the only logical shard that
+                the transaction writes to.
+
+        Raises:
+            InvalidEventError: topic, key or payload cannot be stored.
+            EventTooLargeError: the payload is too large.
+            CrossShardWriteError: its place is on another physical shard than what was written.
+            InvalidShardKeyError: an id names no logical shard of this cluster.
+        """
+        event_ = emitting.pending(topic, payload, key=key, near=near)
+        if near is None and type(key) is int:
+            near = event_.near = key
+        if near is not None:
+            event_.shard = self._shard_near(near)
+            if event_.shard is not None:
+                self._note_written((event_.shard,))
+        if not self.in_transaction():
+            self.begin()
+        self._emissions.pending.append(event_)
+
+    def once(self, event: emitting.HasId, *, near: Any, consumer: str = "") -> bool:
+        """Note that an event has its effect in this transaction; return False if it had it before.
+
+        To be called before the effect is written, in the transaction that writes it: a second
+        delivery waits for the first one's transaction and is then told that there is nothing to
+        do. Notes are kept for as long as the relay's `retention`.
+
+        Args:
+            event: what a handler was given.
+            near: an object of a sharded class, or an id, on whose logical shard the effect is.
+            consumer: tells apart several effects of one event.
+
+        Raises:
+            CrossShardWriteError: the effect is on another physical shard than what was written.
+            InvalidShardKeyError: an id names no logical shard of this cluster.
+        """
+        shard = self._shard_near(near)
+        if shard is None:  # an object that this flush places
+            self.flush()
+            shard = self._shard_near(near)
+        assert shard is not None, "a flushed object has a place"
+        self._note_written((shard,))
+        try:
+            return emitting.mark_effect(self._connection_to(shard), shard, event.id, consumer)
+        except DBAPIError as error:
+            self._raise(error)
+
+    def _shard_near(self, near: Any) -> int | None:
+        """Return the logical shard of an object or id; None for an object without an identity."""
+        if isinstance(near, int):
+            return self._named(EMBEDDED, near)
+        state: InstanceState[Any] | None = getattr(near, "_sa_instance_state", None)
+        if state is None or sharding_of_mapper(state.mapper) is None:
+            raise InvalidEventError(
+                f"{type(near).__name__} says no place", hint="give an object of a sharded class"
+            )
+        return None if state.key is None else self._shard_of_identity(near)
+
+    def _send_events(self) -> None:
+        """Store what was emitted, as the last thing before COMMIT."""
+        if not self._is_clean():
+            self.flush()
+        events = self._emissions.pending
+        if not events:
+            return
+        groups: dict[int, list[emitting.Pending]] = {}
+        for event_ in events:
+            shard = event_.shard
+            if shard is None:
+                shard = self._only_shard() if event_.near is None else self._shard_near(event_.near)
+            if shard is None:
+                raise InvalidEventError("the object that an event is about was never written")
+            groups.setdefault(shard, []).append(event_)
+        self._note_written(groups)
+        ids = self._cluster.ids.mint({shard: len(some) for shard, some in groups.items()})
+        try:
+            for shard in sorted(groups):
+                emitting.send(self._connection_to(shard), shard, groups[shard], ids[shard])
+        except DBAPIError as error:
+            self._raise(error)
+        self._emissions.clear()
+
+    def _only_shard(self) -> int:
+        if len(self._written_shards) != 1:
+            raise NoShardKeyError(
+                f"an event without a place, in a transaction that writes to "
+                f"{len(self._written_shards)} logical shards",
+                hint="say where with near=, an object or an id",
+            )
+        return next(iter(self._written_shards))
+
     # -- units of work
 
     def _prepare_flush(self) -> None:
@@ -140,7 +251,9 @@ class WriteSession(ReadSession):
         return self._decided(lambda router: router.shard(rule, key))
 
     def _note_written(self, shards: Iterable[int]) -> None:
+        shards = set(shards)
         self._written = self._refuse_several(shards)
+        self._written_shards |= shards
 
     def _refuse_several(self, shards: Iterable[int]) -> set[str]:
         """Return the physical shards written to, with those of `shards`: one at most."""
@@ -323,6 +436,8 @@ class WriteSession(ReadSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._written_shards.clear()
+        self._emissions.clear()
         self._shard_views.clear()
         self._roots.clear()
 
@@ -338,6 +453,26 @@ class WriteSession(ReadSession):
 def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None:
     assert isinstance(session, WriteSession)
     session._prepare_flush()
+
+
+@event.listens_for(WriteSession, "before_commit")
+def _on_end_of_work(session: Session) -> None:
+    assert isinstance(session, WriteSession)
+    if not session.in_nested_transaction():
+        session._send_events()
+
+
+@event.listens_for(WriteSession, "after_transaction_create")
+def _on_begin(session: Session, transaction: SessionTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    if transaction.nested:
+        session._emissions.begin(transaction)
+
+
+@event.listens_for(WriteSession, "after_soft_rollback")
+def _on_undone(session: Session, transaction: SessionTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    session._emissions.undo(transaction)
 
 
 @event.listens_for(WriteSession, "after_commit")
