@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -17,6 +17,8 @@ from shardkit.statements import Params
 from shardkit.writer import WriteSession
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession"]
+
+_E = TypeVar("_E", bound=HasId)
 
 
 class AsyncReadSession(AsyncSession):
@@ -68,3 +70,9 @@ class AsyncWriteSession(AsyncReadSession):
     async def once(self, event: HasId, *, near: Any, consumer: str = "") -> bool:
         """Note an event's effect; see `WriteSession.once`."""
         return await greenlet_spawn(self.sync_session.once, event, near=near, consumer=consumer)
+
+    async def once_many(self, events: Iterable[_E], *, near: Any, consumer: str = "") -> list[_E]:
+        """Note events' effects; see `WriteSession.once_many`."""
+        return await greenlet_spawn(
+            self.sync_session.once_many, events, near=near, consumer=consumer
+        )

@@ -36,6 +36,7 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
+from shardkit.parting import AsyncConnection
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
@@ -264,6 +265,7 @@ class AsyncConnections(_Core):
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+        options["connect_args"]["async_creator_fn"] = AsyncConnection.connect
         return create_async_engine(endpoint.url, **options).sync_engine
 
     def ask(

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import psycopg
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import instance_state
 
@@ -39,8 +41,9 @@ __all__ = [
     "after_update",
     "announces",
     "key_text",
-    "mark_effect",
+    "mark_effects",
     "pending",
+    "refusal",
     "send",
 ]
 
@@ -66,29 +69,33 @@ while it is held, since NOTIFY makes transactions commit one after the other."""
 # the note to a relay that sleeps. At any isolation level: sequences and locks know no snapshot.
 _INSERT = """
 INSERT INTO {schema}.shardkit_outbox (position, id, key, topic, payload)
-SELECT (o.epoch << 44) + nextval('shardkit.outbox_position'), e.id, e.key, e.topic, e.payload
+SELECT {place} + nextval('shardkit.outbox_position'), e.id, e.key, e.topic, e.payload
 FROM (SELECT count(pg_advisory_xact_lock(h)) FROM unnest(%s::bigint[]) AS h) AS locked (n),
-    (SELECT CASE WHEN pg_try_advisory_xact_lock_shared({sleeping}) THEN 0
-        ELSE octet_length(pg_notify('{channel}', '{shard}')::text) END OFFSET 0) AS woken (n),
-    shardkit.ownership AS o,
     unnest(%s::bigint[], %s::text[], %s::text[], %s::json[]) AS e (id, key, topic, payload)
-WHERE o.logical_shard = {shard} AND o.state = 'active' AND locked.n + woken.n >= 0
+WHERE locked.n + {woken} >= 0
 """
 
-# The same for one event, which most transactions have, in half the time.
+# The same for one event, which most transactions have.
 _INSERT_ONE = """
 INSERT INTO {schema}.shardkit_outbox (position, id, key, topic, payload)
-SELECT (o.epoch << 44) + nextval('shardkit.outbox_position'), %s, %s, %s, %s
-FROM (SELECT pg_advisory_xact_lock(%s)::text OFFSET 0) AS locked (n),
-    (SELECT CASE WHEN pg_try_advisory_xact_lock_shared({sleeping}) THEN 0
-        ELSE octet_length(pg_notify('{channel}', '{shard}')::text) END OFFSET 0) AS woken (n),
-    shardkit.ownership AS o
-WHERE o.logical_shard = {shard} AND o.state = 'active' AND locked.n IS NOT NULL AND woken.n >= 0
+SELECT {place} + nextval('shardkit.outbox_position'), %s, %s, %s, %s
+FROM (SELECT pg_advisory_xact_lock(%s) OFFSET 0) AS locked (n)
+WHERE locked.n IS NOT NULL AND {woken} >= 0
 """
 
-# A row lock on the new row; waits for a transaction that is about to insert the same.
-_EFFECT = """
-INSERT INTO {schema}.shardkit_effects (event_id, consumer) VALUES (%s, %s) ON CONFLICT DO NOTHING
+# Null, which no position may be, while the logical shard is not this server's to write.
+_PLACE = """(
+    SELECT epoch << {shift} FROM shardkit.ownership
+    WHERE logical_shard = {shard} AND state = 'active')"""
+
+_WOKEN = """(CASE WHEN pg_try_advisory_xact_lock_shared({sleeping}) THEN 0
+        ELSE octet_length(pg_notify('{channel}', '{shard}')::text) END)"""
+
+# Row locks on the new rows, in ascending order, so that two callers cannot deadlock; waits for a
+# transaction that is about to insert the same.
+_EFFECTS = """
+INSERT INTO {schema}.shardkit_effects (event_id, consumer) SELECT id, %s FROM unnest(%s::bigint[])
+AS id ON CONFLICT DO NOTHING RETURNING event_id
 """
 
 
@@ -98,6 +105,9 @@ class HasId(Protocol):
     @property
     def id(self) -> int:
         """What tells it from every other event, for ever."""
+
+
+_ENCODE: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(slots=True)
@@ -156,7 +166,7 @@ def pending(topic: str, payload: Any, *, key: Any, near: Any) -> Pending:
     if not _is_topic(topic):
         raise InvalidEventError(f"a topic is text of 1 to {MAX_TOPIC} characters, without NUL")
     try:
-        text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
+        text = _ENCODE(payload)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidEventError(f"the payload of {topic!r} is not JSON: {error}") from error
     if len(text) > MAX_PAYLOAD:
@@ -194,35 +204,67 @@ def _storable(text: str, longest: int) -> bool:
         return False
 
 
-def send(connection: Connection, shard: int, events: Sequence[Pending], ids: Sequence[int]) -> None:
+def send(
+    connection: Connection,
+    shard: int,
+    events: Sequence[Pending],
+    ids: Sequence[int],
+    *,
+    with_commit: bool,
+) -> None:
     """Store events in the outbox of a logical shard, in the transaction of a connection.
 
+    Args:
+        connection: to the logical shard.
+        shard: its number.
+        events: in the order in which they were emitted.
+        ids: one for each.
+        with_commit: whether they may be sent together with COMMIT.
+
     Raises:
-        UnavailableError: the logical shard may not be written here now (retryable).
+        sqlalchemy.exc.DBAPIError: of which some are a `refusal`.
     """
-    locks = sorted({_lock(shard, e.key) for e in events if e.key is not None})
+    locks = sorted({_lock(shard, event.key) for event in events if event.key is not None})
     if len(events) == 1 and locks:
         event = events[0]
-        statement = _statement(_INSERT_ONE, shard)
-        found = connection.exec_driver_sql(
-            statement, (ids[0], event.key, event.topic, event.payload, locks[0])
-        )
+        template = _INSERT_ONE
+        parameters: tuple[Any, ...] = (
+            ids[0], event.key, event.topic, event.payload, locks[0],
+        )  # fmt: skip
     else:
-        columns = (
+        template = _INSERT
+        parameters = (
+            locks,
             list(ids),
-            [e.key for e in events],
-            [e.topic for e in events],
-            [e.payload for e in events],
+            [event.key for event in events],
+            [event.topic for event in events],
+            [event.payload for event in events],
         )
-        found = connection.exec_driver_sql(_statement(_INSERT, shard), (locks, *columns))
-    if found.rowcount != len(events):
-        raise UnavailableError("takes no events now", hint="it is being moved", logical_shard=shard)
+    statement = _statement(template, shard)
+    driver: Any = connection.connection.driver_connection
+    if not (with_commit and driver.say_last(statement, parameters)):
+        connection.exec_driver_sql(statement, parameters)
 
 
-def mark_effect(connection: Connection, shard: int, event_id: int, consumer: str) -> bool:
-    """Note an event's effect in a logical shard; return False when it was there already."""
-    statement = _EFFECT.format(schema=schema_name(shard))
-    return connection.exec_driver_sql(statement, (event_id, consumer)).rowcount == 1
+def refusal(error: DBAPIError) -> UnavailableError | None:
+    """Return the error of an outbox that takes no events now, or None when it is another one."""
+    if not isinstance(error.orig, psycopg.errors.NotNullViolation):
+        return None
+    if error.orig.diag.table_name != "shardkit_outbox":
+        return None
+    schema = error.orig.diag.schema_name or ""
+    found = UnavailableError("its logical shard takes no events now", hint="it is being moved")
+    found.logical_shard = int(schema.removeprefix("shard_"))
+    return found
+
+
+def mark_effects(
+    connection: Connection, shard: int, event_ids: Sequence[int], consumer: str
+) -> set[int]:
+    """Note effects of events in a logical shard; return the events that had none before."""
+    statement = _EFFECTS.format(schema=schema_name(shard))
+    found = connection.exec_driver_sql(statement, (consumer, sorted(event_ids)))
+    return {row[0] for row in found}
 
 
 _TEXTS: dict[tuple[str, int], str] = {}
@@ -232,7 +274,9 @@ def _statement(template: str, shard: int) -> str:
     text = _TEXTS.get((template, shard))
     if text is None:
         text = _TEXTS[template, shard] = template.format(
-            schema=schema_name(shard), shard=shard, sleeping=SLEEPING, channel=CHANNEL
+            schema=schema_name(shard),
+            place=_PLACE.format(shift=EPOCH_SHIFT, shard=shard),
+            woken=_WOKEN.format(sleeping=SLEEPING, channel=CHANNEL, shard=shard),
         )
     return text
 

@@ -18,6 +18,8 @@ import psycopg
 from greenlet import getcurrent, greenlet
 from psycopg.abc import PQGen
 
+from shardkit.parting import Parting
+
 __all__ = ["Connection", "outcome", "run"]
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ _CHECK_EVERY = 0.1
 _READ, _WRITE = 1, 2  # psycopg.waiting.Wait and Ready, as bits
 
 
-class Connection(psycopg.Connection[Any]):
+class Connection(Parting, psycopg.Connection[Any]):
     """A psycopg connection whose waits `run` can take over."""
 
     def wait(

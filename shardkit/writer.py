@@ -7,7 +7,7 @@ would write to two is refused before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
@@ -47,6 +47,7 @@ from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
 
+_E = TypeVar("_E", bound=emitting.HasId)
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
 
@@ -111,6 +112,8 @@ class WriteSession(ReadSession):
         except DBAPIError as error:
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
+            if refusal := emitting.refusal(error):
+                raise refusal from error
             raise
 
     def rollback(self) -> None:
@@ -170,16 +173,32 @@ class WriteSession(ReadSession):
             CrossShardWriteError: the effect is on another physical shard than what was written.
             InvalidShardKeyError: an id names no logical shard of this cluster.
         """
+        return bool(self.once_many((event,), near=near, consumer=consumer))
+
+    def once_many(self, events: Iterable[_E], *, near: Any, consumer: str = "") -> list[_E]:
+        """Note that events have their effects; return those that had none before, in their order.
+
+        `once` for the lists that batch handlers are given; see there.
+
+        Args:
+            events: of which all effects are on one logical shard.
+            near: an object of a sharded class, or an id, on that logical shard.
+            consumer: tells apart several effects of one event.
+        """
         shard = self._shard_near(near)
         if shard is None:  # an object that this flush places
             self.flush()
             shard = self._shard_near(near)
         assert shard is not None, "a flushed object has a place"
+        given = list(events)
         self._note_written((shard,))
         try:
-            return emitting.mark_effect(self._connection_to(shard), shard, event.id, consumer)
+            fresh = emitting.mark_effects(
+                self._connection_to(shard), shard, [event.id for event in given], consumer
+            )
         except DBAPIError as error:
             self._raise(error)
+        return [event for event in given if event.id in fresh]
 
     def _shard_near(self, near: Any) -> int | None:
         """Return the logical shard of an object or id; None for an object without an identity."""
@@ -192,8 +211,8 @@ class WriteSession(ReadSession):
             )
         return None if state.key is None else self._shard_of_identity(near)
 
-    def _send_events(self) -> None:
-        """Store what was emitted, as the last thing before COMMIT."""
+    def _send_events(self, *, with_commit: bool) -> None:
+        """Store what was emitted, as the last thing before COMMIT or together with it."""
         if not self._is_clean():
             self.flush()
         events = self._emissions.pending
@@ -211,8 +230,16 @@ class WriteSession(ReadSession):
         ids = self._cluster.ids.mint({shard: len(some) for shard, some in groups.items()})
         try:
             for shard in sorted(groups):
-                emitting.send(self._connection_to(shard), shard, groups[shard], ids[shard])
+                emitting.send(
+                    self._connection_to(shard),
+                    shard,
+                    groups[shard],
+                    ids[shard],
+                    with_commit=with_commit,
+                )
         except DBAPIError as error:
+            if refusal := emitting.refusal(error):
+                raise refusal from error
             self._raise(error)
         self._emissions.clear()
 
@@ -459,7 +486,7 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
 def _on_end_of_work(session: Session) -> None:
     assert isinstance(session, WriteSession)
     if not session.in_nested_transaction():
-        session._send_events()
+        session._send_events(with_commit=True)
 
 
 @event.listens_for(WriteSession, "after_transaction_create")

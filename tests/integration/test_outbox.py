@@ -17,7 +17,9 @@ from shardkit.errors import (
     InvalidEventError,
     InvalidShardKeyError,
     NoShardKeyError,
+    UnavailableError,
 )
+from shardkit.minting import IdMinter
 from shardkit.outbox import Backoff, Event, once
 from shardkit.relay import Relay
 from shardkit.testing import wait_until
@@ -163,7 +165,7 @@ def test_a_transaction_waits_for_another_one_with_events_of_its_key_and_no_other
 
     with cluster.writer() as first, ThreadPoolExecutor(1) as pool:
         first.emit("t", "first", key=ANA)
-        first._send_events()
+        first._send_events(with_commit=False)
         commit(ANA + 1, "another key")
         second = pool.submit(commit, ANA, "second")
         wait_until(lambda: waits_for_lock(cluster), 10.0, "the second one waits")
@@ -219,6 +221,29 @@ def test_events_of_a_key_become_visible_in_the_order_of_delivery(
     assert all(a[:2] == b[:2] for a, b in pairs), "events of one transaction stay together"
     for number in range(writers):
         assert [p[1] for p in payloads[::2] if p[0] == number] == list(range(each))
+
+
+def test_a_logical_shard_that_is_being_moved_takes_no_events(cluster: Cluster) -> None:
+    """Also when the event travels with COMMIT; nothing of the transaction is kept."""
+    cluster.connections.ids = IdMinter(cluster.connections.lease_ids, block_ttl=600.0)
+    emit(cluster, 0)
+    emit(cluster, 0)
+    with admin(physical_of(cluster)) as connection:
+        connection.execute(STATE, ["fenced"])
+        try:
+            for writes in (True, False):
+                with cluster.writer() as session:
+                    if writes:
+                        session.add(User(id=ANA, name="ana"))
+                    session.emit("t", 1, key=ANA)
+                    with pytest.raises(UnavailableError, match="no events now") as caught:
+                        session.commit()
+                    assert caught.value.logical_shard == 5
+        finally:
+            connection.execute(STATE, ["active"])
+    assert [row[2] for row in stored(cluster)] == [0, 0]
+    with cluster.reader(after="all") as session:
+        assert session.get(User, ANA) is None
 
 
 # -- delivery

@@ -1,0 +1,87 @@
+"""psycopg connections that send the last statements of a transaction together with COMMIT.
+
+A writer says them with `say_last`; they travel in one packet with COMMIT, in libpq's pipeline
+mode, so an event costs no round trip of its own. What one of them fails with is what COMMIT
+fails with, and the transaction is then as failed as any. psycopg's own pipelines cost more than
+the round trip, so one internal generator of it is extended here.
+Made by `shardkit.connections`; used by `shardkit.writer`.
+Source: PostgreSQL's documentation, libpq, "Pipeline Mode"; `python -m benchmarks outbox`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg import adapt, errors, generators
+from psycopg._connection_base import BaseConnection
+from psycopg._preparing import Prepare
+from psycopg.abc import PQGen
+from psycopg.pq import ExecStatus, TransactionStatus
+
+__all__ = ["AsyncConnection", "Parting"]
+
+_FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.PIPELINE_ABORTED)
+
+
+class Parting(BaseConnection[Any]):
+    """What both kinds of connections share.
+
+    *Invariant:* what was said last is sent with the COMMIT of its transaction, or never.
+    """
+
+    _last: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    def say_last(self, statement: str, parameters: tuple[Any, ...]) -> bool:
+        """Have a statement sent with COMMIT; False where nothing has been begun to commit."""
+        if self.pgconn.transaction_status != TransactionStatus.INTRANS:
+            return False
+        self._last += ((statement, parameters),)
+        return True
+
+    def _commit_gen(self) -> PQGen[None]:
+        said, self._last = self._last, ()
+        if said and self.pgconn.transaction_status == TransactionStatus.INTRANS:
+            is_committed = yield from self._say(said)
+            if is_committed:
+                return
+        yield from super()._commit_gen()
+
+    def _rollback_gen(self) -> PQGen[None]:
+        self._last = ()
+        yield from super()._rollback_gen()
+
+    def _say(self, said: tuple[tuple[str, tuple[Any, ...]], ...]) -> PQGen[bool]:
+        """Send statements and COMMIT; False when only the statements were sent."""
+        cursor: Any = self.cursor()  # type: ignore[attr-defined]  # both kinds have it
+        cursor._tx = adapt.Transformer(cursor)
+        queries = [cursor._convert_query(*each) for each in said]
+        found = [self._prepared.get(query) for query in queries]
+        if self._pipeline is not None or any(prep is Prepare.SHOULD for prep, _ in found):
+            for each in said:  # to be prepared for the next time
+                yield from cursor._execute_gen(*each)
+            return False
+        server = self.pgconn
+        server.enter_pipeline_mode()
+        for query, (prep, name) in zip(queries, found, strict=True):
+            if prep is Prepare.YES:
+                cursor._send_query_prepared(name, query)
+            else:
+                cursor._execute_send(query, force_extended=True)
+            self._prepared.maybe_add_to_cache(query, prep, name)
+        server.send_query_params(b"COMMIT", None)
+        server.pipeline_sync()
+        yield from generators.send(server)
+        answers: list[Any] = []
+        for _ in range(len(queries) + 1):
+            answers += yield from generators.fetch_many(server)
+        yield from generators.fetch_many(server)  # the answer to Sync
+        server.exit_pipeline_mode()
+        for answer in answers:
+            if answer.status in _FAILED:
+                raise errors.error_from_result(answer, encoding=server._encoding)
+        return True
+
+
+class AsyncConnection(Parting, psycopg.AsyncConnection[Any]):
+    """A connection of an event loop; see `Parting`."""
