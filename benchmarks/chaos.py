@@ -1,0 +1,341 @@
+"""Does an event get lost, happen twice or come out of order when workers die? `make outbox-chaos`.
+
+Two processes emit events, 40 in each transaction, one for each key of a logical shard; every
+twentieth transaction is rolled back after it has emitted. What is emitted is the next number of
+the key, counted in a row that the transaction locks, so the numbers of a key are in the order of
+commit whatever the outbox does. Two relays deliver; every two seconds one of them is killed
+(SIGKILL) and started again. The effect, on a logical shard of the other server, is a row for each
+key that notes the last number, how many there were, and how often one did not follow the one
+before. So afterwards that row says what was lost, doubled or out of order.
+
+Beside it, Celery on Redis with the same effect and the same kills: a task for each event, sent
+after COMMIT, `acks_late`, `reject_on_worker_lost` and a visibility timeout of ten seconds, so
+that what a killed worker had is delivered again. Celery promises neither order nor once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from sqlalchemy import ARRAY, BigInteger, bindparam, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from benchmarks.measure import connect, database, report, servers
+from shardkit import Cluster, Sharded, ids
+from shardkit.config import load
+from shardkit.outbox import Event
+from shardkit.relay import Relay
+from shardkit.topology import Topology, schema_name
+
+__all__ = ["Outcome", "Trial", "run"]
+
+KEYS = 40
+_ARRAY = ARRAY(BigInteger)
+EMITTERS, RELAYS = 2, 2
+ROLLED_BACK_EVERY = 20
+TIMEOUT = 3600.0
+
+
+class Base(DeclarativeBase):
+    """Models of the run."""
+
+
+class Source(Sharded, Base):
+    """The last number of a key that was emitted."""
+
+    __tablename__ = "sources"
+    __shard_key__ = "owner_id"
+    owner_id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(default=0)
+
+
+class Effect(Sharded, Base):
+    """What the numbers of a key were when they arrived."""
+
+    __tablename__ = "arrivals"
+    __shard_key__ = "owner_id"
+    owner_id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[int] = mapped_column(primary_key=True)
+    last: Mapped[int] = mapped_column(default=0)
+    n: Mapped[int] = mapped_column(default=0)
+    doubled: Mapped[int] = mapped_column(default=0)
+    breaks: Mapped[int] = mapped_column(default=0)
+    phantoms: Mapped[int] = mapped_column(default=0)
+
+
+# Row locks, in one order.
+COUNT = (
+    "WITH locked AS (SELECT key FROM {s}.sources WHERE owner_id = :owner ORDER BY key FOR UPDATE)"
+    " UPDATE {s}.sources AS s SET number = number + 1 FROM locked"
+    " WHERE s.owner_id = :owner AND s.key = locked.key RETURNING s.key, s.number"
+)
+
+# Row locks on the keys of a batch, which are all of one logical shard and one relay's.
+ARRIVE = (
+    "UPDATE {s}.arrivals AS a SET last = greatest(a.last, e.highest), n = a.n + e.n,"
+    " doubled = a.doubled + CASE WHEN e.lowest <= a.last THEN e.n ELSE 0 END,"
+    " breaks = a.breaks + e.breaks + CASE WHEN e.first <> a.last + 1 THEN 1 ELSE 0 END,"
+    " phantoms = a.phantoms + e.phantoms"
+    " FROM unnest(:keys, :firsts, :lowests, :highests, :ns, :breaks, :phantoms)"
+    " AS e (key, first, lowest, highest, n, breaks, phantoms)"
+    " WHERE a.owner_id = :owner AND a.key = e.key"
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run, in a form that other processes can be given.
+
+    Attributes:
+        topology: of two physical shards, whose database the run has to itself.
+        n_events: how many are emitted, at least.
+        kill_every: seconds between two kills.
+        shards: logical shards that take part.
+        batch: events that a relay claims at once.
+    """
+
+    topology: Topology
+    n_events: int
+    kill_every: float = 2.0
+    shards: int = 64
+    batch: int = 500
+
+    @property
+    def n_transactions(self) -> int:
+        """Committed transactions, all together."""
+        return -(-self.n_events // KEYS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the rows say in the end.
+
+    Attributes:
+        n_events: emitted and committed.
+        lost: events without effect.
+        doubled: events with more than one.
+        breaks: how often an effect did not follow the one before of its key.
+        phantoms: effects of transactions that were rolled back.
+        kills: workers killed.
+        seconds: duration of the run.
+    """
+
+    n_events: int
+    lost: int
+    doubled: int
+    breaks: int
+    phantoms: int
+    kills: int
+    seconds: float
+
+
+def owner(shard: int) -> int:
+    return ids.compose(1, shard, 0)
+
+
+def target(shard: int, total: int) -> int:
+    """Return where the effects of a logical shard are: on the other server."""
+    return (shard + total // 2) % total
+
+
+def prepare(trial: Trial) -> None:
+    with Cluster(trial.topology) as cluster:
+        for shard in range(trial.shards):
+            for kind, where in ((Source, shard), (Effect, target(shard, trial.shards))):
+                with cluster.writer() as session:
+                    session.add_all(kind(owner_id=owner(where), key=key) for key in range(KEYS))
+                    session.commit()
+
+
+def run(trial: Trial) -> Outcome:
+    """Emit and deliver under kills, and count what went wrong."""
+    prepare(trial)
+    return _run(trial, emit_to_outbox, relay_work, lambda: remaining(trial) == 0)
+
+
+def _run(
+    trial: Trial,
+    emit: Callable[[Trial, int], None],
+    work: Callable[[Trial], None],
+    is_empty: Callable[[], bool],
+) -> Outcome:
+    context = multiprocessing.get_context("forkserver")
+    began = time.perf_counter()
+    emitters = [context.Process(target=emit, args=(trial, number)) for number in range(EMITTERS)]
+
+    def start() -> BaseProcess:
+        worker = context.Process(target=work, args=(trial,))
+        worker.start()
+        return worker
+
+    workers = [start() for _ in range(RELAYS)]
+    kills = 0
+    pause = threading.Event()
+    chance = random.Random(7)  # noqa: S311  which worker is killed
+    try:
+        for emitter in emitters:
+            emitter.start()
+        while any(emitter.is_alive() for emitter in emitters) or not is_empty():
+            pause.wait(trial.kill_every)
+            number = chance.randrange(RELAYS)
+            assert workers[number].exitcode is None, "a worker ended by itself"
+            workers[number].kill()
+            workers[number].join()
+            kills += 1
+            workers[number] = start()
+            assert time.perf_counter() - began < TIMEOUT, "it takes too long"
+        for emitter in emitters:
+            emitter.join()
+            assert emitter.exitcode == 0, f"an emitter ended with {emitter.exitcode}"
+        seconds = time.perf_counter() - began
+    finally:
+        for process in (*emitters, *workers):
+            process.kill()
+    return judge(trial, kills, seconds)
+
+
+def remaining(trial: Trial) -> int:
+    """Return how many logical shards have events that are not delivered."""
+    found = 0
+    for name, shard in trial.topology.physical.items():
+        with connect(shard) as raw:
+            tests = " + ".join(
+                f"(EXISTS (SELECT FROM {schema_name(n)}.shardkit_outbox))::int"
+                for n in trial.topology.shard_map.owned_by(name)
+            )
+            row = raw.execute(f"SELECT {tests}".encode()).fetchone()
+            assert row is not None
+            found += row[0]
+    return found
+
+
+def judge(trial: Trial, kills: int, seconds: float) -> Outcome:
+    emitted = arrived = doubled = breaks = phantoms = lost = 0
+    for name, shard in trial.topology.physical.items():
+        with connect(shard) as raw:
+            for n in trial.topology.shard_map.owned_by(name)[: trial.shards]:
+                schema = schema_name(n)
+                row = raw.execute(f"SELECT sum(number) FROM {schema}.sources".encode()).fetchone()
+                assert row is not None
+                emitted += int(row[0] or 0)
+                row = raw.execute(
+                    f"SELECT sum(n), sum(doubled), sum(breaks), sum(phantoms)"
+                    f" FROM {schema}.arrivals".encode()
+                ).fetchone()
+                assert row is not None
+                arrived += int(row[0] or 0)
+                doubled += int(row[1] or 0)
+                breaks += int(row[2] or 0)
+                phantoms += int(row[3] or 0)
+    lost = emitted + doubled - arrived
+    return Outcome(emitted, lost, doubled, breaks, phantoms, kills, seconds)
+
+
+# -- in the processes
+
+
+def transactions(trial: Trial, number: int) -> Sequence[tuple[int, bool]]:
+    """Return logical shard and whether it is to be rolled back, of an emitter's transactions."""
+    chance = random.Random(number)  # noqa: S311  an order
+    n = trial.n_transactions // EMITTERS + 1
+    committed = [(chance.randrange(trial.shards), False) for _ in range(n)]
+    rolled_back = [(chance.randrange(trial.shards), True) for _ in range(n // ROLLED_BACK_EVERY)]
+    mixed = committed + rolled_back
+    chance.shuffle(mixed)
+    return mixed
+
+
+def emit_to_outbox(trial: Trial, number: int) -> None:
+    with Cluster(trial.topology) as cluster:
+        for shard, is_rolled_back in transactions(trial, number):
+            with cluster.writer() as session:
+                rows = session.execute(
+                    text(COUNT.format(s=schema_name(shard))),
+                    {"owner": owner(shard)},
+                    bind_arguments={"logical_shard": shard},
+                ).all()
+                for key, counted in rows:
+                    payload = -counted if is_rolled_back else counted
+                    session.emit("number", [shard, key, payload], key=key, near=owner(shard))
+                if is_rolled_back:
+                    session._send_events(with_commit=False)  # noqa: SLF001  stored, then undone
+                    session.rollback()
+                else:
+                    session.commit()
+
+
+def arrive(session: Any, trial: Trial, numbers: Sequence[Sequence[int]]) -> None:
+    """Note numbers of keys of one logical shard, in the order in which they came."""
+    if not numbers:
+        return
+    found: dict[int, list[int]] = {}
+    for _, key, number in numbers:
+        found.setdefault(key, []).append(number)
+    place = target(numbers[0][0], trial.shards)
+    columns = {
+        "keys": list(found),
+        "firsts": [some[0] for some in found.values()],
+        "lowests": [min(some) for some in found.values()],
+        "highests": [max(some) for some in found.values()],
+        "ns": [len(some) for some in found.values()],
+        "breaks": [
+            sum(b != a + 1 for a, b in zip(some, some[1:], strict=False)) for some in found.values()
+        ],
+        "phantoms": [sum(number < 0 for number in some) for some in found.values()],
+    }
+    session.execute(
+        text(ARRIVE.format(s=schema_name(place))).bindparams(
+            *(bindparam(name, type_=_ARRAY) for name in columns)
+        ),
+        {"owner": owner(place), **columns},
+        bind_arguments={"logical_shard": place},
+    )
+
+
+def relay_work(trial: Trial) -> None:
+    with Cluster(trial.topology) as cluster:
+        relay = Relay(cluster, batch=trial.batch, lease=5.0)
+
+        @relay.on("number", batch=trial.batch)
+        def handle(events: list[Event]) -> None:
+            place = target(events[0].logical_shard, trial.shards)
+            with cluster.writer() as session:
+                fresh = session.once_many(events, near=owner(place))
+                arrive(session, trial, [event.payload for event in fresh])
+                session.commit()
+
+        relay.run()
+
+
+def main(*, as_json: bool, quick: bool = False) -> None:
+    n_events = 50_000 if quick else 1_000_000
+    with servers(logical_shards=64, redis=True) as local:
+        _, topology = load(local.config_path)
+        made = database(local, topology, "chaos", logical_shards=64, metadata=Base.metadata)
+        outcome = run(Trial(made, n_events))
+        figures: dict[str, float] = {
+            "events": outcome.n_events,
+            "lost": outcome.lost,
+            "doubled": outcome.doubled,
+            "order_breaks": outcome.breaks,
+            "from_rolled_back": outcome.phantoms,
+            "kills": outcome.kills,
+            "events_per_second": outcome.n_events / outcome.seconds,
+        }
+    targets = {
+        "events": f"≥ {n_events}",
+        "lost": "≤ 0",
+        "doubled": "≤ 0",
+        "order_breaks": "≤ 0",
+        "from_rolled_back": "≤ 0",
+    }
+    medians = {"the whole run": outcome.seconds}
+    report("chaos", figures, peers=(), medians=medians, targets=targets, as_json=as_json)
