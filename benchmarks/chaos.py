@@ -15,6 +15,7 @@ that what a killed worker had is delivered again. Celery promises neither order 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import threading
@@ -168,6 +169,7 @@ def _run(
     is_empty: Callable[[], bool],
 ) -> Outcome:
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.chaos"])  # a new worker is there at once
     began = time.perf_counter()
     emitters = [context.Process(target=emit, args=(trial, number)) for number in range(EMITTERS)]
 
@@ -286,15 +288,12 @@ def arrive(session: Any, trial: Trial, numbers: Sequence[Sequence[int]]) -> None
         "lowests": [min(some) for some in found.values()],
         "highests": [max(some) for some in found.values()],
         "ns": [len(some) for some in found.values()],
-        "breaks": [
-            sum(b != a + 1 for a, b in zip(some, some[1:], strict=False)) for some in found.values()
-        ],
+        "breaks": [sum(b != a + 1 for a, b in itertools.pairwise(some)) for some in found.values()],
         "phantoms": [sum(number < 0 for number in some) for some in found.values()],
     }
+    arrays = [bindparam(name, type_=_ARRAY) for name in columns]
     session.execute(
-        text(ARRIVE.format(s=schema_name(place))).bindparams(
-            *(bindparam(name, type_=_ARRAY) for name in columns)
-        ),
+        text(ARRIVE.format(s=schema_name(place))).bindparams(*arrays),
         {"owner": owner(place), **columns},
         bind_arguments={"logical_shard": place},
     )
