@@ -13,16 +13,16 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import parallel, scatter
+from shardkit import drivers, parallel, scatter
 from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, PoolConfig
@@ -36,10 +36,10 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
-from shardkit.parting import AsyncConnection
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
+from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
@@ -63,6 +63,9 @@ class Purpose(Enum):
 
 class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
+
+    _writing: ClassVar[Mapping[str, Any]]
+    """How connections that write are made, for the driver."""
 
     def __init__(
         self,
@@ -106,13 +109,16 @@ class _Core:
                 "pool_timeout": self._pool.timeout,
                 "pool_use_lifo": True,
                 "hide_parameters": True,  # rows of users stay out of logs and errors
-                "connect_args": self._connect_args(purpose),
+                "connect_args": self._connect_args(endpoint, purpose),
             }
             if purpose is not Purpose.WRITE:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-            engine = self._create_engine(endpoint, options)
-            check = checks_server(self.topology, endpoint, self.fingerprints)
+            is_reader = purpose is Purpose.READ
+            url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
+            engine = self._create_engine(url, options)
+            engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
+            check = checks_server(self.topology, endpoint, self.fingerprints, is_reader=is_reader)
             event.listen(engine, "connect", check)
             event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
@@ -181,7 +187,7 @@ class _Core:
 
     # -- to be provided
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         raise NotImplementedError
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
@@ -226,14 +232,22 @@ class _Core:
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
-    def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
+    def _connect_args(self, endpoint: Endpoint, purpose: Purpose) -> dict[str, Any]:
+        pooler = self.topology.physical[endpoint.physical].pooler
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
         }
-        if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
+        if purpose is Purpose.WRITE:
+            arguments |= self._writing
+        # The primary, too, refuses what slips past the session. PgBouncer refuses the option
+        # instead; its connections for readers are read-only by its own configuration.
+        if purpose is Purpose.READ and pooler is None:
             arguments["options"] = "-c default_transaction_read_only=on"
-        if not self._pool.prepare_statements:
+        prepares = self._pool.prepare_statements
+        if prepares is None:
+            prepares = pooler is None or pooler.carries_prepared_statements
+        if not prepares:
             arguments["prepare_threshold"] = None
         return arguments
 
@@ -241,13 +255,15 @@ class _Core:
 class Connections(_Core):
     """Connections for threads."""
 
+    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": drivers.Cursor}
+
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
         for engine in self._engines.values():
             engine.dispose()
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        engine = create_engine(endpoint.url, **options)
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        engine = create_engine(url, **options)
         event.listen(engine, "do_connect", _connects)
         return engine
 
@@ -259,14 +275,18 @@ class Connections(_Core):
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
 
+    _writing: ClassVar[Mapping[str, Any]] = {
+        "async_creator_fn": drivers.AsyncConnection.connect,
+        "cursor_factory": drivers.AsyncCursor,
+    }
+
     async def close(self) -> None:
         """Close every pooled connection."""
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        options["connect_args"]["async_creator_fn"] = AsyncConnection.connect
-        return create_async_engine(endpoint.url, **options).sync_engine
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        return create_async_engine(url, **options).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
@@ -298,7 +318,9 @@ class AsyncConnections(_Core):
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
-    return parallel.Connection.connect(*arguments, **options)
+    writes = options.get("cursor_factory") is drivers.Cursor
+    made = drivers.Connection if writes else parallel.Connection
+    return made.connect(*arguments, **options)
 
 
 def _forget_connections(cluster: _Core | None) -> None:

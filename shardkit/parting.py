@@ -2,9 +2,9 @@
 
 A writer says them with `say_last`; they travel in one packet with COMMIT, in libpq's pipeline
 mode, so an event costs no round trip of its own. What one of them fails with is what COMMIT
-fails with, and the transaction is then as failed as any. psycopg's own pipelines cost more than
+fails with, and the transaction is then rolled back. psycopg's own pipelines cost more than
 the round trip, so one internal generator of it is extended here.
-Made by `shardkit.connections`; used by `shardkit.writer`.
+Part of the connections of `shardkit.drivers`; used by `shardkit.writer`.
 Source: PostgreSQL's documentation, libpq, "Pipeline Mode"; `python -m benchmarks outbox`.
 """
 
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import psycopg
 from psycopg import adapt, errors, generators
 from psycopg._connection_base import BaseConnection
 from psycopg._preparing import Prepare
 from psycopg.abc import PQGen
 from psycopg.pq import ExecStatus, TransactionStatus
 
-__all__ = ["AsyncConnection", "Parting"]
+__all__ = ["Parting"]
 
 _FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.PIPELINE_ABORTED)
 
@@ -58,8 +57,13 @@ class Parting(BaseConnection[Any]):
         queries = [cursor._convert_query(*each) for each in said]
         found = [self._prepared.get(query) for query in queries]
         if self._pipeline is not None or any(prep is Prepare.SHOULD for prep, _ in found):
-            for each in said:  # to be prepared for the next time
-                yield from cursor._execute_gen(*each)
+            try:
+                for each in said:  # to be prepared for the next time
+                    yield from cursor._execute_gen(*each)
+            except errors.Error:
+                if self.pgconn.transaction_status == TransactionStatus.INERROR:
+                    yield from self._exec_command(b"ROLLBACK")
+                raise
             return False
         server = self.pgconn
         server.enter_pipeline_mode()
@@ -77,11 +81,9 @@ class Parting(BaseConnection[Any]):
             answers += yield from generators.fetch_many(server)
         yield from generators.fetch_many(server)  # the answer to Sync
         server.exit_pipeline_mode()
+        if self.pgconn.transaction_status == TransactionStatus.INERROR:
+            yield from self._exec_command(b"ROLLBACK")  # a COMMIT that fails ends the transaction
         for answer in answers:
             if answer.status in _FAILED:
                 raise errors.error_from_result(answer, encoding=server._encoding)
         return True
-
-
-class AsyncConnection(Parting, psycopg.AsyncConnection[Any]):
-    """A connection of an event loop; see `Parting`."""

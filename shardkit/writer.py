@@ -7,7 +7,7 @@ would write to two is refused before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
@@ -22,7 +22,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import emitting, parts, writes
+from shardkit import drivers, emitting, parts, writes
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
@@ -36,6 +36,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
+from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
@@ -47,6 +48,7 @@ from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
 
+_Driver = drivers.Connection | drivers.AsyncConnection
 _E = TypeVar("_E", bound=emitting.HasId)
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
@@ -73,6 +75,9 @@ class WriteSession(ReadSession):
         self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self._emissions = emitting.Emissions()
+        self._drivers: list[_Driver] = []
+        self._is_lone = False  # while committing what is one INSERT and nothing else
+        self._lone_driver: _Driver | None = None  # what that is sent over
         self.token = ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -95,18 +100,23 @@ class WriteSession(ReadSession):
     def commit(self) -> None:
         """Flush and commit.
 
+        What is one INSERT and nothing else is sent without BEGIN and COMMIT.
+
         Raises:
             OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
-        self.flush()
-        for _, root in self._roots.values():
-            driver: Any = None if root.closed else root.connection.driver_connection
-            if driver is not None and driver.pgconn.transaction_status == _FAILED:
-                raise PendingRollbackError(
-                    "a statement of this transaction failed; call rollback() and begin again"
-                )
+        if not self._roots and not self._emissions.pending and is_lone_insert(self):
+            self._flush_lone()
+        else:
+            self.flush()
+        if any(root.invalidated for _, root in self._roots.values()) or any(
+            driver.pgconn.transaction_status == _FAILED for driver in self._drivers
+        ):
+            raise PendingRollbackError(
+                "a statement of this transaction failed; call rollback() and begin again"
+            )
         try:
             super().commit()
         except DBAPIError as error:
@@ -115,6 +125,19 @@ class WriteSession(ReadSession):
             if refusal := emitting.refusal(error):
                 raise refusal from error
             raise
+
+    def _flush_lone(self) -> None:
+        """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
+        self._is_lone = True
+        try:
+            self.flush()
+        except EndpointUnavailableError as error:
+            if self._lone_driver is not None and not self._lone_driver.is_alone:
+                raise OutcomeUnknownError from error
+            raise
+        finally:
+            self._is_lone = False
+            self._lone_driver = None
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -453,6 +476,11 @@ class WriteSession(ReadSession):
             if isinstance(found, EndpointUnavailableError):
                 self._cluster.failed(endpoint, found)
             raise found from error
+        driver = cast("_Driver", connection.connection.driver_connection)
+        driver.is_alone = self._is_lone
+        if self._is_lone:
+            self._lone_driver = driver
+        self._drivers.append(driver)
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
@@ -467,6 +495,7 @@ class WriteSession(ReadSession):
         self._emissions.clear()
         self._shard_views.clear()
         self._roots.clear()
+        self._drivers.clear()
 
     def _release(self) -> None:
         self._ended()
