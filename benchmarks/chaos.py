@@ -21,6 +21,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -101,6 +102,7 @@ class Trial:
         kill_every: seconds between two kills.
         shards: logical shards that take part.
         batch: events that a relay claims at once.
+        redis: address of Celery's broker.
     """
 
     topology: Topology
@@ -108,6 +110,7 @@ class Trial:
     kill_every: float = 2.0
     shards: int = 64
     batch: int = 500
+    redis: str = ""
 
     @property
     def n_transactions(self) -> int:
@@ -162,11 +165,31 @@ def run(trial: Trial) -> Outcome:
     return _run(trial, emit_to_outbox, relay_work, lambda: remaining(trial) == 0)
 
 
+def run_celery(trial: Trial) -> Outcome:
+    """Do the same with tasks of Celery; in the end what is not acknowledged gets a minute."""
+    import redis  # noqa: PLC0415  needed by this arm alone
+
+    prepare(trial)
+    client = redis.Redis.from_url(trial.redis)
+    client.flushdb()
+
+    def is_acknowledged() -> bool:
+        return not client.llen("celery") and not client.hlen("unacked")
+
+    def settle() -> None:
+        with suppress(AssertionError):  # then it is lost, and counted
+            wait_until(is_acknowledged, 60.0, "every task is acknowledged")
+
+    with client:
+        return _run(trial, emit_to_celery, celery_work, lambda: not client.llen("celery"), settle)
+
+
 def _run(
     trial: Trial,
     emit: Callable[[Trial, int], None],
     work: Callable[[Trial], None],
     is_empty: Callable[[], bool],
+    settle: Callable[[], None] = lambda: None,
 ) -> Outcome:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.chaos"])  # a new worker is there at once
@@ -198,6 +221,7 @@ def _run(
             emitter.join()
             assert emitter.exitcode == 0, f"an emitter ended with {emitter.exitcode}"
         seconds = time.perf_counter() - began
+        settle()
     finally:
         for process in (*emitters, *workers):
             process.kill()
@@ -314,20 +338,71 @@ def relay_work(trial: Trial) -> None:
         relay.run()
 
 
+def celery_app(trial: Trial) -> Any:
+    import celery  # noqa: PLC0415  a peer, needed by this arm alone
+
+    app = celery.Celery("chaos", broker=trial.redis)
+    app.conf.update(
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_ignore_result=True,
+        broker_connection_retry_on_startup=True,
+        broker_transport_options={"visibility_timeout": 10},
+    )
+    return app
+
+
+def emit_to_celery(trial: Trial, number: int) -> None:
+    app = celery_app(trial)
+    with Cluster(trial.topology) as cluster:
+        for shard, is_rolled_back in transactions(trial, number):
+            with cluster.writer() as session:
+                statement = text(COUNT.format(s=schema_name(shard)))
+                rows = session.execute(
+                    statement, {"owner": owner(shard)}, bind_arguments={"logical_shard": shard}
+                ).all()
+                if is_rolled_back:  # nothing is sent before COMMIT
+                    session.rollback()
+                    continue
+                session.commit()
+            for key, counted in rows:
+                app.send_task("number", args=[[shard, key, counted]])
+
+
+def celery_work(trial: Trial) -> None:
+    app = celery_app(trial)
+    with Cluster(trial.topology) as cluster:
+
+        def number(event: list[int]) -> None:
+            place = target(event[0], trial.shards)
+            with cluster.writer() as session:
+                session._note_written((place,))  # noqa: SLF001  its SQL is text
+                arrive(session, trial, [event])
+                session.commit()
+
+        app.task(name="number")(number)
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        app.worker_main(["worker", "--pool=solo", "--loglevel=CRITICAL", *quiet])
+
+
 def main(*, as_json: bool, quick: bool = False) -> None:
-    n_events = 50_000 if quick else 1_000_000
+    n_events, n_tasks = (50_000, 2_000) if quick else (1_000_000, 40_000)
     with servers(logical_shards=64, redis=True) as local:
-        _, topology = load(local.config_path)
+        settings, topology = load(local.config_path)
         made = database(local, topology, "chaos", logical_shards=64, metadata=Base.metadata)
         outcome = run(Trial(made, n_events))
-        figures: dict[str, float] = {
-            "events": outcome.n_events,
-            "lost": outcome.lost,
-            "doubled": outcome.doubled,
-            "order_breaks": outcome.breaks,
-            "from_rolled_back": outcome.phantoms,
-            "kills": outcome.kills,
-            "events_per_second": outcome.n_events / outcome.seconds,
+        other = database(local, topology, "celery", logical_shards=64, metadata=Base.metadata)
+        peer = run_celery(Trial(other, n_tasks, redis=settings.services["redis"]))
+    figures: dict[str, float] = {}
+    for name, found in (("", outcome), ("celery_", peer)):
+        figures |= {
+            f"{name}events": found.n_events,
+            f"{name}lost": found.lost,
+            f"{name}doubled": found.doubled,
+            f"{name}order_breaks": found.breaks,
+            f"{name}from_rolled_back": found.phantoms,
+            f"{name}kills": found.kills,
+            f"{name}events_per_second": found.n_events / found.seconds,
         }
     targets = {
         "events": f"≥ {n_events}",
@@ -336,5 +411,5 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         "order_breaks": "≤ 0",
         "from_rolled_back": "≤ 0",
     }
-    medians = {"the whole run": outcome.seconds}
-    report("chaos", figures, peers=(), medians=medians, targets=targets, as_json=as_json)
+    medians = {"relays, the whole run": outcome.seconds, "Celery, the whole run": peer.seconds}
+    report("chaos", figures, peers=("celery",), medians=medians, targets=targets, as_json=as_json)
