@@ -34,6 +34,7 @@ from shardkit import Cluster, Sharded, ids
 from shardkit.config import load
 from shardkit.outbox import Event
 from shardkit.relay import Relay
+from shardkit.testing import wait_until
 from shardkit.topology import Topology, schema_name
 
 __all__ = ["Outcome", "Trial", "run"]
