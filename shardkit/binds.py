@@ -18,6 +18,7 @@ from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import EndpointUnavailableError, NoShardKeyError, UnavailableError
 from shardkit.replicas import physical_of_token
+from shardkit.streams import Streams
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["BoundSession"]
@@ -53,6 +54,7 @@ class BoundSession(Session):
             self._must_see = physical_of_token(after, connections.physical)
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
+        self._streams = Streams()
 
     def close(self) -> None:
         """Return the connections to their pools; the session can be used again."""
@@ -134,6 +136,7 @@ class BoundSession(Session):
         raise NoShardKeyError("not an engine of this session")
 
     def _release(self) -> None:
+        self._streams.close()
         self._shard_views.clear()
         for _, connection in self._roots.values():
             connection.close()

@@ -21,7 +21,7 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.ids import EPOCH_MS
 from shardkit.topology import Endpoint, Role, Topology
 
-__all__ = ["checks_server", "connection_error", "replace_if_dead"]
+__all__ = ["checks_server", "connection_error", "end_transaction", "replace_if_dead"]
 
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
@@ -132,3 +132,17 @@ def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
     driver, poll = record.info["poll"]
     if driver.closed or poll.poll(0):
         raise DisconnectionError
+
+
+def end_transaction(connection: Any, _record: Any, state: Any) -> None:
+    """End what a stream left open on a connection that returns to its pool.
+
+    Sessions that are closed leave nothing; this is for those that are forgotten.
+    """
+    driver = getattr(connection, "driver_connection", connection)
+    if (
+        state.asyncio_safe
+        and not driver.closed
+        and driver.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
+    ):
+        connection.rollback()

@@ -23,7 +23,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import drivers, parallel, scatter
-from shardkit.checks import checks_server, connection_error, replace_if_dead
+from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, PoolConfig
 from shardkit.directories import Directories
@@ -123,6 +123,8 @@ class _Core:
             event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
+            if purpose is Purpose.READ:
+                event.listen(engine, "reset", end_transaction)
             self._engines.setdefault(key, engine)
         return self._engines[key]
 

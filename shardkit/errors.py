@@ -28,6 +28,7 @@
     │   ├── HandlerTimeoutError
     │   └── HandlerStuckError
     ├── OutcomeUnknownError
+    ├── StreamEndedError
     ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
@@ -202,6 +203,10 @@ class HandlerStuckError(OutboxError):
 
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
+
+
+class StreamEndedError(ShardkitError):
+    """The stream ended before its last row; read it before its session or transaction ends."""
 
 
 class GatherError(ShardkitError):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import gather, scatter
+from shardkit import gather, scatter, streams
 from shardkit.binds import BoundSession
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections
@@ -200,14 +200,19 @@ class ReadSession(BoundSession):
         if "logical_shard" in state.bind_arguments:
             if state.is_select and state.is_orm_statement:
                 refuse_joined_loads(state.statement, state.bind_mapper, several=False)
+            given: tuple[int, ...] = (state.bind_arguments["logical_shard"],)
+            if self._is_streamed(state):
+                return self._gather(state, given)
             if self._cluster.listeners:
-                self._tell_routed(state, (state.bind_arguments["logical_shard"],))
+                self._tell_routed(state, given)
             return None
         shards = self._route(state.statement, state.parameters)
         if state.is_select and state.is_orm_statement:
             refuse_joined_loads(state.statement, state.bind_mapper, several=len(shards) > 1)
         if len(shards) == 1:
             state.bind_arguments["logical_shard"] = shards[0]
+            if self._is_streamed(state):
+                return self._gather(state, shards)
             if self._cluster.listeners:
                 self._tell_routed(state, shards)
             limits = limits_of(state.statement)
@@ -218,6 +223,13 @@ class ReadSession(BoundSession):
                 hint="run it once for each shard key",
             )
         return self._gather(state, shards)
+
+    def _is_streamed(self, state: ORMExecuteState) -> bool:
+        """Tell whether a statement of one logical shard needs a transaction for its cursor.
+
+        A writer has one, in which SQLAlchemy opens the cursor.
+        """
+        return self.role is Role.REPLICA and streams.size_of(state) is not None
 
     def _limited(self, state: ORMExecuteState, shard: int, limits: Limits) -> Any:
         """Run a statement of one logical shard within limits of its own, if it has any."""
@@ -248,12 +260,15 @@ class ReadSession(BoundSession):
             raise UnsupportedStatementError(
                 "partial results inside a transaction", hint="ask for them in cluster.reader()"
             )
-        plan = self._decided(lambda router: gather.plan(state.statement, state.parameters, router))
+        if len(shards) == 1:
+            plan = gather.plan_of_one(state.statement)
+        else:
+            plan = self._decided(
+                lambda router: gather.plan(state.statement, state.parameters, router)
+            )
         if state.bind_mapper is not None:
             cluster.fingerprints.check(state.bind_mapper)
-        gathering = scatter.Gathering(
-            state, plan, max_rows=limits.max_rows or cluster.max_rows, timeout=limits.timeout
-        )
+        gathering = self._gathering(state, plan, limits)
         started = cluster.clock.monotonic()
         groups = cluster.group(shards)
         failures = self._asked(state, gathering, groups)
@@ -265,16 +280,34 @@ class ReadSession(BoundSession):
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
-        if cluster.listeners:
-            seconds = cluster.clock.monotonic() - started
-            cluster.listeners.emit(
-                Gathered(self._number, gathering.answers, failures, seconds, caller())
-            )
+        if cluster.listeners and len(shards) > 1:
+            line = caller()
+
+            def tell(answers: Mapping[str, int]) -> None:
+                seconds = cluster.clock.monotonic() - started
+                cluster.listeners.emit(Gathered(self._number, answers, failures, seconds, line))
+
+            gathering.when_answered(tell)
         if limits.partial:
             self.failures = failures
         if failures and not (limits.partial and gathering.answers):
+            gathering.close()
             raise GatherError(failures, gathering.answers) from next(iter(failures.values()))
+        if isinstance(gathering, streams.Streaming):
+            gathering.stream.located = lambda name, error: self._located(error, endpoints[name])
         return gathering.result()
+
+    def _gathering(
+        self, state: ORMExecuteState, plan: gather.Plan, limits: Limits
+    ) -> scatter.Gathering:
+        """Return what asks the servers: for all rows at once, or for a few at a time."""
+        size = streams.size_of(state)
+        if size is None or plan.merge is None:
+            max_rows = limits.max_rows or self._cluster.max_rows
+            return scatter.Gathering(state, plan, max_rows=max_rows, timeout=limits.timeout)
+        found = streams.Streaming(state, plan, self._streams, size=size, timeout=limits.timeout)
+        found.stream.transaction = self.get_nested_transaction()
+        return found
 
     def _located(self, error: Exception, endpoint: Endpoint | None) -> Exception:
         """Return the shardkit error of a server that did not answer its part of a scatter.

@@ -44,7 +44,10 @@ def limited(connection: Connection, timeout: float) -> Iterator[None]:
     """
     milliseconds = max(1, math.ceil(timeout * 1000))
     driver: Any = connection.connection.driver_connection
-    is_reader = driver.autocommit
+    # A reader has a transaction, which is not to end here, while it streams.
+    is_reader = (
+        driver.autocommit and driver.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    )
     try:
         if is_reader:
             end = _END

@@ -493,6 +493,7 @@ class WriteSession(ReadSession):
         self._written.clear()
         self._written_shards.clear()
         self._emissions.clear()
+        self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()
         self._drivers.clear()
@@ -548,3 +549,5 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+    else:
+        session._streams.abandon(transaction)
