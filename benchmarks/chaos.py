@@ -383,7 +383,7 @@ def celery_work(trial: Trial) -> None:
 
         app.task(name="number")(number)
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-        app.worker_main(["worker", "--pool=solo", "--loglevel=CRITICAL", *quiet])
+        app.worker_main(["--quiet", "worker", "--pool=solo", "--loglevel=CRITICAL", *quiet])
 
 
 def main(*, as_json: bool, quick: bool = False) -> None:
