@@ -5,8 +5,8 @@ twentieth transaction is rolled back after it has emitted. What is emitted is th
 the key, counted in a row that the transaction locks, so the numbers of a key are in the order of
 commit whatever the outbox does. Two relays deliver; every two seconds one of them is killed
 (SIGKILL) and started again. The effect, on a logical shard of the other server, is a row for each
-key that notes the last number, how many there were, and how often one did not follow the one
-before. So afterwards that row says what was lost, doubled or out of order.
+key to which each number is appended. So afterwards that row says what was lost, doubled or out of
+order.
 
 Beside it, Celery on Redis with the same effect and the same kills: a task for each event, sent
 after COMMIT, `acks_late`, `reject_on_worker_lost` and a visibility timeout of ten seconds, so
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, bindparam, text
+from sqlalchemy import ARRAY, BigInteger, Text, bindparam, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from benchmarks.measure import connect, database, report, servers
@@ -40,7 +40,6 @@ from shardkit.topology import Topology, schema_name
 __all__ = ["Outcome", "Trial", "run"]
 
 KEYS = 40
-_ARRAY = ARRAY(BigInteger)
 EMITTERS, RELAYS = 2, 2
 ROLLED_BACK_EVERY = 20
 TIMEOUT = 3600.0
@@ -61,17 +60,13 @@ class Source(Sharded, Base):
 
 
 class Effect(Sharded, Base):
-    """What the numbers of a key were when they arrived."""
+    """The numbers of a key, in the order in which they arrived."""
 
     __tablename__ = "arrivals"
     __shard_key__ = "owner_id"
     owner_id: Mapped[int] = mapped_column(primary_key=True)
     key: Mapped[int] = mapped_column(primary_key=True)
-    last: Mapped[int] = mapped_column(default=0)
-    n: Mapped[int] = mapped_column(default=0)
-    doubled: Mapped[int] = mapped_column(default=0)
-    breaks: Mapped[int] = mapped_column(default=0)
-    phantoms: Mapped[int] = mapped_column(default=0)
+    numbers: Mapped[str] = mapped_column(default="")
 
 
 # Row locks, in one order.
@@ -83,13 +78,8 @@ COUNT = (
 
 # Row locks on the keys of a batch, which are all of one logical shard and one relay's.
 ARRIVE = (
-    "UPDATE {s}.arrivals AS a SET last = greatest(a.last, e.highest), n = a.n + e.n,"
-    " doubled = a.doubled + CASE WHEN e.lowest <= a.last THEN e.n ELSE 0 END,"
-    " breaks = a.breaks + e.breaks + CASE WHEN e.first <> a.last + 1 THEN 1 ELSE 0 END,"
-    " phantoms = a.phantoms + e.phantoms"
-    " FROM unnest(:keys, :firsts, :lowests, :highests, :ns, :breaks, :phantoms)"
-    " AS e (key, first, lowest, highest, n, breaks, phantoms)"
-    " WHERE a.owner_id = :owner AND a.key = e.key"
+    "UPDATE {s}.arrivals AS a SET numbers = a.numbers || e.numbers"
+    " FROM unnest(:keys, :numbers) AS e (key, numbers) WHERE a.owner_id = :owner AND a.key = e.key"
 )
 
 
@@ -245,25 +235,25 @@ def remaining(trial: Trial) -> int:
 
 
 def judge(trial: Trial, kills: int, seconds: float) -> Outcome:
-    emitted = arrived = doubled = breaks = phantoms = lost = 0
+    last: dict[tuple[int, int], int] = {}
+    arrived: dict[tuple[int, int], list[int]] = {}
     for name, shard in trial.topology.physical.items():
         with connect(shard) as raw:
             for n in trial.topology.shard_map.owned_by(name)[: trial.shards]:
-                schema = schema_name(n)
-                row = raw.execute(f"SELECT sum(number) FROM {schema}.sources".encode()).fetchone()
-                assert row is not None
-                emitted += int(row[0] or 0)
-                row = raw.execute(
-                    f"SELECT sum(n), sum(doubled), sum(breaks), sum(phantoms)"
-                    f" FROM {schema}.arrivals".encode()
-                ).fetchone()
-                assert row is not None
-                arrived += int(row[0] or 0)
-                doubled += int(row[1] or 0)
-                breaks += int(row[2] or 0)
-                phantoms += int(row[3] or 0)
-    lost = emitted + doubled - arrived
-    return Outcome(emitted, lost, doubled, breaks, phantoms, kills, seconds)
+                query = f"SELECT key, number FROM {schema_name(n)}.sources"
+                last.update(((n, key), number) for key, number in raw.execute(query.encode()))
+                query = f"SELECT key, numbers FROM {schema_name(n)}.arrivals"
+                source = target(n, trial.shards)  # half a turn, so it leads back as well
+                for key, numbers in raw.execute(query.encode()):
+                    arrived[source, key] = [int(number) for number in numbers.split()]
+    lost = doubled = breaks = phantoms = 0
+    for place, number in last.items():
+        found = arrived[place]
+        lost += len(set(range(1, number + 1)) - set(found))
+        doubled += len(found) - len(set(found))
+        breaks += sum(b != a + 1 for a, b in itertools.pairwise([0, *found]))
+        phantoms += sum(number < 0 for number in found)
+    return Outcome(sum(last.values()), lost, doubled, breaks, phantoms, kills, seconds)
 
 
 # -- in the processes
@@ -307,19 +297,13 @@ def arrive(session: Any, trial: Trial, numbers: Sequence[Sequence[int]]) -> None
     for _, key, number in numbers:
         found.setdefault(key, []).append(number)
     place = target(numbers[0][0], trial.shards)
-    columns = {
-        "keys": list(found),
-        "firsts": [some[0] for some in found.values()],
-        "lowests": [min(some) for some in found.values()],
-        "highests": [max(some) for some in found.values()],
-        "ns": [len(some) for some in found.values()],
-        "breaks": [sum(b != a + 1 for a, b in itertools.pairwise(some)) for some in found.values()],
-        "phantoms": [sum(number < 0 for number in some) for some in found.values()],
-    }
-    arrays = [bindparam(name, type_=_ARRAY) for name in columns]
+    texts = ["".join(f"{number} " for number in some) for some in found.values()]
+    statement = text(ARRIVE.format(s=schema_name(place))).bindparams(
+        bindparam("keys", type_=ARRAY(BigInteger)), bindparam("numbers", type_=ARRAY(Text))
+    )
     session.execute(
-        text(ARRIVE.format(s=schema_name(place))).bindparams(*arrays),
-        {"owner": owner(place), **columns},
+        statement,
+        {"owner": owner(place), "keys": list(found), "numbers": texts},
         bind_arguments={"logical_shard": place},
     )
 
