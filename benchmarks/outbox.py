@@ -28,7 +28,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from benchmarks.measure import connect, database, interleaved, report, servers
 from shardkit import Cluster, Sharded, ids
-from shardkit.claims import Claims
+from shardkit.batches import Claims
 from shardkit.config import load
 from shardkit.outbox import Event
 from shardkit.relay import Relay

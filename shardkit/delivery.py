@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from shardkit.claims import Batch, Taken
+from shardkit.batches import Batch, Taken
 from shardkit.clock import Clock
 from shardkit.errors import HandlerStuckError, HandlerTimeoutError
 

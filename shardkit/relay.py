@@ -3,7 +3,7 @@
 One thread for each physical shard claims, has events handled and finishes them; as many relays
 as you like share the work, in one process or in many, and any of them may be killed at any point.
 Writers wake a relay that sleeps, where its connection is direct; everywhere it also looks by
-itself. Claims are `shardkit.claims`, threads and deadlines `shardkit.delivery`.
+itself. Claims are `shardkit.batches`, threads and deadlines `shardkit.delivery`.
 Source: docs/outbox.md.
 
     relay = Relay(cluster)
@@ -27,7 +27,7 @@ from typing import Any, Final, Self, TypeVar
 import psycopg
 from psycopg import sql
 
-from shardkit.claims import Batch, Claims, Taken
+from shardkit.batches import Batch, Claims, Taken
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.delivery import Failure, Handler, Hands, Job
