@@ -207,16 +207,20 @@ class AccountService:
             user = await AccountRepository(session).user_by_name(name)
             if user is None:
                 raise NotFoundError("There is no such person.")
-            followed = viewer is not None and await GraphRepository(session).follows(
-                viewer.id, user.id
-            )
+            n_followers, followed = user.follower_count, False
+            if viewer is not None and viewer.id != user.id:
+                graph = GraphRepository(session)
+                followed = await graph.follows(viewer.id, user.id)
+                n_followers, is_counted = await graph.counted(viewer.id, user.id)
+                # The relay may not have been there yet; who has just followed sees it counted.
+                n_followers += followed - is_counted
         return ProfileOut(
             id=user.id,
             username=user.username,
             display_name=user.display_name,
             bio=user.bio,
             photo_count=user.photo_count,
-            follower_count=user.follower_count,
+            follower_count=n_followers,
             following_count=user.following_count,
             created_at=user.created_at,
             followed_by_me=followed,

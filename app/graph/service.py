@@ -1,8 +1,8 @@
 """Follow and unfollow, and the lists of both directions.
 
-Called by the API and the pages. An edge is two rows on two shards: the forward one commits
-first and is the truth, the inverse follows in its own transaction. Both steps are idempotent,
-so a repeated request repairs an edge that a crash left one-sided.
+Called by the API and the pages. An edge is two rows on two shards. The forward one is written
+here, with its count and the event that announces it, in one transaction on the follower's shard;
+it is the truth. The relay has `app.graph.inverse` write the other one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from app.accounts.service import Viewer, person_out
 from app.clock import Clock
 from app.database import Database
 from app.errors import FollowLimitError, InvalidInputError, NotFoundError
-from app.graph.repository import (
-    GraphRepository,
-    add_follow,
-    add_follower,
-    remove_follow,
-    remove_follower,
-)
+from app.graph.repository import GraphRepository, add_follow, remove_follow
 from app.paging import Page, cut
 from shardkit import AsyncWriteSession
 
@@ -54,17 +48,13 @@ class GraphService:
         followee = await self._person(name)
         if followee.id == viewer.id:
             raise InvalidInputError("username", "You cannot follow yourself.")
-        now = self._clock()
         async with self._database.writer() as session:
             follower = await _locked(session, viewer.id)
             if follower.following_count >= self._max_followees and not (
                 await GraphRepository(session).follows(viewer.id, followee.id)
             ):
                 raise FollowLimitError
-            await add_follow(session, follower, followee.id, now)
-            await session.commit()
-        async with self._database.writer() as session:
-            await add_follower(session, await _locked(session, followee.id), viewer.id, now)
+            await add_follow(session, follower, followee.id, self._clock())
             await session.commit()
         return person_out(followee)
 
@@ -77,9 +67,6 @@ class GraphService:
         followee = await self._person(name)
         async with self._database.writer() as session:
             await remove_follow(session, await _locked(session, viewer.id), followee.id)
-            await session.commit()
-        async with self._database.writer() as session:
-            await remove_follower(session, await _locked(session, followee.id), viewer.id)
             await session.commit()
         return person_out(followee)
 
