@@ -59,3 +59,8 @@ class AsyncWriteSession(AsyncReadSession):
     def token(self) -> str:
         """After a commit, what a later reader must have seen; an empty string before."""
         return self.sync_session.token
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Physical shards that had not answered a commit in two phases; see `WriteSession`."""
+        return self.sync_session.pending

@@ -26,6 +26,7 @@ __all__ = [
     "Listener",
     "Listeners",
     "StatementRouted",
+    "TwoPhaseStep",
     "caller",
 ]
 
@@ -140,7 +141,30 @@ class Committed:
     caller: Caller | None
 
 
-Event = StatementRouted | Gathered | EndpointFailed | Committed
+@dataclass(frozen=True, slots=True)
+class TwoPhaseStep:
+    """A commit over several physical shards reached a step.
+
+    Attributes:
+        session: number of the session, unique in the process.
+        transaction: 32 hexadecimal digits, in the name of everything it prepares.
+        step: `preparing`, `prepared`, `deciding` (the coordinator is about to commit),
+            `decided`, then `finished`, or `pending` where a participant did not answer; or
+            `abandoned` after an error.
+        coordinator: name of the physical shard that decides.
+        participants: names of the others.
+        pending: those that have not committed their part yet; the resolver will.
+    """
+
+    session: int
+    transaction: str
+    step: str
+    coordinator: str
+    participants: tuple[str, ...]
+    pending: tuple[str, ...]
+
+
+Event = StatementRouted | Gathered | EndpointFailed | Committed | TwoPhaseStep
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

@@ -6,7 +6,7 @@ would write to two is refused before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import psycopg
@@ -42,6 +42,7 @@ from shardkit.statements import Limits, limits_of
 from shardkit.strategies import Rule
 from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
+from shardkit.twophase import AtomicCommit
 
 __all__ = ["WriteSession"]
 
@@ -55,8 +56,15 @@ class WriteSession(ReadSession):
     two physical shards is refused before anything is written. Reads see the session's own
     writes. Objects stay usable after commit: nothing is expired.
 
+    Args:
+        connections: of the cluster.
+        atomic: whether a unit of work may write to several physical shards, in two phases.
+        **options: as for SQLAlchemy's `Session`.
+
     Attributes:
         token: after a commit, what a later reader must have seen; an empty string before.
+        pending: after a commit in two phases, the physical shards that had not answered yet:
+            what was written there holds, and is seen as soon as the resolver gets through.
 
     Made by `Cluster.writer`.
     """
@@ -64,8 +72,17 @@ class WriteSession(ReadSession):
     role: ClassVar[Role] = Role.PRIMARY
     purpose: ClassVar[Purpose] = Purpose.WRITE
 
-    def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
+    def __init__(
+        self,
+        connections: Connections | AsyncConnections,
+        *,
+        atomic: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(connections, **options)
+        self._atomic = atomic
+        self._atomic_commit: AtomicCommit | None = None
+        self.pending: tuple[str, ...] = ()
         self._written: set[str] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self.token = ""
@@ -96,18 +113,21 @@ class WriteSession(ReadSession):
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
         self.flush()
-        for _, root in self._roots.values():
-            driver: Any = None if root.closed else root.connection.driver_connection
-            if driver is not None and driver.pgconn.transaction_status == _FAILED:
-                raise PendingRollbackError(
-                    "a statement of this transaction failed; call rollback() and begin again"
-                )
+        self._refuse_failed()
         try:
             super().commit()
         except DBAPIError as error:
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
             raise
+
+    def _refuse_failed(self) -> None:
+        for _, root in self._roots.values():
+            driver: Any = None if root.closed else root.connection.driver_connection
+            if driver is not None and driver.pgconn.transaction_status == _FAILED:
+                raise PendingRollbackError(
+                    "a statement of this transaction failed; call rollback() and begin again"
+                )
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -131,7 +151,20 @@ class WriteSession(ReadSession):
                 if shard is not None:
                     placed[id(obj)] = shard
         if placed:
-            self._note_written(placed.values())
+            self._note_written(placed.values(), self._described)
+
+    def _described(self) -> dict[str, list[str]]:
+        """Return the objects of the unit of work by the physical shard they are written to."""
+        described: dict[str, list[str]] = {}
+        for obj in (*self.new, *self.dirty, *self.deleted):
+            shard = self._placed.get(id(obj))
+            if shard is not None:
+                identity = instance_state(obj).identity or instance_state(
+                    obj
+                ).mapper.primary_key_from_instance(obj)
+                name = f"{type(obj).__name__} {', '.join(map(str, identity))}"
+                described.setdefault(self._cluster.physical_of(shard), []).append(name)
+        return described
 
     def _stored_shard(self, obj: Any) -> int | None:
         return self._decided(lambda router: stored_shard(obj, router))
@@ -139,16 +172,30 @@ class WriteSession(ReadSession):
     def _named(self, rule: Rule, key: Any) -> int:
         return self._decided(lambda router: router.shard(rule, key))
 
-    def _note_written(self, shards: Iterable[int]) -> None:
-        self._written = self._refuse_several(shards)
+    def _note_written(
+        self, shards: Iterable[int], described: Callable[[], dict[str, list[str]]] = dict
+    ) -> None:
+        self._written = self._allowed(shards, described)
 
-    def _refuse_several(self, shards: Iterable[int]) -> set[str]:
-        """Return the physical shards written to, with those of `shards`: one at most."""
+    def _allowed(
+        self, shards: Iterable[int], described: Callable[[], dict[str, list[str]]] = dict
+    ) -> set[str]:
+        """Return the physical shards written to, with those of `shards`.
+
+        Raises:
+            CrossShardWriteError: they are several, and the session is not atomic.
+        """
         together = {self._cluster.physical_of(shard) for shard in shards} | self._written
-        if len(together) > 1:
+        if len(together) > 1 and not self._atomic:
+            names = described()
+            what = "; ".join(
+                f"{physical} ({_shortened(names[physical])})" if physical in names else physical
+                for physical in sorted(together)
+            )
             raise CrossShardWriteError(
-                f"the unit of work would write to {', '.join(sorted(together))}",
-                hint="keep rows that change together under one shard key, or commit in between",
+                f"the unit of work would write to {what}",
+                hint="keep rows that change together under one shard key, or use "
+                "cluster.writer(atomic=True), or session.emit() an event for what may follow later",
             )
         return together
 
@@ -247,7 +294,7 @@ class WriteSession(ReadSession):
                 assign=True,
             )
             # Before ids are minted and anything is written.
-            self._refuse_several(shards)
+            self._allowed(shards)
             return parts.inserts(statement, params, shards, cluster.ids.mint)
         if isinstance(params, list | tuple):
             mapper = state.bind_mapper if writes.is_bulk(state) else None
@@ -301,6 +348,19 @@ class WriteSession(ReadSession):
     def _writable(self) -> None:
         return
 
+    def _prepare_commit(self) -> None:
+        """Prepare what was written to several physical shards, just before the commit."""
+        self.flush()  # SQLAlchemy's own flush comes later
+        self._refuse_failed()
+        if len(self._written) < 2:
+            return
+        roots = {name: self._roots[name][1] for name in self._written}
+        self._atomic_commit = AtomicCommit(self._cluster, roots, self._number)
+        try:
+            self._atomic_commit.prepare()
+        except DBAPIError as error:
+            self._raise(error)
+
     # -- connections
 
     def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
@@ -340,10 +400,25 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
     session._prepare_flush()
 
 
+def _shortened(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+@event.listens_for(WriteSession, "before_commit")
+def _on_before_commit(session: Session) -> None:
+    assert isinstance(session, WriteSession)
+    if session._atomic and not session.in_nested_transaction():
+        session._prepare_commit()
+
+
 @event.listens_for(WriteSession, "after_commit")
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
+    if session._atomic_commit is not None and not session.in_nested_transaction():
+        session._atomic_commit.finish()
+        session.pending = session._atomic_commit.pending
+        session._atomic_commit = None
     if session._written and not session.in_nested_transaction():
         session.token = token_of(session._written)
         listeners = session._cluster.listeners
@@ -357,3 +432,6 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+        if session._atomic_commit is not None:  # it did not commit, or nobody knows
+            abandoned, session._atomic_commit = session._atomic_commit, None
+            abandoned.abandon()

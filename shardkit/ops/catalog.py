@@ -44,6 +44,13 @@ CREATE TABLE IF NOT EXISTS shardkit.placement (
     table_name text PRIMARY KEY,
     rule text NOT NULL
 );
+CREATE TABLE IF NOT EXISTS shardkit.decisions (
+    transaction text PRIMARY KEY CHECK (transaction ~ '^[0-9a-f]{32}$'),
+    outcome text NOT NULL CHECK (outcome IN ('commit', 'abort')),
+    participants text[] NOT NULL DEFAULT '{}',
+    decided timestamptz NOT NULL DEFAULT clock_timestamp(),
+    asked timestamptz
+);
 """
 
 
@@ -57,6 +64,8 @@ def admin_statements(
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
+        # How transactions over several physical shards ended: shardkit.twophase.
+        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON shardkit.decisions TO {}").format(role),
         *id_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
