@@ -18,6 +18,7 @@ from typing import Final, Literal
 from greenlet import getcurrent
 
 __all__ = [
+    "BreakerChanged",
     "Caller",
     "Committed",
     "EndpointFailed",
@@ -142,6 +143,29 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerChanged:
+    """The breaker of a server changed its state.
+
+    Attributes:
+        physical: name of the physical shard.
+        role: `primary` or `replica`.
+        endpoint: the server, as `physical/role@host:port`.
+        old: the state it left: `closed`, `open` or `half-open`.
+        new: the state it is in.
+        cause: why it opened; None when it did something else.
+        retry_after: seconds until it lets a probe through; None unless it opened.
+    """
+
+    physical: str
+    role: str
+    endpoint: str
+    old: str
+    new: str
+    cause: str | None
+    retry_after: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class TwoPhaseStep:
     """A commit over several physical shards reached a step.
 
@@ -164,7 +188,9 @@ class TwoPhaseStep:
     pending: tuple[str, ...]
 
 
-Event = StatementRouted | Gathered | EndpointFailed | Committed | TwoPhaseStep
+Event = (
+    StatementRouted | Gathered | EndpointFailed | BreakerChanged | Committed | TwoPhaseStep
+)
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 
