@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import parallel, scatter
+from shardkit import drivers, parallel, scatter
 from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, PoolConfig
@@ -39,6 +39,7 @@ from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
+from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
@@ -62,6 +63,9 @@ class Purpose(Enum):
 
 class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
+
+    _writing: ClassVar[Mapping[str, Any]]
+    """How connections that write are made, for the driver."""
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
+            engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
             check = checks_server(self.topology, endpoint, self.fingerprints)
             event.listen(engine, "connect", check)
             event.listen(engine, "checkout", replace_if_dead)
@@ -230,6 +235,8 @@ class _Core:
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
         }
+        if purpose is Purpose.WRITE:
+            arguments |= self._writing
         if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
             arguments["options"] = "-c default_transaction_read_only=on"
         if not self._pool.prepare_statements:
@@ -239,6 +246,8 @@ class _Core:
 
 class Connections(_Core):
     """Connections for threads."""
+
+    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": drivers.Cursor}
 
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
@@ -257,6 +266,11 @@ class Connections(_Core):
 
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
+
+    _writing: ClassVar[Mapping[str, Any]] = {
+        "async_creator_fn": drivers.AsyncConnection.connect,
+        "cursor_factory": drivers.AsyncCursor,
+    }
 
     async def close(self) -> None:
         """Close every pooled connection."""
@@ -296,7 +310,9 @@ class AsyncConnections(_Core):
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
-    return parallel.Connection.connect(*arguments, **options)
+    writes = options.get("cursor_factory") is drivers.Cursor
+    made = drivers.Connection if writes else parallel.Connection
+    return made.connect(*arguments, **options)
 
 
 def _forget_connections(cluster: _Core | None) -> None:

@@ -22,7 +22,7 @@ __all__ = ["Connection", "outcome", "run"]
 
 T = TypeVar("T")
 
-_CHECK_EVERY = 0.1
+CHECK_EVERY = 0.1
 """Seconds between looks for an interrupt or a closed socket; psycopg's own interval."""
 
 _READ, _WRITE = 1, 2  # psycopg.waiting.Wait and Ready, as bits
@@ -31,9 +31,7 @@ _READ, _WRITE = 1, 2  # psycopg.waiting.Wait and Ready, as bits
 class Connection(psycopg.Connection[Any]):
     """A psycopg connection whose waits `run` can take over."""
 
-    def wait(
-        self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
-    ) -> T:
+    def wait(self, gen: PQGen[T], interval: float = CHECK_EVERY, timeout: float | None = None) -> T:
         """Drive a generator of psycopg to its end; see psycopg's `Connection.wait`."""
         task = getcurrent()
         if isinstance(task, _Task):
@@ -96,7 +94,7 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         for task, work in zip(greenlets, tasks, strict=True):
             step(task, work)
         while waiting:
-            for socket, event in poll.poll(_CHECK_EVERY * 1000):
+            for socket, event in poll.poll(CHECK_EVERY * 1000):
                 poll.unregister(socket)
                 # An error or hang-up is for the driver to read.
                 ready = (_WRITE if event & select.POLLOUT else 0) | (

@@ -20,9 +20,14 @@ from typing import Any, Final, Protocol, Self, TypeVar
 
 import psycopg
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from shardkit.errors import ConfigurationError, UnavailableError
+from shardkit.errors import (
+    ConfigurationError,
+    EndpointUnavailableError,
+    OutcomeUnknownError,
+    UnavailableError,
+)
 from shardkit.events import Listeners, TwoPhaseStep
 
 __all__ = [
@@ -48,9 +53,11 @@ transactions that are slow to decide, which are then told so; nothing becomes in
 KEEP_ABORTS: Final = 86_400.0
 """Seconds for which "abort" is remembered: longer than any client tries to commit."""
 
-# Locks as any INSERT, and waits for a decision that is being committed.
+# Locks as any INSERT, and waits for a decision that is being committed, but not for ever: its
+# client may be gone without its server's knowing.
 _ABORT = """
-INSERT INTO shardkit.decisions (transaction, outcome) VALUES (%(transaction)s, 'abort')
+WITH bound AS MATERIALIZED (SELECT pg_catalog.set_config('lock_timeout', '2s', true))
+INSERT INTO shardkit.decisions (transaction, outcome) SELECT %(transaction)s, 'abort' FROM bound
 ON CONFLICT DO NOTHING RETURNING outcome
 """
 
@@ -197,7 +204,8 @@ class AtomicCommit:
 
         Raises:
             ConfigurationError: a server is not set up for prepared transactions.
-            sqlalchemy.exc.DBAPIError: a part cannot be prepared; call `abandon`.
+            EndpointUnavailableError: it took so long that the resolver undid it (retryable).
+            sqlalchemy.exc.DBAPIError: a part cannot be prepared.
         """
         self._tell("preparing")
         tasks = [self._preparing(name) for name in self.participants]
@@ -205,14 +213,41 @@ class AtomicCommit:
             if isinstance(outcome, Exception):
                 raise outcome
         self._tell("prepared")
-        self._roots[self.coordinator].exec_driver_sql(
-            _DECIDE, {"transaction": self.transaction, "participants": self.participants}
-        )
+        try:
+            self._roots[self.coordinator].exec_driver_sql(
+                _DECIDE, {"transaction": self.transaction, "participants": self.participants}
+            )
+        except IntegrityError as error:
+            raise self._undone() from error
+
+    def decide(self) -> None:
+        """Commit the coordinator's part, and so the whole, or find out what became of it.
+
+        Raises:
+            EndpointUnavailableError: the coordinator went away, and nothing holds (retryable).
+            OutcomeUnknownError: it went away and cannot be asked either.
+            sqlalchemy.exc.DBAPIError: its part cannot be committed; nothing holds.
+        """
         self._tell("deciding")
+        root = self._roots[self.coordinator]
+        driver: Any = root.connection.dbapi_connection
+        try:
+            driver.commit()
+        except psycopg.Error as error:
+            real = root.connection.driver_connection
+            if real is None or not real.closed:
+                raise _wrapped(error, root) from error
+            try:
+                outcome = _decision(self._servers, self.coordinator, self.transaction)
+            except (UnavailableError, DBAPIError):
+                raise OutcomeUnknownError from error
+            if outcome == "abort":
+                raise self._undone() from error
+            real.has_committed = True
+        self._tell("decided")
 
     def finish(self) -> None:
         """Commit what is prepared, after the coordinator has committed. Raises nothing."""
-        self._tell("decided")
         tasks = [self._committing(name) for name in self.participants]
         outcomes = self._servers.parallel(tasks)
         pending = [
@@ -224,17 +259,22 @@ class AtomicCommit:
         if pending:
             self._tell("pending")
             return
-        try:
-            _outside_transaction(self._roots[self.coordinator], _FORGET.format(self.transaction))
-        except psycopg.Error as error:  # the resolver deletes the row
-            self._roots[self.coordinator].invalidate(error)
+        root = self._roots[self.coordinator]
+        if root.connection.driver_connection.has_committed:  # type: ignore[union-attr]
+            root.invalidate()  # it is closed; the resolver deletes the row
+        else:
+            try:
+                _outside_transaction(root, _FORGET.format(self.transaction))
+            except psycopg.Error as error:
+                root.invalidate(error)
         self._tell("finished")
 
     def abandon(self) -> None:
-        """Settle what was prepared after an error anywhere; what cannot be reached stays in doubt.
+        """Undo what was prepared after an error anywhere; what cannot be reached stays in doubt.
 
-        Asks the coordinator like everybody else, so this is right also where its COMMIT was sent
-        and the answer lost.
+        To be called when the session has let go of the coordinator's transaction. Asks the
+        coordinator like everybody else, so this is right also where its COMMIT was sent and the
+        answer lost.
         """
         for name in self.participants:
             self._settled(name)
@@ -242,6 +282,13 @@ class AtomicCommit:
 
     def _gid(self, participant: str) -> Gid:
         return Gid(self.transaction, self.coordinator, participant)
+
+    def _undone(self) -> EndpointUnavailableError:
+        return EndpointUnavailableError(
+            "the commit was undone before it was decided",
+            endpoint=f"{self.coordinator}/primary",
+            hint="nothing holds on any server; run the unit of work again",
+        )
 
     def _preparing(self, participant: str) -> Callable[[], None]:
         connection = self._roots[participant]
@@ -293,6 +340,11 @@ class AtomicCommit:
             )
 
 
+def _wrapped(error: psycopg.Error, connection: Connection) -> BaseException:
+    """Return an error of the driver as SQLAlchemy's, like that of any other commit."""
+    return DBAPIError.instance("COMMIT", None, error, psycopg.Error, dialect=connection.dialect)
+
+
 def settle(servers: Servers, gid: Gid) -> Settled:
     """End one prepared part as its coordinator has decided, or decides now: abort.
 
@@ -301,12 +353,7 @@ def settle(servers: Servers, gid: Gid) -> Settled:
     Raises:
         UnavailableError: the coordinator or the participant does not answer (retryable).
     """
-    which = {"transaction": gid.transaction}
-    rows: Sequence[Sequence[Any]] = ()
-    while not rows:  # again where the row went away in between: then nothing is prepared any more
-        rows = servers.ask(gid.coordinator, _ABORT, which, primary=True)
-        rows = rows or servers.ask(gid.coordinator, _DECISION, which, primary=True)
-    outcome = str(rows[0][0])
+    outcome = _decision(servers, gid.coordinator, gid.transaction)
     end = "COMMIT" if outcome == "commit" else "ROLLBACK"
     try:
         servers.ask(gid.participant, f"{end} PREPARED '{gid}'", {}, primary=True)
@@ -315,6 +362,16 @@ def settle(servers: Servers, gid: Gid) -> Settled:
             raise
         # Somebody else was faster.
     return Settled(gid, outcome)
+
+
+def _decision(servers: Servers, coordinator: str, transaction: str) -> str:
+    """Return what was decided, or decide: abort. Waits a while for a COMMIT under way."""
+    which = {"transaction": transaction}
+    rows: Sequence[Sequence[Any]] = ()
+    while not rows:  # again where the row went away in between: then nothing is prepared any more
+        rows = servers.ask(coordinator, _ABORT, which, primary=True)
+        rows = rows or servers.ask(coordinator, _DECISION, which, primary=True)
+    return str(rows[0][0])
 
 
 def in_doubt(
@@ -355,6 +412,10 @@ def resolve(
         if part.seconds < older_than:
             waiting.append(part)
             continue
+        if not {part.gid.coordinator, part.gid.participant} <= set(names):
+            silent.setdefault(part.gid.coordinator, _unknown(part.gid))
+            waiting.append(part)
+            continue
         try:
             settled.append(settle(servers, part.gid))
         except (UnavailableError, DBAPIError) as error:
@@ -369,6 +430,13 @@ def resolve(
             except (UnavailableError, DBAPIError) as error:
                 silent[name] = error
     return Resolution(tuple(settled), tuple(waiting), silent)
+
+
+def _unknown(gid: Gid) -> ConfigurationError:
+    return ConfigurationError(
+        f"{gid} names a physical shard that the configuration does not",
+        hint="name both in shardkit.toml until nothing is in doubt",
+    )
 
 
 def _outside_transaction(connection: Connection, query: str) -> None:

@@ -6,8 +6,9 @@ would write to two is refused before anything is written.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
@@ -22,7 +23,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import parts, writes
+from shardkit import drivers, parts, writes
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
@@ -34,6 +35,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
+from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
 from shardkit.replicas import token_of
@@ -45,6 +47,8 @@ from shardkit.topology import Endpoint, Role
 from shardkit.twophase import AtomicCommit
 
 __all__ = ["WriteSession"]
+
+_Driver = drivers.Connection | drivers.AsyncConnection
 
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
@@ -82,9 +86,13 @@ class WriteSession(ReadSession):
         super().__init__(connections, **options)
         self._atomic = atomic
         self._atomic_commit: AtomicCommit | None = None
+        self._is_committing = False  # from the last flush until COMMIT is answered
         self.pending: tuple[str, ...] = ()
         self._written: set[str] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self._drivers: list[_Driver] = []
+        self._is_lone = False  # while committing what is one INSERT and nothing else
+        self._lone_driver: _Driver | None = None  # what that is sent over
         self.token = ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -107,27 +115,44 @@ class WriteSession(ReadSession):
     def commit(self) -> None:
         """Flush and commit.
 
+        What is one INSERT and nothing else is sent without BEGIN and COMMIT.
+
         Raises:
             OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
-        self.flush()
+        if not self._roots and is_lone_insert(self):
+            self._flush_lone()
+        else:
+            self.flush()
         self._refuse_failed()
         try:
             super().commit()
-        except DBAPIError as error:
-            if error.connection_invalidated and self._written:
-                raise OutcomeUnknownError from error
+        except Exception:
+            self.rollback()  # and find out what became of it: `_on_end`
             raise
 
     def _refuse_failed(self) -> None:
-        for _, root in self._roots.values():
-            driver: Any = None if root.closed else root.connection.driver_connection
-            if driver is not None and driver.pgconn.transaction_status == _FAILED:
-                raise PendingRollbackError(
-                    "a statement of this transaction failed; call rollback() and begin again"
-                )
+        if any(root.invalidated for _, root in self._roots.values()) or any(
+            driver.pgconn.transaction_status == _FAILED for driver in self._drivers
+        ):
+            raise PendingRollbackError(
+                "a statement of this transaction failed; call rollback() and begin again"
+            )
+
+    def _flush_lone(self) -> None:
+        """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
+        self._is_lone = True
+        try:
+            self.flush()
+        except EndpointUnavailableError as error:
+            if self._lone_driver is not None and not self._lone_driver.is_alone:
+                raise OutcomeUnknownError from error
+            raise
+        finally:
+            self._is_lone = False
+            self._lone_driver = None
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -348,16 +373,26 @@ class WriteSession(ReadSession):
     def _writable(self) -> None:
         return
 
-    def _prepare_commit(self) -> None:
-        """Prepare what was written to several physical shards, just before the commit."""
+    def _before_commit(self) -> None:
+        """Do what has to be done between the last write and COMMIT.
+
+        The order is that of promises: everything written is flushed first; what must hold with it
+        joins its transactions; then, over several servers, all of it is prepared and decided. The
+        rest of a decided commit cannot fail any more: see `_on_commit`.
+        """
+        if self._atomic_commit is not None:
+            raise PendingRollbackError("this commit failed before; call rollback() and begin again")
         self.flush()  # SQLAlchemy's own flush comes later
         self._refuse_failed()
-        if len(self._written) < 2:
+        self._is_committing = True
+        # A unit of work without net changes opens no connection.
+        roots = {name: self._roots[name][1] for name in self._written if name in self._roots}
+        if len(roots) < 2:
             return
-        roots = {name: self._roots[name][1] for name in self._written}
         self._atomic_commit = AtomicCommit(self._cluster, roots, self._number)
         try:
             self._atomic_commit.prepare()
+            self._atomic_commit.decide()
         except DBAPIError as error:
             self._raise(error)
 
@@ -373,6 +408,11 @@ class WriteSession(ReadSession):
             if isinstance(found, EndpointUnavailableError):
                 self._cluster.failed(endpoint, found)
             raise found from error
+        driver = cast("_Driver", connection.connection.driver_connection)
+        driver.is_alone = self._is_lone
+        if self._is_lone:
+            self._lone_driver = driver
+        self._drivers.append(driver)
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
@@ -385,6 +425,7 @@ class WriteSession(ReadSession):
         self._written.clear()
         self._shard_views.clear()
         self._roots.clear()
+        self._drivers.clear()
 
     def _release(self) -> None:
         self._ended()
@@ -407,19 +448,23 @@ def _shortened(names: list[str], most: int = 5) -> str:
 @event.listens_for(WriteSession, "before_commit")
 def _on_before_commit(session: Session) -> None:
     assert isinstance(session, WriteSession)
-    if session._atomic and not session.in_nested_transaction():
-        session._prepare_commit()
+    if not session.in_nested_transaction():
+        session._before_commit()
 
 
 @event.listens_for(WriteSession, "after_commit")
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
-    if session._atomic_commit is not None and not session.in_nested_transaction():
+    if session.in_nested_transaction():
+        return
+    session._is_committing = False
+    session.pending = ()
+    if session._atomic_commit is not None:
         session._atomic_commit.finish()
         session.pending = session._atomic_commit.pending
         session._atomic_commit = None
-    if session._written and not session.in_nested_transaction():
+    if session._written:
         session.token = token_of(session._written)
         listeners = session._cluster.listeners
         if listeners:
@@ -429,9 +474,23 @@ def _on_commit(session: Session) -> None:
 
 @event.listens_for(WriteSession, "after_transaction_end")
 def _on_end(session: Session, transaction: SessionTransaction) -> None:
+    """Let go of a transaction that ended, and say so where nobody knows how.
+
+    Raises:
+        OutcomeUnknownError: COMMIT was lost with its connection. Also `with session.begin()`
+            comes here while that error is under way, and so raises this one.
+    """
     assert isinstance(session, WriteSession)
-    if transaction.parent is None:
-        session._ended()
-        if session._atomic_commit is not None:  # it did not commit, or nobody knows
-            abandoned, session._atomic_commit = session._atomic_commit, None
-            abandoned.abandon()
+    if transaction.parent is not None:
+        return
+    was_committing, session._is_committing = session._is_committing, False
+    was_written = bool(session._written)
+    session._ended()
+    if session._atomic_commit is not None:  # it did not commit, or nobody knows
+        abandoned, session._atomic_commit = session._atomic_commit, None
+        abandoned.abandon()
+        return
+    error = sys.exc_info()[1]
+    if was_committing and was_written and isinstance(error, DBAPIError):
+        if error.connection_invalidated:
+            raise OutcomeUnknownError from error

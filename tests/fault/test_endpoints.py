@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +24,8 @@ from shardkit.errors import (
 from shardkit.events import EndpointFailed, Gathered
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until, watch
-from shardkit.topology import Endpoint, Role, Topology
-from tests.fixtures.sharded import Settled
+from shardkit.topology import Endpoint, Role, Topology, schema_name
+from tests.fixtures.sharded import Settled, admin
 from tests.models import Photo, User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
@@ -215,6 +217,49 @@ def test_a_primary_killed_before_commit_leaves_the_outcome_unknown(
         with pytest.raises(OutcomeUnknownError) as caught:
             session.commit()
         assert not caught.value.retryable
+
+
+def test_a_primary_killed_during_a_lone_insert_leaves_the_outcome_unknown(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    """It has neither BEGIN nor COMMIT: its own answer is what is lost."""
+    physical = cluster.topology.physical[owner(cluster, user)]
+    table = f"{schema_name(ids.shard_of(user.id))}.photos"
+    caught: list[Exception] = []
+
+    def write() -> None:
+        with cluster.writer() as session:
+            session.add(Photo(owner_id=user.id, caption="perhaps"))
+            try:
+                session.commit()
+            except Exception as error:  # noqa: BLE001 - looked at below
+                caught.append(error)
+            assert session.token == ""
+
+    thread = threading.Thread(target=write)
+    with closing(admin(physical)) as lock, closing(admin(physical)) as looking:
+        lock.execute("BEGIN")
+        lock.execute(f"LOCK TABLE {table} IN SHARE MODE".encode())
+        thread.start()
+        wait_until(
+            lambda: bool(looking.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone()),
+            10.0,
+            "the INSERT waits for the lock",
+        )
+        healed.kill_server(healed.primary(physical.name).name)
+        thread.join()
+    assert [type(error) for error in caught] == [OutcomeUnknownError]
+
+
+def test_a_lone_insert_that_finds_no_server_was_not_written(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    healed.kill_server(healed.primary(owner(cluster, user)).name)
+    with cluster.writer() as session:
+        session.add(Photo(owner_id=user.id, caption="never"))
+        with pytest.raises(UnavailableError) as caught:
+            session.commit()
+        assert caught.value.retryable
 
 
 def test_pooled_connections_to_a_restarted_primary_are_replaced_unseen(
