@@ -26,6 +26,7 @@ __all__ = ["checks_server", "connection_error", "replace_if_dead"]
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
 SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
+    pg_catalog.current_setting('transaction_read_only') = 'on',
     pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
 FROM shardkit.identity
 """
@@ -56,11 +57,19 @@ def connection_error(
 
 
 def checks_server(
-    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints
+    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints, *, is_reader: bool
 ) -> Callable[[Any, Any], None]:
     """Return the check of a new connection: the right cluster, physical shard and role.
 
-    It notes how the rows of tables were placed.
+    It notes how the rows of tables were placed. Behind a pooler it looks at one of the servers'
+    connections, and another one, after a failover to another server, may serve the next
+    transaction: it finds mistakes of configuration, and does not replace a check per transaction.
+
+    Args:
+        topology: what is expected.
+        endpoint: where the connections go.
+        fingerprints: told how the rows of tables were placed.
+        is_reader: whether the server itself must refuse to write.
     """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
@@ -82,7 +91,7 @@ def checks_server(
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        stored, in_recovery, *found = row
+        stored, is_read_only, in_recovery, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -96,6 +105,13 @@ def checks_server(
                 "id epoch {}".format(*found),
                 endpoint=str(endpoint),
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
+            )
+        if is_reader and not is_read_only:
+            raise ConfigurationError(
+                f"lets readers of physical shard {endpoint.physical!r} write",
+                endpoint=str(endpoint),
+                hint="give physical.reader an address whose connections are read-only, in "
+                "pgbouncer.ini by connect_query='SET default_transaction_read_only = on'",
             )
         fingerprints.note(stored)
 

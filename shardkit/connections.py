@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, ClassVar, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -109,14 +109,16 @@ class _Core:
                 "pool_timeout": self._pool.timeout,
                 "pool_use_lifo": True,
                 "hide_parameters": True,  # rows of users stay out of logs and errors
-                "connect_args": self._connect_args(purpose),
+                "connect_args": self._connect_args(endpoint, purpose),
             }
             if purpose is not Purpose.WRITE:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-            engine = self._create_engine(endpoint, options)
+            is_reader = purpose is Purpose.READ
+            url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
+            engine = self._create_engine(url, options)
             engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
-            check = checks_server(self.topology, endpoint, self.fingerprints)
+            check = checks_server(self.topology, endpoint, self.fingerprints, is_reader=is_reader)
             event.listen(engine, "connect", check)
             event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
@@ -185,7 +187,7 @@ class _Core:
 
     # -- to be provided
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         raise NotImplementedError
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
@@ -230,16 +232,22 @@ class _Core:
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
-    def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
+    def _connect_args(self, endpoint: Endpoint, purpose: Purpose) -> dict[str, Any]:
+        pooler = self.topology.physical[endpoint.physical].pooler
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
         }
         if purpose is Purpose.WRITE:
             arguments |= self._writing
-        if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
+        # The primary, too, refuses what slips past the session. PgBouncer refuses the option
+        # instead; its connections for readers are read-only by its own configuration.
+        if purpose is Purpose.READ and pooler is None:
             arguments["options"] = "-c default_transaction_read_only=on"
-        if not self._pool.prepare_statements:
+        prepares = self._pool.prepare_statements
+        if prepares is None:
+            prepares = pooler is None or pooler.carries_prepared_statements
+        if not prepares:
             arguments["prepare_threshold"] = None
         return arguments
 
@@ -254,8 +262,8 @@ class Connections(_Core):
         for engine in self._engines.values():
             engine.dispose()
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        engine = create_engine(endpoint.url, **options)
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        engine = create_engine(url, **options)
         event.listen(engine, "do_connect", _connects)
         return engine
 
@@ -277,8 +285,8 @@ class AsyncConnections(_Core):
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        return create_async_engine(endpoint.url, **options).sync_engine
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        return create_async_engine(url, **options).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_LOGICAL_SHARDS",
     "Endpoint",
     "PhysicalShard",
+    "Pooler",
     "Role",
     "ShardMap",
     "Topology",
@@ -47,12 +48,15 @@ class Endpoint:
         physical: name of the physical shard it serves.
         role: primary or replica.
         url: address, database and application login; its password never appears in `repr`.
+        read_url: where single statements of readers go instead, when `url` cannot refuse writes;
+            None for `url`.
         address: `host:port/database`, which with the first two tells endpoints apart.
     """
 
     physical: str
     role: Role
     url: URL = field(repr=False, compare=False)
+    read_url: URL | None = field(default=None, repr=False, compare=False)
     address: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,25 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooler:
+    """A PgBouncer in transaction mode between clients and a physical shard.
+
+    Attributes:
+        version: its numbers; empty when unknown.
+    """
+
+    version: tuple[int, ...] = ()
+
+    @property
+    def carries_prepared_statements(self) -> bool:
+        """Whether a statement prepared on one server connection is found on another.
+
+        Source: PgBouncer's changelog, 1.21, `max_prepared_statements`.
+        """
+        return self.version >= (1, 21)
+
+
+@dataclass(frozen=True, slots=True)
 class PhysicalShard:
     """One PostgreSQL primary and its replicas.
 
@@ -71,13 +94,16 @@ class PhysicalShard:
         name: how people call it.
         primary: where writes go.
         replicas: where reads may go; possibly empty.
-        admin_url: the primary again, with the login that owns the schemas; used by commands.
+        admin_url: the primary again, with the login that owns the schemas; used by commands, and
+            never by way of a pooler.
+        pooler: what stands between applications and its endpoints; None for nothing.
     """
 
     name: str
     primary: Endpoint
     replicas: tuple[Endpoint, ...]
     admin_url: URL = field(repr=False)
+    pooler: Pooler | None = None
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

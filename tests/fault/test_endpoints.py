@@ -25,6 +25,7 @@ from shardkit.events import EndpointFailed, Gathered
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until, watch
 from shardkit.topology import Endpoint, Role, Topology, schema_name
+from tests.fixtures.servers import server_of
 from tests.fixtures.sharded import Settled, admin
 from tests.models import Photo, User
 
@@ -87,9 +88,7 @@ def test_a_replica_killed_inside_a_session_is_replaced(
     with cluster.reader() as session:
         assert session.get(User, user.id) is not None
         endpoint, _ = session._roots[physical]
-        port = endpoint.url.port
-        name = next(s.name for s in healed.replicas(physical) if s.port == port)
-        healed.kill_server(name)
+        healed.kill_server(server_of(healed, endpoint).name)
         session.expunge_all()
         found = session.get_one(User, user.id)
         assert [photo.caption for photo in found.photos] == ["dawn"]
@@ -195,8 +194,7 @@ def test_a_partial_result_takes_another_replica_before_it_leaves_a_server_out(
     limits = all_shards(partial=True, timeout=5)
     with cluster.reader() as session, watch(cluster) as seen:
         assert len(session.scalars(NEWEST.options(limits)).all()) == 1
-        port = session._roots[physical][0].url.port
-        name = next(s.name for s in healed.replicas(physical) if s.port == port)
+        name = server_of(healed, session._roots[physical][0]).name
         healed.kill_server(name)
         assert len(session.scalars(NEWEST.options(limits)).all()) == 1
         assert session.failures == {}

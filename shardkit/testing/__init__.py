@@ -3,7 +3,8 @@
 `wait_until` waits for a fact instead of for a time, so that a test is as quick as the system and
 fails with a sentence. `FakeClock` is a clock that moves when told. `create_tables` makes the
 tables of models on every logical shard without migrations. `watch` collects what a cluster does
-and fails a test that reads too widely, too often or too early. Never used by the library itself.
+and fails a test that reads too widely, too often or too early. `FaultProxy` breaks the network
+between a program and one server (see `shardkit.testing.proxy`). Never used by the library itself.
 """
 
 from __future__ import annotations
@@ -24,9 +25,25 @@ from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.events import Caller, Committed, Event, StatementRouted
 from shardkit.models import REFERENCE_SCHEMA, rules_of
 from shardkit.ops import catalog
+from shardkit.testing.faults import Counts, Fault, Shape, Trigger, Way, When
+from shardkit.testing.proxy import FaultProxy, reroute
 from shardkit.topology import PhysicalShard, Topology, schema_name
 
-__all__ = ["FakeClock", "Watch", "create_tables", "wait_until", "watch"]
+__all__ = [
+    "Counts",
+    "FakeClock",
+    "Fault",
+    "FaultProxy",
+    "Shape",
+    "Trigger",
+    "Watch",
+    "Way",
+    "When",
+    "create_tables",
+    "reroute",
+    "wait_until",
+    "watch",
+]
 
 _POLL = 0.02
 
