@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit test-oracle lint type format bench uniqueness lock clean
+.PHONY: help setup run test test-unit test-oracle lint type format bench uniqueness halves lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -48,6 +48,9 @@ bench: setup ## every benchmark, with its baseline in the same run
 
 uniqueness: setup ## 20 million ids under forks, kills and clock steps, and no id twice
 	@$(BIN)/python -m benchmarks uniqueness $(ARGS)
+
+halves: setup ## 310 kills in atomic commits over two servers, and no commit half done
+	@$(BIN)/python -m benchmarks halves $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

@@ -188,9 +188,7 @@ class TwoPhaseStep:
     pending: tuple[str, ...]
 
 
-Event = (
-    StatementRouted | Gathered | EndpointFailed | BreakerChanged | Committed | TwoPhaseStep
-)
+Event = StatementRouted | Gathered | EndpointFailed | BreakerChanged | Committed | TwoPhaseStep
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

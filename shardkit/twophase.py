@@ -197,6 +197,7 @@ class AtomicCommit:
         self.transaction = secrets.token_hex(16)
         self.coordinator, *self.participants = sorted(roots)
         self._roots = dict(roots)
+        self._is_unknown = False
         self.pending: tuple[str, ...] = ()
 
     def prepare(self) -> None:
@@ -240,8 +241,11 @@ class AtomicCommit:
             try:
                 outcome = _decision(self._servers, self.coordinator, self.transaction)
             except (UnavailableError, DBAPIError):
+                root.invalidate(error)
+                self._is_unknown = True
                 raise OutcomeUnknownError from error
             if outcome == "abort":
+                root.invalidate(error)
                 raise self._undone() from error
             real.has_committed = True
         self._tell("decided")
@@ -276,8 +280,9 @@ class AtomicCommit:
         coordinator like everybody else, so this is right also where its COMMIT was sent and the
         answer lost.
         """
-        for name in self.participants:
-            self._settled(name)
+        if not self._is_unknown:
+            for name in self.participants:
+                self._settled(name)
         self._tell("abandoned")
 
     def _gid(self, participant: str) -> Gid:

@@ -491,6 +491,6 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
         abandoned.abandon()
         return
     error = sys.exc_info()[1]
-    if was_committing and was_written and isinstance(error, DBAPIError):
-        if error.connection_invalidated:
-            raise OutcomeUnknownError from error
+    is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    if was_committing and was_written and is_lost:
+        raise OutcomeUnknownError from error

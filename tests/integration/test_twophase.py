@@ -298,6 +298,7 @@ def test_names_that_are_not_ours_are_left_alone(cluster: Cluster) -> None:
     assert Gid.parse(str(Gid("0" * 32, "alpha", "beta"))) == Gid("0" * 32, "alpha", "beta")
 
 
+@pytest.mark.anyio
 async def test_the_same_for_asyncio(cluster: Cluster) -> None:
     async with AsyncCluster(cluster.topology) as awaited:
         async with awaited.writer(atomic=True) as session:
