@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import ids, local, locate, migrate, twophase
+from shardkit.commands import ids, local, locate, migrate, reference, twophase
 from shardkit.errors import (
     ConfigurationError,
     IdError,
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(ids.app, name="ids")
+app.add_typer(reference.app, name="reference")
 app.add_typer(twophase.app, name="twophase")
 app.command("locate")(locate.locate)
 

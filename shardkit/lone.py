@@ -63,7 +63,7 @@ def _related(mapper: Mapper[Any]) -> frozenset[str] | None:
     It may where a row is in several tables, where a collection is kept elsewhere than in the
     object, and where a default is a function: it is given the connection.
     """
-    if len(mapper.tables) != 1:
+    if len(mapper.tables) != 1 or mapper.tables[0].schema is not None:  # a reference table
         return None
     if any(relationship.lazy in ("dynamic", "write_only") for relationship in mapper.relationships):
         return None

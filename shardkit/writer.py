@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 import psycopg
-from sqlalchemy import Connection, Engine, Insert, event, insert, update
+from sqlalchemy import Connection, Engine, Insert, Table, event, insert, update
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.orm import (
@@ -24,6 +24,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import drivers, parts, writes
+from shardkit.broadcasts import copy, is_reference, lock
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
@@ -86,6 +87,8 @@ class WriteSession(ReadSession):
         super().__init__(connections, **options)
         self._atomic = atomic
         self._atomic_commit: AtomicCommit | None = None
+        self._broadcast: dict[int, tuple[InstanceState[Any], Any]] = {}  # of this flush
+        self._is_broadcasting = False  # whether this transaction holds the lock
         self._is_committing = False  # from the last flush until COMMIT is answered
         self.pending: tuple[str, ...] = ()
         self._written: set[str] = set()
@@ -107,10 +110,13 @@ class WriteSession(ReadSession):
         """
         try:
             Session.flush(self, objects)
+            if self._broadcast and len(self._cluster.physical) > 1:
+                self._copy_broadcast()
         except DBAPIError as error:
             self._raise(error)
         finally:
             self._placed.clear()
+            self._broadcast.clear()
 
     def commit(self) -> None:
         """Flush and commit.
@@ -177,6 +183,41 @@ class WriteSession(ReadSession):
                     placed[id(obj)] = shard
         if placed:
             self._note_written(placed.values(), self._described)
+        changed = (obj for obj in self.dirty if self.is_modified(obj))
+        if any(
+            is_reference(instance_state(o).mapper.local_table)
+            for o in (*self.new, *changed, *self.deleted)
+        ):
+            self._begin_broadcast()
+
+    def _begin_broadcast(self) -> None:
+        """Take the turn of this transaction to write reference tables, if it has not yet.
+
+        Raises:
+            CrossShardWriteError: the session is not atomic, and there are several physical shards.
+            StatementTimeoutError: another broadcast takes too long (retryable).
+        """
+        servers = sorted(self._cluster.physical)
+        if len(servers) > 1 and not self._atomic:
+            raise CrossShardWriteError(
+                f"reference tables are written on {', '.join(servers)} together",
+                hint="use cluster.writer(atomic=True)",
+            )
+        if len(servers) > 1 and not self._is_broadcasting:
+            self._is_broadcasting = True
+            lock([self._scattering(physical) for physical in servers])
+        self._written |= set(servers)
+
+    def _copy_broadcast(self) -> None:
+        """Copy what was flushed on the home to the other servers."""
+        home, *others = sorted(self._cluster.physical)
+        changed: dict[Table, set[Any]] = {}
+        for state, before in self._broadcast.values():
+            keys = {before, state.identity} - {None}
+            for table in state.mapper.tables:
+                assert isinstance(table, Table)
+                changed.setdefault(table, set()).update(keys)
+        copy(self._scattering(home), [self._scattering(physical) for physical in others], changed)
 
     def _described(self) -> dict[str, list[str]]:
         """Return the objects of the unit of work by the physical shard they are written to."""
@@ -226,13 +267,18 @@ class WriteSession(ReadSession):
 
     def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
+        if is_reference(instance_state(instance).mapper.local_table):
+            self._begin_broadcast()
+            state = instance_state(instance)
+            self._broadcast.setdefault(id(state), (state, state.identity))
+            return self._scattering(min(self._cluster.physical))
         shard = self._placed.get(id(instance))
         if shard is None:  # the flush itself found it, through a relationship
             shard = self._stored_shard(instance)
             if shard is None:
                 raise UnsupportedStatementError(
                     f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
-                    hint="reference tables cannot be written through a session yet",
+                    hint="derive it from Sharded or Reference",
                 )
             self._note_written((shard,))
         state = instance_state(instance)
@@ -423,6 +469,7 @@ class WriteSession(ReadSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._is_broadcasting = False
         self._shard_views.clear()
         self._roots.clear()
         self._drivers.clear()
@@ -481,6 +528,8 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
             comes here while that error is under way, and so raises this one.
     """
     assert isinstance(session, WriteSession)
+    if transaction.nested:  # a lock taken inside ends with what is rolled back
+        session._is_broadcasting = False
     if transaction.parent is not None:
         return
     was_committing, session._is_committing = session._is_committing, False

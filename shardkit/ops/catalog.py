@@ -51,6 +51,12 @@ CREATE TABLE IF NOT EXISTS shardkit.decisions (
     decided timestamptz NOT NULL DEFAULT clock_timestamp(),
     asked timestamptz
 );
+CREATE TABLE IF NOT EXISTS shardkit.reference_version (
+    revision text PRIMARY KEY,
+    checksum text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE SCHEMA IF NOT EXISTS reference;
 """
 
 
@@ -66,6 +72,15 @@ def admin_statements(
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
         # How transactions over several physical shards ended: shardkit.twophase.
         sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON shardkit.decisions TO {}").format(role),
+        # Reference tables, the same on every physical shard: shardkit.broadcasts.
+        sql.SQL("GRANT USAGE ON SCHEMA reference TO {}").format(role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference "
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
+        ).format(role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference GRANT USAGE ON SEQUENCES TO {}"
+        ).format(role),
         *id_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
