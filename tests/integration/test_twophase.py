@@ -15,12 +15,14 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 
 from shardkit import AsyncCluster, Cluster, ids
 from shardkit.cli import main
+from shardkit.config import load
 from shardkit.errors import CrossShardWriteError, EndpointUnavailableError
 from shardkit.events import Committed, Event, TwoPhaseStep
-from shardkit.testing import wait_until
+from shardkit.testing import create_tables, wait_until
 from shardkit.twophase import Gid, in_doubt, resolve
+from tests.fixtures.servers import NewCluster
 from tests.fixtures.sharded import admin
-from tests.models import Photo, User
+from tests.models import Base, Country, Photo, User
 
 pytestmark = pytest.mark.integration
 
@@ -313,3 +315,47 @@ async def test_the_same_for_asyncio(cluster: Cluster) -> None:
                 await session.execute(insert(User).values(id=on(cluster, "beta"), name="twice"))
             await session.rollback()
     assert names(cluster) == ["ana", "bela"]
+
+
+def test_it_works_through_pgbouncer_in_transaction_pooling(
+    new_cluster: NewCluster,
+) -> None:
+    """COMMIT PREPARED needs no connection of its own, so any of the pool will do."""
+    local = new_cluster(replicas=0, logical_shards=64, redis=False, memcached=False)
+    local.start()
+    if "pgbouncer" in local.missing:
+        pytest.skip("PgBouncer is not installed")
+    _, topology = load(local.config_path)
+    create_tables(topology, Base.metadata)
+    seen = {shard.primary.url.port for shard in topology.physical.values()}
+    assert not seen & {local.primary(name).port for name in topology.physical}, "pooled"
+    with Cluster(topology) as cluster:
+        for n in range(8):
+            with cluster.writer(atomic=True) as session:
+                session.add_all(
+                    User(id=on(cluster, name, n + 1), name=f"{n}") for name in topology.physical
+                )
+                session.add(Country(code=f"c{n}", name=f"{n}"))
+                session.commit()
+                assert session.pending == ()
+        assert prepared(cluster) == []
+        # A client that is gone while its part is prepared, and the pool goes on.
+        child = os.fork()
+        if child == 0:
+            dying = Cluster(topology)
+            dying.listen(
+                lambda event: os.kill(os.getpid(), signal.SIGKILL) if at(event, "decided") else None
+            )
+            with dying.writer(atomic=True) as session:
+                session.add_all(
+                    User(id=on(cluster, name, 20), name="x") for name in topology.physical
+                )
+                session.commit()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert len(prepared(cluster)) == 1
+        done = resolve(cluster.connections, topology.physical, older_than=0.0)
+        assert [part.outcome for part in done.settled] == ["commit"]
+        with cluster.writer() as session:
+            for name in topology.physical:
+                assert session.get_one(User, on(cluster, name, 20)).name == "x"
