@@ -62,7 +62,7 @@ ATOMIC: Final = (
     (PARTICIPANT, "INSERT INTO .*halves"),
     (PARTICIPANT, "^PREPARE TRANSACTION"),
     (COORDINATOR, "INSERT INTO shardkit.decisions .*participants"),
-    (COORDINATOR, "^COMMIT$"),
+    (COORDINATOR, "^(SHOW synchronous_commit; )?COMMIT(;|$)"),
     (PARTICIPANT, "^COMMIT PREPARED"),
     (COORDINATOR, "DELETE FROM shardkit.decisions"),
 )

@@ -25,11 +25,12 @@ from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import TransactionStatus
 
 from shardkit import parallel
+from shardkit.parting import Parting
 
 __all__ = ["AsyncConnection", "AsyncCursor", "Connection", "Cursor"]
 
 
-class Connection(parallel.Connection):
+class Connection(Parting, parallel.Connection):
     """A connection of a thread.
 
     Attributes:
@@ -58,7 +59,7 @@ class Connection(parallel.Connection):
             yield from super()._start_query()
 
 
-class AsyncConnection(psycopg.AsyncConnection[Any]):
+class AsyncConnection(Parting, psycopg.AsyncConnection[Any]):
     """A connection of an event loop; see `Connection`."""
 
     is_alone = False

@@ -22,6 +22,9 @@ from tests.models import User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
+COMMIT = "^(SHOW synchronous_commit; )?COMMIT(;|$)"
+"""The writer's own: its answer tells the position as well."""
+
 
 @pytest.fixture(autouse=True)
 def settled_afterwards(cluster: Cluster) -> Iterator[None]:
@@ -70,7 +73,7 @@ def test_a_decision_whose_answer_is_lost_is_a_commit(
     cluster: Cluster, proxied: Proxied, begin: bool
 ) -> None:
     with (
-        lose(cluster, proxied, "alpha", "^COMMIT$", When.AFTER) as through,
+        lose(cluster, proxied, "alpha", COMMIT, When.AFTER) as through,
         through.writer(atomic=True) as session,
     ):
         save(session, pair(cluster), begin=begin)
@@ -86,7 +89,7 @@ def test_a_decision_that_is_lost_itself_is_none(
     cluster: Cluster, proxied: Proxied, begin: bool
 ) -> None:
     with (
-        lose(cluster, proxied, "alpha", "^COMMIT$", When.BEFORE) as through,
+        lose(cluster, proxied, "alpha", COMMIT, When.BEFORE) as through,
         through.writer(atomic=True) as session,
     ):
         with pytest.raises(EndpointUnavailableError, match="undone") as caught:
@@ -101,7 +104,7 @@ def test_a_decision_that_is_lost_itself_is_none(
 @pytest.mark.anyio
 async def test_a_lost_answer_is_a_commit_for_asyncio(cluster: Cluster, proxied: Proxied) -> None:
     topology, proxy = proxied(cluster, cluster.topology.physical["alpha"].primary)
-    proxy.on("^COMMIT$", Fault.RESET, when=When.AFTER)
+    proxy.on(COMMIT, Fault.RESET, when=When.AFTER)
     async with AsyncCluster(topology) as through, through.writer(atomic=True) as session:
         session.add_all(pair(cluster))
         await session.commit()
@@ -118,7 +121,7 @@ def test_a_coordinator_that_cannot_be_asked_leaves_the_outcome_unknown(
         proxy.refuse()
         proxy.reset()
 
-    proxy.on("^COMMIT$", cut, when=When.AFTER)
+    proxy.on(COMMIT, cut, when=When.AFTER)
     with Cluster(topology) as through, through.writer(atomic=True) as session:
         session.add_all(pair(cluster))
         with pytest.raises(OutcomeUnknownError) as caught:
@@ -217,7 +220,7 @@ def test_a_plain_commit_whose_answer_is_lost_is_unknown_also_inside_begin(
     cluster: Cluster, proxied: Proxied
 ) -> None:
     with (
-        lose(cluster, proxied, "alpha", "^COMMIT$", When.AFTER) as through,
+        lose(cluster, proxied, "alpha", COMMIT, When.AFTER) as through,
         through.writer() as session,
     ):
         with pytest.raises(OutcomeUnknownError):
