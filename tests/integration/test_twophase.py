@@ -359,3 +359,26 @@ def test_it_works_through_pgbouncer_in_transaction_pooling(
         with cluster.writer() as session:
             for name in topology.physical:
                 assert session.get_one(User, on(cluster, name, 20)).name == "x"
+
+
+def test_events_are_prepared_with_the_rest(cluster: Cluster) -> None:
+    """NOTIFY cannot be prepared, so relays find these events when they look by themselves."""
+    ana, bela = pair(cluster)
+    shards = [ids.shard_of(user.id) for user in (ana, bela)]
+    with cluster.writer(atomic=True) as session:
+        session.add_all((ana, bela))
+        for user in (ana, bela):
+            session.emit("greeted", {"name": user.name}, near=user, key=user.id)
+        session.commit()
+        session.emit("alone", near=ana)
+        session.commit()
+        session.emit("undone", near=ana)
+        session.emit("undone", near=bela)
+        session.rollback()
+    topics = []
+    for shard in shards:
+        with admin(cluster.topology.physical[cluster.topology.shard_map.owner(shard)]) as there:
+            query = f"SELECT topic FROM shard_{shard:04d}.shardkit_outbox ORDER BY position"
+            topics.append([row[0] for row in there.execute(query.encode())])
+            there.execute(f"DELETE FROM shard_{shard:04d}.shardkit_outbox".encode())
+    assert topics == [["greeted", "alone"], ["greeted"]]
