@@ -388,7 +388,7 @@ def in_doubt(
     for name in physical:
         try:
             rows = servers.ask(name, _IN_DOUBT, {}, primary=True)
-        except UnavailableError as error:
+        except (UnavailableError, DBAPIError) as error:
             silent[name] = error
             continue
         for text, seconds in rows:

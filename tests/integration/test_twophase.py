@@ -18,6 +18,7 @@ from shardkit.cli import main
 from shardkit.config import load
 from shardkit.errors import CrossShardWriteError, EndpointUnavailableError
 from shardkit.events import Committed, Event, TwoPhaseStep
+from shardkit.relay import Relay
 from shardkit.testing import create_tables, wait_until
 from shardkit.twophase import Gid, in_doubt, resolve
 from tests.fixtures.servers import NewCluster
@@ -359,6 +360,22 @@ def test_it_works_through_pgbouncer_in_transaction_pooling(
         with cluster.writer() as session:
             for name in topology.physical:
                 assert session.get_one(User, on(cluster, name, 20)).name == "x"
+
+
+def test_a_relay_ends_what_is_in_doubt(cluster: Cluster) -> None:
+    child = os.fork()
+    if child == 0:
+        dying = Cluster(cluster.topology)
+        dying.listen(lambda e: os.kill(os.getpid(), signal.SIGKILL) if at(e, "decided") else None)
+        with dying.writer(atomic=True) as session:
+            session.add_all(pair(cluster))
+            session.commit()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(prepared(cluster)) == 1
+    with Relay(cluster, {}):
+        wait_until(lambda: not prepared(cluster), 10.0, "the relay has ended it")
+    assert names(cluster) == ["ana", "bela"]
 
 
 def test_events_are_prepared_with_the_rest(cluster: Cluster) -> None:
