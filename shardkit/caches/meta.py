@@ -18,7 +18,16 @@ from typing import Final, NamedTuple
 from shardkit.caching.entries import LARGEST_ENTRY, decode, encode
 from shardkit.caching.operations import UNKNOWN, Answer, Op, Outcome, Request
 
-__all__ = ["LIFE_KEY", "Life", "ProtocolViolation", "Replies", "answers_of", "hello", "render"]
+__all__ = [
+    "LIFE_KEY",
+    "Life",
+    "ProtocolViolation",
+    "Replies",
+    "answers_of",
+    "hello",
+    "life_of",
+    "render",
+]
 
 LIFE_KEY: Final = "shardkit:life"
 """Its entry says which life of the server this is: the first who connects writes a random text.
@@ -69,6 +78,18 @@ def hello(text: bytes) -> bytes:
     """Return what a new connection sends first: give the server a life if it has none, read it."""
     key = LIFE_KEY.encode()
     return b"ms %b %d ME T0\r\n%b\r\nmg %b v\r\n" % (key, len(text), text, key)
+
+
+def life_of(node: str, replies: Replies) -> Life:
+    """Return which life of a server it says this is, in reply to `hello`.
+
+    Raises:
+        ProtocolViolation: it keeps nothing, or is no Memcached of ours.
+    """
+    said = replies.replies[1]
+    if said.code != b"VA" or not said.data:
+        raise ProtocolViolation("the server keeps nothing")
+    return Life(node, said.data)
 
 
 def render(requests: Sequence[Request], life: Life) -> tuple[bytes, list[int]]:

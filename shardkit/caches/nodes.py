@@ -142,9 +142,7 @@ class Nodes:
                 batch.requests.append(request._replace(ttl=GUTTER_LIFE) if shorter else request)
         return [batch for batch in batches.values() if batch], [UNKNOWN] * len(requests)
 
-    def _admit(
-        self, batches: dict[Node, Batch | None], node: Node, place: Place
-    ) -> Batch | None:
+    def _admit(self, batches: dict[Node, Batch | None], node: Node, place: Place) -> Batch | None:
         batch = None
         if not node.is_dirty or place is Place.HOME:
             try:

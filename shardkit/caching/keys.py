@@ -33,6 +33,7 @@ def cache_key(
     logical_shard: int,
     table: str,
     primary_key: Sequence[Any],
+    *,
     schema: str,
 ) -> str:
     """Return the name of a row's entry: printable ASCII, no spaces, at most 250 bytes.

@@ -43,9 +43,7 @@ def carry_out(entry: Entry | None, request: Request, fresh: Cas) -> tuple[Entry 
     """Return what becomes of an entry, and the answer."""
     op: Any = request.op
     if op in (Other.ADD, Other.NEWER):
-        is_newer = (
-            op is Other.NEWER and entry is not None and entry.version < request.version
-        )
+        is_newer = op is Other.NEWER and entry is not None and entry.version < request.version
         if entry is None or is_newer:
             return apply(entry, request._replace(op=Op.PUT), fresh)
         return entry, Answer(Outcome.DIFFERS)

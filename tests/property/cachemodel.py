@@ -243,7 +243,9 @@ class Model:
             self.spent[at] = after
         return self.spent[at]
 
-    def _effect(self, actor: int, n: int, entry: int, cas: tuple[int, int]) -> tuple[int, int, bool, int]:
+    def _effect(
+        self, actor: int, n: int, entry: int, cas: tuple[int, int]
+    ) -> tuple[int, int, bool, int]:
         """Return actor and entry after the n-th machine's request, whether it wrote, and the
         actor after no answer.
         """
@@ -262,7 +264,9 @@ class Model:
             known = self.effects[at] = (heard, self.entries(after), wrote, unheard)
         return known
 
-    def _operate(self, s: State, i: int, number: int, n: int, slot: int, who: str) -> Iterator[tuple[str, State, str]]:
+    def _operate(
+        self, s: State, i: int, number: int, n: int, slot: int, who: str
+    ) -> Iterator[tuple[str, State, str]]:
         """Yield the ways in which one operation may end; `number` is the actor's at its start."""
         heard, entry, wrote, unheard = self._effect(number, n, s[slot], (s[_LIFE], s[_FRESH]))
         request = self.actors.values[number].machines[n].request
@@ -286,7 +290,9 @@ class Model:
             late[_BUDGET], late[_FLYING] = budget, self.flights(flying)
             yield self._become(tuple(late), i, number, unheard, f"{name} (under way)")
 
-    def _become(self, s: State, i: int, before: int, after: int, name: str) -> tuple[str, State, str]:
+    def _become(
+        self, s: State, i: int, before: int, after: int, name: str
+    ) -> tuple[str, State, str]:
         """Put an actor's new state in place; acknowledge, and judge what a reader was shown."""
         old, new = self.actors.values[before], self.actors.values[after]
         violated = ""
@@ -401,7 +407,9 @@ class Model:
                     version=machine.version,
                     serial=actor.serials[key],
                     is_there=is_there,
-                    before=(row.version, row.serial) if "failover" in self.names or "replica" in self.names else (0, 0),
+                    before=(row.version, row.serial)
+                    if "failover" in self.names or "replica" in self.names
+                    else (0, 0),
                     holder=-1,
                 )
             )
@@ -431,14 +439,30 @@ class Model:
         if not machine.must_load:
             yield from self._operate(s, i, number, 0, self._slot(key, actor.epoch), who)
             return
-        yield self._load(s, i, actor, (row.version, row.serial if row.is_there else 0), row.serial, f"{who} loads {row.serial}")
+        yield self._load(
+            s,
+            i,
+            actor,
+            (row.version, row.serial if row.is_there else 0),
+            row.serial,
+            f"{who} loads {row.serial}",
+        )
         if row.before != (row.version, row.serial) and row.before[0]:
             budget = self._spend(s[_BUDGET], "replica")
             if budget is not None:
                 spent = _put(s, _BUDGET, budget)
-                yield self._load(spent, i, actor, row.before, row.before[1], f"{who} loads {row.before[1]} from a replica")
+                yield self._load(
+                    spent,
+                    i,
+                    actor,
+                    row.before,
+                    row.before[1],
+                    f"{who} loads {row.before[1]} from a replica",
+                )
 
-    def _load(self, s: State, i: int, actor: Actor, read: tuple[int, int], serial: int, name: str) -> tuple[str, State, str]:
+    def _load(
+        self, s: State, i: int, actor: Actor, read: tuple[int, int], serial: int, name: str
+    ) -> tuple[str, State, str]:
         version, content = read
         loaded = actor.machines[0].loaded(version, _ghost(content) if content else None)
         after = self.actors(_tidy(actor._replace(machines=(loaded,), serials=(serial,))))
@@ -454,7 +478,9 @@ class Model:
             key, version = pending[0]
             actor = Actor(1, s[_EPOCH], (Repair(f"k{key}", version),), (key, version))
             number = self.actors(actor)
-        yield from self._operate(s, _RELAY, number, 0, self._slot(actor.serials[0], actor.epoch), "relay")
+        yield from self._operate(
+            s, _RELAY, number, 0, self._slot(actor.serials[0], actor.epoch), "relay"
+        )
 
     def _environment(self, s: State) -> Iterator[tuple[str, State, str]]:
         flying = self.flights.values[s[_FLYING]]
@@ -508,7 +534,13 @@ class Model:
             pending = tuple(each for each in pending if each != (key, row.version))
             lost[_SEQ] = row.before[0]
             lost[_FIRST + key] = self.rows(
-                Row(row.before[0], lost[_SERIAL], True, (row.before[0], lost[_SERIAL]), lost[_SERIAL])  # noqa: FBT003
+                Row(
+                    row.before[0],
+                    lost[_SERIAL],
+                    True,
+                    (row.before[0], lost[_SERIAL]),
+                    lost[_SERIAL],
+                )  # noqa: FBT003
             )
         lost[_PENDING] = self.outboxes(pending)
         yield "failover, the last commit lost", tuple(lost), ""
