@@ -224,11 +224,10 @@ class Replies:
                 raise ProtocolViolation(f"unexpected reply {buffer[at : at + 40]!r}")
             if code != b"SERVER_ERROR":
                 for flag in flags:
-                    first = flag[:1]
-                    if first == b"c":
-                        cas = _integer(flag[1:])
-                    elif first == b"W":
+                    if flag == b"W":
                         won = True
+                    elif flag[:1] == b"c":
+                        cas = _integer(flag[1:])
             replies.append(Reply(code, cas, won, value))
             at = end + 2
         self._buffer = buffer[at:]
@@ -240,13 +239,16 @@ _CODES: Final = frozenset({b"HD", b"EN", b"NF", b"EX", b"NS", b"SERVER_ERROR"})
 
 
 def _size(words: list[bytes]) -> int:
-    size = _integer(words[1]) if len(words) > 1 else -1
+    try:
+        size = int(words[1])
+    except (IndexError, ValueError):
+        size = -1
     if not 0 <= size <= _LARGEST_VALUE:
         raise ProtocolViolation("a value of no sensible size")
     return size
 
 
 def _integer(text: bytes) -> int:
-    if not text.isdigit() or len(text) > 20:
-        raise ProtocolViolation("no number where one belongs")
-    return int(text)
+    if text.isdigit() and len(text) <= 20:
+        return int(text)
+    raise ProtocolViolation("no number where one belongs")

@@ -57,12 +57,19 @@ class Batch:
 
     __slots__ = ("at", "began", "node", "probe", "requests")
 
-    def __init__(self, node: Node, probe: Probe | None, began: float) -> None:
+    def __init__(
+        self,
+        node: Node,
+        probe: Probe | None,
+        began: float,
+        at: list[int],
+        requests: list[Request],
+    ) -> None:
         self.node = node
         self.probe = probe
         self.began = began
-        self.at: list[int] = []
-        self.requests: list[Request] = []
+        self.at = at
+        self.requests = requests
 
 
 class Nodes:
@@ -117,6 +124,11 @@ class Nodes:
         self, requests: Sequence[Request], place: Place = Place.USUAL
     ) -> tuple[list[Batch], list[Answer]]:
         """Return what goes where, and the answers so far: `UNKNOWN` for all."""
+        if len(requests) == 1 and place is Place.USUAL:
+            key = requests[0].key
+            node = self._single or self.homes[self._home_ring.owner(key)]
+            if not node.is_dirty and node.breaker.is_closed:  # as nearly always: nothing to decide
+                return [Batch(node, None, self._now(), [0], list(requests))], [UNKNOWN]
         batches: dict[Node, Batch | None] = {}
         single = self._single if place is not Place.GUTTER else None
         for index, request in enumerate(requests):
@@ -146,7 +158,7 @@ class Nodes:
         batch = None
         if not node.is_dirty or place is Place.HOME:
             try:
-                batch = Batch(node, node.breaker.admit(), self._now())
+                batch = Batch(node, node.breaker.admit(), self._now(), [], [])
             except BreakerOpenError:
                 batch = None
         batches[node] = batch

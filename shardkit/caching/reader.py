@@ -96,18 +96,22 @@ class Reader(NamedTuple):
 
     def advance(self, answer: Answer) -> Reader:
         """Return the machine after an answer to its request."""
+        if self.phase is Phase.ASK:
+            return self._asked(answer)
         if self.phase is Phase.FILL:  # stored, or somebody was quicker: the row is good
             return self._replace(phase=Phase.DONE, cas=None)
         if self.phase is Phase.REMOVE:
             after = Phase.DONE if self.source is Source.DATABASE else Phase.LOAD
             return self._replace(phase=after, cas=None)
-        if self.phase is not Phase.ASK:
-            raise ValueError(f"no answer is expected in phase {self.phase.name}")
-        if answer.outcome is Outcome.WON:
+        raise ValueError(f"no answer is expected in phase {self.phase.name}")
+
+    def _asked(self, answer: Answer) -> Reader:
+        outcome = answer.outcome
+        if outcome is Outcome.FOUND:
+            return self._found(answer)
+        if outcome is Outcome.WON:
             return self._replace(phase=Phase.LOAD, cas=answer.cas)
-        if answer.outcome is not Outcome.FOUND:
-            return self._replace(phase=Phase.LOAD)
-        return self._found(answer)
+        return self._replace(phase=Phase.LOAD)
 
     def loaded(self, version: int, payload: bytes | None) -> Reader:
         """Return the machine after the database answered; a payload of None is no such row."""
@@ -152,13 +156,20 @@ class Reader(NamedTuple):
     def _shown(self, entry: Answer) -> Reader:
         if entry.version < self.floor:
             return self._replace(phase=Phase.LOAD)
-        return self._replace(
-            phase=Phase.DONE,
-            source=Source.CACHE,
-            kind=Kind.VALUE,
-            version=entry.version,
-            payload=entry.payload,
-            cas=entry.cas,
+        # All fields in their order: `_replace` would be a tenth of a hit.
+        return Reader(
+            self.key,
+            self.floor,
+            self.lives,
+            self.patience,
+            Phase.DONE,
+            self.marked,
+            self.leased,
+            entry.cas,
+            Source.CACHE,
+            Kind.VALUE,
+            entry.version,
+            entry.payload,
         )
 
     def _gave_up(self) -> Reader:

@@ -151,7 +151,9 @@ def test_it_does_what_the_model_checker_takes_it_to_do(backend: Any) -> None:
         batch, expected = [], []
         for key in rng.sample(keys, rng.randint(1, len(keys))):
             ours, theirs = rng.choice(known[key][-3:])
-            op = rng.choice([op for op in Op if ours is not None or op not in {Op.STORE, Op.REMOVE}])
+            op = rng.choice(
+                [op for op in Op if ours is not None or op not in {Op.STORE, Op.REMOVE}]
+            )
             kind = Kind.MARKER if op is Op.PUT else rng.choice([Kind.VALUE, Kind.ABSENCE])
             payload = rng.choice([b"", b"x", b"\r\nEN\r\n", b"\0" * 70, os.urandom(3000)])
             request = Request(op, key, theirs, kind, step, payload, LONG)
@@ -173,9 +175,11 @@ def test_the_machines_run_on_it(backend: Any) -> None:
         return machine
 
     reader = drive(Reader("row"))
-    assert reader.must_load and reader.holds_lease
+    assert reader.must_load
+    assert reader.holds_lease
     other = drive(Reader("row", patience=Patience(leases=2)))
-    assert other.must_load and not other.holds_lease
+    assert other.must_load
+    assert not other.holds_lease
     assert drive(reader.loaded(1, b"one")).is_done
     hit = drive(Reader("row"))
     assert (hit.source, hit.version, hit.payload) == (Source.CACHE, 1, b"one")
@@ -195,7 +199,17 @@ def test_the_machines_run_on_it(backend: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["a b", "a\r\nflush_all\r\n", "\0", "x" * 10_000, "naïve", "日本", "\ud800", "a:b,c%#", "-" * 240],
+    [
+        "a b",
+        "a\r\nflush_all\r\n",
+        "\0",
+        "x" * 10_000,
+        "naïve",
+        "日本",
+        "\ud800",
+        "a:b,c%#",
+        "-" * 240,
+    ],
 )
 def test_hostile_keys(backend: Any, name: str) -> None:
     key = cache_key(1, 1, 5, "users", (name,), schema="s")
@@ -319,7 +333,9 @@ def test_a_frozen_server_costs_the_deadline_and_no_more(
         assert time.monotonic() - began < 0.3
     assert not backend.nodes.homes[0].breaker.is_closed
     server.thaw()
-    wait_until(lambda: one(backend, lease("k")).payload == b"v", timeout=10, what="it is read again")
+    wait_until(
+        lambda: one(backend, lease("k")).payload == b"v", timeout=10, what="it is read again"
+    )
 
 
 def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
@@ -385,9 +401,9 @@ def test_a_lease_of_an_earlier_life_stores_nothing(
     """Memcached counts CAS numbers from 1 again after a restart."""
     server = cache_server("memcached")
     backend = open_cache("memcached", mode, [server.server])
-    before = one(backend, lease("k"))
+    before: Any = one(backend, lease("k"))
     server.restart()
-    after = one(backend, lease("k"))
+    after: Any = one(backend, lease("k"))
     assert after.outcome is Outcome.WON
     assert before.cas[1] == after.cas[1], "the number was used again"
     assert one(backend, store("k", before.cas, 1, b"stale")).outcome is Outcome.DIFFERS
@@ -405,13 +421,15 @@ def test_a_redis_that_comes_back_with_an_old_file_is_not_read(
     (name,) = backend.dirty
     assert one(backend, lease("k")) == UNKNOWN
     assert backend.flush(name)
-    wait_until(lambda: one(backend, lease("k")).outcome is Outcome.WON, timeout=10, what="it is empty")
+    wait_until(
+        lambda: one(backend, lease("k")).outcome is Outcome.WON, timeout=10, what="it is empty"
+    )
 
 
 def test_constant_evictions_lose_entries_and_mix_up_none(
     mode: str, cache_server: NewServer, open_cache: Open
 ) -> None:
-    server = cache_server("memcached", "-m", "1", "-I", "256k")
+    server = cache_server("memcached", "-m", "1", "-I", "512k")
     backend = open_cache("memcached", mode, [server.server])
     lost = 0
     for n in range(300):
@@ -531,7 +549,9 @@ def test_a_forked_child_has_connections_of_its_own(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_threads_share_few_connections(kind: str, cache_server: NewServer, open_cache: Open) -> None:
+def test_threads_share_few_connections(
+    kind: str, cache_server: NewServer, open_cache: Open
+) -> None:
     backend = open_cache(kind, "sync", [cache_server(kind).server], connections=2)
     keys = [f"t{n}" for n in range(8)]
     for key in keys:
@@ -565,5 +585,3 @@ def test_no_cache_is_clean_and_empty(mode: str) -> None:
         while (request := writer.request) is not None:
             writer = writer.advance(one(backend, request))
         assert writer.is_clean
-
-

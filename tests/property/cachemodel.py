@@ -1,18 +1,17 @@
-"""Searches every interleaving of writers, readers, the relay and faults around one cache.
+"""All that may happen to writers, readers, the relay and one cache: the steps of the model.
 
-    make model-check                                # the whole table, 5 million states and more
-    python -m tests.property.cachemodel P9 --faults evict,crash --writers 3 --readers 1
+    make model-check                          # everything: docs/cache.md's table, 5 million states
+    python -m tests.property.modelcheck P9 --faults evict,crash --writers 3 --readers 1
 
 The actors run the production machines (`shardkit.cache`) and a cache server that is in order is
 `shardkit.caching.operations.apply`; the model adds the database (row locks, COMMIT, the outbox in
 the same transaction), the relay, and an environment that may do each fault so many times.
 
-Every state is visited once, breadth first, so that a trace is a shortest one. Properties:
+Properties:
 
     A   nobody can move any more, the outbox is drained, and the cache holds something old
     B   a read that began after a write was acknowledged was shown something older by the cache
     C   as B, and the relay has nothing left to do about it
-    R   (of two keys) not needed: each key is judged alone
 
 A state is a flat tuple of small numbers: fields of the world, and indices into tables of the
 values met so far. What an actor's step does to an entry is computed once by the production code
@@ -21,11 +20,8 @@ and remembered, which is what makes five million states a matter of minutes in P
 
 from __future__ import annotations
 
-import struct
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from shardkit.caching.entries import uncarried
@@ -90,28 +86,6 @@ class Configuration:
             if holds
         )
         return f"{self.protocol} {self.writers}W {self.readers}R {faults}{more}"
-
-
-@dataclass
-class Result:
-    """What a search found.
-
-    Attributes:
-        states: visited.
-        seconds: it took.
-        found: shortest way to the first violation of each property.
-        is_whole: whether every state was visited.
-    """
-
-    configuration: Configuration
-    states: int = 0
-    seconds: float = 0.0
-    found: dict[str, list[str]] = field(default_factory=dict)
-    is_whole: bool = True
-
-    @property
-    def verdict(self) -> str:
-        return "".join(name for name in "AB" if name in self.found) or "-"
 
 
 class Row(NamedTuple):
@@ -246,8 +220,10 @@ class Model:
     def _effect(
         self, actor: int, n: int, entry: int, cas: tuple[int, int]
     ) -> tuple[int, int, bool, int]:
-        """Return actor and entry after the n-th machine's request, whether it wrote, and the
-        actor after no answer.
+        """Carry out the n-th machine's request.
+
+        Returns:
+            The actor and the entry after it, whether it wrote, and the actor after no answer.
         """
         at = (actor, n, entry, *cas)
         known = self.effects.get(at)
@@ -540,7 +516,7 @@ class Model:
                     True,
                     (row.before[0], lost[_SERIAL]),
                     lost[_SERIAL],
-                )  # noqa: FBT003
+                )
             )
         lost[_PENDING] = self.outboxes(pending)
         yield "failover, the last commit lost", tuple(lost), ""
@@ -586,63 +562,3 @@ def _shown(entry: Entry | None) -> int | None:
             return None
         payload = uncarried(payload)[1]
     return int.from_bytes(payload[:4], "big")
-
-
-def search(
-    configuration: Configuration, *, wanted: str = "", traced: bool = False, limit: int = 10**9
-) -> Result:
-    """Visit every state.
-
-    Args:
-        configuration: what is searched.
-        wanted: end as soon as these properties are violated; empty to go on to the end.
-        traced: remember the way to every state; takes more memory.
-        limit: states after which to give up.
-    """
-    began = time.perf_counter()
-    model = Model(configuration)
-    result = Result(configuration)
-    frontier = list(model.starts())
-    pack = struct.Struct(f"<{len(frontier[0])}H").pack
-    parents: dict[bytes, tuple[bytes | None, str]] = {}
-    seen = {pack(*s) for s in frontier}
-    if traced:
-        parents = {pack(*s): (None, "") for s in frontier}
-
-    def note(names: Iterable[str], packed: bytes, last: str) -> None:
-        for name in names:
-            if name not in result.found:
-                result.found[name] = [*_way(parents, packed), last] if traced else [last]
-
-    while frontier:
-        following: list[State] = []
-        for s in frontier:
-            packed = pack(*s) if traced else b""
-            if model.is_quiet(s):
-                if model.is_stale(s):
-                    note("A", packed, "and so it stays")
-            for name, after, violated in model.steps(s):
-                if violated:
-                    note(violated, packed, name)
-                key = pack(*after)
-                if key not in seen:
-                    seen.add(key)
-                    following.append(after)
-                    if traced:
-                        parents[key] = (packed, name)
-        if (wanted and set(wanted) <= set(result.found)) or len(seen) >= limit:
-            result.is_whole = not following
-            break
-        frontier = following
-    result.states, result.seconds = len(seen), time.perf_counter() - began
-    return result
-
-
-def _way(parents: dict[bytes, tuple[bytes | None, str]], packed: bytes) -> list[str]:
-    names: list[str] = []
-    at: bytes | None = packed
-    while at is not None:
-        at, name = parents[at]
-        if name:
-            names.append(name)
-    return names[::-1]
