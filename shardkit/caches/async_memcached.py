@@ -100,5 +100,5 @@ class AsyncMemcached(AsyncServedCache):
             return False
         finally:
             connection.shut()
-        node.is_dirty = False
+        self.nodes.flushed(name)
         return True

@@ -90,9 +90,9 @@ class AsyncServedCache:
                     group.create_task(self._exchange(batch, answers))
         return answers
 
-    def readmit(self, name: str) -> None:
+    def readmit(self, name: str) -> bool:
         """Read a server again: everything it missed has been repaired there."""
-        self.nodes.named(name).is_dirty = False
+        return self.nodes.readmit(name)
 
     async def close(self) -> None:
         """Close every connection of this event loop; later calls open new ones."""

@@ -64,8 +64,12 @@ class Backend(Protocol):
     def home(self, key: str) -> str:
         """Return the name of the server that a key belongs to."""
 
-    def readmit(self, name: str) -> None:
-        """Read a server again: everything it missed has been repaired there."""
+    def readmit(self, name: str) -> bool:
+        """Read a server again: everything it missed has been repaired there.
+
+        Returns:
+            Whether it is read now; False for one that has to be emptied (`flush`).
+        """
 
     def flush(self, name: str) -> bool:
         """Empty a server and read it again; return whether it answered."""
@@ -92,8 +96,12 @@ class AsyncBackend(Protocol):
     def home(self, key: str) -> str:
         """Return the name of the server that a key belongs to."""
 
-    def readmit(self, name: str) -> None:
-        """Read a server again: everything it missed has been repaired there."""
+    def readmit(self, name: str) -> bool:
+        """Read a server again: everything it missed has been repaired there.
+
+        Returns:
+            Whether it is read now; False for one that has to be emptied (`flush`).
+        """
 
     async def flush(self, name: str) -> bool:
         """Empty a server and read it again; return whether it answered."""

@@ -141,13 +141,13 @@ class Memcached(ServedCache):
 
     def flush(self, name: str) -> bool:
         """Empty a server and read it again; return whether it answered."""
-        node = self.nodes.named(name)
-        client = Client(split_address(name), connect_timeout=_FLUSH_TIME, timeout=_FLUSH_TIME)
+        address = split_address(self.nodes.named(name).name)
+        client = Client(address, connect_timeout=_FLUSH_TIME, timeout=_FLUSH_TIME)
         try:
             client.flush_all(noreply=False)
         except (OSError, MemcacheError, ProtocolViolation):
             return False
         finally:
             client.close()
-        node.is_dirty = False
+        self.nodes.flushed(name)
         return True

@@ -44,8 +44,9 @@ class MemoryCache:
         """Return `memory`."""
         return "memory"
 
-    def readmit(self, name: str) -> None:
+    def readmit(self, name: str) -> bool:
         """Do nothing: it is never left alone."""
+        return True
 
     def flush(self, name: str) -> bool:
         """Forget everything."""
@@ -91,8 +92,9 @@ class AsyncMemoryCache:
         """Return `memory`."""
         return self._cache.home(key)
 
-    def readmit(self, name: str) -> None:
+    def readmit(self, name: str) -> bool:
         """Do nothing: it is never left alone."""
+        return True
 
     async def flush(self, name: str) -> bool:
         """Forget everything."""

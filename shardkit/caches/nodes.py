@@ -30,10 +30,11 @@ class Node:
         name: `host:port`.
         breaker: told how its calls end.
         is_dirty: whether it missed a write while it was left alone.
+        must_flush: whether it holds the data of an earlier moment, which no repair finds.
         is_gutter: whether it stands in for others, for a short time.
     """
 
-    __slots__ = ("breaker", "is_dirty", "is_gutter", "name")
+    __slots__ = ("breaker", "is_dirty", "is_gutter", "must_flush", "name")
 
     def __init__(
         self, name: str, *, rules: BreakerRules, clock: Clock, is_gutter: bool = False
@@ -41,6 +42,7 @@ class Node:
         self.name = name
         self.breaker = Breaker(f"cache@{name}", rules=rules, clock=clock)
         self.is_dirty = False
+        self.must_flush = False
         self.is_gutter = is_gutter
 
 
@@ -115,10 +117,22 @@ class Nodes:
 
     def soil(self, node: Node) -> None:
         """Note that a server missed something."""
-        if not node.is_dirty and not node.is_gutter:
+        if not node.is_dirty:
             node.is_dirty = True
             if self._on_dirty is not None:
                 self._on_dirty(node.name)
+
+    def readmit(self, name: str) -> bool:
+        """Read a server again, unless it has to be emptied first; return whether it is read."""
+        node = self.named(name)
+        if not node.must_flush:
+            node.is_dirty = False
+        return not node.is_dirty
+
+    def flushed(self, name: str) -> None:
+        """Read a server again that was emptied."""
+        node = self.named(name)
+        node.is_dirty = node.must_flush = False
 
     def plan(
         self, requests: Sequence[Request], place: Place = Place.USUAL
@@ -140,7 +154,7 @@ class Nodes:
                     batch.at.append(index)
                     batch.requests.append(request)
                     continue
-                if not node.is_dirty and is_write(request):
+                if is_write(request):
                     self.soil(node)
                 if place is Place.HOME:
                     continue

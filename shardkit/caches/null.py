@@ -36,8 +36,9 @@ class NullCache:
         """Return `null`."""
         return "null"
 
-    def readmit(self, name: str) -> None:
+    def readmit(self, name: str) -> bool:
         """Do nothing."""
+        return True
 
     def flush(self, name: str) -> bool:
         """Do nothing: it is empty."""
@@ -61,8 +62,9 @@ class AsyncNullCache:
         """Return `null`."""
         return "null"
 
-    def readmit(self, name: str) -> None:
+    def readmit(self, name: str) -> bool:
         """Do nothing."""
+        return True
 
     async def flush(self, name: str) -> bool:
         """Do nothing: it is empty."""

@@ -39,28 +39,31 @@ _FLUSH_TIME: Final = 5.0
 _PREFIX: Final = "shardkit:cache:"
 
 
-class _Lives:
-    """Which life each server was last seen in."""
+def _life_commands(prefix: str) -> list[tuple[Any, ...]]:
+    """Return what a new connection asks: which life this is, and of which life the data are."""
+    key = f"{prefix}life".encode()
+    return [(b"INFO", b"server"), (b"GET", key)]
 
-    def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self._seen: dict[str, bytes] = {}
 
-    def note(self, node: Node, info: Any) -> None:
-        """Take in `INFO server`; refuse a server that came back, until it has been flushed."""
-        text = info if isinstance(info, bytes) else b""
-        lines = [line for line in text.splitlines() if line.startswith(b"run_id:")]
-        if not lines:
-            raise ConnectionError("this is no Redis")
-        before = self._seen.setdefault(node.name, lines[0])
-        if before != lines[0]:
-            self._seen[node.name] = lines[0]
-            self._nodes.soil(node)
-            raise _CameBackError
+def _note_life(nodes: Nodes, node: Node, info: Any, of_data: Any) -> bytes:
+    """Refuse a server whose data are of another life; return which life it is in.
+
+    The data say themselves: processes that begin after the restart have to know, too.
+    """
+    text = info if isinstance(info, bytes) else b""
+    lines = [line for line in text.splitlines() if line.startswith(b"run_id:")]
+    if not lines or isinstance(of_data, Exception):
+        raise ConnectionError("this is no Redis")
+    if of_data is not None and of_data != lines[0] and not node.must_flush:
+        node.must_flush = True
+        nodes.soil(node)
+    if node.must_flush and not node.is_gutter:
+        raise _CameBackError
+    return lines[0]
 
 
 class _CameBackError(ConnectionError):
-    """The server is in another life than before."""
+    """The server holds the data of another life."""
 
 
 class _Wire:
@@ -100,17 +103,15 @@ class _Wire:
         return answers
 
 
-_INFO: Final = (b"INFO", b"server")
-
-
 class _Connection:
     """redis-py's connection, one batch at a time."""
 
-    def __init__(self, node: Node, url: str, prefix: str, lives: _Lives) -> None:
+    def __init__(self, node: Node, url: str, prefix: str, nodes: Nodes) -> None:
         self.is_used = False
         self._node = node
         self._wire = _Wire(prefix)
-        self._lives = lives
+        self._nodes = nodes
+        self._prefix = prefix
         self._n = 0
         self._connection = _made(url, Connection, Retry(NoBackoff(), 0))
         self._is_open = False
@@ -121,8 +122,10 @@ class _Connection:
             if not self._is_open:
                 connection.socket_connect_timeout = connection.socket_timeout = deadline.left()
                 connection.connect()
-                connection.send_command(*_INFO)
-                self._lives.note(self._node, self._replies(1, deadline)[0])
+                self._ask(_life_commands(self._prefix))
+                life = _note_life(self._nodes, self._node, *self._replies(2, deadline))
+                self._ask([(b"SET", f"{self._prefix}life".encode(), life)])
+                self._replies(1, deadline)
                 self._is_open = True
             commands = self._wire.commands(requests)
             self._n = len(commands)
@@ -137,6 +140,9 @@ class _Connection:
                 self._connection.send_packed_command(self._connection.pack_commands(lacking))
                 again = self._replies(len(lacking), deadline)
             return self._wire.answers(requests, replies, again)
+
+    def _ask(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        self._connection.send_packed_command(self._connection.pack_commands(commands))
 
     def _replies(self, n: int, deadline: Deadline) -> list[Any]:
         replies: list[Any] = []
@@ -156,11 +162,12 @@ class _Connection:
 class _AsyncConnection:
     """The same for one event loop."""
 
-    def __init__(self, node: Node, url: str, prefix: str, lives: _Lives) -> None:
+    def __init__(self, node: Node, url: str, prefix: str, nodes: Nodes) -> None:
         self.is_used = False
         self._node = node
         self._wire = _Wire(prefix)
-        self._lives = lives
+        self._nodes = nodes
+        self._prefix = prefix
         retry = async_redis.retry.Retry(NoBackoff(), 0)
         self._connection = _made(url, async_connection.Connection, retry)
         self._is_open = False
@@ -169,7 +176,9 @@ class _AsyncConnection:
         with _Translated():
             if not self._is_open:
                 await self._connection.connect()
-                self._lives.note(self._node, (await self._ask([_INFO]))[0])
+                asked = await self._ask(_life_commands(self._prefix))
+                life = _note_life(self._nodes, self._node, *asked)
+                await self._ask([(b"SET", f"{self._prefix}life".encode(), life)])
                 self._is_open = True
             replies, again = await self._ask(self._wire.commands(requests)), []
             if lacking := self._wire.lacking(replies):
@@ -260,10 +269,9 @@ class Redis(ServedCache):
         homes, extra = _named(servers), _named(gutter)
         self._urls, self._prefix = {**homes, **extra}, prefix
         nodes = Nodes([*homes], gutter=[*extra], rules=rules, clock=clock, on_dirty=on_dirty)
-        lives = _Lives(nodes)
         super().__init__(
             nodes,
-            lambda node: _Connection(node, self._urls[node.name], prefix, lives),
+            lambda node: _Connection(node, self._urls[node.name], prefix, nodes),
             deadline=deadline,
             connections=connections,
             clock=clock,
@@ -273,17 +281,18 @@ class Redis(ServedCache):
         """Delete every entry of a server and read it again; return whether it answered."""
         from redis import Redis as Client  # noqa: PLC0415  the same name
 
-        node = self.nodes.named(name)
         retry = Retry(NoBackoff(), 0)
         client = Client.from_url(self._urls[name], socket_timeout=_FLUSH_TIME, retry=retry)
         try:
             for key in client.scan_iter(match=f"{self._prefix}*", count=1000):
-                client.unlink(key)
+                client.unlink(
+                    key
+                )  # the key that tells the life, too: the next connection writes it
         except (OSError, exceptions.RedisError):
             return False
         finally:
             client.close()
-        node.is_dirty = False
+        self.nodes.flushed(name)
         return True
 
 
@@ -305,17 +314,15 @@ class AsyncRedis(AsyncServedCache):
         homes, extra = _named(servers), _named(gutter)
         self._urls, self._prefix = {**homes, **extra}, prefix
         nodes = Nodes([*homes], gutter=[*extra], rules=rules, clock=clock, on_dirty=on_dirty)
-        lives = _Lives(nodes)
         super().__init__(
             nodes,
-            lambda node: _AsyncConnection(node, self._urls[node.name], prefix, lives),
+            lambda node: _AsyncConnection(node, self._urls[node.name], prefix, nodes),
             deadline=deadline,
             connections=connections,
         )
 
     async def flush(self, name: str) -> bool:
         """Delete every entry of a server and read it again; return whether it answered."""
-        node = self.nodes.named(name)
         client = async_redis.Redis.from_url(self._urls[name], socket_timeout=_FLUSH_TIME)
         try:
             async with asyncio.timeout(_FLUSH_TIME):
@@ -325,5 +332,5 @@ class AsyncRedis(AsyncServedCache):
             return False
         finally:
             await client.aclose()
-        node.is_dirty = False
+        self.nodes.flushed(name)
         return True

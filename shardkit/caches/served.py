@@ -202,9 +202,9 @@ class ServedCache:
                 exchange.abandon()
         return answers
 
-    def readmit(self, name: str) -> None:
+    def readmit(self, name: str) -> bool:
         """Read a server again: everything it missed has been repaired there."""
-        self.nodes.named(name).is_dirty = False
+        return self.nodes.readmit(name)
 
     def close(self) -> None:
         """Close every connection; later calls open new ones."""

@@ -371,7 +371,7 @@ def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
         while repair.request is not None:
             repair = repair.advance(one(backend, repair.request, **home))
         assert repair.is_clean
-        backend.readmit(name)
+        assert backend.readmit(name)
         assert not backend.dirty
         assert one(backend, lease("k")).outcome is Outcome.WON
         keep(backend, "k", 3, b"newer")
@@ -420,6 +420,10 @@ def test_a_redis_that_comes_back_with_an_old_file_is_not_read(
     assert one(backend, lease("k")) == UNKNOWN
     (name,) = backend.dirty
     assert one(backend, lease("k")) == UNKNOWN
+    assert not backend.readmit(name), "no repair finds what a restart lost"
+    newcomer = open_cache("redis", mode, [server.server])
+    assert one(newcomer, lease("k")) == UNKNOWN
+    assert newcomer.dirty == {name}
     assert backend.flush(name)
     wait_until(
         lambda: one(backend, lease("k")).outcome is Outcome.WON, timeout=10, what="it is empty"
