@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from shardkit.connections import AsyncConnections
+from shardkit.emitting import HasId
 from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import Params
 from shardkit.writer import WriteSession
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession"]
+
+_E = TypeVar("_E", bound=HasId)
 
 
 class AsyncReadSession(AsyncSession):
@@ -35,6 +38,10 @@ class AsyncReadSession(AsyncSession):
         """Return the rows of many primary keys, in their order. See `ReadSession.get_many`."""
         return await greenlet_spawn(self.sync_session.get_many, entity, idents, options=options)
 
+    async def get_by(self, entity: Any, **unique: Any) -> Any:
+        """Return the row that has a unique value, or None. See `ReadSession.get_by`."""
+        return await greenlet_spawn(self.sync_session.get_by, entity, **unique)
+
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run; runs nothing. See `ReadSession.route`.
 
@@ -42,6 +49,11 @@ class AsyncReadSession(AsyncSession):
             UnsupportedStatementError: a directory has to be asked first, which has to be awaited.
         """
         return self.sync_session.route(statement, params)
+
+    @property
+    def token(self) -> str:
+        """What a later reader must have seen; see `ReadSession.token`."""
+        return self.sync_session.token
 
     @property
     def failures(self) -> Mapping[str, Exception]:
@@ -59,3 +71,22 @@ class AsyncWriteSession(AsyncReadSession):
     def token(self) -> str:
         """After a commit, what a later reader must have seen; an empty string before."""
         return self.sync_session.token
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Physical shards that had not answered a commit in two phases; see `WriteSession`."""
+        return self.sync_session.pending
+
+    def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
+        """Write an event to the outbox, in this transaction. See `WriteSession.emit`."""
+        self.sync_session.emit(topic, payload, key=key, near=near)
+
+    async def once(self, event: HasId, *, near: Any, consumer: str = "") -> bool:
+        """Note an event's effect; see `WriteSession.once`."""
+        return await greenlet_spawn(self.sync_session.once, event, near=near, consumer=consumer)
+
+    async def once_many(self, events: Iterable[_E], *, near: Any, consumer: str = "") -> list[_E]:
+        """Note events' effects; see `WriteSession.once_many`."""
+        return await greenlet_spawn(
+            self.sync_session.once_many, events, near=near, consumer=consumer
+        )

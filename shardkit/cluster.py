@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from shardkit import config
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
-from shardkit.config import MAX_ROWS, PoolConfig
+from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.events import Listener
 from shardkit.placement import Placement, Policy, anywhere
@@ -40,9 +40,16 @@ class _Opened(Generic[C]):
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        replicas: ReplicasConfig | None = None,
+        token_keys: Sequence[str] = (),
     ) -> None:
+        self.token_keys = tuple(token_keys)
         self.connections = self._connections_class(
-            topology, pool=pool, placement=placement, max_rows=_checked_rows(max_rows)
+            topology,
+            pool=pool,
+            placement=placement,
+            max_rows=_checked_rows(max_rows),
+            replicas=replicas,
         )
 
     @classmethod
@@ -63,6 +70,8 @@ class _Opened(Generic[C]):
             pool=settings.pool,
             placement=placement,
             max_rows=settings.limits.max_rows,
+            replicas=settings.replicas,
+            token_keys=settings.tokens.secrets(),
         )
 
     @property
@@ -92,6 +101,9 @@ class Cluster(_Opened[Connections]):
             `shardkit.placement`, or a function of the number of logical shards.
         max_rows: rows that a statement over several logical shards may fetch, unless it says
             otherwise with `all_shards(max_rows=…)`.
+        replicas: how readers use replicas.
+        token_keys: what signs tokens that leave the process, the newest first; for
+            `shardkit.contrib.asgi`.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -102,18 +114,25 @@ class Cluster(_Opened[Connections]):
 
     _connections_class = Connections
 
-    def writer(self) -> WriteSession:
-        """Return a session on the primaries; it writes to one physical shard per transaction."""
-        return WriteSession(self.connections)
+    def writer(self, *, atomic: bool = False) -> WriteSession:
+        """Return a session on the primaries; it writes to one physical shard per transaction.
+
+        Args:
+            atomic: let a transaction write to several: all of it holds, or none
+                (`shardkit.twophase`). Costs round trips, and nothing where only one is written.
+        """
+        return WriteSession(self.connections, atomic=atomic)
 
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> ReadSession:
         """Return a read-only session on replicas.
 
         Args:
-            after: token of a writer; what it wrote is then seen, at the price of asking the
-                primary. Anything that is not a token is treated as one that asks for everything.
-            max_lag: seconds of replication delay that are acceptable, above 0. Lag is not
-                measured yet, so any bound asks the primary. None accepts any delay.
+            after: token of a writer or of an earlier reader; what they saw is then seen, from a
+                replica that has replayed it or from the primary. `shardkit.tokens.NOTHING` when
+                there is none yet. Anything that is not a token asks the primaries.
+            max_lag: seconds of replication delay that are acceptable, above 0. Until the delay
+                has been measured, for a tenth of a second after the first such reader, the
+                primaries are asked. None accepts any delay.
 
         Raises:
             ValueError: max_lag is not above 0, or not finite.
@@ -149,9 +168,9 @@ class AsyncCluster(_Opened[AsyncConnections]):
 
     _connections_class = AsyncConnections
 
-    def writer(self) -> AsyncWriteSession:
-        """Return a session on the primaries; it writes to one physical shard per transaction."""
-        return AsyncWriteSession(self.connections)
+    def writer(self, *, atomic: bool = False) -> AsyncWriteSession:
+        """Return a session on the primaries; see `Cluster.writer`."""
+        return AsyncWriteSession(self.connections, atomic=atomic)
 
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""

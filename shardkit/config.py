@@ -18,6 +18,13 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [limits]
     max_rows = 300_000                       # rows a statement over logical shards may fetch
 
+    [replicas]
+    region = "eu-west"                       # where this process runs: near replicas go first
+    patience = 0.02                          # seconds a replica may wait for what it must have
+
+    [tokens]
+    keys = ["…"]                             # sign tokens that leave the process, newest first
+
     [migrations]
     location = "app:migrations"              # package:folder, or a path from this file's folder
     models = "app.models:Base"               # optional: record how the models place their rows
@@ -26,7 +33,10 @@ A file looks like this (written by `shardkit local up`, or by hand):
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
     primary = "postgresql://shardkit_app:…@127.0.0.1:5501/shardkit"
-    replicas = ["postgresql://shardkit_app:…@127.0.0.1:5502/shardkit"]
+    replicas = [
+        "postgresql://shardkit_app:…@127.0.0.1:5502/shardkit",
+        { url = "postgresql://…", region = "eu-west", standby = "beta" },
+    ]
 
 Behind a PgBouncer in transaction mode, a physical shard says so. Readers then have an address of
 their own on the primary, whose server connections refuse to write (in `pgbouncer.ini`:
@@ -87,6 +97,9 @@ __all__ = [
     "MigrationsConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "ReplicaConfig",
+    "ReplicasConfig",
+    "TokensConfig",
     "default_file",
     "load",
 ]
@@ -124,6 +137,12 @@ class AdminLogin(_Table):
         return self.password.get_secret_value() if self.password else None
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return value
+
+
 class PoolConfig(_Table):
     """`[pool]`: connections per endpoint and process."""
 
@@ -137,10 +156,8 @@ class PoolConfig(_Table):
 
     @field_validator("timeout")
     @classmethod
-    def _finite(cls, value: float) -> float:
-        if not math.isfinite(value):
-            raise ValueError("must be finite")
-        return value
+    def _is_finite(cls, value: float) -> float:
+        return _finite(value)
 
 
 MAX_ROWS = 300_000
@@ -152,6 +169,54 @@ class LimitsConfig(_Table):
 
     max_rows: Annotated[int, Field(ge=1, le=2**31)] = MAX_ROWS
     """Rows fetched from all servers together, before they are merged."""
+
+
+class ReplicasConfig(_Table):
+    """`[replicas]`: how readers use replicas; durations in seconds."""
+
+    region: str | None = None
+    """Where this process runs; `SHARDKIT_REGION` in the environment wins. None for nowhere."""
+
+    patience: Annotated[float, Field(ge=0, le=10)] = 0.02
+    """How long a replica may wait for log that it has not replayed, before the primary is asked.
+    Source: `python -m benchmarks stale`."""
+
+    probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
+    """Between two questions to each server about its log."""
+
+    @field_validator("patience", "probe_interval")
+    @classmethod
+    def _is_finite(cls, value: float) -> float:
+        return _finite(value)
+
+    @property
+    def here(self) -> str:
+        """The region of this process; empty for none."""
+        return os.environ.get("SHARDKIT_REGION") or self.region or ""
+
+
+class TokensConfig(_Table):
+    """`[tokens]`: what signs tokens that leave the process."""
+
+    keys: tuple[SecretStr, ...] = Field(default=(), strict=False)
+    """At least 16 bytes each; the first signs, all are accepted."""
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return the keys; `SHARDKIT_TOKEN_KEYS`, separated by commas, wins."""
+        if from_environment := os.environ.get("SHARDKIT_TOKEN_KEYS"):
+            return tuple(key.strip() for key in from_environment.split(","))
+        return tuple(key.get_secret_value() for key in self.keys)
+
+
+class ReplicaConfig(_Table):
+    """One of `physical.replicas`, where an address alone does not say enough."""
+
+    url: SecretStr
+    region: str = ""
+    """Where it stands."""
+
+    standby: str = ""
+    """Its name in `synchronous_standby_names`; empty when commits do not wait for it."""
 
 
 class MigrationsConfig(_Table):
@@ -171,7 +236,7 @@ class PhysicalConfig(_Table):
     name: Name
     logical_shards: str
     primary: SecretStr
-    replicas: tuple[SecretStr, ...] = Field(default=(), strict=False)
+    replicas: tuple[SecretStr | ReplicaConfig, ...] = Field(default=(), strict=False)
     admin: SecretStr | None = None
     """Direct address of the primary for commands, when `primary` names a PgBouncer."""
 
@@ -190,6 +255,14 @@ class PhysicalConfig(_Table):
                 "give the address of the server itself, for commands"
             )
         return self
+
+    @property
+    def replica_configs(self) -> tuple[ReplicaConfig, ...]:
+        """The replicas, in the order written."""
+        return tuple(
+            replica if isinstance(replica, ReplicaConfig) else ReplicaConfig(url=replica)
+            for replica in self.replicas
+        )
 
     @property
     def shard_numbers(self) -> tuple[int, ...]:
@@ -212,6 +285,8 @@ class Config(_Table):
     admin: AdminLogin
     pool: PoolConfig = PoolConfig()
     limits: LimitsConfig = LimitsConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    tokens: TokensConfig = TokensConfig()
     migrations: MigrationsConfig = MigrationsConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
@@ -261,8 +336,9 @@ class Config(_Table):
         for shard in self.physical:
             key = f"physical.{shard.name}"
             primary = _url(shard.primary, f"{key}.primary")
+            found = shard.replica_configs
             reader = _url(shard.reader, f"{key}.reader") if shard.reader else None
-            replicas = [_url(r, f"{key}.replicas[{i}]") for i, r in enumerate(shard.replicas)]
+            replicas = [_url(r.url, f"{key}.replicas[{i}]") for i, r in enumerate(found)]
             for place, url in [
                 (f"{key}.primary", primary),
                 *((f"{key}.replicas[{i}]", url) for i, url in enumerate(replicas)),
@@ -278,7 +354,16 @@ class Config(_Table):
             physical[shard.name] = PhysicalShard(
                 name=shard.name,
                 primary=Endpoint(shard.name, Role.PRIMARY, primary, reader),
-                replicas=tuple(Endpoint(shard.name, Role.REPLICA, url) for url in replicas),
+                replicas=tuple(
+                    Endpoint(
+                        shard.name,
+                        Role.REPLICA,
+                        url,
+                        region=replica.region,
+                        standby=replica.standby,
+                    )
+                    for url, replica in zip(replicas, found, strict=True)
+                ),
                 admin_url=admin.set(username=self.admin.user, password=password),
                 pooler=shard.pooler_in_front,
             )
@@ -383,9 +468,16 @@ def _url(secret: SecretStr, place: str) -> URL:
 
 
 def _holds_secret(config: Config) -> bool:
-    urls = [u for p in config.physical for u in (p.primary, p.reader, p.admin, *p.replicas) if u]
-    return config.admin.password is not None or any(
-        make_url(u.get_secret_value()).password for u in urls
+    urls = [
+        u
+        for p in config.physical
+        for u in (p.primary, p.reader, p.admin, *(r.url for r in p.replica_configs))
+        if u
+    ]
+    return (
+        config.admin.password is not None
+        or bool(config.tokens.keys)
+        or any(make_url(u.get_secret_value()).password for u in urls)
     )
 
 
@@ -407,6 +499,9 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "cluster": ClusterConfig,
         "admin": AdminLogin,
         "pool": PoolConfig,
+        "limits": LimitsConfig,
+        "replicas": ReplicasConfig,
+        "tokens": TokensConfig,
         "migrations": MigrationsConfig,
         "physical": PhysicalConfig,
     }

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -22,10 +23,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import drivers, parallel, scatter
-from shardkit.checks import checks_server, connection_error, replace_if_dead
+from shardkit import gates, parallel, scatter
+from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, PoolConfig
+from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
@@ -33,11 +34,14 @@ from shardkit.errors import (
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
+from shardkit.freshness import Knowledge
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
+from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
-from shardkit.replicas import ReplicaSet
+from shardkit.probes import AsyncProbes, Probes
+from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
 from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
@@ -47,23 +51,37 @@ __all__ = ["AsyncConnections", "Connections", "Purpose"]
 T = TypeVar("T")
 
 
+# What was committed on another connection, durably, lies before the end of what is flushed.
+_WRITTEN = """
+SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+    pg_catalog.pg_current_wal_flush_lsn()::text,
+    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn())
+"""
+
+
 class Purpose(Enum):
     """What a connection is for.
 
     `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
     what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
     one connection for what shardkit needs to know while a session holds its own: blocks of ids,
-    entries of directories, loads.
+    entries of directories, loads. `LOOKUP`: rows of unique values, one statement at a time, so
+    that nobody who holds one waits for anybody. `WAIT`: waits for transactions of others to end;
+    apart from `LOOKUP`, which those need to end.
     """
 
     WRITE = "write"
     READ = "read"
     LEASE = "lease"
+    LOOKUP = "lookup"
+    WAIT = "wait"
 
 
 class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
 
+    _probes_class: type[Probes | AsyncProbes]
+    _cursor_class: type[gates.Cursor | gates.AsyncCursor]
     _writing: ClassVar[Mapping[str, Any]]
     """How connections that write are made, for the driver."""
 
@@ -74,20 +92,32 @@ class _Core:
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        replicas: ReplicasConfig | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
+        reading = replicas or ReplicasConfig()
+        self._pool = pool or PoolConfig()
         self.topology = topology
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
-            name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
+            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            for name, shard in topology.physical.items()
         }
+        self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
+        self.probes = self._probes_class(
+            topology,
+            self.replica_sets,
+            interval=reading.probe_interval,
+            timeout=1.0,
+            clock=clock,
+        )
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
+        self.lookups = Lookups(self, topology.n_logical_shards)
         self.ids = IdMinter(self.lease_ids, clock=clock)
-        self._pool = pool or PoolConfig()
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
@@ -118,11 +148,18 @@ class _Core:
             url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
             engine = self._create_engine(url, options)
             engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
-            check = checks_server(self.topology, endpoint, self.fingerprints, is_reader=is_reader)
+            replicas = self.replica_sets[endpoint.physical]
+            check = checks_server(
+                self.topology, endpoint, self.fingerprints, replicas.meets, is_reader=is_reader
+            )
             event.listen(engine, "connect", check)
+            if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
+                event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
+            if purpose is Purpose.READ:
+                event.listen(engine, "reset", end_transaction)
             self._engines.setdefault(key, engine)
         return self._engines[key]
 
@@ -229,6 +266,43 @@ class _Core:
                 raise connection_error(error, endpoint) from error
             raise
 
+    def written(self, physical: str) -> tuple[int, gates.Position]:
+        """Return which server a primary is, and a log position beyond all that it has committed.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        [(system, lsn, file)] = self.ask(physical, _WRITTEN, {}, primary=True)
+        return int(system), gates.Position(int(file[:8], 16), gates.lsn_of(lsn.encode()))
+
+    @contextmanager
+    def borrow(self, physical: str, *, waits: bool) -> Iterator[Connection]:
+        """Lend a connection to a primary, apart from any session; nothing is open on it.
+
+        Args:
+            physical: name of the physical shard.
+            waits: whether it will wait for transactions of others.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        self.awaited("a unique value has to be looked up")
+        endpoint = self.primary_of(physical)
+        purpose = Purpose.WAIT if waits else Purpose.LOOKUP
+        try:
+            with self.connect(self.engine(endpoint, purpose), endpoint) as connection:
+                yield connection
+        except EndpointUnavailableError as error:
+            self.failed(endpoint, error)
+            raise
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise connection_error(error, endpoint) from error
+            raise
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on where a server cannot be asked; under asyncio, in `route`."""
+
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
@@ -244,6 +318,8 @@ class _Core:
         # instead; its connections for readers are read-only by its own configuration.
         if purpose is Purpose.READ and pooler is None:
             arguments["options"] = "-c default_transaction_read_only=on"
+        if purpose is Purpose.READ:
+            arguments["cursor_factory"] = self._cursor_class
         prepares = self._pool.prepare_statements
         if prepares is None:
             prepares = pooler is None or pooler.carries_prepared_statements
@@ -255,10 +331,14 @@ class _Core:
 class Connections(_Core):
     """Connections for threads."""
 
-    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": drivers.Cursor}
+    _probes_class = Probes
+    _cursor_class = gates.Cursor
+    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": gates.WriteCursor}
+    probes: Probes
 
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
+        self.probes.close()
         for engine in self._engines.values():
             engine.dispose()
 
@@ -275,29 +355,37 @@ class Connections(_Core):
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
 
+    _probes_class = AsyncProbes
+    _cursor_class = gates.AsyncCursor
     _writing: ClassVar[Mapping[str, Any]] = {
-        "async_creator_fn": drivers.AsyncConnection.connect,
-        "cursor_factory": drivers.AsyncCursor,
+        "async_creator_fn": gates.AsyncWriter.connect,
+        "cursor_factory": gates.AsyncWriteCursor,
     }
+    probes: AsyncProbes
 
     async def close(self) -> None:
         """Close every pooled connection."""
+        await self.probes.close()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.connect)
         return create_async_engine(url, **options).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
     ) -> Sequence[Sequence[Any]]:
         """Run one statement by itself; see `Connections.ask`."""
-        if not in_greenlet():  # `route` is not awaited
-            raise UnsupportedStatementError(
-                "the key of a directory is not known yet",
-                hint="await session.run_sync(lambda sync: sync.route(statement))",
-            )
+        self.awaited("the key of a directory is not known yet")
         return super().ask(physical, query, parameters, primary=primary)
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on outside SQLAlchemy's greenlet: `route` is not awaited."""
+        if not in_greenlet():
+            raise UnsupportedStatementError(
+                what, hint="await session.run_sync(lambda sync: sync.route(statement))"
+            )
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""
@@ -318,9 +406,19 @@ class AsyncConnections(_Core):
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
-    writes = options.get("cursor_factory") is drivers.Cursor
-    made = drivers.Connection if writes else parallel.Connection
+    writes = options.get("cursor_factory") is gates.WriteCursor
+    made = gates.Writer if writes else gates.Connection
     return made.connect(*arguments, **options)
+
+
+def _meters(member: Member) -> Callable[[Any, Any], None]:
+    """Return what has a new connection tell a replica's member how long statements take."""
+
+    def meter(connection: Any, _record: Any) -> None:
+        driver: gates.Gated = getattr(connection, "driver_connection", connection)
+        driver.meter = member
+
+    return meter
 
 
 def _forget_connections(cluster: _Core | None) -> None:
@@ -328,3 +426,4 @@ def _forget_connections(cluster: _Core | None) -> None:
     if cluster is not None:
         for engine in cluster._engines.values():
             engine.dispose(close=False)
+        cluster.probes.forget()

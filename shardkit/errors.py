@@ -6,6 +6,7 @@
     │   ├── NoShardKeyError
     │   │   └── ScatterNotAllowedError
     │   ├── InvalidShardKeyError
+    │   ├── InvalidUniqueValueError
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError
@@ -21,13 +22,22 @@
     │   │   └── BreakerOpenError          retryable
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
-    │   └── StatementTimeoutError         retryable
+    │   ├── StatementTimeoutError         retryable
+    │   └── ValueBusyError                retryable
+    ├── UniqueViolationError
+    ├── OutboxError
+    │   ├── InvalidEventError
+    │   │   └── EventTooLargeError
+    │   ├── HandlerTimeoutError
+    │   └── HandlerStuckError
     ├── OutcomeUnknownError
+    ├── StreamEndedError
     ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
         ├── TryAgainError                 retryable
         ├── MigrationError
+        ├── InconsistentLookupError
         └── LocalServerError
 
 `retryable` means: the same call may succeed with no change by the caller, and nothing was
@@ -98,6 +108,10 @@ class NoShardKeyError(RoutingError):
 
 class InvalidShardKeyError(RoutingError):
     """The shard key has a value that cannot place a row; give a real value of its type."""
+
+
+class InvalidUniqueValueError(RoutingError, ValueError):
+    """A value cannot be kept unique; give a real value of its column's type, not too long."""
 
 
 class ScatterNotAllowedError(NoShardKeyError):
@@ -175,8 +189,50 @@ class StatementTimeoutError(UnavailableError):
     """A server did not finish a statement in the time it was given; try again or allow more."""
 
 
+class ValueBusyError(UnavailableError):
+    """Another transaction is about to take or give up a unique value; try again."""
+
+
+class UniqueViolationError(ShardkitError):
+    """Another row has the value of a unique column; give another value.
+
+    Attributes:
+        column: the column, as `table.column`.
+    """
+
+    def __init__(
+        self, message: str | None = None, *, column: str = "", hint: str | None = None
+    ) -> None:
+        self.column = column
+        super().__init__(message, hint=hint)
+
+
+class OutboxError(ShardkitError):
+    """An event could not be emitted or handled."""
+
+
+class InvalidEventError(OutboxError, ValueError):
+    """The event cannot be stored; give a topic, a key and a payload that JSON can hold."""
+
+
+class EventTooLargeError(InvalidEventError):
+    """The payload is larger than an event may be; store it as a row and emit its id."""
+
+
+class HandlerTimeoutError(OutboxError):
+    """A handler did not end before its deadline; its event is tried again later."""
+
+
+class HandlerStuckError(OutboxError):
+    """Too many handlers never ended; start the relay's process anew."""
+
+
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
+
+
+class StreamEndedError(ShardkitError):
+    """The stream ended before its last row; read it before its session or transaction ends."""
 
 
 class GatherError(ShardkitError):
@@ -215,6 +271,10 @@ class TryAgainError(OperationError):
 
 class MigrationError(OperationError):
     """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class InconsistentLookupError(OperationError):
+    """Rows and the lookup rows of their values disagree; the report lists what to see to."""
 
 
 class LocalServerError(OperationError):

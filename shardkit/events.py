@@ -26,7 +26,10 @@ __all__ = [
     "Gathered",
     "Listener",
     "Listeners",
+    "Relayed",
+    "ReplicaPassedOver",
     "StatementRouted",
+    "TwoPhaseStep",
     "caller",
 ]
 
@@ -68,6 +71,7 @@ class StatementRouted:
         total: how many logical shards there are.
         physical: names of the physical shards asked.
         from_replica: names of those of which a replica answers, not the primary.
+        after: the token that the reader was given, or an empty string.
         caller: who runs it; None in a task that awaits nothing but the session.
     """
 
@@ -78,6 +82,7 @@ class StatementRouted:
     total: int
     physical: tuple[str, ...]
     from_replica: frozenset[str]
+    after: str
     caller: Caller | None
 
     @property
@@ -125,6 +130,23 @@ class EndpointFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaPassedOver:
+    """A replica could not answer a reader, which asks the primary from then on.
+
+    It had not replayed what the reader must see, or its replay cancelled the statement.
+
+    Attributes:
+        session: number of the session, unique in the process.
+        physical: name of the physical shard.
+        endpoint: the replica, as `physical/role@host:port`.
+    """
+
+    session: int
+    physical: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """A writer committed what it had written.
 
@@ -139,6 +161,23 @@ class Committed:
     physical: tuple[str, ...]
     token: str
     caller: Caller | None
+
+
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """A relay has delivered what it had claimed on one physical shard.
+
+    Attributes:
+        physical: name of the physical shard.
+        delivered: events whose handler succeeded.
+        failed: events whose handler failed; some may be dead letters now.
+        seconds: from the first handler to the last acknowledgement.
+    """
+
+    physical: str
+    delivered: int
+    failed: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +203,39 @@ class BreakerChanged:
     retry_after: float | None
 
 
-Event = StatementRouted | Gathered | EndpointFailed | BreakerChanged | Committed
+@dataclass(frozen=True, slots=True)
+class TwoPhaseStep:
+    """A commit over several physical shards reached a step.
+
+    Attributes:
+        session: number of the session, unique in the process.
+        transaction: 32 hexadecimal digits, in the name of everything it prepares.
+        step: `preparing`, `prepared`, `deciding` (the coordinator is about to commit),
+            `decided`, then `finished`, or `pending` where a participant did not answer; or
+            `abandoned` after an error.
+        coordinator: name of the physical shard that decides.
+        participants: names of the others.
+        pending: those that have not committed their part yet; the resolver will.
+    """
+
+    session: int
+    transaction: str
+    step: str
+    coordinator: str
+    participants: tuple[str, ...]
+    pending: tuple[str, ...]
+
+
+Event = (
+    StatementRouted
+    | Gathered
+    | EndpointFailed
+    | BreakerChanged
+    | ReplicaPassedOver
+    | Committed
+    | Relayed
+    | TwoPhaseStep
+)
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

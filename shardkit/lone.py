@@ -13,6 +13,8 @@ from typing import Any
 
 from sqlalchemy.orm import Mapper, Session
 
+from shardkit.uniques import lookups_of
+
 __all__ = ["is_lone_insert"]
 
 
@@ -42,16 +44,17 @@ def is_lone_insert(session: Session) -> bool:
 def _listens(session: Session) -> bool:
     """Tell whether listeners of the program may use the connection while a session commits.
 
-    shardkit's own listener of `before_flush` adds no statement.
+    shardkit's own listeners add no statement, but for classes with unique columns: that of
+    `before_commit` sends events, and there are none, as the caller knows.
     """
     events: Any = session.dispatch
     return bool(
         len(events.before_flush) > 1
         or events.after_begin
-        or events.after_flush
+        or len(events.after_flush) > 1
         or events.after_flush_postexec
-        or events.after_transaction_create
-        or events.before_commit
+        or len(events.after_transaction_create) > 1
+        or len(events.before_commit) > 2
         or events.pending_to_persistent
     )
 
@@ -60,10 +63,13 @@ def _listens(session: Session) -> bool:
 def _related(mapper: Mapper[Any]) -> frozenset[str] | None:
     """Return the relationships of a class, or None where an INSERT may take more statements.
 
-    It may where a row is in several tables, where a collection is kept elsewhere than in the
-    object, and where a default is a function: it is given the connection.
+    It may where a value is reserved first, where a row is in several tables, where a collection is
+    kept elsewhere than in the object, and where a default is a function: it is given the
+    connection.
     """
-    if len(mapper.tables) != 1:
+    if len(mapper.tables) != 1 or lookups_of(mapper.tables[0]):
+        return None
+    if mapper.tables[0].schema is not None:  # a reference table
         return None
     if any(relationship.lazy in ("dynamic", "write_only") for relationship in mapper.relationships):
         return None

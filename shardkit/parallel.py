@@ -94,7 +94,12 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         for task, work in zip(greenlets, tasks, strict=True):
             step(task, work)
         while waiting:
-            for socket, event in poll.poll(CHECK_EVERY * 1000):
+            events = poll.poll(CHECK_EVERY * 1000)
+            if not events:  # whoever waits may look at the time, as psycopg has it
+                for socket in list(waiting):
+                    poll.unregister(socket)
+                    step(waiting.pop(socket), 0)
+            for socket, event in events:
                 poll.unregister(socket)
                 # An error or hang-up is for the driver to read.
                 ready = (_WRITE if event & select.POLLOUT else 0) | (

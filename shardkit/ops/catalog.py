@@ -2,7 +2,7 @@
 
 Two places hold them. The admin schema `shardkit` exists once on every physical shard: who it
 is, and one ownership row per logical shard it has or had. Each logical shard's schema holds the
-state of its id generator, so that it replicates, moves and fails over with the data.
+state of its id generator and its outbox, so that they replicate, move and fail over with the data.
 
 `shardkit migrate apply` runs these statements with the admin login; they can be run again at
 any time. The application role gets the rights listed here and owns nothing.
@@ -17,6 +17,9 @@ from psycopg import sql
 
 from shardkit.ids import EPOCH_MS
 from shardkit.ops.idfunctions import id_statements
+from shardkit.ops.logfunctions import log_statements
+from shardkit.ops.lookuptable import lookup_statements
+from shardkit.ops.outboxtables import outbox_admin_statements, outbox_statements
 from shardkit.topology import schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
@@ -44,6 +47,19 @@ CREATE TABLE IF NOT EXISTS shardkit.placement (
     table_name text PRIMARY KEY,
     rule text NOT NULL
 );
+CREATE TABLE IF NOT EXISTS shardkit.decisions (
+    transaction text PRIMARY KEY CHECK (transaction ~ '^[0-9a-f]{32}$'),
+    outcome text NOT NULL CHECK (outcome IN ('commit', 'abort')),
+    participants text[] NOT NULL DEFAULT '{}',
+    decided timestamptz NOT NULL DEFAULT clock_timestamp(),
+    asked timestamptz
+);
+CREATE TABLE IF NOT EXISTS shardkit.reference_version (
+    revision text PRIMARY KEY,
+    checksum text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE SCHEMA IF NOT EXISTS reference;
 """
 
 
@@ -57,7 +73,20 @@ def admin_statements(
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
+        # How transactions over several physical shards ended: shardkit.twophase.
+        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON shardkit.decisions TO {}").format(role),
+        # Reference tables, the same on every physical shard: shardkit.broadcasts.
+        sql.SQL("GRANT USAGE ON SCHEMA reference TO {}").format(role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference "
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
+        ).format(role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference GRANT USAGE ON SEQUENCES TO {}"
+        ).format(role),
         *id_statements(app_role=app_role),
+        *log_statements(app_role=app_role),
+        *outbox_admin_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
@@ -112,6 +141,8 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         ).format(schema),
         sql.SQL("REVOKE ALL ON {}.shardkit_directory FROM {}").format(schema, role),
         sql.SQL("GRANT SELECT, INSERT ON {}.shardkit_directory TO {}").format(schema, role),
+        *lookup_statements(schema, role),
+        *outbox_statements(logical_shard, app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

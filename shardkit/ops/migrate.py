@@ -49,6 +49,7 @@ __all__ = [
     "PhysicalStatus",
     "Rules",
     "apply",
+    "load_metadata",
     "load_revisions",
     "load_rules",
     "plan",
@@ -78,6 +79,7 @@ class PhysicalStatus:
         pending: number of logical shards by revision they lack.
         laggards: logical shards that lack something, ascending.
         error: why nothing is known, or None.
+        reference: revisions whose part about reference tables is missing, in order.
         unrecorded: tables of which it is not recorded how their rows are placed, so that no
             cluster checks it; empty, too, when the models are not known.
     """
@@ -89,6 +91,7 @@ class PhysicalStatus:
     laggards: tuple[int, ...] = ()
     error: ShardkitError | None = None
     unrecorded: tuple[str, ...] = ()
+    reference: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class MigrationStatus:
     @property
     def is_current(self) -> bool:
         """Whether every logical shard has every revision."""
-        return not any(shard.laggards or shard.error for shard in self.physical)
+        return not any(shard.laggards or shard.error or shard.reference for shard in self.physical)
 
 
 def load_revisions(location: str, *, folder: Path) -> tuple[Revision, ...]:
@@ -125,6 +128,15 @@ def load_revisions(location: str, *, folder: Path) -> tuple[Revision, ...]:
 
 def load_rules(location: str) -> Rules:
     """Return how the models of a `migrations.models` place their rows, by table.
+
+    Raises:
+        ConfigurationError: there is no such thing.
+    """
+    return rules_of(load_metadata(location))
+
+
+def load_metadata(location: str) -> MetaData:
+    """Return the metadata of the models of a `migrations.models`.
 
     Args:
         location: `module:name` of the declarative base, or of its metadata.
@@ -145,7 +157,7 @@ def load_rules(location: str) -> Rules:
         raise ConfigurationError(
             f"migrations.models {location!r} is neither a declarative base nor its metadata"
         )
-    return rules_of(metadata)
+    return metadata
 
 
 def plan(
@@ -246,6 +258,7 @@ def status(
                     sorted([work.logical_shard for work in physical.work] + [*physical.waiting])
                 ),
                 unrecorded=tuple(sorted(physical.rules)),
+                reference=tuple(revision.id for revision in physical.reference),
             )
         )
     return MigrationStatus(revisions[-1].id if revisions else None, tuple(entries))

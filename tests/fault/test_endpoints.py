@@ -6,7 +6,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -14,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
+from shardkit.config import load
 from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
@@ -24,6 +27,7 @@ from shardkit.errors import (
 from shardkit.events import EndpointFailed, Gathered
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until, watch
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 from tests.fixtures.servers import server_of
 from tests.fixtures.sharded import Settled, admin
@@ -42,6 +46,19 @@ def healed(local_cluster: LocalCluster, settled: Settled) -> Iterator[LocalClust
         if server.status != "running":
             local_cluster.start_server(server.name)
     settled()
+    _, topology = load(local_cluster.config_path)
+    for endpoint in topology.endpoints:  # a pooler waits before it tries a server again
+        wait_until(partial(answers, endpoint), 10.0, f"{endpoint} answers")
+
+
+def answers(endpoint: Endpoint) -> bool:
+    """Return whether an endpoint runs a query, through a pooler or not."""
+    url = endpoint.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    try:
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute("SELECT 1").fetchone() == (1,)
+    except psycopg.Error:
+        return False
 
 
 @pytest.fixture
@@ -126,7 +143,10 @@ def test_a_dead_primary_leaves_the_other_physical_shard_working(
         session.get(User, user.id)
     with cluster.reader() as session:
         assert session.get_one(User, user.id).name == "ana", "replicas answer"
-    with cluster.reader(max_lag=1.0) as session, pytest.raises((UnavailableError, GatherError)):
+    with (
+        cluster.reader(after=ASK_PRIMARIES) as session,
+        pytest.raises((UnavailableError, GatherError)),
+    ):
         session.scalars(NEWEST)
     other = next(name for name in cluster.topology.physical if name != physical)
     there = cluster.topology.shard_map.owned_by(other)[0]
@@ -142,7 +162,7 @@ def test_a_gather_says_who_answered_and_who_did_not(
     physical = owner(cluster, user)
     other = next(name for name in cluster.topology.physical if name != physical)
     healed.kill_server(healed.primary(other).name)
-    with cluster.reader(max_lag=1.0) as session, watch(cluster) as seen:
+    with cluster.reader(after=ASK_PRIMARIES) as session, watch(cluster) as seen:
         with pytest.raises(GatherError, match=f"physical shard {other}") as caught:
             session.scalars(NEWEST)
         assert caught.value.retryable
@@ -309,12 +329,19 @@ def test_two_physical_shards_exchanged_are_refused(topology: Topology) -> None:
 def test_a_database_without_the_schema_names_the_command(
     topology: Topology, local_cluster: LocalCluster
 ) -> None:
-    alpha = topology.physical["alpha"]
+    alpha = replace(topology.physical["alpha"], pooler=None)  # which knows no such database
     dsn = local_cluster.superuser_dsn(local_cluster.primary("alpha").name)
     with psycopg.connect(dsn, autocommit=True) as superuser:
         superuser.execute("DROP DATABASE IF EXISTS bare")
         superuser.execute("CREATE DATABASE bare")
-    elsewhere = replace(alpha.primary, url=alpha.primary.url.set(database="bare"))
+    elsewhere = replace(
+        alpha.primary,
+        url=alpha.admin_url.set(
+            username=alpha.primary.url.username,
+            password=alpha.primary.url.password,
+            database="bare",
+        ),
+    )
     shards = {**topology.physical, "alpha": replace(alpha, primary=elsewhere)}
     wrong = Topology(topology.name, shards, topology.shard_map)
     refused = pytest.raises(ConfigurationError, match="shardkit migrate apply")
@@ -330,7 +357,9 @@ def test_a_wrong_password_is_a_matter_of_configuration(topology: Topology) -> No
         "alpha": replace(alpha, primary=replace(alpha.primary, url=wrong_url)),
     }
     wrong = Topology(topology.name, shards, topology.shard_map)
-    refused = pytest.raises(ConfigurationError, match="password authentication failed")
+    refused = pytest.raises(
+        ConfigurationError, match=r"refuses the login: (password|SASL) authentication failed"
+    )
     with Cluster(wrong) as cluster, cluster.writer() as session, refused:
         session.get(User, ids.compose(1, 0, 0))
 
@@ -359,3 +388,29 @@ def test_servers_that_are_lost_together_are_all_named(
     for error in caught.value.failures.values():
         assert isinstance(error, EndpointUnavailableError)
         assert error.endpoint
+
+
+def test_a_server_lost_in_the_middle_of_a_stream_is_named(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    other = next(name for name in cluster.topology.physical if name != physical)
+    there = cluster.topology.shard_map.owned_by(other)[0]
+    with cluster.writer() as session:
+        photos = [Photo(caption=f"{i}") for i in range(30)]
+        session.add(User(id=ids.compose(1, there, 0), name="bo", photos=photos))
+        session.commit()
+    every = select(Photo.id).order_by(Photo.id).options(all_shards())
+    with cluster.reader(max_lag=1.0) as session:
+        stream = session.scalars(every, execution_options={"yield_per": 5})
+        next(stream)
+        healed.kill_server(healed.primary(other).name)
+        with pytest.raises(GatherError, match=f"physical shard {other}") as caught:
+            stream.all()
+        assert caught.value.retryable
+        assert set(caught.value.failures) == {other}
+        assert set(caught.value.answers) == {physical}
+        root: Any = session._roots[physical][1].connection.driver_connection
+        assert root.info.transaction_status.name == "IDLE"
+        assert other not in session._roots
+        assert session.get_one(User, user.id).name == "ana"

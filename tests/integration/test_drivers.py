@@ -19,6 +19,7 @@ from shardkit import AsyncCluster, Cluster, ids
 from shardkit.connections import Purpose
 from shardkit.strategies import hash_shard
 from shardkit.testing import wait_until
+from shardkit.tokens import ASK_PRIMARIES
 from tests.fixtures.sharded import admin
 from tests.models import Photo, User
 
@@ -39,11 +40,8 @@ class Sent:
 
     messages: Counter[str]
     texts: str
-
-    @property
-    def n_round_trips(self) -> int:
-        """How often the server said that it is ready."""
-        return self.messages["B ReadyForQuery"]
+    n_round_trips: int
+    """How often the server's turn came: what it answers goes back together."""
 
 
 @contextmanager
@@ -60,6 +58,8 @@ def traced(driver: Any) -> Iterator[Sent]:
         sent.texts = file.read()
     lines = [line.split("\t") for line in sent.texts.splitlines()]  # and those of long SQL
     sent.messages = Counter(f"{line[0]} {line[2]}" for line in lines if len(line) > 2)
+    turns = "".join(line[0] for line in lines if len(line) > 2)
+    sent.n_round_trips = turns.count("FB")
 
 
 def driver_of(cluster: Cluster, shard: int) -> Any:
@@ -79,7 +79,7 @@ def test_one_new_object_is_one_round_trip(cluster: Cluster, user: User) -> None:
     assert sent.n_round_trips == 1
     assert "BEGIN" not in sent.texts
     assert "COMMIT" not in sent.texts
-    with cluster.reader(max_lag=0.1) as reader:
+    with cluster.reader(after=ASK_PRIMARIES) as reader:
         assert reader.get_one(Photo, photo.id).caption == "dawn"
 
 
@@ -109,7 +109,10 @@ def test_it_does_so_however_often_a_statement_runs(cluster: Cluster, user: User)
         assert driver.info.transaction_status.name == "IDLE"
     assert all("BEGIN" in sent.texts for sent in transactions)
     assert [transactions[i].n_round_trips for i in (0, -1)] == [3, 3]
-    assert transactions[-1].messages["F Parse"] == 1, "that of BEGIN"
+    if driver.prepare_threshold is None:  # a pooler below 1.21: each is sent whole, always
+        assert transactions[-1].messages == transactions[0].messages
+    else:
+        assert transactions[-1].messages["F Parse"] == 1, "that of BEGIN"
 
 
 def test_a_first_statement_that_fails_leaves_a_failed_transaction(

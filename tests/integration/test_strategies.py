@@ -21,6 +21,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.testing import wait_until
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.sharded import Settled, admin
 from tests.models import Device, Handle, Reading, Tenant, User
@@ -55,7 +56,7 @@ def test_rows_lie_in_their_range_and_comparisons_ask_only_those(
         [3],
         [40],
     ]
-    with cluster.reader(max_lag=1.0) as session:
+    with cluster.reader(after=ASK_PRIMARIES) as session:
         low = select(Reading.meter).where(Reading.meter < 1_000).order_by(Reading.meter)
         assert session.route(low).shards == (3,)
         assert session.scalars(low).all() == [-5, 999]
@@ -64,6 +65,18 @@ def test_rows_lie_in_their_range_and_comparisons_ask_only_those(
         assert sorted(session.scalars(middle).all()) == [999, 1_000]
         assert session.route(select(Reading).where(Reading.meter >= 1_000)).shards == (40,)
         assert session.scalars(select(Reading).where(Reading.meter > 9_000)).all() == []
+        between = select(Reading.meter).where(Reading.meter.between(500, 999))
+        assert session.route(between).shards == (3,)
+        assert session.scalars(between).all() == [999]
+        assert session.route(select(Reading).where(Reading.meter.between(999, 1_000))).shards == (
+            3,
+            40,
+        )
+        assert session.scalars(select(Reading).where(Reading.meter.between(1_500, 0))).all() == []
+        for wide in (~Reading.meter.between(0, 1), Reading.meter.between(9, 0, symmetric=True)):
+            assert (
+                len(session.route(select(Reading).where(wide).options(all_shards())).shards) == 64
+            )
         with pytest.raises(InvalidShardKeyError, match="beyond the last range"):
             session.get(Reading, 2_000)
 

@@ -19,7 +19,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.lone import is_lone_insert
 from shardkit.writer import WriteSession
-from tests.models import Handle, Photo, User
+from tests.models import Account, Handle, Photo, User
 
 T = TypeVar("T")
 
@@ -106,6 +106,10 @@ def two(session: WriteSession) -> None:
     session.add_all([Handle(name="ana", user_id=1), Handle(name="bo", user_id=2)])
 
 
+def unique(session: WriteSession) -> None:
+    session.add(Account(name="ana"))
+
+
 def changed(session: WriteSession) -> None:
     user = stored(session)
     user.name = "bo"
@@ -145,6 +149,7 @@ def inside_savepoint(session: WriteSession) -> None:
     [
         lambda _: None,
         two,
+        unique,
         changed,
         deleted,
         with_children,
