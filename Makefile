@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lookup-race outbox-chaos halves lock clean
+.PHONY: help setup run test test-pooler test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos halves lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -38,6 +38,9 @@ CASES ?= 50000
 
 test-oracle: setup ## compare 50,000 statements with one server; CASES=n for more or fewer
 	@SHARDKIT_ORACLE_CASES=$(CASES) $(BIN)/python -m pytest tests/property -s $(ARGS)
+
+model-check: setup ## every interleaving of the cache protocol under faults; about ten minutes
+	@$(BIN)/python -m tests.property.modelcheck $(ARGS)
 
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .
