@@ -15,7 +15,12 @@ from dataclasses import dataclass
 
 from app.accounts.models import LoginSession, User
 from app.accounts.passwords import Passwords
-from app.accounts.repository import AccountRepository, delete_logins, touch_login
+from app.accounts.repository import (
+    AccountRepository,
+    delete_logins,
+    person_of_name,
+    touch_login,
+)
 from app.accounts.schemas import (
     Credentials,
     PersonOut,
@@ -154,8 +159,7 @@ class AccountService:
         Raises:
             SignInFailedError: the name or the password is wrong; both look and last the same.
         """
-        async with self._database.primary() as session:
-            user = await AccountRepository(session).user_by_name(given.username)
+        user = await person_of_name(self._database, given.username)
         encoded = None if user is None else user.password_hash
         if not await self._passwords.verify(encoded, given.password) or user is None:
             raise SignInFailedError

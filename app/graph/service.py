@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.accounts.models import User
-from app.accounts.repository import AccountRepository
+from app.accounts.repository import AccountRepository, person_of_name
 from app.accounts.schemas import PersonOut
 from app.accounts.service import Viewer, person_out
 from app.clock import Clock
@@ -18,6 +18,7 @@ from app.database import Database
 from app.errors import FollowLimitError, InvalidInputError, NotFoundError
 from app.graph.repository import GraphRepository, add_follow, remove_follow
 from app.paging import Page, cut
+from app.partial import is_partial
 from shardkit import AsyncWriteSession
 
 __all__ = ["GraphService"]
@@ -105,12 +106,12 @@ class GraphService:
             read = graph.followers if inverse else graph.following
             ids, cursor = cut(await read(user.id, before, n + 1), n, lambda user_id: user_id)
             users = await accounts.users(ids)
+            partial = is_partial(session)
         people = [person_out(users[user_id]) for user_id in ids if user_id in users]
-        return Page[PersonOut](items=people, next_cursor=cursor)
+        return Page[PersonOut](items=people, next_cursor=cursor, partial=partial)
 
     async def _person(self, name: str) -> User:
-        async with self._database.primary() as session:
-            user = await AccountRepository(session).user_by_name(name)
+        user = await person_of_name(self._database, name)
         if user is None:
             raise NotFoundError("There is no such person.")
         return user

@@ -17,6 +17,7 @@ from app.clock import Clock
 from app.database import Database
 from app.errors import ForbiddenError, NotFoundError
 from app.paging import Page, cut
+from app.partial import is_partial
 from app.photos.images import SIZES, ImageWorkers
 from app.photos.models import Comment, Like, Photo
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
@@ -24,7 +25,7 @@ from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
 from app.photos.store import BlobStore
 from shardkit import AsyncReadSession
 
-__all__ = ["PhotoService", "describe", "image_url", "images_of"]
+__all__ = ["PhotoService", "describe", "image_url", "images_of", "photo_page"]
 
 KEY_BYTES = 16
 """Random bytes of a blob key: nobody guesses the address of a picture."""
@@ -118,7 +119,7 @@ class PhotoService:
         async with self._database.reader() as session:
             rows = await PhotoRepository(session).of_owners([owner_id], before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
+            return await photo_page(session, photos, viewer, cursor)
 
     async def like(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Like a photo; liking twice is liking once.
@@ -201,6 +202,7 @@ class PhotoService:
             rows = await repository.comments(photo_id, after, n + 1)
             comments, cursor = cut(rows, n, lambda comment: comment.id)
             authors = await AccountRepository(session).users(c.author_id for c in comments)
+            partial = is_partial(session)
         shown = [
             CommentOut(
                 id=comment.id,
@@ -212,7 +214,7 @@ class PhotoService:
             for comment in comments
             if comment.author_id in authors
         ]
-        return Page[CommentOut](items=shown, next_cursor=cursor)
+        return Page[CommentOut](items=shown, next_cursor=cursor, partial=partial)
 
     async def picture(self, key: str, size: int) -> bytes:
         """Return the bytes of one size.
@@ -240,6 +242,14 @@ async def describe(
         for photo in photos
         if photo.owner_id in owners
     ]
+
+
+async def photo_page(
+    session: AsyncReadSession, photos: Sequence[Photo], viewer: Viewer | None, cursor: int | None
+) -> Page[PhotoOut]:
+    """Return a page of photos; it says so when servers did not answer."""
+    items = await describe(session, photos, viewer)
+    return Page[PhotoOut](items=items, next_cursor=cursor, partial=is_partial(session))
 
 
 def image_url(blob_key: str, size: int) -> str:
