@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import httpx
 import pytest
 
-from shardkit import ids
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until
 from tests.fixtures import pictures
+from tests.fixtures.outages import home_of, servers_of, without
 from tests.fixtures.service import PASSWORD, Person, Service
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 Join = Callable[[str], Person]
-LOGICAL_SHARDS_OF_ALPHA = range(4)
-
-
-def home_of(person: Person) -> str:
-    """Return the physical shard a person lives on."""
-    shard = ids.shard_of(int(person.id))
-    return "alpha" if shard in LOGICAL_SHARDS_OF_ALPHA else "beta"
 
 
 @pytest.fixture
@@ -36,29 +28,6 @@ def one_on_each(join: Join) -> tuple[Person, Person]:
         if len(found) == 2:
             return found["alpha"], found["beta"]
     raise AssertionError("64 people all landed on one physical shard")
-
-
-@contextmanager
-def without(cluster: LocalCluster, service: Service, *names: str) -> Iterator[None]:
-    """Kill servers, and start them again at the end."""
-    for name in names:
-        cluster.kill_server(name)
-    try:
-        yield
-    finally:
-        for name in names:
-            cluster.start_server(name)
-        with service.client() as client:
-            wait_until(
-                lambda: client.get("/readyz").status_code == 200, 20.0, "the service is ready"
-            )
-
-
-def servers_of(cluster: LocalCluster, physical: str) -> list[str]:
-    return [
-        *(replica.name for replica in cluster.replicas(physical)),
-        cluster.primary(physical).name,
-    ]
 
 
 def is_unavailable(answer: httpx.Response) -> bool:
