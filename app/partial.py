@@ -11,10 +11,13 @@ from typing import Any, Final
 
 from sqlalchemy import Select
 
-from shardkit import AsyncReadSession, all_shards
+from shardkit import AsyncReadSession, all_shards, deadline
 from shardkit.errors import GatherError, UnavailableError
 
 __all__ = ["answered", "answered_or_none", "is_partial"]
+
+PATIENCE: Final = 1.5
+"""Seconds that servers have to give their part: a list does not wait for one that is frozen."""
 
 _KEY: Final = "app_partial"
 
@@ -30,7 +33,8 @@ async def answered(session: AsyncReadSession, statement: Select[Any]) -> Sequenc
         UnavailableError: there is one server to ask, and it does not answer (retryable).
         GatherError: none of them does (retryable).
     """
-    rows = (await session.scalars(statement.options(all_shards(partial=True)))).all()
+    with deadline(PATIENCE):
+        rows = (await session.scalars(statement.options(all_shards(partial=True)))).all()
     if session.failures:
         session.info[_KEY] = True
     return rows

@@ -14,7 +14,7 @@ from app.accounts.repository import AccountRepository, person_of_name
 from app.accounts.schemas import PersonOut
 from app.accounts.service import Viewer, person_out
 from app.clock import Clock
-from app.database import Database
+from app.database import Database, Request
 from app.errors import FollowLimitError, InvalidInputError, NotFoundError
 from app.graph.repository import GraphRepository, add_follow, remove_follow
 from app.paging import Page, cut
@@ -49,14 +49,17 @@ class GraphService:
         followee = await self._person(name)
         if followee.id == viewer.id:
             raise InvalidInputError("username", "You cannot follow yourself.")
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> None:
             follower = await _locked(session, viewer.id)
             if follower.following_count >= self._max_followees and not (
                 await GraphRepository(session).follows(viewer.id, followee.id)
             ):
                 raise FollowLimitError
             await add_follow(session, follower, followee.id, self._clock())
-            await session.commit()
+
+        request = Request(viewer.id, ("follow", followee.id))
+        await self._database.run(request, work, near=viewer.id)
         return person_out(followee)
 
     async def unfollow(self, viewer: Viewer, name: str) -> PersonOut:
@@ -66,9 +69,12 @@ class GraphService:
             NotFoundError: nobody has the name.
         """
         followee = await self._person(name)
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> None:
             await remove_follow(session, await _locked(session, viewer.id), followee.id)
-            await session.commit()
+
+        request = Request(viewer.id, ("unfollow", followee.id))
+        await self._database.run(request, work, near=viewer.id)
         return person_out(followee)
 
     async def followers(self, name: str, before: int | None, n: int) -> Page[PersonOut]:

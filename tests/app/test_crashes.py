@@ -25,6 +25,7 @@ from sqlalchemy import select
 
 from app.accounts.models import User
 from app.graph.models import Follow, Follower
+from app.photos.models import Comment
 from app.repair import KINDS, run
 from app.workers import relay_of
 from shardkit import Cluster, all_shards
@@ -142,7 +143,7 @@ def test_counts_are_exact_after_kills_of_the_server_and_the_relay(
     upload = {"file": ("photo.jpg", pictures.jpeg(64, 64))}
     photo = clients[0].post(f"{processes.url}/api/v1/photos", files=upload).json()["id"]
 
-    counter = itertools.count(1)
+    counter, keys = itertools.count(1), itertools.count(1)
     follows: dict[tuple[int, int], bool] = {}
     likes: dict[int, bool] = {}
 
@@ -151,13 +152,18 @@ def test_counts_are_exact_after_kills_of_the_server_and_the_relay(
         for _ in range(ACTIONS):
             verb = rng.choice(["PUT", "DELETE"])
             other = rng.choice([n for n in range(PEOPLE) if n != me])
-            if rng.random() < 0.3:
+            sent: dict[str, Any] = {}
+            if rng.random() < 0.2:
+                verb, path = "POST", f"/api/v1/photos/{photo}/comments"
+                key = {"idempotency-key": f"{me} {next(keys)}"}
+                sent = {"json": {"body": key["idempotency-key"]}, "headers": key}
+            elif rng.random() < 0.3:
                 path = f"/api/v1/photos/{photo}/like"
                 likes[me] = verb == "PUT"
             else:
                 path = f"/api/v1/users/{names[other]}/follow"
                 follows[people[me], people[other]] = verb == "PUT"
-            answer = until_answered(processes, clients[me], verb, path)
+            answer = until_answered(processes, clients[me], verb, path, **sent)
             assert answer.is_success, answer.text
             if next(counter) % KILL_EVERY == 0:
                 processes.kill(processes.kills)
@@ -180,6 +186,9 @@ def test_counts_are_exact_after_kills_of_the_server_and_the_relay(
                 user = session.get_one(User, person)
                 assert user.follower_count == sum(pair[1] == person for pair in expected)
                 assert user.following_count == sum(pair[0] == person for pair in expected)
+            statement = select(Comment.body).where(Comment.photo_id == int(photo))
+            bodies = list(session.scalars(statement))
+        assert len(bodies) == len(set(bodies)) == next(keys) - 1, "one comment for each key"
         assert run(cluster, dry_run=True) == dict.fromkeys(KINDS, 0)
     with psycopg.connect(site.superuser_dsn(owner_of(site, int(photo)), "shardkit")) as connection:
         schema = f"shard_{shard_of(int(photo)):04d}"

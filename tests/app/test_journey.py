@@ -36,7 +36,11 @@ def test_a_day_in_the_life(join: Join, service: Service) -> None:
             assert max(decoded.width, decoded.height) == int(size)
 
     # Before following the feed is empty, after it newest first.
-    assert ben.http.get("/api/v1/feed").json() == {"items": [], "next_cursor": None}
+    assert ben.http.get("/api/v1/feed").json() == {
+        "items": [],
+        "next_cursor": None,
+        "partial": False,
+    }
     for _ in range(2):
         assert ben.http.put(f"/api/v1/users/{ana.username}/follow").status_code == 204
     feed = ben.http.get("/api/v1/feed").json()
