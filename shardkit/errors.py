@@ -19,8 +19,10 @@
     ├── UnavailableError                  retryable
     │   ├── EndpointUnavailableError      retryable
     │   ├── PoolTimeoutError              retryable
-    │   └── StatementTimeoutError         retryable
+    │   ├── StatementTimeoutError         retryable
+    │   └── DeadlineExceededError         retryable
     ├── OutcomeUnknownError
+    ├── OperationMismatchError
     ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
@@ -157,8 +159,16 @@ class StatementTimeoutError(UnavailableError):
     """A server did not finish a statement in the time it was given; try again or allow more."""
 
 
+class DeadlineExceededError(UnavailableError):
+    """The deadline is over; try again with more time, or when the servers are quicker."""
+
+
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
+
+
+class OperationMismatchError(ShardkitError):
+    """An operation of this name has already done something else; give each its own name."""
 
 
 class GatherError(ShardkitError):

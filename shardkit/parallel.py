@@ -1,68 +1,81 @@
 """Runs statements on several connections at once, from one thread.
 
-A psycopg call is a generator that says which socket it waits for. `Connection` hands that wait
-to `run` when `run` is driving it: each task goes on in a greenlet of its own until its query is
-sent, and whichever server answers first is read first. No threads, so no handing over of the
-interpreter lock, which on a query of a fifth of a millisecond costs more than the query.
-Used by clusters for threads; under asyncio the event loop does the same.
+A psycopg call is a generator that says which socket it waits for. The connections of
+`shardkit.driver` hand that wait to `run` when `run` is driving them: each task goes on in a
+greenlet of its own until its query is sent, and whichever server answers first is read first. No
+threads, so no handing over of the interpreter lock, which on a query of a fifth of a millisecond
+costs more than the query. Used by clusters for threads; under asyncio the event loop does the same.
 """
 
 from __future__ import annotations
 
+import math
 import select
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
-import psycopg
 from greenlet import getcurrent, greenlet
-from psycopg.abc import PQGen
+from psycopg import errors
+from psycopg.abc import PQGen, PQGenConn
 
-__all__ = ["Connection", "outcome", "run"]
+from shardkit.clock import SYSTEM
+
+__all__ = ["Task", "outcome", "run", "task"]
 
 T = TypeVar("T")
 
-_CHECK_EVERY = 0.1
+_CHECK_EVERY: Final = 0.1
 """Seconds between looks for an interrupt or a closed socket; psycopg's own interval."""
 
 _READ, _WRITE = 1, 2  # psycopg.waiting.Wait and Ready, as bits
 
 
-class Connection(psycopg.Connection[Any]):
-    """A psycopg connection whose waits `run` can take over."""
+class Task(greenlet):
+    """One task of `run`. It waits by telling `run` for what, and until when."""
 
-    def wait(
-        self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
-    ) -> T:
-        """Drive a generator of psycopg to its end; see psycopg's `Connection.wait`."""
-        task = getcurrent()
-        if isinstance(task, _Task):
-            return task.wait(gen, self)
-        return super().wait(gen, interval=interval, timeout=timeout)
+    def wait(self, gen: PQGen[T], socket: int, seconds: float) -> T:
+        """Drive a generator of psycopg that waits for one socket.
 
-
-class _Task(greenlet):
-    """One task of `run`."""
-
-    def wait(self, gen: PQGen[T], connection: psycopg.Connection[Any]) -> T:
-        assert self.parent is not None, "a task is started by run()"
+        Raises:
+            psycopg.errors._WaitTimeout: it did not end in time.
+        """
+        until = SYSTEM.monotonic() + seconds
         try:
             state = next(gen)
             while True:
-                state = gen.send(self.parent.switch((connection.fileno(), int(state))))
+                state = gen.send(self._ready(socket, int(state), until))
         except StopIteration as end:
             return cast("T", end.value)
-        except psycopg.Error:
-            raise
-        except BaseException:
-            connection.close()  # half a conversation is left on it
-            raise
+
+    def wait_conn(self, gen: PQGenConn[T], seconds: float) -> T:
+        """Drive a generator of psycopg that says which socket it waits for; see `wait`."""
+        until = SYSTEM.monotonic() + seconds
+        try:
+            socket, state = next(gen)
+            while True:
+                socket, state = gen.send(self._ready(socket, int(state), until))
+        except StopIteration as end:
+            return cast("T", end.value)
+
+    def _ready(self, socket: int, state: int, until: float) -> Any:
+        assert self.parent is not None, "a task is started by run()"
+        ready = self.parent.switch((socket, state, until))
+        if not ready:
+            raise errors._WaitTimeout("wait timeout expired")
+        return ready
 
 
-def outcome(task: Callable[[], T]) -> T | Exception:
+def task() -> Task | None:
+    """Return the task that runs, or None outside `run`."""
+    found = getcurrent()
+    return found if isinstance(found, Task) else None
+
+
+def outcome(work: Callable[[], T]) -> T | Exception:
     """Return the result of a task, or the exception it raised."""
     try:
-        return task()
+        return work()
     except Exception as error:  # noqa: BLE001 - the caller decides what each failure means
         return error
 
@@ -71,42 +84,54 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
     """Run tasks at the same time and return the outcome of each, in order.
 
     Args:
-        tasks: each uses one connection of its own, a `Connection` of this module.
+        tasks: each uses one connection of its own, a `Connection` of `shardkit.driver`.
     """
     if len(tasks) == 1:
         return [outcome(tasks[0])]
-    finished: dict[_Task, T | Exception] = {}
-    waiting: dict[int, _Task] = {}
+    finished: dict[Task, T | Exception] = {}
+    waiting: dict[int, tuple[Task, float]] = {}
     poll = select.poll()
-    greenlets = [_Task(outcome) for _ in tasks]
+    greenlets = [Task(outcome) for _ in tasks]
 
-    def step(task: _Task, *sent: Any) -> None:
-        answer = task.switch(*sent)
-        if task.dead:
-            finished[task] = answer
+    def step(each: Task, *sent: Any) -> None:
+        answer = each.switch(*sent)
+        if each.dead:
+            finished[each] = answer
         else:
-            socket, flags = answer
-            waiting[socket] = task
+            socket, flags, until = answer
+            waiting[socket] = (each, until)
             poll.register(
                 socket,
                 (select.POLLIN if flags & _READ else 0) | (select.POLLOUT if flags & _WRITE else 0),
             )
 
     try:
-        for task, work in zip(greenlets, tasks, strict=True):
-            step(task, work)
+        for each, work in zip(greenlets, tasks, strict=True):
+            # Deadlines are context variables, of which a greenlet has none of its own.
+            each.gr_context = getcurrent().gr_context
+            step(each, work)
         while waiting:
-            for socket, event in poll.poll(_CHECK_EVERY * 1000):
+            first = min(until for _, until in waiting.values())
+            pause = _CHECK_EVERY
+            if first < math.inf:
+                pause = max(0.0, min(pause, first - SYSTEM.monotonic()))
+            for socket, event in poll.poll(math.ceil(pause * 1000)):
                 poll.unregister(socket)
                 # An error or hang-up is for the driver to read.
                 ready = (_WRITE if event & select.POLLOUT else 0) | (
                     _READ if event & ~select.POLLOUT else 0
                 )
-                step(waiting.pop(socket), ready)
+                step(waiting.pop(socket)[0], ready)
+            if first < math.inf and first <= SYSTEM.monotonic():
+                for socket, (late, until) in list(waiting.items()):
+                    if until <= SYSTEM.monotonic() and waiting.get(socket) == (late, until):
+                        poll.unregister(socket)
+                        del waiting[socket]
+                        step(late, 0)
     except BaseException:
-        for task in greenlets:
-            if not task.dead:
+        for each in greenlets:
+            if not each.dead:
                 with suppress(BaseException):
-                    task.throw(KeyboardInterrupt)
+                    each.throw(KeyboardInterrupt)
         raise
-    return [finished[task] for task in greenlets]
+    return [finished[each] for each in greenlets]

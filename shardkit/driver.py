@@ -1,0 +1,319 @@
+"""Connections of psycopg whose every wait ends: at the deadline, or after their patience.
+
+A wait that takes too long cancels the server's query, waits for the end of the conversation, and
+closes the connection if that does not come, all within `deadlines.GRACE`. COMMIT is never
+cancelled: PostgreSQL would answer a cancelled wait for a standby with success. The clusters'
+engines connect with these classes; commands do not.
+
+Source: docs/architecture.md, decision 15; PostgreSQL's `SyncRepWaitForLSN`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Self, TypeVar
+
+import psycopg
+from psycopg import errors, waiting
+from psycopg.abc import PQGen, PQGenConn
+from psycopg.pq import TransactionStatus
+
+from shardkit import deadlines, parallel
+from shardkit.clock import SYSTEM
+
+__all__ = ["AsyncConnection", "Connection", "WaitedTooLongError"]
+
+T = TypeVar("T")
+
+_CHECK_EVERY: Final = 0.1
+"""Seconds between looks for an interrupt or a closed socket; psycopg's own interval."""
+
+_COMMIT_NEEDS: Final = 0.02
+"""Seconds without which COMMIT is not sent: a dozen times what it takes on a quiet server."""
+
+_CANCEL: Final = 0.1
+"""Seconds for the cancel request; the rest of the grace is for the query to end."""
+
+_STANDBY: Final = "SyncRepWaitForLSN"
+"""The function of PostgreSQL that warns; the text itself may be translated."""
+
+_AT_REST: Final = frozenset({TransactionStatus.IDLE, TransactionStatus.INERROR})
+
+
+class WaitedTooLongError(psycopg.OperationalError):
+    """A server did not answer in time.
+
+    Attributes:
+        by_deadline: whether a deadline was over, not the patience of the connection.
+        patience: seconds the connection waits without a deadline.
+    """
+
+    by_deadline = False
+    patience = math.inf
+
+
+class StandbyNotWaitedForError(psycopg.OperationalError):
+    """COMMIT was answered although no standby has confirmed it."""
+
+
+class _Patient:
+    """What both kinds of connection decide alike; mixed into psycopg's classes."""
+
+    pgconn: psycopg.pq.abc.PGconn
+    patience: float = math.inf
+    _is_final = False  # COMMIT is on its way
+    _is_ending = False  # ROLLBACK is on its way: the server is left alone at last
+    _has_standby_warning = False
+
+    def _bound(self) -> float:
+        """Return how many seconds a wait may take."""
+        found = deadlines.current()
+        if found is None:
+            return self.patience
+        return min(self.patience, max(0.0, found.left() + (deadlines.GRACE * self._is_ending)))
+
+    def _began(self, gen: PQGen[Any]) -> float:
+        """Return how many seconds may be waited; refuse to send what there is no time for."""
+        seconds = self._bound()
+        if seconds <= (_COMMIT_NEEDS if self._is_final else 0.0):
+            gen.close()
+            if self._is_ending:
+                self.pgconn.finish()
+            raise self._too_long()
+        return seconds
+
+    def _too_long(self) -> WaitedTooLongError:
+        found = deadlines.current()
+        by_deadline = found is not None and found.left() <= _COMMIT_NEEDS
+        error = WaitedTooLongError(
+            "the deadline is over" if by_deadline else f"no answer within {self.patience:g} seconds"
+        )
+        error.by_deadline = by_deadline
+        error.patience = self.patience
+        return error
+
+    def _grace(self) -> float:
+        """Return when the connection is given up, on the monotonic clock."""
+        found, now = deadlines.current(), SYSTEM.monotonic()
+        return (now if found is None else min(now, now + found.left())) + deadlines.GRACE
+
+    @property
+    def _may_cancel(self) -> bool:
+        """Whether a query runs that may be cancelled."""
+        return not (self._is_final or self._is_ending) and (
+            self.pgconn.transaction_status == TransactionStatus.ACTIVE
+        )
+
+    def _settle(self) -> None:
+        """Close the connection unless its conversation has come to an end.
+
+        A statement that finished after all, inside a transaction, was reported as failed: the
+        transaction must not be committed with it.
+        """
+        if self.pgconn.transaction_status not in _AT_REST or self.pgconn.pipeline_status:
+            self.pgconn.finish()
+
+    @contextmanager
+    def _final(self) -> Iterator[None]:
+        self._is_final = True
+        try:
+            yield
+        finally:
+            self._is_final = False
+        if self._has_standby_warning:
+            self._has_standby_warning = False
+            self.pgconn.finish()
+            raise StandbyNotWaitedForError("the wait for a standby was cancelled")
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Roll back, or close the connection, which has the server roll back as well."""
+        self._is_ending = True
+        try:
+            yield
+        except WaitedTooLongError:
+            self.pgconn.finish()
+        finally:
+            self._is_ending = False
+
+    def _note(self, diagnostic: errors.Diagnostic) -> None:
+        if diagnostic.source_function == _STANDBY:
+            self._has_standby_warning = True
+
+    def _limited_begin(self, begin: bytes) -> bytes:
+        """Add the server's own bound to BEGIN, in the same round trip; takes no lock."""
+        if deadlines.current() is None:
+            return begin
+        milliseconds = max(1, math.ceil(self._bound() * 1000))
+        return b"%b; SET LOCAL statement_timeout = %d" % (begin, milliseconds)
+
+
+class Connection(_Patient, psycopg.Connection[Any]):
+    """A connection for threads, whose waits `parallel.run` can take over."""
+
+    @classmethod
+    def connect(cls, *arguments: Any, patience: float = math.inf, **options: Any) -> Self:
+        """Connect; see psycopg's `Connection.connect`.
+
+        Args:
+            *arguments: as for psycopg.
+            patience: seconds it waits for an answer without a deadline.
+            **options: as for psycopg.
+        """
+        connection = super().connect(*arguments, **options)
+        connection.patience = patience
+        connection.add_notice_handler(connection._note)
+        return connection
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        return _bounded_connect(super()._connect_gen(conninfo))
+
+    def _get_tx_start_command(self) -> bytes:
+        begin = super()._get_tx_start_command()
+        return begin if self._pipeline else self._limited_begin(begin)
+
+    def wait(
+        self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
+    ) -> T:
+        """Drive a generator of psycopg to its end; see psycopg's `Connection.wait`."""
+        seconds = self._began(gen)
+        if timeout is not None and timeout <= seconds:
+            return super().wait(gen, interval=interval, timeout=timeout)
+        task = parallel.task()
+        try:
+            return self._driven(gen, seconds, task)
+        except errors._WaitTimeout:
+            self._give_up(gen, task)
+            raise self._too_long() from None
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: half a conversation is left on it
+            self._give_up(gen, None)  # whoever drives the task does not do so any more
+            raise
+
+    def _driven(self, gen: PQGen[T], seconds: float, task: parallel.Task | None) -> T:
+        if task is not None:
+            return task.wait(gen, self.fileno(), seconds)
+        bound = None if seconds == math.inf else seconds
+        return waiting.wait(gen, self.pgconn.socket, interval=_CHECK_EVERY, timeout=bound)
+
+    def _give_up(self, gen: PQGen[Any], task: parallel.Task | None) -> None:
+        until = self._grace()
+        try:
+            if self._may_cancel and SYSTEM.monotonic() < until:
+                seconds = min(_CANCEL, until - SYSTEM.monotonic())
+                if task is None:
+                    waiting.wait_conn(self._cancel_gen(), interval=0.02, timeout=seconds)
+                else:
+                    task.wait_conn(self._cancel_gen(), seconds)
+                self._driven(gen, max(0.0, until - SYSTEM.monotonic()), task)
+        except psycopg.Error:
+            pass  # QueryCanceled as expected, or no answer to the cancel either
+        except BaseException:
+            self.pgconn.finish()
+            raise
+        self._settle()
+
+    def commit(self) -> None:
+        """Commit; not cancelled once it is sent, whatever happens."""
+        with self._final():
+            super().commit()
+
+    def rollback(self) -> None:
+        """Roll back, or close the connection when the server does not answer."""
+        with self._ending():
+            super().rollback()
+
+
+class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
+    """A connection for asyncio."""
+
+    @classmethod
+    async def connect(cls, *arguments: Any, patience: float = math.inf, **options: Any) -> Self:
+        """Connect; see `Connection.connect`."""
+        connection = await super().connect(*arguments, **options)
+        connection.patience = patience
+        connection.add_notice_handler(connection._note)
+        return connection
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        return _bounded_connect(super()._connect_gen(conninfo))
+
+    def _get_tx_start_command(self) -> bytes:
+        begin = super()._get_tx_start_command()
+        return begin if self._pipeline else self._limited_begin(begin)
+
+    async def wait(
+        self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
+    ) -> T:
+        """Drive a generator of psycopg to its end; see psycopg's `AsyncConnection.wait`."""
+        seconds = self._began(gen)
+        if timeout is not None and timeout <= seconds:
+            return await super().wait(gen, interval=interval, timeout=timeout)
+        try:
+            return await self._driven(gen, seconds)
+        except errors._WaitTimeout:
+            await self._give_up(gen)
+            raise self._too_long() from None
+        except Exception:
+            raise
+        except BaseException:  # a cancelled task: half a conversation is left on it
+            await self._give_up(gen)
+            raise
+
+    async def _driven(self, gen: PQGen[T], seconds: float) -> T:
+        bound = None if seconds == math.inf else seconds
+        return await waiting.wait_async(
+            gen, self.pgconn.socket, interval=_CHECK_EVERY, timeout=bound
+        )
+
+    async def _give_up(self, gen: PQGen[Any]) -> None:
+        until = self._grace()
+        try:
+            if self._may_cancel and SYSTEM.monotonic() < until:
+                await waiting.wait_conn_async(
+                    self._cancel_gen(),
+                    interval=0.02,
+                    timeout=min(_CANCEL, until - SYSTEM.monotonic()),
+                )
+                await self._driven(gen, max(0.0, until - SYSTEM.monotonic()))
+        except psycopg.Error:
+            pass
+        except BaseException:
+            self.pgconn.finish()
+            raise
+        self._settle()
+
+    async def commit(self) -> None:
+        """Commit; not cancelled once it is sent, whatever happens."""
+        with self._final():
+            await super().commit()
+
+    async def rollback(self) -> None:
+        """Roll back, or close the connection when the server does not answer."""
+        with self._ending():
+            await super().rollback()
+
+
+def _bounded_connect(connecting: PQGenConn[T]) -> PQGenConn[T]:
+    """Connect until the deadline; psycopg itself knows whole seconds only, and two at least.
+
+    psycopg looks at the generator every tenth of a second at the latest, so that is how late the
+    deadline may be noticed.
+    """
+    sent: Any = None
+    while True:
+        if deadlines.is_over():
+            connecting.close()
+            error = WaitedTooLongError("the deadline is over")
+            error.by_deadline = True
+            raise error
+        try:
+            wanted = next(connecting) if sent is None else connecting.send(sent)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # psycopg's generators say no more
+        sent = yield wanted
