@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from shardkit import config
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
@@ -24,27 +24,14 @@ from shardkit.writer import WriteSession
 
 __all__ = ["AsyncCluster", "Cluster"]
 
+C = TypeVar("C", Connections, AsyncConnections)
 
-class Cluster:
-    """The whole cluster, for threads.
 
-    Thread-safe; make one per process. Sessions it returns belong to one thread each. Opens no
-    connection until a session needs one.
+class _Opened(Generic[C]):
+    """What both kinds share: how they are made, and what they know."""
 
-    Args:
-        topology: endpoints and shard map, usually from `from_file`.
-        pool: sizes and time limits of the pools.
-        placement: chooses the logical shard of rows that nothing places yet; a policy of
-            `shardkit.placement`, or a function of the number of logical shards.
-        max_rows: rows that a statement over several logical shards may fetch, unless it says
-            otherwise with `all_shards(max_rows=…)`.
-
-    Example:
-        >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
-        >>> with cluster.writer() as session:  # doctest: +SKIP
-        ...     session.add(Photo(owner_id=ana.id, caption="dawn"))
-        ...     session.commit()
-    """
+    connections: C
+    _connections_class: type[C]
 
     def __init__(
         self,
@@ -54,7 +41,7 @@ class Cluster:
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
     ) -> None:
-        self.connections = Connections(
+        self.connections = self._connections_class(
             topology, pool=pool, placement=placement, max_rows=_checked_rows(max_rows)
         )
 
@@ -83,6 +70,38 @@ class Cluster:
         """Endpoints and shard map."""
         return self.connections.topology
 
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tell a listener, a plain function, of every event; return what ends it.
+
+        The listener runs where the event happens, before the statement or after the commit it
+        is about. It must be quick; what it raises is logged.
+        """
+        return self.connections.listeners.add(listener)
+
+
+class Cluster(_Opened[Connections]):
+    """The whole cluster, for threads.
+
+    Thread-safe; make one per process. Sessions it returns belong to one thread each. Opens no
+    connection until a session needs one.
+
+    Args:
+        topology: endpoints and shard map, usually from `from_file`.
+        pool: sizes and time limits of the pools.
+        placement: chooses the logical shard of rows that nothing places yet; a policy of
+            `shardkit.placement`, or a function of the number of logical shards.
+        max_rows: rows that a statement over several logical shards may fetch, unless it says
+            otherwise with `all_shards(max_rows=…)`.
+
+    Example:
+        >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
+        >>> with cluster.writer() as session:  # doctest: +SKIP
+        ...     session.add(Photo(owner_id=ana.id, caption="dawn"))
+        ...     session.commit()
+    """
+
+    _connections_class = Connections
+
     def writer(self) -> WriteSession:
         """Return a session on the primaries; it writes to one physical shard per transaction."""
         return WriteSession(self.connections)
@@ -101,14 +120,6 @@ class Cluster:
         """
         return ReadSession(self.connections, after=after, max_lag=_checked(max_lag))
 
-    def listen(self, listener: Listener) -> Callable[[], None]:
-        """Tell a listener of every event of `shardkit.events`; return what ends it.
-
-        The listener runs where the event happens, before the statement or after the commit it
-        is about. It must be quick; what it raises is logged.
-        """
-        return self.connections.listeners.add(listener)
-
     def close(self) -> None:
         """Close every pooled connection; sessions still open keep theirs until they close."""
         self.connections.close()
@@ -125,7 +136,7 @@ class Cluster:
         self.close()
 
 
-class AsyncCluster:
+class AsyncCluster(_Opened[AsyncConnections]):
     """The whole cluster, for asyncio: the words of `Cluster`, awaited.
 
     Belongs to one event loop.
@@ -136,38 +147,7 @@ class AsyncCluster:
         ...         photo = await session.get(Photo, photo_id)
     """
 
-    def __init__(
-        self,
-        topology: Topology,
-        *,
-        pool: PoolConfig | None = None,
-        placement: Placement | Policy = anywhere,
-        max_rows: int = MAX_ROWS,
-    ) -> None:
-        self.connections = AsyncConnections(
-            topology, pool=pool, placement=placement, max_rows=_checked_rows(max_rows)
-        )
-
-    @classmethod
-    def from_file(
-        cls,
-        path: str | os.PathLike[str] = "shardkit.toml",
-        *,
-        placement: Placement | Policy = anywhere,
-    ) -> Self:
-        """Return the cluster that a configuration file describes; see `Cluster.from_file`."""
-        settings, topology = config.load(path)
-        return cls(
-            topology,
-            pool=settings.pool,
-            placement=placement,
-            max_rows=settings.limits.max_rows,
-        )
-
-    @property
-    def topology(self) -> Topology:
-        """Endpoints and shard map."""
-        return self.connections.topology
+    _connections_class = AsyncConnections
 
     def writer(self) -> AsyncWriteSession:
         """Return a session on the primaries; it writes to one physical shard per transaction."""
@@ -176,10 +156,6 @@ class AsyncCluster:
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""
         return AsyncReadSession(self.connections, after=after, max_lag=_checked(max_lag))
-
-    def listen(self, listener: Listener) -> Callable[[], None]:
-        """Tell a listener, a plain function, of every event; see `Cluster.listen`."""
-        return self.connections.listeners.add(listener)
 
     async def close(self) -> None:
         """Close every pooled connection."""

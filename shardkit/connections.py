@@ -3,71 +3,47 @@
 Sessions ask here for the engine of a logical shard, which is a view of the endpoint's engine
 with that shard's schema, so that all logical shards of a server share one pool. Connections are
 checked when they are opened (the right cluster, the right role) and looked at when they leave
-the pool (a dead socket is replaced unseen). Also fetches the blocks that ids are minted from.
+the pool (a dead socket is replaced unseen): `shardkit.checks`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
-import select
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar, cast
 
-import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import parallel, scatter
+from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, PoolConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
-    ClockMovedBackError,
-    ConfigurationError,
     EndpointUnavailableError,
-    IdRequestError,
-    PoolTimeoutError,
-    UnavailableError,
     UnsupportedStatementError,
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
-from shardkit.ids import EPOCH_MS, MAX_LEASE
+from shardkit.leasing import lease_ids
 from shardkit.loads import loads
-from shardkit.minting import CLOCK_BEHIND, NOT_ACTIVE, NOT_HERE, IdMinter
+from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
-__all__ = ["AsyncConnections", "Connections", "Purpose", "connection_error"]
+__all__ = ["AsyncConnections", "Connections", "Purpose"]
 
 T = TypeVar("T")
-
-# Takes no lock; one round trip for each connection opened, none for each use.
-_CHECK = """
-SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
-    pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
-FROM shardkit.identity
-"""
-_LEASE = """
-SELECT logical_shard, first_state
-FROM shardkit.lease_ids(%(shards)s::int[], %(counts)s::int[])
-"""
-
-# libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
-_REFUSED_LOGIN = re.compile(
-    r"FATAL:\s+(password authentication failed|no pg_hba.conf entry|permission denied for database"
-    r'|(role|database) ".*" (does not exist|is not permitted))'
-)
 
 
 class Purpose(Enum):
@@ -135,9 +111,9 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
-            check = _checks_server(self.topology, endpoint, self.fingerprints)
+            check = checks_server(self.topology, endpoint, self.fingerprints)
             event.listen(engine, "connect", check)
-            event.listen(engine, "checkout", _replace_if_dead)
+            event.listen(engine, "checkout", replace_if_dead)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             self._engines.setdefault(key, engine)
@@ -211,41 +187,11 @@ class _Core:
         """Run tasks at the same time; return result or exception of each, in order."""
         raise NotImplementedError
 
-    # -- ids
+    # -- statements of shardkit's own
 
     def lease_ids(self, counts: Mapping[int, int]) -> dict[int, int]:
-        """Reserve ranges of ids; return the first generator state by logical shard.
-
-        Each physical shard's ranges are committed before it answers, so an answer that is lost
-        wastes ids and the next call repeats none.
-
-        Args:
-            counts: length of each range, 1 to `MAX_LEASE`, by logical shard.
-
-        Raises:
-            IdRequestError: a logical shard or a length is out of range.
-            ClockMovedBackError: the server's clock is far behind its last id (retryable).
-            UnavailableError: the server or the logical shard is unavailable (retryable).
-            ConfigurationError: the server does not hold the logical shard.
-        """
-        for shard, n in counts.items():
-            if not (0 <= shard < self.router.total and 1 <= n <= MAX_LEASE):
-                raise IdRequestError(
-                    f"cannot lease {n} ids on logical shard {shard}: give 1 to {MAX_LEASE}, "
-                    f"and a shard from 0 to {self.router.total - 1}"
-                )
-        firsts: dict[int, int] = {}
-        for physical, shards in self.group(sorted(counts)).items():
-            primary = self.primary_of(physical)
-            with self.connect(self.engine(primary, Purpose.LEASE), primary) as connection:
-                try:
-                    rows = connection.exec_driver_sql(
-                        _LEASE, {"shards": list(shards), "counts": [counts[s] for s in shards]}
-                    )
-                except DBAPIError as error:
-                    raise _lease_error(error, primary) from error
-                firsts.update((row[0], row[1]) for row in rows)
-        return firsts
+        """Reserve ranges of ids; see `shardkit.leasing.lease_ids`."""
+        return lease_ids(self, counts, self.router.total)
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
@@ -349,45 +295,6 @@ class AsyncConnections(_Core):
         return await_only(run())
 
 
-def connection_error(
-    error: Exception, endpoint: Endpoint
-) -> PoolTimeoutError | EndpointUnavailableError | ConfigurationError:
-    """Return the shardkit error for a connection that could not be had."""
-    if isinstance(error, PoolExhaustedError):
-        return PoolTimeoutError(endpoint=str(endpoint), hint="raise pool.size or try again")
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    if _REFUSED_LOGIN.search(reason):
-        _, _, told = reason.partition("FATAL:")
-        return ConfigurationError(
-            f"refuses the login: {told.strip()}",
-            endpoint=str(endpoint),
-            hint="correct its address in shardkit.toml",
-        )
-    return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
-
-
-def _lease_error(error: DBAPIError, endpoint: Endpoint) -> Exception:
-    """Return the shardkit error for a lease that failed, or the driver's when there is none."""
-    cause, where = error.orig, str(endpoint)
-    if not isinstance(cause, psycopg.Error):
-        return error
-    reason = str(cause).strip().partition("\n")[0]
-    if cause.sqlstate == CLOCK_BEHIND:
-        return ClockMovedBackError(reason, endpoint=where)
-    if cause.sqlstate == NOT_HERE:
-        hint = "correct its place in shardkit.toml, or run shardkit migrate apply"
-        return ConfigurationError(reason, endpoint=where, hint=hint)
-    if cause.sqlstate == NOT_ACTIVE:
-        return UnavailableError(reason, endpoint=where, hint="a move is under way")
-    if isinstance(cause, psycopg.errors.LockNotAvailable):
-        hint = "an open transaction that called shardkit.next_id holds them; keep it short"
-        return UnavailableError("ids are locked", endpoint=where, hint=hint)
-    if error.connection_invalidated:
-        return EndpointUnavailableError(f"lease lost: {reason}", endpoint=where)
-    return error
-
-
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
     return parallel.Connection.connect(*arguments, **options)
 
@@ -397,66 +304,3 @@ def _forget_connections(cluster: _Core | None) -> None:
     if cluster is not None:
         for engine in cluster._engines.values():
             engine.dispose(close=False)
-
-
-def _checks_server(
-    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints
-) -> Callable[[Any, Any], None]:
-    """Return the check of a new connection: the right cluster, physical shard and role.
-
-    It notes how the rows of tables were placed.
-    """
-    expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
-
-    def check(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        try:
-            cursor.execute(_CHECK)
-            row = cursor.fetchone()
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
-            row = None
-        finally:
-            cursor.close()
-            connection.rollback()
-        if row is None:
-            if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
-                raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
-            raise ConfigurationError(
-                "holds no shardkit schema, or one of an older version",
-                endpoint=str(endpoint),
-                hint="run shardkit migrate apply",
-            )
-        stored, in_recovery, *found = row
-        if in_recovery is not (endpoint.role is Role.REPLICA):
-            raise ConfigurationError(
-                f"is a {'replica' if in_recovery else 'primary'}, "
-                f"but the configuration says {endpoint.role}",
-                endpoint=str(endpoint),
-                hint="correct its place in shardkit.toml",
-            )
-        if tuple(found) != expected:
-            raise ConfigurationError(
-                "belongs to cluster {!r}, physical shard {!r}, {} logical shards, "
-                "id epoch {}".format(*found),
-                endpoint=str(endpoint),
-                hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
-            )
-        fingerprints.note(stored)
-
-    return check
-
-
-def _replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
-    """Have the pool replace a connection whose socket already says goodbye.
-
-    An idle server connection is silent; anything to read is the end of the stream or a notice
-    of shutdown. Costs one system call and no round trip.
-    """
-    if "poll" not in record.info:
-        driver = getattr(connection, "driver_connection", connection)
-        poll = select.poll()
-        poll.register(driver.fileno(), select.POLLIN)
-        record.info["poll"] = (driver, poll)
-    driver, poll = record.info["poll"]
-    if driver.closed or poll.poll(0):
-        raise DisconnectionError

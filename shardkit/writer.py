@@ -23,7 +23,8 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import parts, writes
-from shardkit.connections import AsyncConnections, Connections, Purpose, connection_error
+from shardkit.checks import connection_error
+from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
     EndpointUnavailableError,

@@ -51,15 +51,17 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
     """SQLAlchemy's `Session` has private names too; a clash would break it silently."""
     from sqlalchemy.orm import Session
 
-    from shardkit import ReadSession, WriteSession, session
+    from shardkit import ReadSession, WriteSession, binds, session
+    from shardkit.binds import BoundSession
 
     theirs = {*dir(Session), *vars(Session())}
     meant = {
         "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "close", "commit",
         "connection_callable", "flush", "get", "get_bind", "rollback",
     }  # fmt: skip
-    defined = {*vars(ReadSession), *vars(WriteSession)}
-    assigned = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(session))
+    defined = {*vars(BoundSession), *vars(ReadSession), *vars(WriteSession)}
+    source = inspect.getsource(binds) + inspect.getsource(session)
+    assigned = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", source)
     assert assigned
     ours = {name for name in (*defined, *assigned) if not name.startswith("__")}
     assert ours & theirs == meant

@@ -1,0 +1,206 @@
+"""How a session holds its connections: one per physical shard, seen as each logical shard.
+
+A logical shard is a view of its server's connection in which unqualified tables are those of its
+schema. A reader's connection that breaks is replaced by one to another endpoint. The base of
+`shardkit.session`, which decides what runs where.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar, NoReturn
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Mapper, Session
+
+from shardkit.checks import connection_error
+from shardkit.connections import AsyncConnections, Connections, Purpose
+from shardkit.errors import EndpointUnavailableError, NoShardKeyError, UnavailableError
+from shardkit.replicas import physical_of_token
+from shardkit.topology import Endpoint, Role
+
+__all__ = ["BoundSession"]
+
+_NUMBERS = itertools.count(1)
+
+
+class BoundSession(Session):
+    """A session bound to the servers of a cluster.
+
+    *Invariant:* at most one connection per physical shard.
+    """
+
+    role: ClassVar[Role] = Role.REPLICA
+    purpose: ClassVar[Purpose] = Purpose.READ
+
+    def __init__(
+        self,
+        connections: Connections | AsyncConnections,
+        *,
+        after: str | None = None,
+        max_lag: float | None = None,
+        **options: Any,
+    ) -> None:
+        options.setdefault("expire_on_commit", False)
+        super().__init__(**options)
+        self._cluster = connections
+        self._number = next(_NUMBERS)
+        self._must_see: frozenset[str] = frozenset()
+        if max_lag is not None:
+            self._must_see = connections.physical
+        elif after is not None:
+            self._must_see = physical_of_token(after, connections.physical)
+        self._roots: dict[str, tuple[Endpoint, Connection]] = {}
+        self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
+
+    def close(self) -> None:
+        """Return the connections to their pools; the session can be used again."""
+        super().close()
+        self._release()
+
+    # -- connections
+
+    def get_bind(self, mapper: Any = None, *, logical_shard: int | None = None, **_: Any) -> Engine:
+        """Return the engine of a logical shard; called by SQLAlchemy."""
+        if logical_shard is None:
+            raise NoShardKeyError(
+                "the operation names no logical shard",
+                hint="use objects of sharded classes, or select() with a shard key",
+            )
+        physical = self._cluster.physical_of(logical_shard)
+        endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
+        if isinstance(mapper, Mapper):
+            self._cluster.fingerprints.check(mapper)
+        return self._cluster.view(endpoint, self.purpose, logical_shard)
+
+    def _connection_to(self, logical_shard: int) -> Connection:
+        """Return this session's connection to a logical shard, opening it on first use."""
+        physical = self._cluster.physical_of(logical_shard)
+        if physical not in self._roots:
+            return self._open(physical, logical_shard)[1]
+        return self._connection_for_bind(self.get_bind(logical_shard=logical_shard))
+
+    def _scattering(self, physical: str) -> Connection:
+        """Return this session's connection to a physical shard, for statements over schemas."""
+        if physical not in self._roots:
+            return self._open(physical, None)[1]
+        endpoint, _ = self._roots[physical]
+        return self._connection_for_bind(self._cluster.view(endpoint, self.purpose, None))
+
+    def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
+        """Open this session's connection to a physical shard.
+
+        Args:
+            physical: name of the physical shard.
+            logical_shard: the logical shard it shows first, or None for many at once.
+        """
+        cluster = self._cluster
+        replicas = cluster.replica_sets[physical]
+        tried: set[Endpoint] = set()
+        while True:
+            must = physical in self._must_see
+            endpoint = replicas.primary if must else replicas.choose(excluding=tried)
+            engine = cluster.view(endpoint, self.purpose, logical_shard)
+            try:
+                connection = cluster.connect(engine, endpoint)
+            except UnavailableError as error:
+                if isinstance(error, EndpointUnavailableError):
+                    cluster.failed(endpoint, error)
+                if endpoint.role is Role.PRIMARY:
+                    raise
+                tried.add(endpoint)
+                continue
+            replicas.answered(endpoint)
+            self._roots[physical] = (endpoint, connection)
+            return endpoint, connection
+
+    def _connection_for_bind(self, engine: Any, *_: Any, **__: Any) -> Connection:
+        """Return the view of this session's connection that shows one logical shard."""
+        root = self._root_of(engine)
+        if root.engine is engine:
+            return root
+        cached = self._shard_views.get(engine)
+        if cached is not None and cached[0] is root:
+            return cached[1]
+        shown = _View(engine, root)
+        self._shard_views[engine] = (root, shown)
+        return shown
+
+    def _root_of(self, engine: Engine) -> Connection:
+        for _, root in self._roots.values():
+            if engine.pool is root.engine.pool:
+                return root
+        raise NoShardKeyError("not an engine of this session")
+
+    def _release(self) -> None:
+        self._shard_views.clear()
+        for _, connection in self._roots.values():
+            connection.close()
+        self._roots.clear()
+
+    # -- failures
+
+    def _execute_internal(self, statement: Any, *args: Any, **options: Any) -> Any:
+        """Run a statement, once more on another endpoint when its connection broke."""
+        try:
+            return super()._execute_internal(statement, *args, **options)
+        except DBAPIError as error:
+            if options.get("_parent_execute_state") is not None:
+                raise  # to the statement that it is a part of
+            if not error.connection_invalidated or not self._can_retry():
+                self._raise(error)
+            self._abandon_broken()
+        try:
+            return super()._execute_internal(statement, *args, **options)
+        except DBAPIError as error:
+            self._raise(error)
+
+    def _can_retry(self) -> bool:
+        """Tell whether a statement may run again by itself after its connection broke."""
+        return True
+
+    def _abandon_broken(self) -> None:
+        for physical, (endpoint, connection) in list(self._roots.items()):
+            views = [v for root, v in self._shard_views.values() if root is connection]
+            if connection.invalidated or any(view.invalidated for view in views):
+                self._cluster.failed(endpoint, _lost(endpoint))
+                del self._roots[physical]
+                connection.close()
+
+    def _note_lost(self) -> None:
+        """Have the connections know what their views lost: a transaction is not to be committed."""
+        for _, root in self._roots.values():
+            if not root.closed and not root.invalidated and not root.connection.is_valid:
+                root.invalidate()
+
+    def _raise(self, error: DBAPIError) -> NoReturn:
+        """Raise the shardkit error of a lost connection, or the error itself."""
+        if not error.connection_invalidated or not self._roots:
+            raise error
+        self._note_lost()
+        endpoints = [endpoint for endpoint, _ in self._roots.values()]
+        broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]
+        endpoint = (broken or endpoints)[0]
+        found = connection_error(error, endpoint)
+        self._cluster.failed(endpoint, found)
+        raise found from error
+
+
+def _lost(endpoint: Endpoint) -> EndpointUnavailableError:
+    return EndpointUnavailableError("connection lost", endpoint=str(endpoint))
+
+
+class _View(Connection):
+    """A connection as one logical shard sees it; it shares the transaction of the whole.
+
+    *Invariant:* it neither begins a transaction nor ends one: SQLAlchemy rolls back after an
+    error where it sees none, which would undo what other logical shards have written.
+    """
+
+    def __init__(self, engine: Engine, root: Connection) -> None:
+        super().__init__(engine, connection=root.connection, _allow_autobegin=False)
+        self._whole = root
+
+    def in_transaction(self) -> bool:
+        return self._whole.in_transaction()

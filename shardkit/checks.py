@@ -1,0 +1,118 @@
+"""What is checked of connections, and what is said when one cannot be had.
+
+A new connection must reach the server that the configuration says: cluster, physical shard,
+role. One that leaves the pool must still be alive. Called by the pools of
+`shardkit.connections`.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolExhaustedError
+
+from shardkit.errors import ConfigurationError, EndpointUnavailableError, PoolTimeoutError
+from shardkit.fingerprints import Fingerprints
+from shardkit.ids import EPOCH_MS
+from shardkit.topology import Endpoint, Role, Topology
+
+__all__ = ["checks_server", "connection_error", "replace_if_dead"]
+
+# Takes no lock; one round trip for each connection opened, none for each use.
+_CHECK = """
+SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
+    pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
+FROM shardkit.identity
+"""
+
+# libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
+_REFUSED_LOGIN = re.compile(
+    r"FATAL:\s+(password authentication failed|no pg_hba.conf entry|permission denied for database"
+    r'|(role|database) ".*" (does not exist|is not permitted))'
+)
+
+
+def connection_error(
+    error: Exception, endpoint: Endpoint
+) -> PoolTimeoutError | EndpointUnavailableError | ConfigurationError:
+    """Return the shardkit error for a connection that could not be had."""
+    if isinstance(error, PoolExhaustedError):
+        return PoolTimeoutError(endpoint=str(endpoint), hint="raise pool.size or try again")
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if _REFUSED_LOGIN.search(reason):
+        _, _, told = reason.partition("FATAL:")
+        return ConfigurationError(
+            f"refuses the login: {told.strip()}",
+            endpoint=str(endpoint),
+            hint="correct its address in shardkit.toml",
+        )
+    return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
+
+
+def checks_server(
+    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints
+) -> Callable[[Any, Any], None]:
+    """Return the check of a new connection: the right cluster, physical shard and role.
+
+    It notes how the rows of tables were placed.
+    """
+    expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
+
+    def check(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(_CHECK)
+            row = cursor.fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+            row = None
+        finally:
+            cursor.close()
+            connection.rollback()
+        if row is None:
+            if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
+                raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
+            raise ConfigurationError(
+                "holds no shardkit schema, or one of an older version",
+                endpoint=str(endpoint),
+                hint="run shardkit migrate apply",
+            )
+        stored, in_recovery, *found = row
+        if in_recovery is not (endpoint.role is Role.REPLICA):
+            raise ConfigurationError(
+                f"is a {'replica' if in_recovery else 'primary'}, "
+                f"but the configuration says {endpoint.role}",
+                endpoint=str(endpoint),
+                hint="correct its place in shardkit.toml",
+            )
+        if tuple(found) != expected:
+            raise ConfigurationError(
+                "belongs to cluster {!r}, physical shard {!r}, {} logical shards, "
+                "id epoch {}".format(*found),
+                endpoint=str(endpoint),
+                hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
+            )
+        fingerprints.note(stored)
+
+    return check
+
+
+def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
+    """Have the pool replace a connection whose socket already says goodbye.
+
+    An idle server connection is silent; anything to read is the end of the stream or a notice
+    of shutdown. Costs one system call and no round trip.
+    """
+    if "poll" not in record.info:
+        driver = getattr(connection, "driver_connection", connection)
+        poll = select.poll()
+        poll.register(driver.fileno(), select.POLLIN)
+        record.info["poll"] = (driver, poll)
+    driver, poll = record.info["poll"]
+    if driver.closed or poll.poll(0):
+        raise DisconnectionError
