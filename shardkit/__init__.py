@@ -3,6 +3,7 @@
 from shardkit import ids
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.deadlines import deadline
 from shardkit.models import Reference, Sharded
 from shardkit.placement import LeastLoaded, Pinned, Weighted
 from shardkit.router import Route
@@ -27,5 +28,6 @@ __all__ = [
     "Weighted",
     "WriteSession",
     "all_shards",
+    "deadline",
     "ids",
 ]

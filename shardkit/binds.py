@@ -14,9 +14,15 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session
 
-from shardkit.checks import connection_error
+from shardkit import deadlines
+from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
-from shardkit.errors import EndpointUnavailableError, NoShardKeyError, UnavailableError
+from shardkit.errors import (
+    DeadlineExceededError,
+    EndpointUnavailableError,
+    NoShardKeyError,
+    UnavailableError,
+)
 from shardkit.replicas import physical_of_token
 from shardkit.topology import Endpoint, Role
 
@@ -107,7 +113,7 @@ class BoundSession(Session):
             except UnavailableError as error:
                 if isinstance(error, EndpointUnavailableError):
                     cluster.failed(endpoint, error)
-                if endpoint.role is Role.PRIMARY:
+                if endpoint.role is Role.PRIMARY or isinstance(error, DeadlineExceededError):
                     raise
                 tried.add(endpoint)
                 continue
@@ -148,7 +154,8 @@ class BoundSession(Session):
         except DBAPIError as error:
             if options.get("_parent_execute_state") is not None:
                 raise  # to the statement that it is a part of
-            if not error.connection_invalidated or not self._can_retry():
+            lost = error.connection_invalidated
+            if not lost or not self._can_retry() or deadlines.is_over():
                 self._raise(error)
             self._abandon_broken()
         try:
@@ -177,7 +184,10 @@ class BoundSession(Session):
     def _raise(self, error: DBAPIError) -> NoReturn:
         """Raise the shardkit error of a lost connection, or the error itself."""
         if not error.connection_invalidated or not self._roots:
-            raise error
+            late = late_error(error)
+            if late is None:
+                raise error
+            raise late from error
         self._note_lost()
         endpoints = [endpoint for endpoint, _ in self._roots.values()]
         broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from shardkit import config
+from shardkit import config, deadlines
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
-from shardkit.config import MAX_ROWS, PoolConfig
+from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.events import Listener
 from shardkit.placement import Placement, Policy, anywhere
@@ -40,9 +40,14 @@ class _Opened(Generic[C]):
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        statement_timeout: float = STATEMENT_TIMEOUT,
     ) -> None:
         self.connections = self._connections_class(
-            topology, pool=pool, placement=placement, max_rows=_checked_rows(max_rows)
+            topology,
+            pool=pool,
+            placement=placement,
+            max_rows=_checked_rows(max_rows),
+            statement_timeout=deadlines.positive(statement_timeout, "statement_timeout"),
         )
 
     @classmethod
@@ -63,6 +68,7 @@ class _Opened(Generic[C]):
             pool=settings.pool,
             placement=placement,
             max_rows=settings.limits.max_rows,
+            statement_timeout=settings.limits.statement_timeout,
         )
 
     @property
@@ -92,6 +98,8 @@ class Cluster(_Opened[Connections]):
             `shardkit.placement`, or a function of the number of logical shards.
         max_rows: rows that a statement over several logical shards may fetch, unless it says
             otherwise with `all_shards(max_rows=…)`.
+        statement_timeout: seconds a session waits for one answer of a server, where no
+            `shardkit.deadline` says less.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP

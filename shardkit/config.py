@@ -17,6 +17,7 @@ A file looks like this (written by `shardkit local up`, or by hand):
 
     [limits]
     max_rows = 300_000                       # rows a statement over logical shards may fetch
+    statement_timeout = 30.0                 # seconds for one answer, where no deadline says less
 
     [migrations]
     location = "app:migrations"              # package:folder, or a path from this file's folder
@@ -68,6 +69,7 @@ from shardkit.topology import (
 
 __all__ = [
     "MAX_ROWS",
+    "STATEMENT_TIMEOUT",
     "AdminLogin",
     "ClusterConfig",
     "Config",
@@ -133,12 +135,21 @@ class PoolConfig(_Table):
 MAX_ROWS = 300_000
 """Rows a statement may fetch from several logical shards. Source: Vitess, max_memory_rows."""
 
+STATEMENT_TIMEOUT = 30.0
+"""Seconds a session waits for one answer: longer than any statement of a service should take,
+shorter than the minutes after which TCP finds that a peer is gone."""
+
 
 class LimitsConfig(_Table):
     """`[limits]`: how far statements may go that do not say it themselves."""
 
     max_rows: Annotated[int, Field(ge=1, le=2**31)] = MAX_ROWS
     """Rows fetched from all servers together, before they are merged."""
+
+    statement_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = (
+        STATEMENT_TIMEOUT
+    )
+    """Seconds a session waits for one answer of a server, where no deadline says less."""
 
 
 class MigrationsConfig(_Table):
@@ -368,6 +379,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "cluster": ClusterConfig,
         "admin": AdminLogin,
         "pool": PoolConfig,
+        "limits": LimitsConfig,
         "migrations": MigrationsConfig,
         "physical": PhysicalConfig,
     }

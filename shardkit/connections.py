@@ -22,10 +22,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import parallel, scatter
+from shardkit import driver, parallel, scatter
 from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, PoolConfig
+from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
@@ -33,10 +33,12 @@ from shardkit.errors import (
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
+from shardkit.guards import guards
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
+from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.replicas import ReplicaSet
 from shardkit.router import Router
 from shardkit.topology import Endpoint, Role, Topology, schema_name
@@ -44,6 +46,10 @@ from shardkit.topology import Endpoint, Role, Topology, schema_name
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
 
 T = TypeVar("T")
+
+# A reader has no transaction to keep a timeout in: the server looks itself whether it is still
+# waited for, so that a query given up by cutting the connection ends within a second.
+_READ_OPTIONS = "-c default_transaction_read_only=on -c client_connection_check_interval=1s"
 
 
 class Purpose(Enum):
@@ -70,9 +76,12 @@ class _Core:
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        statement_timeout: float = STATEMENT_TIMEOUT,
         clock: Clock = SYSTEM,
     ) -> None:
         self.topology = topology
+        self._patience = statement_timeout
+        self.guards = guards(topology, clock=clock)
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
@@ -105,7 +114,7 @@ class _Core:
                 "pool_timeout": self._pool.timeout,
                 "pool_use_lifo": True,
                 "hide_parameters": True,  # rows of users stay out of logs and errors
-                "connect_args": self._connect_args(purpose),
+                "connect_args": self._connect_args(endpoint, purpose),
             }
             if purpose is not Purpose.WRITE:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
@@ -225,13 +234,15 @@ class _Core:
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
-    def _connect_args(self, purpose: Purpose) -> dict[str, Any]:
+    def _connect_args(self, endpoint: Endpoint, purpose: Purpose) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
+            "patience": self._patience,
+            "guard": self.guards[endpoint],
         }
         if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
-            arguments["options"] = "-c default_transaction_read_only=on"
+            arguments["options"] = _READ_OPTIONS
         if not self._pool.prepare_statements:
             arguments["prepare_threshold"] = None
         return arguments
@@ -246,7 +257,7 @@ class Connections(_Core):
             engine.dispose()
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        engine = create_engine(endpoint.url, **options)
+        engine = create_engine(endpoint.url, poolclass=DeadlinePool, **options)
         event.listen(engine, "do_connect", _connects)
         return engine
 
@@ -264,7 +275,13 @@ class AsyncConnections(_Core):
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        return create_async_engine(endpoint.url, **options).sync_engine
+        arguments = {
+            **options.pop("connect_args"),
+            "async_creator_fn": driver.AsyncConnection.open,
+        }
+        return create_async_engine(
+            endpoint.url, poolclass=AsyncDeadlinePool, connect_args=arguments, **options
+        ).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
@@ -295,8 +312,8 @@ class AsyncConnections(_Core):
         return await_only(run())
 
 
-def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
-    return parallel.Connection.connect(*arguments, **options)
+def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> driver.Connection:
+    return driver.Connection.open(*arguments, **options)
 
 
 def _forget_connections(cluster: _Core | None) -> None:

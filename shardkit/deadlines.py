@@ -116,11 +116,7 @@ def positive(seconds: float, name: str) -> float:
     Raises:
         ValueError: they are not.
     """
-    if (
-        isinstance(seconds, bool)
-        or not isinstance(seconds, int | float)
-        or not (math.isfinite(seconds) and seconds > 0)
-    ):
+    if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"{name}={seconds!r}: give seconds above 0, and finite")
     return float(seconds)
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar, cast
 
 import psycopg
-from psycopg import errors, waiting
+from psycopg import errors, generators, waiting
 from psycopg.abc import PQGen, PQGenConn
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 
 from shardkit import deadlines, parallel
 from shardkit.clock import SYSTEM
 
-__all__ = ["AsyncConnection", "Connection", "WaitedTooLongError"]
+__all__ = ["AsyncConnection", "Connection", "Guard", "WaitedTooLongError"]
 
 T = TypeVar("T")
 
@@ -58,14 +58,40 @@ class StandbyNotWaitedForError(psycopg.OperationalError):
     """COMMIT was answered although no standby has confirmed it."""
 
 
+class Guard(Protocol):
+    """Who is told what becomes of the waits for one server."""
+
+    def succeeded(self, seconds: float) -> None:
+        """Note that the server answered, be it with an error of SQL that it reported itself."""
+
+    def failed(self, error: BaseException, seconds: float) -> None:
+        """Note an error of the driver; the server may have reported it or be gone."""
+
+
+class _Unguarded:
+    """The guard of nothing."""
+
+    def succeeded(self, seconds: float) -> None:
+        """Ignore it."""
+
+    def failed(self, error: BaseException, seconds: float) -> None:
+        """Ignore it."""
+
+
 class _Patient:
     """What both kinds of connection decide alike; mixed into psycopg's classes."""
 
     pgconn: psycopg.pq.abc.PGconn
     patience: float = math.inf
+    guard: Guard = _Unguarded()
     _is_final = False  # COMMIT is on its way
     _is_ending = False  # ROLLBACK is on its way: the server is left alone at last
     _has_standby_warning = False
+
+    def _opened(self, patience: float, guard: Guard) -> None:
+        self.patience = patience
+        self.guard = guard
+        cast("Any", self).add_notice_handler(self._note)
 
     def _bound(self) -> float:
         """Return how many seconds a wait may take."""
@@ -77,7 +103,7 @@ class _Patient:
     def _began(self, gen: PQGen[Any]) -> float:
         """Return how many seconds may be waited; refuse to send what there is no time for."""
         seconds = self._bound()
-        if seconds <= (_COMMIT_NEEDS if self._is_final else 0.0):
+        if seconds <= 0:
             gen.close()
             if self._is_ending:
                 self.pgconn.finish()
@@ -92,6 +118,16 @@ class _Patient:
         )
         error.by_deadline = by_deadline
         error.patience = self.patience
+        return error
+
+    def _late(self, started: float) -> WaitedTooLongError:
+        """Return the error of a wait that was given up, and tell the guard of it.
+
+        A server that still ends the query when asked to is busy, not gone.
+        """
+        error = self._too_long()
+        if self.pgconn.status != ConnStatus.OK:
+            self.guard.failed(error, SYSTEM.monotonic() - started)
         return error
 
     def _grace(self) -> float:
@@ -114,6 +150,9 @@ class _Patient:
         """
         if self.pgconn.transaction_status not in _AT_REST or self.pgconn.pipeline_status:
             self.pgconn.finish()
+
+    def _is_too_late_to_commit(self) -> bool:
+        return self._bound() <= _COMMIT_NEEDS
 
     @contextmanager
     def _final(self) -> Iterator[None]:
@@ -142,38 +181,54 @@ class _Patient:
         if diagnostic.source_function == _STANDBY:
             self._has_standby_warning = True
 
-    def _limited_begin(self, begin: bytes) -> bytes:
-        """Add the server's own bound to BEGIN, in the same round trip; takes no lock."""
-        if deadlines.current() is None:
-            return begin
+    def _start_query(self) -> PQGen[None]:
+        """Begin a transaction with the server's own bound, in one round trip; takes no lock.
+
+        Without a deadline, or in a pipeline, which carries one statement a message, psycopg's way.
+        """
+        base: Any = super()
+        connection: Any = self
+        if (
+            connection._autocommit
+            or deadlines.current() is None
+            or connection._pipeline
+            or self.pgconn.transaction_status != TransactionStatus.IDLE
+        ):
+            yield from base._start_query()
+            return
         milliseconds = max(1, math.ceil(self._bound() * 1000))
-        return b"%b; SET LOCAL statement_timeout = %d" % (begin, milliseconds)
+        begin: bytes = connection._get_tx_start_command()
+        self.pgconn.send_query(b"%b; SET LOCAL statement_timeout = %d" % (begin, milliseconds))
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status != ExecStatus.COMMAND_OK:
+                raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
 
 class Connection(_Patient, psycopg.Connection[Any]):
     """A connection for threads, whose waits `parallel.run` can take over."""
 
     @classmethod
-    def connect(cls, *arguments: Any, patience: float = math.inf, **options: Any) -> Self:
-        """Connect; see psycopg's `Connection.connect`.
+    def open(cls, *arguments: Any, patience: float, guard: Guard, **options: Any) -> Self:
+        """Connect.
 
         Args:
-            *arguments: as for psycopg.
+            *arguments: as for psycopg's `Connection.connect`.
             patience: seconds it waits for an answer without a deadline.
+            guard: who is told what becomes of each wait, connecting included.
             **options: as for psycopg.
         """
-        connection = super().connect(*arguments, **options)
-        connection.patience = patience
-        connection.add_notice_handler(connection._note)
+        started = SYSTEM.monotonic()
+        try:
+            connection = cls.connect(*arguments, **options)
+        except psycopg.Error as error:
+            guard.failed(error, SYSTEM.monotonic() - started)
+            raise
+        connection._opened(patience, guard)
         return connection
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
         return _bounded_connect(super()._connect_gen(conninfo))
-
-    def _get_tx_start_command(self) -> bytes:
-        begin = super()._get_tx_start_command()
-        return begin if self._pipeline else self._limited_begin(begin)
 
     def wait(
         self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
@@ -183,16 +238,22 @@ class Connection(_Patient, psycopg.Connection[Any]):
         if timeout is not None and timeout <= seconds:
             return super().wait(gen, interval=interval, timeout=timeout)
         task = parallel.task()
+        started = SYSTEM.monotonic()
         try:
-            return self._driven(gen, seconds, task)
+            answer = self._driven(gen, seconds, task)
         except errors._WaitTimeout:
             self._give_up(gen, task)
-            raise self._too_long() from None
+            raise self._late(started) from None
+        except psycopg.Error as error:
+            self.guard.failed(error, SYSTEM.monotonic() - started)
+            raise
         except Exception:
             raise
         except BaseException:  # an interrupt: half a conversation is left on it
             self._give_up(gen, None)  # whoever drives the task does not do so any more
             raise
+        self.guard.succeeded(SYSTEM.monotonic() - started)
+        return answer
 
     def _driven(self, gen: PQGen[T], seconds: float, task: parallel.Task | None) -> T:
         if task is not None:
@@ -218,7 +279,13 @@ class Connection(_Patient, psycopg.Connection[Any]):
         self._settle()
 
     def commit(self) -> None:
-        """Commit; not cancelled once it is sent, whatever happens."""
+        """Commit; not cancelled once it is sent, whatever happens.
+
+        SQLAlchemy takes a transaction whose COMMIT failed for ended, so without time it is ended.
+        """
+        if self._is_too_late_to_commit():
+            self.rollback()
+            raise self._too_long()
         with self._final():
             super().commit()
 
@@ -232,38 +299,47 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
     """A connection for asyncio."""
 
     @classmethod
-    async def connect(cls, *arguments: Any, patience: float = math.inf, **options: Any) -> Self:
-        """Connect; see `Connection.connect`."""
-        connection = await super().connect(*arguments, **options)
-        connection.patience = patience
-        connection.add_notice_handler(connection._note)
+    async def open(cls, *arguments: Any, patience: float, guard: Guard, **options: Any) -> Self:
+        """Connect; see `Connection.open`."""
+        started = SYSTEM.monotonic()
+        try:
+            connection = await cls.connect(*arguments, **options)
+        except psycopg.Error as error:
+            guard.failed(error, SYSTEM.monotonic() - started)
+            raise
+        connection._opened(patience, guard)
         return connection
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
         return _bounded_connect(super()._connect_gen(conninfo))
 
-    def _get_tx_start_command(self) -> bytes:
-        begin = super()._get_tx_start_command()
-        return begin if self._pipeline else self._limited_begin(begin)
-
     async def wait(
-        self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
+        self,
+        gen: PQGen[T],
+        interval: float = _CHECK_EVERY,
+        timeout: float | None = None,  # noqa: ASYNC109  psycopg's own signature
     ) -> T:
         """Drive a generator of psycopg to its end; see psycopg's `AsyncConnection.wait`."""
         seconds = self._began(gen)
         if timeout is not None and timeout <= seconds:
             return await super().wait(gen, interval=interval, timeout=timeout)
+        started = SYSTEM.monotonic()
         try:
-            return await self._driven(gen, seconds)
+            answer = await self._driven(gen, seconds)
         except errors._WaitTimeout:
             await self._give_up(gen)
-            raise self._too_long() from None
+            raise self._late(started) from None
+        except psycopg.Error as error:
+            self.guard.failed(error, SYSTEM.monotonic() - started)
+            raise
         except Exception:
             raise
         except BaseException:  # a cancelled task: half a conversation is left on it
             await self._give_up(gen)
             raise
+        self.guard.succeeded(SYSTEM.monotonic() - started)
+        return answer
 
     async def _driven(self, gen: PQGen[T], seconds: float) -> T:
         bound = None if seconds == math.inf else seconds
@@ -289,7 +365,10 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
         self._settle()
 
     async def commit(self) -> None:
-        """Commit; not cancelled once it is sent, whatever happens."""
+        """Commit; see `Connection.commit`."""
+        if self._is_too_late_to_commit():
+            await self.rollback()
+            raise self._too_long()
         with self._final():
             await super().commit()
 

@@ -62,7 +62,7 @@ class Task(greenlet):
         assert self.parent is not None, "a task is started by run()"
         ready = self.parent.switch((socket, state, until))
         if not ready:
-            raise errors._WaitTimeout("wait timeout expired")
+            raise errors._WaitTimeout("wait timeout expired")  # noqa: SLF001  as psycopg's waits do
         return ready
 
 

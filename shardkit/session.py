@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from sqlalchemy import Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import gather, scatter
+from shardkit import deadlines, gather, scatter
 from shardkit.binds import BoundSession
-from shardkit.checks import connection_error
+from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.errors import (
     GatherError,
@@ -258,7 +258,7 @@ class ReadSession(BoundSession):
         groups = cluster.group(shards)
         failures = self._asked(state, gathering, groups)
         lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
-        if lost and self._can_retry():
+        if lost and self._can_retry() and not deadlines.is_over():
             self._abandon_broken()
             failures = {name: e for name, e in failures.items() if name not in lost}
             failures |= self._asked(state, gathering, lost)
@@ -296,7 +296,7 @@ class ReadSession(BoundSession):
             return found
         if isinstance(error, StatementTimeoutError):
             error.endpoint = str(endpoint)
-        return error
+        return late_error(error, endpoint) or error
 
     def _asked(
         self,

@@ -23,7 +23,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import parts, writes
-from shardkit.checks import connection_error
+from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
@@ -91,7 +91,8 @@ class WriteSession(ReadSession):
         """Flush and commit.
 
         Raises:
-            OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
+            OutcomeUnknownError: the answer to COMMIT was lost or late, so it may or may not hold.
+            DeadlineExceededError: no time was left to send COMMIT; nothing holds (retryable).
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
@@ -107,7 +108,10 @@ class WriteSession(ReadSession):
         except DBAPIError as error:
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
-            raise
+            late = late_error(error)
+            if late is None:
+                raise
+            raise late from error
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
