@@ -4,6 +4,7 @@ from shardkit import ids
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.deadlines import deadline
+from shardkit.guards import background
 from shardkit.models import Reference, Sharded
 from shardkit.placement import LeastLoaded, Pinned, Weighted
 from shardkit.router import Route
@@ -28,6 +29,7 @@ __all__ = [
     "Weighted",
     "WriteSession",
     "all_shards",
+    "background",
     "deadline",
     "ids",
 ]

@@ -8,6 +8,8 @@ schema. A reader's connection that breaks is replaced by one to another endpoint
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Connection, Engine
@@ -18,9 +20,11 @@ from shardkit import deadlines
 from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
-    DeadlineExceededError,
+    BreakerOpenError,
     EndpointUnavailableError,
     NoShardKeyError,
+    OverloadedError,
+    PoolTimeoutError,
     UnavailableError,
 )
 from shardkit.replicas import physical_of_token
@@ -29,6 +33,9 @@ from shardkit.topology import Endpoint, Role
 __all__ = ["BoundSession"]
 
 _NUMBERS = itertools.count(1)
+
+_SHARE = 0.5
+"""Of the time left, for the connection to a replica, so that another server can be asked."""
 
 
 class BoundSession(Session):
@@ -108,12 +115,13 @@ class BoundSession(Session):
             must = physical in self._must_see
             endpoint = replicas.primary if must else replicas.choose(excluding=tried)
             engine = cluster.view(endpoint, self.purpose, logical_shard)
+            is_last = endpoint.role is Role.PRIMARY
             try:
-                connection = cluster.connect(engine, endpoint)
+                with nullcontext() if is_last else deadlines.share(_SHARE):
+                    connection = cluster.connect(engine, endpoint)
             except UnavailableError as error:
-                if isinstance(error, EndpointUnavailableError):
-                    cluster.failed(endpoint, error)
-                if endpoint.role is Role.PRIMARY or isinstance(error, DeadlineExceededError):
+                may_go_on = self._may_go_on(endpoint, error)
+                if is_last or deadlines.is_over() or not may_go_on:
                     raise
                 tried.add(endpoint)
                 continue
@@ -157,7 +165,9 @@ class BoundSession(Session):
             lost = error.connection_invalidated
             if not lost or not self._can_retry() or deadlines.is_over():
                 self._raise(error)
-            self._abandon_broken()
+            broken = self._abandon_broken()
+            if not self._may_retry(broken):
+                raise connection_error(error, broken[0]) from error
         try:
             return super()._execute_internal(statement, *args, **options)
         except DBAPIError as error:
@@ -167,13 +177,28 @@ class BoundSession(Session):
         """Tell whether a statement may run again by itself after its connection broke."""
         return True
 
-    def _abandon_broken(self) -> None:
+    def _may_go_on(self, endpoint: Endpoint, error: UnavailableError) -> bool:
+        """Note why a server gave no connection; tell whether another one may be asked."""
+        if isinstance(error, BreakerOpenError | OverloadedError | PoolTimeoutError):
+            return True  # the server was not even asked
+        self._cluster.failed(endpoint, error)
+        return endpoint.role is Role.REPLICA and self._may_retry([endpoint])
+
+    def _may_retry(self, broken: Sequence[Endpoint]) -> bool:
+        """Tell whether the budget of servers that failed allows one more attempt for all."""
+        return not broken or self._cluster.guards[broken[0]].budget.spend()
+
+    def _abandon_broken(self) -> list[Endpoint]:
+        """Let go of connections that broke; return their servers."""
+        broken = []
         for physical, (endpoint, connection) in list(self._roots.items()):
             views = [v for root, v in self._shard_views.values() if root is connection]
             if connection.invalidated or any(view.invalidated for view in views):
                 self._cluster.failed(endpoint, _lost(endpoint))
                 del self._roots[physical]
                 connection.close()
+                broken.append(endpoint)
+        return broken
 
     def _note_lost(self) -> None:
         """Have the connections know what their views lost: a transaction is not to be committed."""

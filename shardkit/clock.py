@@ -32,9 +32,8 @@ class SystemClock:
         """Return wall time in milliseconds since 1970-01-01 UTC."""
         return time.time_ns() // 1_000_000
 
-    def monotonic(self) -> float:
-        """Return seconds since the machine started."""
-        return time.monotonic()
+    # Itself, not a method around it: breakers read it on the way of every call.
+    monotonic = staticmethod(time.monotonic)
 
     def sleep(self, seconds: float) -> None:
         """Wait in this thread."""

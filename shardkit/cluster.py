@@ -41,6 +41,7 @@ class _Opened(Generic[C]):
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
         statement_timeout: float = STATEMENT_TIMEOUT,
+        adaptive: bool = False,
     ) -> None:
         self.connections = self._connections_class(
             topology,
@@ -48,6 +49,7 @@ class _Opened(Generic[C]):
             placement=placement,
             max_rows=_checked_rows(max_rows),
             statement_timeout=deadlines.positive(statement_timeout, "statement_timeout"),
+            adaptive=adaptive,
         )
 
     @classmethod
@@ -69,6 +71,7 @@ class _Opened(Generic[C]):
             placement=placement,
             max_rows=settings.limits.max_rows,
             statement_timeout=settings.limits.statement_timeout,
+            adaptive=settings.limits.adaptive,
         )
 
     @property
@@ -100,6 +103,8 @@ class Cluster(_Opened[Connections]):
             otherwise with `all_shards(max_rows=…)`.
         statement_timeout: seconds a session waits for one answer of a server, where no
             `shardkit.deadline` says less.
+        adaptive: whether each server gets as many sessions at a time as it answers quickly, at
+            most its pool, and sheds the others: `shardkit.background` first.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP

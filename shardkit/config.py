@@ -18,6 +18,7 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [limits]
     max_rows = 300_000                       # rows a statement over logical shards may fetch
     statement_timeout = 30.0                 # seconds for one answer, where no deadline says less
+    adaptive = false                         # true: shed what a server cannot answer quickly
 
     [migrations]
     location = "app:migrations"              # package:folder, or a path from this file's folder
@@ -150,6 +151,9 @@ class LimitsConfig(_Table):
         STATEMENT_TIMEOUT
     )
     """Seconds a session waits for one answer of a server, where no deadline says less."""
+
+    adaptive: bool = False
+    """Whether the number of sessions at a time on one server follows how quickly it answers."""
 
 
 class MigrationsConfig(_Table):

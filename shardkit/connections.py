@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -52,6 +53,9 @@ T = TypeVar("T")
 _READ_OPTIONS = "-c default_transaction_read_only=on -c client_connection_check_interval=1s"
 
 
+_ADMITTED = "shardkit_guard"
+
+
 class Purpose(Enum):
     """What a connection is for.
 
@@ -77,14 +81,21 @@ class _Core:
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
         statement_timeout: float = STATEMENT_TIMEOUT,
+        adaptive: bool = False,
         clock: Clock = SYSTEM,
     ) -> None:
         self.topology = topology
         self._patience = statement_timeout
-        self.guards = guards(topology, clock=clock)
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
+        ceiling = (pool or PoolConfig()).size + (pool or PoolConfig()).overflow
+        self.guards = guards(
+            topology,
+            listeners=self.listeners,
+            ceiling=max(2, ceiling) if adaptive else None,
+            clock=clock,
+        )
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
             name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
@@ -123,6 +134,7 @@ class _Core:
             check = checks_server(self.topology, endpoint, self.fingerprints)
             event.listen(engine, "connect", check)
             event.listen(engine, "checkout", replace_if_dead)
+            event.listen(engine, "checkin", _released)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             self._engines.setdefault(key, engine)
@@ -180,12 +192,36 @@ class _Core:
 
         Raises:
             PoolTimeoutError: none came free in time (retryable).
+            BreakerOpenError: the server failed too often and is left alone (retryable).
+            OverloadedError: the server has enough to do (retryable).
             EndpointUnavailableError: the server refuses connections (retryable).
         """
+        with self.admitted(endpoint) as admitted:
+            try:
+                connection = Connection(engine, _allow_autobegin=False)
+            except (PoolExhaustedError, DBAPIError) as error:
+                raise connection_error(error, endpoint) from error
+            admitted(connection)
+        return connection
+
+    @contextmanager
+    def admitted(self, endpoint: Endpoint) -> Iterator[Callable[[Connection], None]]:
+        """Ask the guard of a server before a connection is checked out inside.
+
+        Yields:
+            What to call with the connection, so that its return is noted.
+        """
+        guard = self.guards[endpoint]
+        guard.admit()
+
+        def note(connection: Connection) -> None:
+            connection.info[_ADMITTED] = guard
+
         try:
-            return Connection(engine, _allow_autobegin=False)
-        except (PoolExhaustedError, DBAPIError) as error:
-            raise connection_error(error, endpoint) from error
+            yield note
+        except BaseException:
+            guard.released()
+            raise
 
     # -- to be provided
 
@@ -310,6 +346,14 @@ class AsyncConnections(_Core):
             return cast("list[T | Exception]", outcomes)
 
         return await_only(run())
+
+
+def _released(connection: Any, record: Any) -> None:
+    """Tell the guard that a session gave its connection back."""
+    guard = record.info.pop(_ADMITTED, None)
+    if guard is not None:
+        driver_connection = getattr(connection, "driver_connection", connection)
+        guard.released(None if connection is None else driver_connection.first_answer())
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> driver.Connection:

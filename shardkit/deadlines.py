@@ -12,6 +12,7 @@ decision 15.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +21,18 @@ from typing import Final, Self
 from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import DeadlineExceededError
 
-__all__ = ["GRACE", "Deadline", "DeadlineScope", "current", "deadline", "is_over", "left"]
+__all__ = [
+    "GRACE",
+    "Deadline",
+    "DeadlineScope",
+    "check",
+    "current",
+    "deadline",
+    "is_over",
+    "left",
+    "positive",
+    "share",
+]
 
 GRACE: Final = 0.2
 """Seconds after a deadline in which a query may be cancelled and a connection saved; then it is
@@ -119,6 +131,17 @@ def positive(seconds: float, name: str) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"{name}={seconds!r}: give seconds above 0, and finite")
     return float(seconds)
+
+
+def share(part: float) -> AbstractContextManager[object]:
+    """Bound what runs inside by a part of what is left, so that something else can follow.
+
+    Args:
+        part: of the time left, above 0 and at most 1; without a deadline there is no bound.
+    """
+    found = _CURRENT.get()
+    seconds = 0.0 if found is None else found.left() * part
+    return nullcontext() if found is None or seconds <= 0 else DeadlineScope(seconds, found.clock)
 
 
 def current() -> Deadline | None:

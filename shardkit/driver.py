@@ -17,7 +17,9 @@ from typing import Any, Final, Protocol, Self, TypeVar, cast
 
 import psycopg
 from psycopg import errors, generators, waiting
-from psycopg.abc import PQGen, PQGenConn
+from psycopg.abc import AdaptContext, PQGen, PQGenConn
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_attempts, make_conninfo, timeout_from_conninfo
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 
 from shardkit import deadlines, parallel
@@ -84,6 +86,7 @@ class _Patient:
     pgconn: psycopg.pq.abc.PGconn
     patience: float = math.inf
     guard: Guard = _Unguarded()
+    _first_answer: float | None = None
     _is_final = False  # COMMIT is on its way
     _is_ending = False  # ROLLBACK is on its way: the server is left alone at last
     _has_standby_warning = False
@@ -92,6 +95,17 @@ class _Patient:
         self.patience = patience
         self.guard = guard
         cast("Any", self).add_notice_handler(self._note)
+
+    def first_answer(self) -> float | None:
+        """Return the seconds that the first answer took since this was last asked, if any."""
+        seconds, self._first_answer = self._first_answer, None
+        return seconds
+
+    def _answered(self, started: float) -> None:
+        seconds = SYSTEM.monotonic() - started
+        if self._first_answer is None:
+            self._first_answer = seconds
+        self.guard.succeeded(seconds)
 
     def _bound(self) -> float:
         """Return how many seconds a wait may take."""
@@ -218,12 +232,48 @@ class Connection(_Patient, psycopg.Connection[Any]):
             **options: as for psycopg.
         """
         started = SYSTEM.monotonic()
+        task = parallel.task()
         try:
-            connection = cls.connect(*arguments, **options)
+            if task is None:
+                connection = cls.connect(*arguments, **options)
+            else:
+                connection = cls._connected(task, *arguments, **options)
         except psycopg.Error as error:
             guard.failed(error, SYSTEM.monotonic() - started)
             raise
         connection._opened(patience, guard)
+        return connection
+
+    @classmethod
+    def _connected(
+        cls,
+        task: parallel.Task,
+        info: str = "",
+        *,
+        autocommit: bool = False,
+        prepare_threshold: int | None = 5,
+        context: AdaptContext | None = None,
+        **options: Any,
+    ) -> Self:
+        """Connect as psycopg's `connect` does, beside the other tasks of `parallel.run`."""
+        parameters = cls._get_connection_params(info, **options)
+        seconds = timeout_from_conninfo(parameters)
+        error: psycopg.Error | None = None
+        for attempt in conninfo_attempts(parameters):
+            try:
+                gen = cls._connect_gen(make_conninfo("", **attempt))
+                connection = task.wait_conn(gen, deadlines.left(seconds))
+                break
+            except errors._WaitTimeout:
+                error = errors.ConnectionTimeout("connection timeout expired")
+            except psycopg.Error as found:
+                error = found
+        else:
+            raise error or psycopg.OperationalError("no address to connect to")
+        connection._autocommit = autocommit
+        connection.prepare_threshold = prepare_threshold
+        if context is not None:
+            connection._adapters = AdaptersMap(context.adapters)
         return connection
 
     @classmethod
@@ -252,7 +302,7 @@ class Connection(_Patient, psycopg.Connection[Any]):
         except BaseException:  # an interrupt: half a conversation is left on it
             self._give_up(gen, None)  # whoever drives the task does not do so any more
             raise
-        self.guard.succeeded(SYSTEM.monotonic() - started)
+        self._answered(started)
         return answer
 
     def _driven(self, gen: PQGen[T], seconds: float, task: parallel.Task | None) -> T:
@@ -338,7 +388,7 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
         except BaseException:  # a cancelled task: half a conversation is left on it
             await self._give_up(gen)
             raise
-        self.guard.succeeded(SYSTEM.monotonic() - started)
+        self._answered(started)
         return answer
 
     async def _driven(self, gen: PQGen[T], seconds: float) -> T:

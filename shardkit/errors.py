@@ -18,6 +18,8 @@
     │   └── ClockMovedBackError           retryable
     ├── UnavailableError                  retryable
     │   ├── EndpointUnavailableError      retryable
+    │   │   └── BreakerOpenError          retryable
+    │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
     │   ├── StatementTimeoutError         retryable
     │   └── DeadlineExceededError         retryable
@@ -39,6 +41,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pybreaker import CircuitBreakerError
+
 
 class ShardkitError(Exception):
     """A shardkit operation failed.
@@ -47,6 +51,7 @@ class ShardkitError(Exception):
         hint: what the reader should do about it, or None when the message says it all.
         logical_shard: the logical shard concerned, when one is known.
         endpoint: the server concerned as `physical/role@host:port`, when one is known.
+        retry_after: seconds after which to try again, when they are known.
         retryable: whether the same call may succeed unchanged, nothing having been committed.
     """
 
@@ -59,11 +64,13 @@ class ShardkitError(Exception):
         hint: str | None = None,
         logical_shard: int | None = None,
         endpoint: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         self.message = message or (self.__doc__ or type(self).__name__).strip().splitlines()[0]
         self.hint = hint
         self.logical_shard = logical_shard
         self.endpoint = endpoint
+        self.retry_after = retry_after
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -149,6 +156,17 @@ class UnavailableError(ShardkitError):
 
 class EndpointUnavailableError(UnavailableError):
     """A server does not accept connections; try again once it is back."""
+
+
+class BreakerOpenError(EndpointUnavailableError, CircuitBreakerError):
+    """A server failed too often and is left alone for now; try again after `retry_after`.
+
+    Also pybreaker's own error, so that programs which catch that one need no change.
+    """
+
+
+class OverloadedError(UnavailableError):
+    """A server has as many calls in flight as it can answer in time; try again later."""
 
 
 class PoolTimeoutError(UnavailableError):

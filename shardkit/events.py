@@ -18,6 +18,7 @@ from typing import Final, Literal
 from greenlet import getcurrent
 
 __all__ = [
+    "BreakerChanged",
     "Caller",
     "Committed",
     "EndpointFailed",
@@ -140,7 +141,30 @@ class Committed:
     caller: Caller | None
 
 
-Event = StatementRouted | Gathered | EndpointFailed | Committed
+@dataclass(frozen=True, slots=True)
+class BreakerChanged:
+    """The breaker of a server changed its state.
+
+    Attributes:
+        physical: name of the physical shard.
+        role: `primary` or `replica`.
+        endpoint: the server, as `physical/role@host:port`.
+        old: the state it left: `closed`, `open` or `half-open`.
+        new: the state it is in.
+        cause: why it opened; None when it did something else.
+        retry_after: seconds until it lets a probe through; None unless it opened.
+    """
+
+    physical: str
+    role: str
+    endpoint: str
+    old: str
+    new: str
+    cause: str | None
+    retry_after: float | None
+
+
+Event = StatementRouted | Gathered | EndpointFailed | BreakerChanged | Committed
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

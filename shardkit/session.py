@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import Insert, event, inspect
+from sqlalchemy import Connection, Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
 from shardkit import deadlines, gather, scatter
@@ -29,6 +30,7 @@ from shardkit.errors import (
 )
 from shardkit.events import Gathered, StatementRouted, caller
 from shardkit.identities import identities, select_identities
+from shardkit.parallel import outcome
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
 from shardkit.router import Route, Router
@@ -42,6 +44,9 @@ __all__ = ["ReadSession"]
 T = TypeVar("T")
 
 _NO_LIMITS = Limits()
+
+_SHARE = 0.5
+"""Of the time left, for the connections of a scatter; the rest is for its statement."""
 
 
 class ReadSession(BoundSession):
@@ -259,9 +264,15 @@ class ReadSession(BoundSession):
         failures = self._asked(state, gathering, groups)
         lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
         if lost and self._can_retry() and not deadlines.is_over():
-            self._abandon_broken()
-            failures = {name: e for name, e in failures.items() if name not in lost}
-            failures |= self._asked(state, gathering, lost)
+            endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
+            broken = self._abandon_broken()
+            if self._may_retry(broken):
+                failures = {name: e for name, e in failures.items() if name not in lost}
+                failures |= self._asked(state, gathering, lost)
+            else:
+                failures |= {
+                    name: connection_error(failures[name], endpoints[name]) for name in lost
+                }
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
@@ -307,14 +318,31 @@ class ReadSession(BoundSession):
         """Ask servers for their part; return the failure of each that did not answer."""
         failures: dict[str, Exception] = {}
         servers = {}
-        for physical, shards in groups.items():
-            try:
-                servers[physical] = (self._scattering(physical), shards)
-            except UnavailableError as error:
-                failures[physical] = error
+        for physical, found in self._scattering_all(groups):
+            if isinstance(found, Connection):
+                servers[physical] = (found, groups[physical])
+            elif isinstance(found, UnavailableError):
+                failures[physical] = found
+            else:
+                raise found
         if self._cluster.listeners:
             self._tell_routed(state, tuple(sorted(itertools.chain(*groups.values()))))
         return failures | gathering.ask(servers, self._cluster.parallel)
+
+    def _scattering_all(self, groups: Iterable[str]) -> list[tuple[str, Connection | Exception]]:
+        """Return this session's connections to physical shards, or why there is none.
+
+        With a deadline, new ones are opened at the same time, and leave time for the statement: a
+        server that does not answer shall not keep the others from answering.
+        """
+        tasks = [partial(self._scattering, physical) for physical in groups]
+        is_known = deadlines.current() is None or self._roots.keys() >= set(groups)
+        if is_known or self.role is Role.PRIMARY:  # a transaction opens one at a time
+            found = [outcome(task) for task in tasks]
+        else:
+            with deadlines.share(_SHARE):
+                found = self._cluster.parallel(tasks)
+        return list(zip(groups, found, strict=True))
 
     def _tell_routed(self, state: ORMExecuteState, shards: tuple[int, ...]) -> None:
         """Tell the listeners where a statement goes, opening its connections for that."""

@@ -27,6 +27,7 @@ from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
+    DeadlineExceededError,
     EndpointUnavailableError,
     OutcomeUnknownError,
     ShardKeyChangeError,
@@ -310,13 +311,15 @@ class WriteSession(ReadSession):
     def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
         endpoint = self._cluster.primary_of(physical)
         engine = self._cluster.view(endpoint, self.purpose, logical_shard)
-        try:
-            connection = Session._connection_for_bind(self, engine)
-        except (DBAPIError, PoolExhaustedError) as error:
-            found = connection_error(error, endpoint)
-            if isinstance(found, EndpointUnavailableError):
-                self._cluster.failed(endpoint, found)
-            raise found from error
+        with self._cluster.admitted(endpoint) as admitted:
+            try:
+                connection = Session._connection_for_bind(self, engine)
+            except (DBAPIError, PoolExhaustedError) as error:
+                found = connection_error(error, endpoint)
+                if isinstance(found, EndpointUnavailableError | DeadlineExceededError):
+                    self._cluster.failed(endpoint, found)
+                raise found from error
+            admitted(connection)
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 

@@ -178,9 +178,7 @@ def test_a_scatter_of_slow_queries_cancels_them_all(cluster: Cluster, thawed: Lo
     with cluster.writer() as session:
         for physical in cluster.topology.physical:
             shard = cluster.topology.shard_map.owned_by(physical)[0]
-            session.add(
-                Photo(id=ids.compose(5, shard, 1), owner_id=ids.compose(4, shard, 0), caption="")
-            )
+            session.add(User(id=ids.compose(4, shard, 0), name="bo", photos=[Photo(caption="")]))
             session.commit()
     with cluster.reader(max_lag=1.0) as session:
         with deadline(0.4), over_in(0.4), pytest.raises(GatherError) as caught:
