@@ -444,6 +444,7 @@ class Breaker(pybreaker.CircuitBreaker):
             if self._is_closed:
                 self._settle_at(now)
                 self._in_a_row = 0
+                self._unremarkable = _NEVER
                 self._window.add(now, 1, slow=int(slow))
                 self._judge(now)
             elif probe is not None and probe is self._probe:

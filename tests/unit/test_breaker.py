@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,15 @@ def test_slow_answers_trip_it() -> None:
     assert breaker.current_state == "closed"
     succeed(breaker, seconds=1.0)
     assert (breaker.current_state, breaker.cause) == ("open", Cause.SLOW)
+
+
+def test_quick_answers_between_slow_ones_are_weighed_at_once() -> None:
+    breaker = breaker_at(FakeClock())
+    succeed(breaker, 16, seconds=1.0)
+    succeed(breaker, 3)
+    assert breaker.current_state == "closed"
+    succeed(breaker)
+    assert breaker.cause is Cause.SLOW, "16 of 20"
 
 
 def test_a_duration_that_is_no_number_is_slow_not_quick() -> None:
@@ -486,10 +496,8 @@ def test_there_is_exactly_one_probe_over_a_thousand_recoveries() -> None:
     def contend() -> None:
         for _ in range(recoveries):
             before.wait(30)
-            try:
+            with contextlib.suppress(BreakerOpenError):
                 probes.append(breaker.admit())
-            except BreakerOpenError:
-                pass
             after.wait(30)
 
     threads = [threading.Thread(target=contend, daemon=True) for _ in range(n_threads)]

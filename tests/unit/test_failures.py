@@ -92,7 +92,7 @@ def test_everything_else_is_neutral(error: BaseException) -> None:
 def test_a_real_refusal_is_a_failure_and_so_is_a_real_reset() -> None:
     here, there = socket.socketpair()
     there.close()
-    with here, pytest.raises(OSError) as caught:
+    with here, pytest.raises(BrokenPipeError) as caught:
         here.sendall(b"hello")
     assert is_failure(caught.value)
     with pytest.raises(psycopg.OperationalError) as refused:

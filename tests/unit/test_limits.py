@@ -21,7 +21,7 @@ def limit_at(clock: FakeClock, **options: Any) -> ConcurrencyLimit:
     )
 
 
-def run(limit: ConcurrencyLimit, clock: FakeClock, seconds: float, *, batches: int = 1) -> None:
+def run(limit: ConcurrencyLimit, seconds: float, *, batches: int = 1) -> None:
     """Keep the server as busy as the limit allows."""
     for _ in range(batches * BATCH):
         while limit.in_flight < limit.limit:
@@ -59,14 +59,14 @@ def test_background_is_shed_before_users(initial: int, for_background: int) -> N
 def test_it_grows_while_the_server_keeps_its_pace() -> None:
     clock = FakeClock()
     limit = limit_at(clock, initial=20)
-    run(limit, clock, 0.01, batches=10)
+    run(limit, 0.01, batches=10)
     assert limit.limit > 60
 
 
 def test_it_grows_no_further_than_its_ceiling() -> None:
     clock = FakeClock()
     limit = limit_at(clock, initial=20, ceiling=30)
-    run(limit, clock, 0.01, batches=10)
+    run(limit, 0.01, batches=10)
     assert limit.limit == 30
 
 
@@ -81,11 +81,11 @@ def test_it_does_not_grow_while_it_is_not_used() -> None:
 def test_it_falls_when_the_server_slows_down_and_stops_at_the_floor() -> None:
     clock = FakeClock()
     limit = limit_at(clock, initial=100)
-    run(limit, clock, 0.01)
+    run(limit, 0.01)
     before = limit.limit
-    run(limit, clock, 0.1, batches=1)
+    run(limit, 0.1, batches=1)
     assert limit.limit < before
-    run(limit, clock, 10.0, batches=40)
+    run(limit, 10.0, batches=40)
     assert FLOOR <= limit.limit <= 6, "half of itself and its root: 4 stays 4"
 
 
@@ -101,7 +101,7 @@ def test_calls_that_did_not_answer_say_nothing_about_speed() -> None:
 def test_the_least_time_is_measured_anew_with_fewer_calls_in_flight() -> None:
     clock = FakeClock()
     limit = limit_at(clock, initial=40)
-    run(limit, clock, 0.001)
+    run(limit, 0.001)
     normal = limit.limit
     clock.advance(30)
     limit.acquire()
@@ -111,7 +111,7 @@ def test_the_least_time_is_measured_anew_with_fewer_calls_in_flight() -> None:
         limit.acquire()
         limit.release(0.05)
     assert limit.limit == normal
-    run(limit, clock, 0.05, batches=3)
+    run(limit, 0.05, batches=3)
     assert limit.limit > normal, "0.05 s is what this server takes now"
 
 
