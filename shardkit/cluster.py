@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from shardkit import config, deadlines
+from shardkit import config, deadlines, units
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.events import Listener
+from shardkit.operations import KEEP
 from shardkit.placement import Placement, Policy, anywhere
 from shardkit.session import ReadSession
 from shardkit.topology import Topology
+from shardkit.units import Near
 from shardkit.writer import WriteSession
 
 __all__ = ["AsyncCluster", "Cluster"]
 
+T = TypeVar("T")
 C = TypeVar("C", Connections, AsyncConnections)
 
 
@@ -133,6 +136,51 @@ class Cluster(_Opened[Connections]):
         """
         return ReadSession(self.connections, after=after, max_lag=_checked(max_lag))
 
+    def run(
+        self,
+        fn: Callable[[WriteSession], T],
+        *,
+        operation: str | None = None,
+        near: Near | None = None,
+        fingerprint: str | None = None,
+        keep: float = KEEP,
+    ) -> T:
+        """Run a unit of work in a writer, commit it, and run it again where that is safe.
+
+        It is run again, up to three times in all and while the retry budget of the server and the
+        deadline allow, after errors that are known to have committed nothing: servers that go
+        away, deadlocks, serialization failures, logical shards that have moved. With a name it is
+        also run again after a lost answer to COMMIT, and does its work once however often it is
+        run: a later run returns the result of the first.
+
+        Args:
+            fn: given a fresh session each time; must not commit, nor do what cannot be undone.
+            operation: name of the unit, such as an Idempotency-Key of HTTP.
+            near: goes with `operation`: the id, or `(Model, shard key)`, beside whose rows the
+                record is kept, and what the unit writes must be.
+            fingerprint: goes with `operation`: of what was asked for, such as a hash of the
+                request; the same name with another one is refused.
+            keep: seconds after which the name is forgotten; a day.
+
+        Returns:
+            What `fn` returned; with a name it has to be JSON and comes back as JSON has it.
+
+        Raises:
+            OutcomeUnknownError: the answer to COMMIT was lost, and the unit has no name, or no
+                time or budget was left to settle it.
+            OperationMismatchError: the name was used with another fingerprint.
+            ValueError: `operation` without `near`, a bad name, or a result that is no JSON.
+
+        Source: `shardkit.units`.
+        """
+        return units.run(
+            self.writer,
+            fn,
+            units.named(operation, near, fingerprint, keep),
+            guards=self.connections.guards,
+            clock=self.connections.clock,
+        )
+
     def close(self) -> None:
         """Close every pooled connection; sessions still open keep theirs until they close."""
         self.connections.close()
@@ -169,6 +217,23 @@ class AsyncCluster(_Opened[AsyncConnections]):
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""
         return AsyncReadSession(self.connections, after=after, max_lag=_checked(max_lag))
+
+    async def run(
+        self,
+        fn: Callable[[AsyncWriteSession], Awaitable[T]],
+        *,
+        operation: str | None = None,
+        near: Near | None = None,
+        fingerprint: str | None = None,
+        keep: float = KEEP,
+    ) -> T:
+        """Run a unit of work, a coroutine function; see `Cluster.run`."""
+        return await units.run_async(
+            self.writer,
+            fn,
+            units.named(operation, near, fingerprint, keep),
+            guards=self.connections.guards,
+        )
 
     async def close(self) -> None:
         """Close every pooled connection."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import Any, Final, cast
 
 import tenacity
 from sqlalchemy.exc import DBAPIError
@@ -141,22 +141,10 @@ class Attempts:
         *,
         limit: int = ATTEMPTS,
     ) -> None:
+        self._is_retryable = is_retryable
         self._spend = spend
-        self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_retryable),
-            # The credit is asked for last, so that none is taken for nothing.
-            stop=lambda state: (
-                state.attempt_number >= limit or self._is_late(state) or self._is_spent(state)
-            ),
-            wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
-            reraise=True,
-        )
-        self._state = tenacity.RetryCallState(self._retrying, None, (), {})
-
-    @classmethod
-    def of(cls, *, spend: Callable[[BaseException], bool]) -> Self:
-        """Return the attempts of a unit of work whose transient errors are tried again."""
-        return cls(is_transient, spend)
+        self._limit = limit
+        self._state: tenacity.RetryCallState | None = None
 
     def pause(self, error: BaseException) -> float:
         """Return how many seconds to wait before the next attempt.
@@ -164,17 +152,29 @@ class Attempts:
         Raises:
             BaseException: the error itself: it is not to be tried again, or no longer.
         """
+        if self._state is None:  # most units succeed at once, and pay nothing for this
+            retrying = tenacity.Retrying(
+                retry=tenacity.retry_if_exception(self._is_retryable),
+                stop=self._is_over,
+                wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
+                reraise=True,
+            )
+            retrying.begin()
+            self._state = tenacity.RetryCallState(retrying, None, (), {})
         state = self._state
         state.set_exception((type(error), error, error.__traceback__))
-        found: Any = self._retrying.iter(state)
+        found: Any = cast("tenacity.Retrying", state.retry_object).iter(state)
         state.prepare_for_next_attempt()
         return float(found)
 
-    def _is_late(self, state: tenacity.RetryCallState) -> bool:
-        found = deadlines.current()
-        return found is not None and found.left() <= state.upcoming_sleep
-
-    def _is_spent(self, state: tenacity.RetryCallState) -> bool:
+    def _is_over(self, state: tenacity.RetryCallState) -> bool:
+        """Tell whether this was the last attempt; the credit is asked for last of all."""
         assert state.outcome is not None, "asked after an attempt"
         error = state.outcome.exception()
-        return error is not None and not self._spend(error)
+        assert error is not None, "asked after a failure"
+        found = deadlines.current()
+        return (
+            state.attempt_number >= self._limit
+            or (found is not None and found.left() <= state.upcoming_sleep)
+            or not self._spend(error)
+        )

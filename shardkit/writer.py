@@ -69,6 +69,7 @@ class WriteSession(ReadSession):
         super().__init__(connections, **options)
         self._written: set[str] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self._is_unit = False  # of `Cluster.run`, which commits
         self.token = ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
@@ -92,11 +93,16 @@ class WriteSession(ReadSession):
         """Flush and commit.
 
         Raises:
+            UnsupportedStatementError: `Cluster.run` runs this session and commits itself.
             OutcomeUnknownError: the answer to COMMIT was lost or late, so it may or may not hold.
             DeadlineExceededError: no time was left to send COMMIT; nothing holds (retryable).
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
+        if self._is_unit:
+            raise UnsupportedStatementError(
+                "commit() inside cluster.run()", hint="return from the function: run() commits"
+            )
         self.flush()
         for _, root in self._roots.values():
             driver: Any = None if root.closed else root.connection.driver_connection
