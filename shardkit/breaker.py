@@ -188,7 +188,7 @@ class Breaker(pybreaker.CircuitBreaker):
         if not self.is_system_error(error):
             self.abandoned(probe)
             return False
-        with self._guard:
+        with self._guard.lock:
             now = self._now()
             self._teller.note("failure", error)
             if self._is_closed and now - seconds >= self._closed_at:
@@ -205,7 +205,7 @@ class Breaker(pybreaker.CircuitBreaker):
     def abandoned(self, probe: Probe | None = None) -> None:
         """Note that nobody waits for the answer any more: cancelled, or another was quicker."""
         if probe is not None:
-            with self._guard:
+            with self._guard.lock:
                 if probe is self._probe:
                     self._probe = None
 
@@ -340,21 +340,21 @@ class Breaker(pybreaker.CircuitBreaker):
 
     def open(self) -> bool:
         """Let nothing through until the open time has passed, whatever the rules say."""
-        with self._guard:
+        with self._guard.lock:
             self._open(self._now(), Cause.ORDER)
         self._teller.tell()
         return self._throw_new_error_on_trip
 
     def half_open(self) -> None:
         """Let a probe through at once."""
-        with self._guard:
+        with self._guard.lock:
             self._retry_at = self._now()
             self._become(STATE_HALF_OPEN)
         self._teller.tell()
 
     def close(self) -> None:
         """Let everything through and forget what failed."""
-        with self._guard:
+        with self._guard.lock:
             self._close(self._now())
         self._teller.tell()
 
@@ -394,7 +394,7 @@ class Breaker(pybreaker.CircuitBreaker):
         probe = self._probe
         # Two reads without a lock: at worst one call more or less fails fast.
         if now >= (probe.expires if probe else self._retry_at):
-            with self._guard:
+            with self._guard.lock:
                 if self._is_closed:  # meanwhile
                     return None
                 probe = self._probe
@@ -424,7 +424,7 @@ class Breaker(pybreaker.CircuitBreaker):
             self._uncounted += _STRIDE
             self._credit = _STRIDE
         else:
-            with self._guard:
+            with self._guard.lock:
                 self._settle_at(now)
 
     def _settle_at(self, now: float) -> None:
@@ -438,7 +438,7 @@ class Breaker(pybreaker.CircuitBreaker):
 
     def _remark(self, seconds: float, probe: Probe | None) -> None:
         """Note a success that is slow, is heard of, or comes while something is bad."""
-        with self._guard:
+        with self._guard.lock:
             now = self._now()
             slow = not seconds < self._rules.slow_after
             if self._is_closed:

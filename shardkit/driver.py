@@ -5,7 +5,7 @@ closes the connection if that does not come, all within `deadlines.GRACE`. COMMI
 cancelled: PostgreSQL would answer a cancelled wait for a standby with success. The clusters'
 engines connect with these classes; commands do not.
 
-Source: docs/architecture.md, decision 15; PostgreSQL's `SyncRepWaitForLSN`.
+Source: docs/architecture.md, decision 17; PostgreSQL's `SyncRepWaitForLSN`.
 """
 
 from __future__ import annotations

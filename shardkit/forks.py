@@ -10,7 +10,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 
 __all__ = ["ForkSafeLock"]
 
@@ -19,34 +18,26 @@ class ForkSafeLock:
     """A reentrant lock, made anew in each forked child.
 
     Args:
-        on_fork: run in the child after that, by the only thread there is.
-            A bound method, held weakly.
+        on_fork: run in the child after that, by the only thread there is. A bound method, held
+            weakly.
+
+    Attributes:
+        lock: the present one; not to be kept. `with guard.lock:` takes and frees the same one.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_on_fork")
+    __slots__ = ("__weakref__", "_on_fork", "lock")
 
     def __init__(self, on_fork: Callable[[], None] | None = None) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._on_fork = None if on_fork is None else weakref.WeakMethod(on_fork)
         _LOCKS.add(self)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.release()
-
     def renew(self) -> None:
         """Forget who holds it."""
-        self._lock = threading.RLock()
-        forget = None if self._on_fork is None else self._on_fork()
-        if forget is not None:
-            forget()
+        self.lock = threading.RLock()
+        on_fork = None if self._on_fork is None else self._on_fork()
+        if on_fork is not None:
+            on_fork()
 
 
 _LOCKS: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()

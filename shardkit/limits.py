@@ -111,7 +111,7 @@ class ConcurrencyLimit:
         self._ceiling = ceiling
         self._clock = clock
         self._uniform = uniform
-        self._lock = ForkSafeLock(self._forget_calls)
+        self._guard = ForkSafeLock(self._forget_calls)
         self._limit = float(initial)
         self._in_flight = 0
         self._busiest = 0
@@ -137,7 +137,7 @@ class ConcurrencyLimit:
         Raises:
             OverloadedError: the limit is reached, for this priority (retryable).
         """
-        with self._lock:
+        with self._guard.lock:
             limit = self.limit
             if priority is Priority.BACKGROUND:
                 limit = max(1, int(limit * _BACKGROUND_SHARE))
@@ -158,7 +158,7 @@ class ConcurrencyLimit:
             seconds: how long the server took to answer; None when it did not, or not in full:
                 a failure that comes at once must not look like a quick server.
         """
-        with self._lock:
+        with self._guard.lock:
             # A forked child forgets the calls of its parent, which may yet be released there.
             self._in_flight = max(0, self._in_flight - 1)
             if seconds is not None and 0 <= seconds < math.inf:

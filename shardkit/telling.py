@@ -35,7 +35,7 @@ class Teller:
 
     def __init__(self, breaker: CircuitBreaker, lock: ForkSafeLock) -> None:
         self._breaker = breaker
-        self._lock = lock
+        self._guard = lock
         self.listeners: tuple[CircuitBreakerListener, ...] = ()
         self.hears_successes = False
         self._noted: deque[tuple[str, tuple[Any, ...]]] = deque()
@@ -43,12 +43,12 @@ class Teller:
 
     def add(self, listener: CircuitBreakerListener) -> None:
         """Tell a listener from now on."""
-        with self._lock:
+        with self._guard.lock:
             self._replace((*self.listeners, listener))
 
     def remove(self, listener: CircuitBreakerListener) -> None:
         """Tell a listener no longer; ValueError if it was not told before."""
-        with self._lock:
+        with self._guard.lock:
             left = list(self.listeners)
             left.remove(listener)
             self._replace(tuple(left))
@@ -62,7 +62,7 @@ class Teller:
         """Tell what was noted, or leave it to the thread that is already telling."""
         process = os.getpid()  # a forked child waits for no thread of its parent
         while self._noted:
-            with self._lock:
+            with self._guard.lock:
                 if self._telling_in == process:
                     return
                 self._telling_in = process

@@ -478,6 +478,26 @@ def test_a_cancelled_probe_in_a_task_makes_way() -> None:
     assert breaker.current_state == "closed"
 
 
+def test_event_loops_of_several_threads_share_it() -> None:
+    breaker = Breaker(rules=BreakerRules(open_time=30.0))
+    meeting = threading.Barrier(2, timeout=10)
+
+    async def refused() -> None:
+        raise REFUSED
+
+    async def use() -> int:
+        meeting.wait()
+        outcomes = await asyncio.gather(
+            *(breaker.call_async(refused) for _ in range(50)), return_exceptions=True
+        )
+        return sum(isinstance(outcome, ConnectionRefusedError) for outcome in outcomes)
+
+    with ThreadPoolExecutor(2) as pool:
+        reached = sum(pool.map(lambda _: asyncio.run(use()), range(2)))
+    assert 5 <= reached <= 6, "a call of the other loop may be on its way"
+    assert breaker.current_state == "open"
+
+
 def test_calls_run_at_the_same_time() -> None:
     breaker = Breaker()
     meeting = threading.Barrier(16, timeout=10)
@@ -543,7 +563,7 @@ def test_a_forked_child_goes_on_with_a_lock_that_a_thread_held() -> None:
     held, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with breaker._guard:
+        with breaker._guard.lock:
             held.set()
             assert leave.wait(10)
 
