@@ -63,10 +63,10 @@ class StandbyNotWaitedForError(psycopg.OperationalError):
 class Guard(Protocol):
     """Who is told what becomes of the waits for one server."""
 
-    def succeeded(self, seconds: float) -> None:
+    def succeeded(self, seconds: float) -> object:
         """Note that the server answered, be it with an error of SQL that it reported itself."""
 
-    def failed(self, error: BaseException, seconds: float) -> None:
+    def failed(self, error: BaseException, seconds: float) -> object:
         """Note an error of the driver; the server may have reported it or be gone."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import psycopg
 import pytest
@@ -28,6 +29,16 @@ def from_server(sqlstate: str) -> DBAPIError:
     found = DBAPIError.instance("SELECT", None, error, psycopg.Error)
     assert isinstance(found, DBAPIError)
     return found
+
+
+def asking(asked: list[BaseException], *, grant: bool) -> Callable[[BaseException], bool]:
+    """Return a budget that remembers what it was asked for."""
+
+    def spend(error: BaseException) -> bool:
+        asked.append(error)
+        return grant
+
+    return spend
 
 
 def test_without_successes_one_a_second_is_granted() -> None:
@@ -129,7 +140,7 @@ def test_pauses_are_jittered_and_there_is_a_last_attempt() -> None:
 
 def test_the_error_of_the_last_attempt_is_raised_when_the_budget_is_spent() -> None:
     asked: list[BaseException] = []
-    attempts = Attempts(is_transient, lambda error: bool(asked.append(error)))
+    attempts = Attempts(is_transient, asking(asked, grant=False))
     with pytest.raises(EndpointUnavailableError):
         attempts.pause(GONE)
     assert asked == [GONE]
@@ -137,7 +148,7 @@ def test_the_error_of_the_last_attempt_is_raised_when_the_budget_is_spent() -> N
 
 def test_no_credit_is_taken_for_what_is_not_tried_again() -> None:
     asked: list[BaseException] = []
-    attempts = Attempts(is_transient, lambda error: not asked.append(error))
+    attempts = Attempts(is_transient, asking(asked, grant=True))
     with pytest.raises(CrossShardWriteError):
         attempts.pause(CrossShardWriteError())
     assert asked == []
@@ -146,7 +157,7 @@ def test_no_credit_is_taken_for_what_is_not_tried_again() -> None:
 def test_no_attempt_begins_without_time_for_it() -> None:
     clock = FakeClock()
     asked: list[BaseException] = []
-    attempts = Attempts(is_transient, lambda error: not asked.append(error))
+    attempts = Attempts(is_transient, asking(asked, grant=True))
     with deadline(1.0, clock=clock):
         clock.advance(1.0)
         with pytest.raises(EndpointUnavailableError):
