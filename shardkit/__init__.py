@@ -1,6 +1,6 @@
 """shardkit: many logical shards on a few PostgreSQL servers, as an extension of SQLAlchemy."""
 
-from shardkit import ids
+from shardkit import ids, tokens
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.deadlines import deadline
@@ -32,4 +32,5 @@ __all__ = [
     "background",
     "deadline",
     "ids",
+    "tokens",
 ]

@@ -44,6 +44,11 @@ class AsyncReadSession(AsyncSession):
         return self.sync_session.route(statement, params)
 
     @property
+    def token(self) -> str:
+        """What a later reader must have seen; see `ReadSession.token`."""
+        return self.sync_session.token
+
+    @property
     def failures(self) -> Mapping[str, Exception]:
         """What is missing from the last partial result; see `ReadSession.failures`."""
         return self.sync_session.failures

@@ -27,7 +27,8 @@ from shardkit.errors import (
     PoolTimeoutError,
     UnavailableError,
 )
-from shardkit.replicas import physical_of_token
+from shardkit.events import ReplicaPassedOver
+from shardkit.freshness import Freshness, driver_of
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["BoundSession"]
@@ -59,11 +60,8 @@ class BoundSession(Session):
         super().__init__(**options)
         self._cluster = connections
         self._number = next(_NUMBERS)
-        self._must_see: frozenset[str] = frozenset()
-        if max_lag is not None:
-            self._must_see = connections.physical
-        elif after is not None:
-            self._must_see = physical_of_token(after, connections.physical)
+        self._fresh = Freshness(connections.knowledge, after, max_lag)
+        self._after = after or ""
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
 
@@ -71,6 +69,18 @@ class BoundSession(Session):
         """Return the connections to their pools; the session can be used again."""
         super().close()
         self._release()
+
+    def endpoint_of(self, physical: str) -> Endpoint | None:
+        """Return the server that this session reads a physical shard from.
+
+        Args:
+            physical: name of the physical shard.
+
+        Returns:
+            None as long as the session has no connection to it.
+        """
+        held = self._roots.get(physical)
+        return None if held is None else held[0]
 
     # -- connections
 
@@ -108,12 +118,13 @@ class BoundSession(Session):
             physical: name of the physical shard.
             logical_shard: the logical shard it shows first, or None for many at once.
         """
-        cluster = self._cluster
+        cluster, fresh = self._cluster, self._fresh
         replicas = cluster.replica_sets[physical]
         tried: set[Endpoint] = set()
+        if fresh.is_asked and replicas.replicas:
+            cluster.probes.start()
         while True:
-            must = physical in self._must_see
-            endpoint = replicas.primary if must else replicas.choose(excluding=tried)
+            endpoint = replicas.choose(fresh.need(physical), excluding=tried)
             engine = cluster.view(endpoint, self.purpose, logical_shard)
             is_last = endpoint.role is Role.PRIMARY
             try:
@@ -126,6 +137,13 @@ class BoundSession(Session):
                 tried.add(endpoint)
                 continue
             replicas.answered(endpoint)
+            driver = driver_of(connection)
+            # Always set: a session that was never closed may have left its own.
+            driver.gate = fresh.gate(endpoint, driver)
+            if driver.gate is None:
+                connection.close()
+                fresh.leave(physical)
+                continue
             self._roots[physical] = (endpoint, connection)
             return endpoint, connection
 
@@ -149,29 +167,52 @@ class BoundSession(Session):
 
     def _release(self) -> None:
         self._shard_views.clear()
-        for _, connection in self._roots.values():
-            connection.close()
-        self._roots.clear()
+        for physical in list(self._roots):
+            self._let_go(physical)
+
+    def _let_go(self, physical: str) -> Endpoint:
+        """Give the connection to a physical shard back."""
+        endpoint, connection = self._roots.pop(physical)
+        self._fresh.let_go(physical)
+        connection.close()
+        return endpoint
 
     # -- failures
 
     def _execute_internal(self, statement: Any, *args: Any, **options: Any) -> Any:
-        """Run a statement, once more on another endpoint when its connection broke."""
-        try:
-            return super()._execute_internal(statement, *args, **options)
-        except DBAPIError as error:
-            if options.get("_parent_execute_state") is not None:
-                raise  # to the statement that it is a part of
-            lost = error.connection_invalidated
-            if not lost or not self._can_retry() or deadlines.is_over():
-                self._raise(error)
-            broken = self._abandon_broken()
-            if not self._may_retry(broken):
-                raise connection_error(error, broken[0]) from error
-        try:
-            return super()._execute_internal(statement, *args, **options)
-        except DBAPIError as error:
-            self._raise(error)
+        """Run a statement, and again on other endpoints.
+
+        Once on another one when its connection broke, if the budget allows, and on the primary of
+        each physical shard whose replica could not answer.
+        """
+        is_again = False
+        while True:
+            try:
+                return super()._execute_internal(statement, *args, **options)
+            except DBAPIError as error:
+                if options.get("_parent_execute_state") is not None:
+                    raise  # to the statement that it is a part of
+                if self._leave_refusing():
+                    continue
+                lost = error.connection_invalidated
+                if is_again or not lost or not self._can_retry() or deadlines.is_over():
+                    self._raise(error)
+                is_again = True
+                broken = self._abandon_broken()
+                if not self._may_retry(broken):
+                    raise connection_error(error, broken[0]) from error
+
+    def _leave_refusing(self) -> bool:
+        """Leave the replicas that could not answer for their primaries; tell whether any did."""
+        refused = self._fresh.refused()
+        for physical in refused:
+            self._fresh.leave(physical)
+            endpoint = self._let_go(physical)
+            if self._cluster.listeners:
+                self._cluster.listeners.emit(
+                    ReplicaPassedOver(self._number, physical, str(endpoint))
+                )
+        return bool(refused)
 
     def _can_retry(self) -> bool:
         """Tell whether a statement may run again by itself after its connection broke."""
@@ -195,8 +236,7 @@ class BoundSession(Session):
             views = [v for root, v in self._shard_views.values() if root is connection]
             if connection.invalidated or any(view.invalidated for view in views):
                 self._cluster.failed(endpoint, _lost(endpoint))
-                del self._roots[physical]
-                connection.close()
+                self._let_go(physical)
                 broken.append(endpoint)
         return broken
 

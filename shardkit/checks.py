@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import select
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 from sqlalchemy.exc import DBAPIError, DisconnectionError
@@ -26,6 +26,7 @@ from shardkit.errors import (
     StatementTimeoutError,
 )
 from shardkit.fingerprints import Fingerprints
+from shardkit.gates import Gated
 from shardkit.ids import EPOCH_MS
 from shardkit.topology import Endpoint, Role, Topology
 
@@ -34,7 +35,9 @@ __all__ = ["checks_server", "connection_error", "late_error", "replace_if_dead"]
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
 SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
-    pg_catalog.pg_is_in_recovery(), cluster, physical, logical_shards, id_epoch_ms
+    pg_catalog.pg_is_in_recovery(), pg_catalog.pg_backend_pid(),
+    (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+    cluster, physical, logical_shards, id_epoch_ms
 FROM shardkit.identity
 """
 
@@ -99,11 +102,20 @@ def late_error(
 
 
 def checks_server(
-    topology: Topology, endpoint: Endpoint, fingerprints: Fingerprints
+    topology: Topology,
+    endpoint: Endpoint,
+    fingerprints: Fingerprints,
+    meets: Callable[[int], None],
 ) -> Callable[[Any, Any], None]:
     """Return the check of a new connection: the right cluster, physical shard and role.
 
-    It notes how the rows of tables were placed.
+    It notes how the rows of tables were placed, and whose log the connection reads.
+
+    Args:
+        topology: what the configuration says.
+        endpoint: the server.
+        fingerprints: is told how the rows of tables were placed.
+        meets: is told the system identifier of the server.
     """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
@@ -125,7 +137,7 @@ def checks_server(
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        stored, in_recovery, *found = row
+        stored, in_recovery, pid, system, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -141,6 +153,11 @@ def checks_server(
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
             )
         fingerprints.note(stored)
+        driver: Gated = getattr(connection, "driver_connection", connection)
+        driver.system = system
+        # A pooler gives its clients numbers of its own.
+        driver.is_direct = pid == cast("Any", driver).pgconn.backend_pid
+        meets(system)
 
     return check
 

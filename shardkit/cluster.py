@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from shardkit import config, deadlines, units
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
-from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig
+from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.events import Listener
 from shardkit.operations import KEEP
@@ -45,7 +45,10 @@ class _Opened(Generic[C]):
         max_rows: int = MAX_ROWS,
         statement_timeout: float = STATEMENT_TIMEOUT,
         adaptive: bool = False,
+        replicas: ReplicasConfig | None = None,
+        token_keys: Sequence[str] = (),
     ) -> None:
+        self.token_keys = tuple(token_keys)
         self.connections = self._connections_class(
             topology,
             pool=pool,
@@ -53,6 +56,7 @@ class _Opened(Generic[C]):
             max_rows=_checked_rows(max_rows),
             statement_timeout=deadlines.positive(statement_timeout, "statement_timeout"),
             adaptive=adaptive,
+            replicas=replicas,
         )
 
     @classmethod
@@ -75,6 +79,8 @@ class _Opened(Generic[C]):
             max_rows=settings.limits.max_rows,
             statement_timeout=settings.limits.statement_timeout,
             adaptive=settings.limits.adaptive,
+            replicas=settings.replicas,
+            token_keys=settings.tokens.secrets(),
         )
 
     @property
@@ -108,6 +114,9 @@ class Cluster(_Opened[Connections]):
             `shardkit.deadline` says less.
         adaptive: whether each server gets as many sessions at a time as it answers quickly, at
             most its pool, and sheds the others: `shardkit.background` first.
+        replicas: how readers use replicas.
+        token_keys: what signs tokens that leave the process, the newest first; for
+            `shardkit.contrib.asgi`.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -126,10 +135,12 @@ class Cluster(_Opened[Connections]):
         """Return a read-only session on replicas.
 
         Args:
-            after: token of a writer; what it wrote is then seen, at the price of asking the
-                primary. Anything that is not a token is treated as one that asks for everything.
-            max_lag: seconds of replication delay that are acceptable, above 0. Lag is not
-                measured yet, so any bound asks the primary. None accepts any delay.
+            after: token of a writer or of an earlier reader; what they saw is then seen, from a
+                replica that has replayed it or from the primary. `shardkit.tokens.NOTHING` when
+                there is none yet. Anything that is not a token asks the primaries.
+            max_lag: seconds of replication delay that are acceptable, above 0. Until the delay
+                has been measured, for a tenth of a second after the first such reader, the
+                primaries are asked. None accepts any delay.
 
         Raises:
             ValueError: max_lag is not above 0, or not finite.

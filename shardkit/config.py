@@ -20,6 +20,13 @@ A file looks like this (written by `shardkit local up`, or by hand):
     statement_timeout = 30.0                 # seconds for one answer, where no deadline says less
     adaptive = false                         # true: shed what a server cannot answer quickly
 
+    [replicas]
+    region = "eu-west"                       # where this process runs: near replicas go first
+    patience = 0.02                          # seconds a replica may wait for what it must have
+
+    [tokens]
+    keys = ["…"]                             # sign tokens that leave the process, newest first
+
     [migrations]
     location = "app:migrations"              # package:folder, or a path from this file's folder
     models = "app.models:Base"               # optional: record how the models place their rows
@@ -28,7 +35,10 @@ A file looks like this (written by `shardkit local up`, or by hand):
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
     primary = "postgresql://shardkit_app:…@127.0.0.1:5501/shardkit"
-    replicas = ["postgresql://shardkit_app:…@127.0.0.1:5502/shardkit"]
+    replicas = [
+        "postgresql://shardkit_app:…@127.0.0.1:5502/shardkit",
+        { url = "postgresql://…", region = "eu-west", standby = "beta" },
+    ]
 
 Other tables may stand beside these under `[services]` (Redis, Memcached addresses); everything
 else is refused, naming the key. Called by `Cluster.from_file` and the command line; never opens
@@ -78,6 +88,9 @@ __all__ = [
     "MigrationsConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "ReplicaConfig",
+    "ReplicasConfig",
+    "TokensConfig",
     "default_file",
     "load",
 ]
@@ -115,6 +128,12 @@ class AdminLogin(_Table):
         return self.password.get_secret_value() if self.password else None
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return value
+
+
 class PoolConfig(_Table):
     """`[pool]`: connections per endpoint and process."""
 
@@ -127,10 +146,8 @@ class PoolConfig(_Table):
 
     @field_validator("timeout")
     @classmethod
-    def _finite(cls, value: float) -> float:
-        if not math.isfinite(value):
-            raise ValueError("must be finite")
-        return value
+    def _is_finite(cls, value: float) -> float:
+        return _finite(value)
 
 
 MAX_ROWS = 300_000
@@ -156,6 +173,54 @@ class LimitsConfig(_Table):
     """Whether the number of sessions at a time on one server follows how quickly it answers."""
 
 
+class ReplicasConfig(_Table):
+    """`[replicas]`: how readers use replicas; durations in seconds."""
+
+    region: str | None = None
+    """Where this process runs; `SHARDKIT_REGION` in the environment wins. None for nowhere."""
+
+    patience: Annotated[float, Field(ge=0, le=10)] = 0.02
+    """How long a replica may wait for log that it has not replayed, before the primary is asked.
+    Source: `python -m benchmarks stale`."""
+
+    probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
+    """Between two questions to each server about its log."""
+
+    @field_validator("patience", "probe_interval")
+    @classmethod
+    def _is_finite(cls, value: float) -> float:
+        return _finite(value)
+
+    @property
+    def here(self) -> str:
+        """The region of this process; empty for none."""
+        return os.environ.get("SHARDKIT_REGION") or self.region or ""
+
+
+class TokensConfig(_Table):
+    """`[tokens]`: what signs tokens that leave the process."""
+
+    keys: tuple[SecretStr, ...] = Field(default=(), strict=False)
+    """At least 16 bytes each; the first signs, all are accepted."""
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return the keys; `SHARDKIT_TOKEN_KEYS`, separated by commas, wins."""
+        if from_environment := os.environ.get("SHARDKIT_TOKEN_KEYS"):
+            return tuple(key.strip() for key in from_environment.split(","))
+        return tuple(key.get_secret_value() for key in self.keys)
+
+
+class ReplicaConfig(_Table):
+    """One of `physical.replicas`, where an address alone does not say enough."""
+
+    url: SecretStr
+    region: str = ""
+    """Where it stands."""
+
+    standby: str = ""
+    """Its name in `synchronous_standby_names`; empty when commits do not wait for it."""
+
+
 class MigrationsConfig(_Table):
     """`[migrations]`: where the revisions of the application's tables and its models are."""
 
@@ -173,9 +238,17 @@ class PhysicalConfig(_Table):
     name: Name
     logical_shards: str
     primary: SecretStr
-    replicas: tuple[SecretStr, ...] = Field(default=(), strict=False)
+    replicas: tuple[SecretStr | ReplicaConfig, ...] = Field(default=(), strict=False)
     admin: SecretStr | None = None
     """Direct address of the primary for commands, when `primary` names a PgBouncer."""
+
+    @property
+    def replica_configs(self) -> tuple[ReplicaConfig, ...]:
+        """The replicas, in the order written."""
+        return tuple(
+            replica if isinstance(replica, ReplicaConfig) else ReplicaConfig(url=replica)
+            for replica in self.replicas
+        )
 
     @property
     def shard_numbers(self) -> tuple[int, ...]:
@@ -190,6 +263,8 @@ class Config(_Table):
     admin: AdminLogin
     pool: PoolConfig = PoolConfig()
     limits: LimitsConfig = LimitsConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    tokens: TokensConfig = TokensConfig()
     migrations: MigrationsConfig = MigrationsConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
@@ -239,7 +314,8 @@ class Config(_Table):
         for shard in self.physical:
             key = f"physical.{shard.name}"
             primary = _url(shard.primary, f"{key}.primary")
-            replicas = [_url(r, f"{key}.replicas[{i}]") for i, r in enumerate(shard.replicas)]
+            found = shard.replica_configs
+            replicas = [_url(r.url, f"{key}.replicas[{i}]") for i, r in enumerate(found)]
             for place, url in [
                 (f"{key}.primary", primary),
                 *((f"{key}.replicas[{i}]", url) for i, url in enumerate(replicas)),
@@ -255,7 +331,10 @@ class Config(_Table):
             physical[shard.name] = PhysicalShard(
                 name=shard.name,
                 primary=Endpoint(shard.name, Role.PRIMARY, primary),
-                replicas=tuple(Endpoint(shard.name, Role.REPLICA, url) for url in replicas),
+                replicas=tuple(
+                    Endpoint(shard.name, Role.REPLICA, url, replica.region, replica.standby)
+                    for url, replica in zip(replicas, found, strict=True)
+                ),
                 admin_url=admin.set(username=self.admin.user, password=password),
             )
             for number in shard.shard_numbers:
@@ -359,9 +438,11 @@ def _url(secret: SecretStr, place: str) -> URL:
 
 
 def _holds_secret(config: Config) -> bool:
-    urls = [u for p in config.physical for u in (p.primary, *p.replicas)]
-    return config.admin.password is not None or any(
-        make_url(u.get_secret_value()).password for u in urls
+    urls = [u for p in config.physical for u in (p.primary, *(r.url for r in p.replica_configs))]
+    return (
+        config.admin.password is not None
+        or bool(config.tokens.keys)
+        or any(make_url(u.get_secret_value()).password for u in urls)
     )
 
 
@@ -384,6 +465,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "admin": AdminLogin,
         "pool": PoolConfig,
         "limits": LimitsConfig,
+        "replicas": ReplicasConfig,
+        "tokens": TokensConfig,
         "migrations": MigrationsConfig,
         "physical": PhysicalConfig,
     }

@@ -23,10 +23,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import driver, parallel, scatter
+from shardkit import gates, parallel, scatter
 from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig
+from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
@@ -34,13 +34,15 @@ from shardkit.errors import (
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
+from shardkit.freshness import Knowledge
 from shardkit.guards import guards
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
-from shardkit.replicas import ReplicaSet
+from shardkit.probes import AsyncProbes, Probes
+from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
@@ -73,6 +75,9 @@ class Purpose(Enum):
 class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
 
+    _probes_class: type[Probes | AsyncProbes]
+    _cursor_class: type[gates.Cursor | gates.AsyncCursor]
+
     def __init__(
         self,
         topology: Topology,
@@ -82,8 +87,11 @@ class _Core:
         max_rows: int = MAX_ROWS,
         statement_timeout: float = STATEMENT_TIMEOUT,
         adaptive: bool = False,
+        replicas: ReplicasConfig | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
+        reading = replicas or ReplicasConfig()
+        self._pool = pool or PoolConfig()
         self.topology = topology
         self._patience = statement_timeout
         self.max_rows = max_rows
@@ -98,12 +106,20 @@ class _Core:
         )
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
-            name: ReplicaSet(shard, clock=clock) for name, shard in topology.physical.items()
+            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            for name, shard in topology.physical.items()
         }
+        self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
+        self.probes = self._probes_class(
+            topology,
+            self.replica_sets,
+            interval=reading.probe_interval,
+            timeout=self._pool.connect_timeout,
+            clock=clock,
+        )
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
         self.ids = IdMinter(self.lease_ids, clock=clock)
-        self._pool = pool or PoolConfig()
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
@@ -131,8 +147,11 @@ class _Core:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
             engine = self._create_engine(endpoint, options)
-            check = checks_server(self.topology, endpoint, self.fingerprints)
+            replicas = self.replica_sets[endpoint.physical]
+            check = checks_server(self.topology, endpoint, self.fingerprints, replicas.meets)
             event.listen(engine, "connect", check)
+            if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
+                event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
             event.listen(engine, "checkin", _released)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
@@ -279,6 +298,7 @@ class _Core:
         }
         if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
             arguments["options"] = _READ_OPTIONS
+            arguments["cursor_factory"] = self._cursor_class
         if not self._pool.prepare_statements:
             arguments["prepare_threshold"] = None
         return arguments
@@ -287,8 +307,13 @@ class _Core:
 class Connections(_Core):
     """Connections for threads."""
 
+    _probes_class = Probes
+    _cursor_class = gates.Cursor
+    probes: Probes
+
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
+        self.probes.close()
         for engine in self._engines.values():
             engine.dispose()
 
@@ -305,15 +330,20 @@ class Connections(_Core):
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
 
+    _probes_class = AsyncProbes
+    _cursor_class = gates.AsyncCursor
+    probes: AsyncProbes
+
     async def close(self) -> None:
         """Close every pooled connection."""
+        await self.probes.close()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
         arguments = {
             **options.pop("connect_args"),
-            "async_creator_fn": driver.AsyncConnection.open,
+            "async_creator_fn": gates.AsyncConnection.open,
         }
         return create_async_engine(
             endpoint.url, poolclass=AsyncDeadlinePool, connect_args=arguments, **options
@@ -356,8 +386,18 @@ def _released(connection: Any, record: Any) -> None:
         guard.released(None if connection is None else driver_connection.first_answer())
 
 
-def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> driver.Connection:
-    return driver.Connection.open(*arguments, **options)
+def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> gates.Connection:
+    return gates.Connection.open(*arguments, **options)
+
+
+def _meters(member: Member) -> Callable[[Any, Any], None]:
+    """Return what has a new connection tell a replica's member how long statements take."""
+
+    def meter(connection: Any, _record: Any) -> None:
+        driver: gates.Gated = getattr(connection, "driver_connection", connection)
+        driver.meter = member
+
+    return meter
 
 
 def _forget_connections(cluster: _Core | None) -> None:
@@ -365,3 +405,4 @@ def _forget_connections(cluster: _Core | None) -> None:
     if cluster is not None:
         for engine in cluster._engines.values():
             engine.dispose(close=False)
+        cluster.probes.forget()

@@ -253,6 +253,7 @@ class Connection(_Patient, psycopg.Connection[Any]):
         autocommit: bool = False,
         prepare_threshold: int | None = 5,
         context: AdaptContext | None = None,
+        cursor_factory: type[psycopg.Cursor[Any]] | None = None,
         **options: Any,
     ) -> Self:
         """Connect as psycopg's `connect` does, beside the other tasks of `parallel.run`."""
@@ -272,6 +273,8 @@ class Connection(_Patient, psycopg.Connection[Any]):
             raise error or psycopg.OperationalError("no address to connect to")
         connection._autocommit = autocommit
         connection.prepare_threshold = prepare_threshold
+        if cursor_factory is not None:
+            connection.cursor_factory = cursor_factory
         if context is not None:
             connection._adapters = AdaptersMap(context.adapters)
         return connection

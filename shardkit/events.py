@@ -26,6 +26,7 @@ __all__ = [
     "Gathered",
     "Listener",
     "Listeners",
+    "ReplicaPassedOver",
     "StatementRouted",
     "caller",
 ]
@@ -68,6 +69,7 @@ class StatementRouted:
         total: how many logical shards there are.
         physical: names of the physical shards asked.
         from_replica: names of those of which a replica answers, not the primary.
+        after: the token that the reader was given, or an empty string.
         caller: who runs it; None in a task that awaits nothing but the session.
     """
 
@@ -78,6 +80,7 @@ class StatementRouted:
     total: int
     physical: tuple[str, ...]
     from_replica: frozenset[str]
+    after: str
     caller: Caller | None
 
     @property
@@ -125,6 +128,23 @@ class EndpointFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaPassedOver:
+    """A replica could not answer a reader, which asks the primary from then on.
+
+    It had not replayed what the reader must see, or its replay cancelled the statement.
+
+    Attributes:
+        session: number of the session, unique in the process.
+        physical: name of the physical shard.
+        endpoint: the replica, as `physical/role@host:port`.
+    """
+
+    session: int
+    physical: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """A writer committed what it had written.
 
@@ -164,7 +184,7 @@ class BreakerChanged:
     retry_after: float | None
 
 
-Event = StatementRouted | Gathered | EndpointFailed | BreakerChanged | Committed
+Event = StatementRouted | Gathered | EndpointFailed | BreakerChanged | ReplicaPassedOver | Committed
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

@@ -22,6 +22,7 @@ from sqlalchemy.orm import ORMExecuteState
 
 from shardkit.checks import late_error
 from shardkit.errors import StatementTimeoutError, TooManyRowsError
+from shardkit.gates import CANNOT_ANSWER
 from shardkit.gather import Plan
 from shardkit.keylists import KeyLists
 from shardkit.timeouts import limited
@@ -32,6 +33,7 @@ __all__ = [
     "Scatter",
     "compose",
     "is_lost",
+    "is_refused",
     "of",
     "sql_of",
     "too_many_rows",
@@ -174,7 +176,7 @@ class Gathering:
             if isinstance(answer, Exception):
                 # These are about a server; anything else is about the statement.
                 is_late = isinstance(answer, StatementTimeoutError) or late_error(answer)
-                if not is_late and not is_lost(answer):
+                if not (is_late or is_lost(answer) or is_refused(answer)):
                     raise answer
                 failures[name] = answer
             else:
@@ -225,6 +227,11 @@ class Gathering:
 def is_lost(error: Exception) -> bool:
     """Tell whether an error is the loss of a connection."""
     return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def is_refused(error: Exception) -> bool:
+    """Tell whether a replica could not answer, so that the primary is to be asked."""
+    return isinstance(error, DBAPIError) and isinstance(error.orig, CANNOT_ANSWER)
 
 
 def too_many_rows(max_rows: int) -> TooManyRowsError:

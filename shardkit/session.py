@@ -59,6 +59,8 @@ class ReadSession(BoundSession):
     Attributes:
         failures: after a statement with `all_shards(partial=True)`, the error of each physical
             shard whose rows are missing, by name; empty when all answered.
+        token: what a later reader must have seen so as not to go back behind this one; an empty
+            string unless the session was given a token itself.
 
     Made by `Cluster.reader`.
     """
@@ -68,6 +70,11 @@ class ReadSession(BoundSession):
         self.failures: Mapping[str, Exception] = {}
 
     # -- what people call
+
+    @property
+    def token(self) -> str:
+        """What a later reader must have seen, so as not to go back behind this one."""
+        return self._fresh.token
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
         """Return the row of a primary key from its own logical shard, or None.
@@ -265,14 +272,15 @@ class ReadSession(BoundSession):
         lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
         if lost and self._can_retry() and not deadlines.is_over():
             endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
-            broken = self._abandon_broken()
-            if self._may_retry(broken):
-                failures = {name: e for name, e in failures.items() if name not in lost}
-                failures |= self._asked(state, gathering, lost)
+            if self._may_retry(self._abandon_broken()):
+                failures = self._asked_again(state, gathering, failures, lost)
             else:
-                failures |= {
-                    name: connection_error(failures[name], endpoints[name]) for name in lost
-                }
+                for name in lost:
+                    failures[name] = connection_error(failures[name], endpoints[name])
+        refused = self._fresh.refused()
+        if self._leave_refusing():
+            again = {name: groups[name] for name in refused}
+            failures = self._asked_again(state, gathering, failures, again)
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
@@ -344,6 +352,17 @@ class ReadSession(BoundSession):
                 found = self._cluster.parallel(tasks)
         return list(zip(groups, found, strict=True))
 
+    def _asked_again(
+        self,
+        state: ORMExecuteState,
+        gathering: scatter.Gathering,
+        failures: Mapping[str, Exception],
+        groups: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Exception]:
+        """Ask servers once more; return the failures that are left."""
+        left = {name: error for name, error in failures.items() if name not in groups}
+        return left | self._asked(state, gathering, groups)
+
     def _tell_routed(self, state: ORMExecuteState, shards: tuple[int, ...]) -> None:
         """Tell the listeners where a statement goes, opening its connections for that."""
         cluster = self._cluster
@@ -365,6 +384,7 @@ class ReadSession(BoundSession):
                     for name in physical
                     if name in self._roots and self._roots[name][0].role is Role.REPLICA
                 ),
+                after=self._after,
                 caller=caller(),
             )
         )

@@ -47,17 +47,27 @@ class Endpoint:
         physical: name of the physical shard it serves.
         role: primary or replica.
         url: address, database and application login; its password never appears in `repr`.
+        region: where it stands, or an empty string; near replicas are read first.
+        standby: its name in `synchronous_standby_names` (PostgreSQL's `application_name`), or
+            an empty string where commits do not wait for it.
         address: `host:port/database`, which with the first two tells endpoints apart.
     """
 
     physical: str
     role: Role
     url: URL = field(repr=False, compare=False)
+    region: str = field(default="", compare=False)
+    standby: str = field(default="", compare=False)
     address: str = field(init=False)
 
     def __post_init__(self) -> None:
         address = f"{self.url.host}:{self.url.port or 5432}/{self.url.database}"
         object.__setattr__(self, "address", address)
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether commits of the primary wait for it."""
+        return bool(self.standby)
 
     def __str__(self) -> str:
         return f"{self.physical}/{self.role}@{self.address}"

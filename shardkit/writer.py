@@ -35,13 +35,14 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
+from shardkit.freshness import driver_of
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
-from shardkit.replicas import token_of
 from shardkit.session import ReadSession
 from shardkit.statements import Limits, limits_of
 from shardkit.strategies import Rule
 from shardkit.timeouts import limited
+from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["WriteSession"]
@@ -57,8 +58,6 @@ class WriteSession(ReadSession):
     writes. Objects stay usable after commit: nothing is expired.
 
     Attributes:
-        token: after a commit, what a later reader must have seen; an empty string before.
-
     Made by `Cluster.writer`.
     """
 
@@ -68,9 +67,15 @@ class WriteSession(ReadSession):
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
         self._written: set[str] = set()
+        self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self._is_unit = False  # of `Cluster.run`, which commits
-        self.token = ""
+        self._token = Token()
+
+    @property
+    def token(self) -> str:
+        """After a commit, what a later reader must have seen; an empty string before."""
+        return self._token.text if self._token.marks or not self._token.is_readable else ""
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Write what was added, changed and deleted; ids are minted here.
@@ -151,7 +156,9 @@ class WriteSession(ReadSession):
         return self._decided(lambda router: router.shard(rule, key))
 
     def _note_written(self, shards: Iterable[int]) -> None:
-        self._written = self._refuse_several(shards)
+        noted = set(shards)
+        self._written = self._refuse_several(noted)
+        self._written_shards |= noted
 
     def _refuse_several(self, shards: Iterable[int]) -> set[str]:
         """Return the physical shards written to, with those of `shards`: one at most."""
@@ -326,6 +333,7 @@ class WriteSession(ReadSession):
                     self._cluster.failed(endpoint, found)
                 raise found from error
             admitted(connection)
+        driver_of(connection).mints = False
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
@@ -336,11 +344,35 @@ class WriteSession(ReadSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._written_shards.clear()
         self._shard_views.clear()
         self._roots.clear()
 
     def _release(self) -> None:
         self._ended()
+
+    def _mint_ahead(self) -> None:
+        """Have COMMIT ask for its position, in its own round trip."""
+        for physical in self._written:
+            if physical in self._roots:
+                driver = driver_of(self._roots[physical][1])
+                driver.mints, driver.committed = True, None
+
+    def _minted(self) -> Token:
+        """Return the token of what was just committed."""
+        epochs = self._cluster.topology.shard_map.epochs
+        found = Token()
+        for physical in self._written:
+            driver = driver_of(self._roots[physical][1]) if physical in self._roots else None
+            if driver is None or driver.committed is None or not driver.system:
+                return Token(is_readable=False)
+            held = [n for n in self._written_shards if self._cluster.physical_of(n) == physical]
+            position = driver.committed
+            minted = mint(
+                driver.system, position.timeline, position.lsn, {n: epochs[n] for n in held}
+            )
+            found = joined([found, minted]) if found.marks else minted
+        return found
 
     def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
@@ -353,12 +385,20 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
     session._prepare_flush()
 
 
+@event.listens_for(WriteSession, "before_commit")
+def _before_commit(session: Session) -> None:
+    assert isinstance(session, WriteSession)
+    if not session.in_nested_transaction():
+        session.flush()  # what it writes is part of what is committed
+        session._mint_ahead()
+
+
 @event.listens_for(WriteSession, "after_commit")
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
     if session._written and not session.in_nested_transaction():
-        session.token = token_of(session._written)
+        session._token = session._minted()
         listeners = session._cluster.listeners
         if listeners:
             written = tuple(sorted(session._written))

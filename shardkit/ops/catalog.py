@@ -17,6 +17,7 @@ from psycopg import sql
 
 from shardkit.ids import EPOCH_MS
 from shardkit.ops.idfunctions import id_statements
+from shardkit.ops.logfunctions import log_statements
 from shardkit.topology import schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
@@ -58,6 +59,7 @@ def admin_statements(
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
         *id_statements(app_role=app_role),
+        *log_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"

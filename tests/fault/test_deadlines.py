@@ -160,7 +160,7 @@ def test_a_frozen_primary_is_given_up_at_the_deadline(
 def test_a_scatter_over_a_frozen_server_ends_at_the_deadline(
     cluster: Cluster, user: User, thawed: LocalCluster
 ) -> None:
-    with cluster.reader(max_lag=1.0) as session:
+    with cluster.reader(after="the primaries") as session:
         assert len(session.scalars(NEWEST).all()) == 1
         physical = freeze(thawed, user, cluster)
         with deadline(0.3), over_in(0.3), pytest.raises(GatherError) as caught:
@@ -169,7 +169,7 @@ def test_a_scatter_over_a_frozen_server_ends_at_the_deadline(
             physical: DeadlineExceededError
         }
     # A new connection may take half of the time, so that the others still have the rest.
-    with cluster.reader(max_lag=1.0) as session, deadline(0.3), over_in(0.15):
+    with cluster.reader(after="the primaries") as session, deadline(0.3), over_in(0.15):
         assert session.scalars(NEWEST.options(all_shards(partial=True))).all() == []
         assert set(session.failures) == {physical}
 
@@ -178,7 +178,7 @@ def test_a_scatter_over_a_frozen_server_ends_at_the_deadline(
 def test_a_scatter_that_waits_for_locks_is_cancelled_everywhere(
     cluster: Cluster, topology: Topology, thawed: LocalCluster
 ) -> None:
-    with ExitStack() as stack, cluster.reader(max_lag=1.0) as session:
+    with ExitStack() as stack, cluster.reader(after="the primaries") as session:
         for physical in topology.physical.values():
             locks = stack.enter_context(admin(physical))
             schema = schema_name(topology.shard_map.owned_by(physical.name)[0])

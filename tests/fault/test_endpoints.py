@@ -22,6 +22,7 @@ from shardkit.errors import (
 from shardkit.events import EndpointFailed, Gathered
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until, watch
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Endpoint, Role, Topology
 from tests.fixtures.sharded import Settled
 from tests.models import Photo, User
@@ -125,7 +126,10 @@ def test_a_dead_primary_leaves_the_other_physical_shard_working(
         session.get(User, user.id)
     with cluster.reader() as session:
         assert session.get_one(User, user.id).name == "ana", "replicas answer"
-    with cluster.reader(max_lag=1.0) as session, pytest.raises((UnavailableError, GatherError)):
+    with (
+        cluster.reader(after=ASK_PRIMARIES) as session,
+        pytest.raises((UnavailableError, GatherError)),
+    ):
         session.scalars(NEWEST)
     other = next(name for name in cluster.topology.physical if name != physical)
     there = cluster.topology.shard_map.owned_by(other)[0]
@@ -141,7 +145,7 @@ def test_a_gather_says_who_answered_and_who_did_not(
     physical = owner(cluster, user)
     other = next(name for name in cluster.topology.physical if name != physical)
     healed.kill_server(healed.primary(other).name)
-    with cluster.reader(max_lag=1.0) as session, watch(cluster) as seen:
+    with cluster.reader(after=ASK_PRIMARIES) as session, watch(cluster) as seen:
         with pytest.raises(GatherError, match=f"physical shard {other}") as caught:
             session.scalars(NEWEST)
         assert caught.value.retryable

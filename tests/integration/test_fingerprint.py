@@ -19,6 +19,7 @@ from shardkit.local import LocalCluster
 from shardkit.models import rules_of
 from shardkit.ops import migrate
 from shardkit.strategies import hash_shard
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Topology
 from tests.fixtures.sharded import admin
 from tests.fixtures.site import QUICK, Site
@@ -79,7 +80,7 @@ def test_a_table_that_is_not_recorded_is_not_checked(topology: Topology) -> None
         with admin(physical) as connection:
             connection.execute("DELETE FROM shardkit.placement WHERE table_name = 'readings'")
     try:
-        with Cluster(topology) as cluster, cluster.reader(max_lag=1.0) as reader:
+        with Cluster(topology) as cluster, cluster.reader(after=ASK_PRIMARIES) as reader:
             assert reader.get(Reading, 1) is None
     finally:
         rule = rules_of(Known.metadata)["readings"]

@@ -14,6 +14,7 @@ from sqlalchemy.orm import selectinload
 from shardkit import AsyncCluster, Cluster, ids
 from shardkit.errors import InvalidShardKeyError
 from shardkit.session import ReadSession
+from shardkit.tokens import ASK_PRIMARIES
 from tests.fixtures.sharded import Settled
 from tests.models import Country, Handle, Like, Photo, Tenant, User
 
@@ -41,7 +42,7 @@ def users(cluster: Cluster) -> list[int]:
 @pytest.fixture
 def reader(cluster: Cluster) -> Iterator[ReadSession]:
     """A session on the primaries, which have what was just written."""
-    with cluster.reader(max_lag=1.0) as session:
+    with cluster.reader(after=ASK_PRIMARIES) as session:
         yield session
 
 
@@ -130,7 +131,7 @@ def test_other_strategies_and_reference_tables(cluster: Cluster) -> None:
         with cluster.writer() as session:
             session.add(Tenant(name=name))
             session.commit()
-    with cluster.reader(max_lag=1.0) as reader:
+    with cluster.reader(after=ASK_PRIMARIES) as reader:
         found = reader.get_many(Tenant, [*names, "nobody"])
         assert [tenant and tenant.name for tenant in found] == [*names, None]
         assert [c and c.name for c in reader.get_many(Country, ["pt", "xx"])] == ["Portugal", None]

@@ -31,6 +31,7 @@ from shardkit.session import ReadSession
 from shardkit.statements import AllShards
 from shardkit.strategies import hash_shard
 from shardkit.testing import create_tables, wait_until
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import PhysicalShard, Role, ShardMap, Topology, schema_name
 from tests.fixtures.servers import NewCluster
 from tests.fixtures.sharded import Settled, admin, one_server
@@ -272,7 +273,7 @@ def _raw(session: object, sql: str, user_id: int) -> None:
 
 def test_a_reader_on_the_primary_cannot_write_either(cluster: Cluster) -> None:
     user = add_user(cluster, "ana")
-    with cluster.reader(max_lag=0.5) as session:
+    with cluster.reader(after=ASK_PRIMARIES) as session:
         found = session.get(User, user.id)
         assert found is not None, "the primary answers"
         with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
@@ -285,7 +286,7 @@ def test_a_write_over_two_physical_shards_writes_nothing(topology: Topology) -> 
             session.add_all([User(name="left"), User(name="right")])
             with pytest.raises(CrossShardWriteError, match="alpha, beta"):
                 session.commit()
-        with cluster.reader(max_lag=1.0) as reader:
+        with cluster.reader(after=ASK_PRIMARIES) as reader:
             count = select(func.count()).select_from(User).options(all_shards())
             assert reader.scalar(count) == 0
 
@@ -532,7 +533,7 @@ async def test_a_cancelled_gather_leaves_clean_connections(
                 session.add(User(id=ids.compose(1, shard, 0), name="x"))
                 await session.commit()
         slow = select(User.id).where(cast(func.pg_sleep(60), String) == "").options(limits)
-        async with cluster.reader(max_lag=1.0) as session:
+        async with cluster.reader(after=ASK_PRIMARIES) as session:
             task = asyncio.create_task(session.execute(slow))
             await asyncio.to_thread(
                 wait_until,
@@ -544,7 +545,7 @@ async def test_a_cancelled_gather_leaves_clean_connections(
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert not any(_sleeps(shard) for shard in topology.physical.values())
-        async with cluster.reader(max_lag=1.0) as session:
+        async with cluster.reader(after=ASK_PRIMARIES) as session:
             names = await session.scalars(select(User.name).options(all_shards()))
             assert names.all() == ["x", "x"]
             assert await session.run_sync(_timeouts) == {"0"}

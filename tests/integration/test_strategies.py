@@ -21,6 +21,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.testing import wait_until
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.sharded import Settled, admin
 from tests.models import Device, Handle, Reading, Tenant, User
@@ -55,7 +56,7 @@ def test_rows_lie_in_their_range_and_comparisons_ask_only_those(
         [3],
         [40],
     ]
-    with cluster.reader(max_lag=1.0) as session:
+    with cluster.reader(after=ASK_PRIMARIES) as session:
         low = select(Reading.meter).where(Reading.meter < 1_000).order_by(Reading.meter)
         assert session.route(low).shards == (3,)
         assert session.scalars(low).all() == [-5, 999]

@@ -27,6 +27,7 @@ from shardkit.router import Router
 from shardkit.session import ReadSession
 from shardkit.shapes import base_table
 from shardkit.testing import create_tables
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import PhysicalShard, ShardMap, Topology, schema_name
 from tests.fixtures.sharded import admin
 from tests.property.schemas import POOLS, Schema, made
@@ -108,11 +109,11 @@ def opened(local: LocalCluster, seed: int, number: int) -> Iterator[World]:
         cluster = stack.enter_context(Cluster(topology))
         awaited_cluster = runner.run(_made(topology))
         stack.callback(lambda: runner.run(awaited_cluster.close()))
-        awaited = awaited_cluster.reader(max_lag=1.0)
+        awaited = awaited_cluster.reader(after=ASK_PRIMARIES)
         stack.callback(lambda: runner.run(awaited.close()))
         yield World(
             name, schema, topology, values,
-            stack.enter_context(cluster.reader(max_lag=1.0)),
+            stack.enter_context(cluster.reader(after=ASK_PRIMARIES)),
             stack.enter_context(Session(engine)), engine, awaited, runner,
         )  # fmt: skip
 

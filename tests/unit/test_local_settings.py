@@ -48,7 +48,12 @@ def toml(kept: dict[str, Any] | None = None) -> Config:
 def test_the_written_file_is_one_that_is_accepted() -> None:
     config = toml()
     assert config.physical[1].shard_numbers == (2, 3)
-    assert config.physical[0].replicas[0].get_secret_value().endswith("@127.0.0.1:5502/shardkit")
+    assert (
+        config.physical[0]
+        .replica_configs[0]
+        .url.get_secret_value()
+        .endswith("@127.0.0.1:5502/shardkit")
+    )
     assert config.services == {"redis": "redis://127.0.0.1:6379/0"}
 
 

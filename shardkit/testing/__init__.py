@@ -3,7 +3,8 @@
 `wait_until` waits for a fact instead of for a time, so that a test is as quick as the system and
 fails with a sentence. `FakeClock` is a clock that moves when told. `create_tables` makes the
 tables of models on every logical shard without migrations. `watch` collects what a cluster does
-and fails a test that reads too widely, too often or too early. Never used by the library itself.
+and fails a test that reads too widely, too often or too early. `FaultProxy` breaks the network
+between a program and one server (see `shardkit.testing.proxy`). Never used by the library itself.
 """
 
 from __future__ import annotations
@@ -19,14 +20,31 @@ from sqlalchemy import MetaData, Table
 from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from shardkit import tokens
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.events import Caller, Committed, Event, StatementRouted
 from shardkit.models import REFERENCE_SCHEMA, rules_of
 from shardkit.ops import catalog
+from shardkit.testing.faults import Counts, Fault, Shape, Trigger, Way, When
+from shardkit.testing.proxy import FaultProxy, reroute
 from shardkit.topology import PhysicalShard, Topology, schema_name
 
-__all__ = ["FakeClock", "Watch", "create_tables", "wait_until", "watch"]
+__all__ = [
+    "Counts",
+    "FakeClock",
+    "Fault",
+    "FaultProxy",
+    "Shape",
+    "Trigger",
+    "Watch",
+    "Way",
+    "When",
+    "create_tables",
+    "reroute",
+    "wait_until",
+    "watch",
+]
 
 _POLL = 0.02
 
@@ -150,8 +168,8 @@ class Watch:
     def assert_no_stale_read_risk(self) -> None:
         """Fail if a replica was read of a physical shard that was written to before.
 
-        A reader with a token that covers the write asks the primary, which is no risk. Other
-        replicas may have caught up by chance; the risk is the same.
+        A reader with a token that covers the write is no risk: the replica is asked whether it
+        has replayed it. Other replicas may have caught up by chance; the risk is the same.
 
         Raises:
             AssertionError: one was; the message names both lines.
@@ -166,7 +184,9 @@ class Watch:
                     f"{_line(event.caller)}: {_what(event)} on a replica of {physical}, "
                     f"written by {_line(written[physical].caller)}"
                     for physical in event.physical
-                    if physical in event.from_replica and physical in written
+                    if physical in event.from_replica
+                    and physical in written
+                    and not tokens.covers(event.after, written[physical].token)
                 ]
         _fail("replica read after a write", risks, "pass the token: cluster.reader(after=token)")
 

@@ -1,0 +1,398 @@
+"""Connections that know up to where they have read, and whether that is far enough.
+
+A replica's answer counts only if the replica had replayed what the reader must have seen *before*
+it took the snapshot of the answer. So the question goes first, the statement second and, for
+readers whose token is to grow, the position third: one pipeline, one round trip. Asking after the
+statement, or inside it, would prove nothing, since the snapshot is older than the answer. Where a
+replica may still be replaying, the server itself waits a moment.
+
+A connection that has seen a position once has seen it for good: a replica's position falls only
+when it restarts, which ends its connections. Behind a pooler that does not hold, so there every
+read is asked about. A primary tells the position of a commit in the round trip of COMMIT.
+
+Made by `shardkit.connections`, told by sessions what to ask; decides nothing about servers.
+Source: docs/replicas.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, cast
+
+import psycopg
+from psycopg import generators
+from psycopg._preparing import Prepare
+from psycopg.abc import PQGen
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGresult
+
+from shardkit import driver
+
+__all__ = [
+    "CANNOT_ANSWER",
+    "AsyncConnection",
+    "AsyncCursor",
+    "Connection",
+    "Cursor",
+    "Gate",
+    "Gated",
+    "Meter",
+    "NotReplayedError",
+    "Position",
+    "lsn_of",
+    "lsn_text",
+    "position_of",
+]
+
+WAITS_FOR_LSN: Final = 190000
+"""The first PostgreSQL with WAIT FOR LSN, as the server version number."""
+
+# None takes a lock. The first waits in the server, holding a snapshot for at most the patience.
+_REPLAYED = b"SELECT shardkit.replayed($1::pg_catalog.pg_lsn, $2::pg_catalog.int4)"
+_WRITTEN = (
+    b"SELECT CASE pg_catalog.current_setting('synchronous_commit') WHEN 'off' "
+    b"THEN pg_catalog.pg_current_wal_insert_lsn() ELSE pg_catalog.pg_current_wal_flush_lsn() END "
+    b"|| ' ' || pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn())"
+)
+# A commit that does not wait for the disk lies beyond what is flushed. The setting may be local to
+# the transaction, so it is looked at before COMMIT, the position after.
+_COMMIT = (
+    b"SHOW synchronous_commit; COMMIT; SELECT pg_catalog.pg_current_wal_flush_lsn(), "
+    b"pg_catalog.pg_current_wal_insert_lsn(), "
+    b"pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn())"
+)
+_PREPARED: Final = {_REPLAYED: b"shardkit_replayed", _WRITTEN: b"shardkit_written"}
+
+_CONTROL: Final = re.compile(
+    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE)\b", re.IGNORECASE
+)
+"""Statements that read no rows; several of them may stand in one message."""
+
+_SUCCESS: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY})
+_GONE: Final = b"26000"  # the prepared statement was deallocated behind our back
+
+
+class NotReplayedError(psycopg.OperationalError):
+    """The replica has not replayed what the reader must see; its rows were thrown away."""
+
+
+# Replay takes locks and removes rows; it cancels what stands in its way. Source: PostgreSQL,
+# "Handling Query Conflicts"; outside transactions readers meet these for no other reason.
+CANNOT_ANSWER: Final = (
+    NotReplayedError,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+)
+
+
+class Meter(Protocol):
+    """What is told how long statements take; see `shardkit.replicas.Member`."""
+
+    def began(self) -> float:
+        """Note that a statement was sent."""
+
+    def ended(self, began: float, *, failed: bool = False) -> None:
+        """Note that it was answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the log of a server.
+
+    Attributes:
+        timeline: of the log; 0 when not known.
+        lsn: the log position, in bytes.
+    """
+
+    timeline: int
+    lsn: int
+
+
+class Gate:
+    """What one session asks of one connection, for as long as it holds it.
+
+    Attributes:
+        needed: returns the position that must have been replayed, or None for any.
+        is_replica: whether the server replays or writes.
+        patience: milliseconds that the server may wait for what it has not replayed yet.
+        keeps_track: whether the position after each statement is asked for.
+        seen: the position after the last statement, or None.
+        asks: whether statements are asked about at all.
+        has_refused: whether the replica could not answer, and the primary should.
+        has_lost_track: whether the position after a statement could not be had.
+    """
+
+    __slots__ = (
+        "asks",
+        "has_lost_track",
+        "has_refused",
+        "is_replica",
+        "keeps_track",
+        "needed",
+        "patience",
+        "seen",
+    )
+
+    def __init__(
+        self,
+        needed: Callable[[], Position | None],
+        *,
+        is_replica: bool,
+        patience: int,
+        keeps_track: bool,
+        asks: bool = True,
+    ) -> None:
+        self.asks = asks
+        self.needed = needed
+        self.is_replica = is_replica
+        self.patience = patience
+        self.keeps_track = keeps_track
+        self.seen: Position | None = None
+        self.has_refused = False
+        self.has_lost_track = False
+
+
+class Gated:
+    """What both kinds of connection have; mixed into psycopg's classes.
+
+    Attributes:
+        gate: of the session that holds the connection, or None.
+        meter: is told how long statements take, or None.
+        system: system identifier of the server; 0 until it is known.
+        is_direct: whether no pooler stands between.
+        mints: whether the next COMMIT asks for its position.
+        committed: the position of that commit, or None.
+        replayed: what this server is known to have replayed, or None.
+    """
+
+    gate: Gate | None = None
+    meter: Meter | None = None
+    system = 0
+    is_direct = False
+    mints = False
+    committed: Position | None = None
+    replayed: Position | None = None
+    _has_prepared: frozenset[bytes] = frozenset()
+
+    def _commit_gen(self) -> PQGen[None]:
+        this = cast("Any", self)
+        if not self.mints or this._tpc or this._pipeline or this._num_transactions:
+            yield from cast("Any", super())._commit_gen()
+            return
+        self.mints, self.committed = False, None
+        if this.pgconn.transaction_status == TransactionStatus.IDLE:
+            return
+        this.pgconn.send_query(_COMMIT)
+        results = yield from generators.execute(this.pgconn)
+        for result in results[:2]:
+            if result.status == ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result, encoding=this.pgconn._encoding)
+        if len(results) == 3 and results[2].status == ExecStatus.TUPLES_OK:
+            flushed, inserted, file = (results[2].get_value(0, i) or b"" for i in range(3))
+            waited = results[0].get_value(0, 0) != b"off"
+            self.committed = Position(int(file[:8], 16), lsn_of(flushed if waited else inserted))
+
+
+class _Cursor:
+    """What both kinds of cursor do; mixed into psycopg's classes."""
+
+    def _maybe_prepare_gen(
+        self, pgq: Any, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        this = cast("Any", self)
+        connection: Gated = this._conn
+        meter = connection.meter
+        began = 0.0 if meter is None else meter.began()
+        try:
+            gate = connection.gate
+            if gate is None or not gate.asks or this._conn._pipeline or _CONTROL.match(pgq.query):
+                yield from cast("Any", super())._maybe_prepare_gen(
+                    pgq, prepare=prepare, binary=binary
+                )
+            else:
+                yield from self._gated_gen(gate, pgq, prepare=prepare, binary=binary)
+        except BaseException as error:
+            if isinstance(error, CANNOT_ANSWER) and connection.gate is not None:
+                connection.gate.has_refused = connection.gate.is_replica
+            if meter is not None:
+                failed = isinstance(error, psycopg.OperationalError)
+                meter.ended(began, failed=failed and not isinstance(error, CANNOT_ANSWER))
+            raise
+        if meter is not None:
+            meter.ended(began)
+
+    def _gated_gen(
+        self, gate: Gate, pgq: Any, *, prepare: bool | None, binary: bool | None
+    ) -> PQGen[None]:
+        this = cast("Any", self)
+        connection: Gated = this._conn
+        needed = gate.needed()
+        if needed is not None and connection.is_direct and _reaches(connection.replayed, needed):
+            needed = None
+        if needed is None and not gate.keeps_track:
+            yield from cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        prep, name = this._get_prepared(pgq, prepare)
+
+        def send() -> int:
+            """Send the statement as it would go by itself; return how many answers it has."""
+            if prep is Prepare.NO:
+                this._execute_send(pgq, force_extended=True, binary=binary)
+                return 1
+            if prep is Prepare.SHOULD:
+                this._send_prepare(name, pgq)
+            this._send_query_prepared(name, pgq, binary=binary)
+            return 2 if prep is Prepare.SHOULD else 1
+
+        before, answers, after = yield from _pipelined(this._conn, gate, needed, send)
+        if before is not None and _is_gone(before):  # nothing ran after it
+            connection._has_prepared = frozenset()
+            before, answers, after = yield from _pipelined(this._conn, gate, needed, send)
+        if needed is not None:
+            self._let_through(gate, before, needed)
+        failed = [found for found in answers if found[0].status not in _SUCCESS]
+        if failed:
+            this._raise_for_result(failed[0][0])
+        key = this._conn._prepared.maybe_add_to_cache(pgq, prep, name)
+        if key is not None:
+            this._conn._prepared.validate(key, prep, name, answers[-1])
+        this._check_results(answers[-1])
+        this._set_results(answers[-1])
+        if gate.keeps_track:
+            if after is None or _is_gone(after):
+                connection._has_prepared = frozenset()
+                _, _, after = yield from _pipelined(this._conn, gate, None, lambda: 0)
+            self._keep_track(gate, position_of(after))
+
+    def _keep_track(self, gate: Gate, position: Position | None) -> None:
+        """Note the position after a statement, which is where a later reader has to go on."""
+        if position is None:
+            gate.has_lost_track = True
+        else:
+            gate.seen = position
+            if gate.is_replica:
+                cast("Any", self)._conn.replayed = position
+
+    def _let_through(self, gate: Gate, answer: PGresult | None, needed: Position) -> None:
+        """Refuse the answer of a replica that has not replayed what is needed."""
+        connection: Gated = cast("Any", self)._conn
+        position = position_of(answer)
+        if position is not None and gate.is_replica:
+            connection.replayed = position
+        if not _reaches(position, needed):
+            raise NotReplayedError(f"not replayed up to {lsn_text(needed.lsn)} yet")
+
+
+class Cursor(_Cursor, psycopg.Cursor[Any]):
+    """A cursor of a thread."""
+
+
+class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):
+    """A cursor of an event loop."""
+
+
+class Connection(Gated, driver.Connection):
+    """A connection of a thread."""
+
+
+class AsyncConnection(Gated, driver.AsyncConnection):
+    """A connection of an event loop."""
+
+
+def lsn_of(text: bytes | str) -> int:
+    """Return the log position of PostgreSQL's text: `0/300DAE8`."""
+    high, _, low = (text.decode() if isinstance(text, bytes) else text).partition("/")
+    return (int(high, 16) << 32) | int(low, 16)
+
+
+def lsn_text(lsn: int) -> str:
+    """Return PostgreSQL's text of a log position."""
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+
+
+def position_of(result: PGresult | None) -> Position | None:
+    """Return the position in an answer, None when there is none."""
+    if result is None or result.status != ExecStatus.TUPLES_OK:
+        return None
+    lsn, _, timeline = (result.get_value(0, 0) or b"").partition(b" ")
+    # A primary names the file of its log, of which the timeline is the first 8 digits.
+    return Position(int(timeline[:8], 16), lsn_of(lsn)) if timeline else None
+
+
+def _reaches(position: Position | None, needed: Position) -> bool:
+    return (
+        position is not None and position.timeline == needed.timeline and position.lsn >= needed.lsn
+    )
+
+
+def _pipelined(
+    connection: Any, gate: Gate, needed: Position | None, send: Callable[[], int]
+) -> PQGen[tuple[PGresult | None, list[list[PGresult]], PGresult | None]]:
+    """Ask, run a statement and ask again, in one round trip.
+
+    Returns:
+        the answer before, the answers to what `send` sent, and the answer after.
+    """
+    server = connection.pgconn
+    server.enter_pipeline_mode()
+    try:
+        n_before = 0
+        if needed is not None:
+            text, patience = lsn_text(needed.lsn).encode(), gate.patience
+            if server.server_version >= WAITS_FOR_LSN and patience:
+                server.send_query_params(wait_for(needed.lsn, patience), None)
+                n_before += 1
+            n_before += _ask(connection, _REPLAYED, [text, b"%d" % patience])
+        n_after = n_before + send()
+        if gate.keeps_track and gate.is_replica:
+            _ask(connection, _REPLAYED, [b"0/0", b"0"])
+        elif gate.keeps_track:
+            _ask(connection, _WRITTEN, None)
+        server.pipeline_sync()
+        yield from generators.send(server)
+        found: list[list[PGresult]] = []
+        while True:
+            results = yield from generators.fetch_many(server)
+            if results and results[-1].status == ExecStatus.PIPELINE_SYNC:
+                break
+            found.append(results)
+        server.exit_pipeline_mode()
+    except BaseException:
+        if server.status == ConnStatus.OK:
+            server.finish()  # half a conversation is left on it
+        raise
+    before = found[n_before - 1][0] if n_before else None
+    after = found[-1][0] if len(found) > n_after else None
+    return before, found[n_before:n_after], after
+
+
+def wait_for(lsn: int, patience: int) -> bytes:
+    """Return the statement that waits in the server, from PostgreSQL 19 on.
+
+    It holds no snapshot while it waits. Not run in our tests, which have no such server.
+    """
+    return b"WAIT FOR LSN '%s' WITH (TIMEOUT '%dms', NO_THROW)" % (
+        lsn_text(lsn).encode(), patience,
+    )  # fmt: skip
+
+
+def _ask(connection: Any, question: bytes, parameters: list[bytes] | None) -> int:
+    """Send a question, prepared once where statements may be; return how many answers it has."""
+    server, name = connection.pgconn, _PREPARED[question]
+    if connection.prepare_threshold is None:
+        server.send_query_params(question, parameters)
+        return 1
+    is_new = name not in connection._has_prepared
+    if is_new:
+        server.send_prepare(name, question)
+        connection._has_prepared |= {name}
+    server.send_query_prepared(name, parameters)
+    return 1 + is_new
+
+
+def _is_gone(result: PGresult) -> bool:
+    return result.status == ExecStatus.FATAL_ERROR and (
+        result.error_field(psycopg.pq.DiagnosticField.SQLSTATE) == _GONE
+    )

@@ -1,0 +1,206 @@
+"""Asks every server, ten times a second, how far its log is; what `shardkit.replicas` knows.
+
+Runs beside the sessions: a thread with an event loop of its own for `Cluster`, a task for
+`AsyncCluster`. Started by the first reader that has a token or a bound, one small connection for
+each server. An old answer loses reads to the primary and never makes one stale, because the
+server that answers a read is asked again with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+import psycopg
+from psycopg import AsyncConnection
+
+from shardkit.clock import SYSTEM, Clock
+from shardkit.gates import lsn_of
+from shardkit.replicas import ReplicaSet, Sample
+from shardkit.topology import Endpoint, Topology
+
+__all__ = ["AsyncProbes", "Probes"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+# Takes no lock.
+_SYSTEM = "SELECT system_identifier FROM pg_catalog.pg_control_system()"
+_STATE = """
+SELECT r, CASE WHEN r THEN pg_catalog.pg_last_wal_replay_lsn()
+        ELSE pg_catalog.pg_current_wal_flush_lsn() END,
+    CASE WHEN r THEN pg_catalog.pg_last_wal_receive_lsn() END,
+    CASE WHEN r THEN pg_catalog.split_part(shardkit.replayed('0/0', 0), ' ', 2)
+        ELSE pg_catalog.substr(
+            pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8) END
+FROM pg_catalog.pg_is_in_recovery() AS r
+"""
+
+
+class _Prober:
+    """Asks the servers of a cluster until it is cancelled."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        replica_sets: Mapping[str, ReplicaSet],
+        *,
+        interval: float,
+        timeout: float,
+        clock: Clock,
+    ) -> None:
+        self._targets: list[tuple[Endpoint, ReplicaSet]] = [
+            (endpoint, replica_sets[endpoint.physical])
+            for endpoint in topology.endpoints
+            if replica_sets[endpoint.physical].replicas
+        ]
+        self._interval = interval
+        self._timeout = timeout
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for endpoint, replicas in self._targets:
+                group.create_task(self._watch(endpoint, replicas))
+
+    async def _watch(self, endpoint: Endpoint, replicas: ReplicaSet) -> None:
+        while True:
+            try:
+                await self._follow(endpoint, replicas)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                _LOG.debug("%s does not answer: %s", endpoint, type(error).__name__)
+                if not replicas.is_down(endpoint):
+                    replicas.failed(endpoint)
+            await asyncio.sleep(self._interval * 5)
+
+    async def _follow(self, endpoint: Endpoint, replicas: ReplicaSet) -> None:
+        url = endpoint.url.set(drivername="postgresql")
+        connection: AsyncConnection[Any] | None = None
+        try:
+            async with asyncio.timeout(self._timeout):
+                connection = await AsyncConnection.connect(
+                    url.render_as_string(hide_password=False),
+                    autocommit=True,
+                    application_name="shardkit probe",
+                    prepare_threshold=None,
+                )
+                row = await (await connection.execute(_SYSTEM)).fetchone()
+            system: int = row[0] if row is not None else 0
+            while True:
+                at = self._clock.monotonic()
+                async with asyncio.timeout(self._timeout):
+                    state: Any = await (await connection.execute(_STATE)).fetchone()
+                replicas.observed(endpoint, _sample(at, system, state))
+                replicas.answered(endpoint)
+                await asyncio.sleep(self._interval)
+        finally:
+            if connection is not None:
+                connection.pgconn.finish()  # at once: nothing is under way that matters
+
+
+def _sample(
+    at: float, system: int, state: tuple[bool, str | None, str | None, str | None]
+) -> Sample:
+    in_recovery, lsn, received, timeline = state
+    position = lsn_of(lsn or "0/0")
+    return Sample(
+        at,
+        system,
+        int(timeline, 16) if timeline else None,
+        position,
+        max(position, lsn_of(received)) if received else position,
+        in_recovery,
+    )
+
+
+class Probes:
+    """The probes of a `Cluster`: one daemon thread. Thread-safe; a fork starts anew."""
+
+    def __init__(self, topology: Topology, replica_sets: Mapping[str, ReplicaSet], *,
+                 interval: float, timeout: float, clock: Clock = SYSTEM) -> None:  # fmt: skip
+        self._prober = _Prober(
+            topology, replica_sets, interval=interval, timeout=timeout, clock=clock
+        )
+        self._lock = threading.Lock()
+        self._process: int | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Start asking, unless it has been started in this process."""
+        if self._process == os.getpid() or self._is_closed:
+            return
+        with self._lock:
+            if self._process == os.getpid():
+                return
+            self._process = os.getpid()
+            started = threading.Event()
+            self._thread = threading.Thread(
+                target=self._run, args=(started,), name="shardkit probes", daemon=True
+            )
+            self._thread.start()
+        started.wait()
+
+    def forget(self) -> None:
+        """Leave the parent's thread and sockets to the parent, in the child of a fork."""
+        self._lock = threading.Lock()
+        self._process = None
+
+    def close(self) -> None:
+        """Stop asking and wait for the end of it."""
+        with self._lock:
+            self._is_closed = True
+            if self._process != os.getpid() or self._loop is None or self._thread is None:
+                return
+            self._process = None
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._cancel)
+        self._thread.join()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _run(self, started: threading.Event) -> None:
+        async def ask() -> None:
+            self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+            started.set()
+            await self._prober.run()
+
+        with suppress(asyncio.CancelledError):
+            asyncio.run(ask())
+
+
+class AsyncProbes:
+    """The probes of an `AsyncCluster`: one task of its event loop."""
+
+    def __init__(self, topology: Topology, replica_sets: Mapping[str, ReplicaSet], *,
+                 interval: float, timeout: float, clock: Clock = SYSTEM) -> None:  # fmt: skip
+        self._prober = _Prober(
+            topology, replica_sets, interval=interval, timeout=timeout, clock=clock
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start asking, unless it has been started."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._prober.run())
+
+    def forget(self) -> None:
+        """Leave the parent's task to the parent, in the child of a fork."""
+        self._task = None
+
+    async def close(self) -> None:
+        """Stop asking and wait for the end of it."""
+        task, self._task = self._task, None
+        if task is not None and not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
