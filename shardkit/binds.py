@@ -29,6 +29,7 @@ from shardkit.errors import (
 )
 from shardkit.events import ReplicaPassedOver
 from shardkit.freshness import Freshness, driver_of
+from shardkit.races import Race
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["BoundSession"]
@@ -144,6 +145,10 @@ class BoundSession(Session):
                 connection.close()
                 fresh.leave(physical)
                 continue
+            hedges = cluster.hedges.get(physical)
+            driver.race = None
+            if hedges is not None and endpoint.role is Role.REPLICA:
+                driver.race = Race(self, physical, hedges)
             self._roots[physical] = (endpoint, connection)
             return endpoint, connection
 
@@ -176,6 +181,35 @@ class BoundSession(Session):
         self._fresh.let_go(physical)
         connection.close()
         return endpoint
+
+    # -- races
+
+    def _second(self, physical: str) -> tuple[Endpoint, Connection] | None:
+        """Open a connection to a second replica; None when there is none worth asking."""
+        cluster, fresh = self._cluster, self._fresh
+        replicas = cluster.replica_sets[physical]
+        endpoint = replicas.choose(fresh.need(physical), excluding={self._roots[physical][0]})
+        if endpoint.role is Role.PRIMARY or not cluster.guards[endpoint].breaker.is_closed:
+            return None
+        connection = cluster.connect(cluster.view(endpoint, self.purpose, None), endpoint)
+        driver = driver_of(connection)
+        driver.race = None
+        driver.gate = fresh.second_gate(endpoint, driver)
+        if driver.gate is None:
+            connection.close()
+            return None
+        return endpoint, connection
+
+    def _won(self, physical: str, endpoint: Endpoint, connection: Connection) -> Connection:
+        """Go on with a second replica, which was quicker; return the connection to the first."""
+        _, slow = self._roots[physical]
+        first, second = driver_of(slow), driver_of(connection)
+        second.race, first.race, first.gate = first.race, None, None
+        assert second.gate is not None, "it was opened with one"
+        self._fresh.let_go(physical)
+        self._fresh.keep_gate(physical, second.system, second.gate)
+        self._roots[physical] = (endpoint, connection)
+        return slow
 
     # -- failures
 

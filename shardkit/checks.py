@@ -159,7 +159,14 @@ def checks_server(
         driver.is_direct = pid == cast("Any", driver).pgconn.backend_pid
         meets(system)
 
-    return check
+    def check_or_close(connection: Any, record: Any) -> None:
+        try:
+            check(connection, record)
+        except BaseException:  # the pool forgets a connection that it could not finish
+            connection.close()
+            raise
+
+    return check_or_close
 
 
 def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:

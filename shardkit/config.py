@@ -23,6 +23,7 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [replicas]
     region = "eu-west"                       # where this process runs: near replicas go first
     patience = 0.02                          # seconds a replica may wait for what it must have
+    hedge = false                            # true: ask a second replica when one is slow
 
     [tokens]
     keys = ["…"]                             # sign tokens that leave the process, newest first
@@ -182,6 +183,10 @@ class ReplicasConfig(_Table):
     patience: Annotated[float, Field(ge=0, le=10)] = 0.02
     """How long a replica may wait for log that it has not replayed, before the primary is asked.
     Source: `python -m benchmarks stale`."""
+
+    hedge: bool = False
+    """Whether a read that takes longer than 19 of 20 do is asked of a second replica as well. For
+    threads; at most one read of twenty is."""
 
     probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
     """Between two questions to each server about its log."""

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import gates, parallel, scatter
+from shardkit import gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
@@ -36,6 +36,7 @@ from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
 from shardkit.guards import guards
+from shardkit.hedging import Hedges
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.minting import IdMinter
@@ -109,6 +110,7 @@ class _Core:
             name: ReplicaSet(shard, region=reading.here, clock=clock)
             for name, shard in topology.physical.items()
         }
+        self.hedges = {name: Hedges() for name in topology.physical} if reading.hedge else {}
         self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
         self.probes = self._probes_class(
             topology,
@@ -314,6 +316,7 @@ class Connections(_Core):
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
         self.probes.close()
+        races.settle()
         for engine in self._engines.values():
             engine.dispose()
 

@@ -221,6 +221,8 @@ class _Patient:
 class Connection(_Patient, psycopg.Connection[Any]):
     """A connection for threads, whose waits `parallel.run` can take over."""
 
+    _abandoned: PQGen[Any] | None = None
+
     @classmethod
     def open(cls, *arguments: Any, patience: float, guard: Guard, **options: Any) -> Self:
         """Connect.
@@ -287,6 +289,9 @@ class Connection(_Patient, psycopg.Connection[Any]):
         self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
     ) -> T:
         """Drive a generator of psycopg to its end; see psycopg's `Connection.wait`."""
+        if self._abandoned is not None:  # it is no more this task's to talk on
+            gen.close()
+            raise parallel.AbandonedError
         seconds = self._began(gen)
         if timeout is not None and timeout <= seconds:
             return super().wait(gen, interval=interval, timeout=timeout)
@@ -302,11 +307,25 @@ class Connection(_Patient, psycopg.Connection[Any]):
             raise
         except Exception:
             raise
+        except parallel.AbandonedError:
+            self._abandoned = gen
+            raise
         except BaseException:  # an interrupt: half a conversation is left on it
             self._give_up(gen, None)  # whoever drives the task does not do so any more
             raise
         self._answered(started)
         return answer
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether a query runs on it for which nobody waits any more."""
+        return self._abandoned is not None
+
+    def end_abandoned(self) -> None:
+        """Cancel the query for which nobody waits, and wait for its end, or close."""
+        gen, self._abandoned = self._abandoned, None
+        if gen is not None:
+            self._give_up(gen, None)
 
     def _driven(self, gen: PQGen[T], seconds: float, task: parallel.Task | None) -> T:
         if task is not None:

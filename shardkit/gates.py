@@ -28,7 +28,7 @@ from psycopg.abc import PQGen
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from shardkit import driver
+from shardkit import driver, parallel
 
 __all__ = [
     "CANNOT_ANSWER",
@@ -41,6 +41,7 @@ __all__ = [
     "Meter",
     "NotReplayedError",
     "Position",
+    "Racer",
     "lsn_of",
     "lsn_text",
     "position_of",
@@ -87,6 +88,10 @@ CANNOT_ANSWER: Final = (
 )
 
 
+# Nor is it the server's failure when a query was cancelled, for instance one that lost a race.
+_NEUTRAL: Final = (*CANNOT_ANSWER, psycopg.errors.QueryCanceled)
+
+
 class Meter(Protocol):
     """What is told how long statements take; see `shardkit.replicas.Member`."""
 
@@ -95,6 +100,13 @@ class Meter(Protocol):
 
     def ended(self, began: float, *, failed: bool = False) -> None:
         """Note that it was answered."""
+
+
+class Racer(Protocol):
+    """What runs statements of a connection; see `shardkit.races.Race`."""
+
+    def run(self, cursor: Any, execute: Callable[[Any], object]) -> None:
+        """Run a statement so that a cursor has its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +177,10 @@ class Gated:
         mints: whether the next COMMIT asks for its position.
         committed: the position of that commit, or None.
         replayed: what this server is known to have replayed, or None.
+        race: what asks a second replica when this one is slow, or None; for threads.
     """
 
+    race: Racer | None = None
     gate: Gate | None = None
     meter: Meter | None = None
     system = 0
@@ -218,7 +232,7 @@ class _Cursor:
                 connection.gate.has_refused = connection.gate.is_replica
             if meter is not None:
                 failed = isinstance(error, psycopg.OperationalError)
-                meter.ended(began, failed=failed and not isinstance(error, CANNOT_ANSWER))
+                meter.ended(began, failed=failed and not isinstance(error, _NEUTRAL))
             raise
         if meter is not None:
             meter.ended(began)
@@ -287,6 +301,15 @@ class _Cursor:
 
 class Cursor(_Cursor, psycopg.Cursor[Any]):
     """A cursor of a thread."""
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        """Run a statement, at the connection's race if it has one."""
+        race: Racer | None = cast("Gated", self._conn).race
+        if race is None or parallel.task() is not None or not self._conn.autocommit:
+            return super().execute(query, params, **options)
+        run = psycopg.Cursor.execute
+        race.run(self, lambda cursor: run(cursor, query, params, **options))
+        return self
 
 
 class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):

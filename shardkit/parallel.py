@@ -21,7 +21,7 @@ from psycopg.abc import PQGen, PQGenConn
 
 from shardkit.clock import SYSTEM
 
-__all__ = ["Task", "outcome", "run", "task"]
+__all__ = ["AbandonedError", "Task", "hedged", "outcome", "run", "task"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,10 @@ _CHECK_EVERY: Final = 0.1
 """Seconds between looks for an interrupt or a closed socket; psycopg's own interval."""
 
 _READ, _WRITE = 1, 2  # psycopg.waiting.Wait and Ready, as bits
+
+
+class AbandonedError(BaseException):
+    """Nobody waits for this task any more; its connection is left as it is."""
 
 
 class Task(greenlet):
@@ -135,3 +139,81 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
                     each.throw(KeyboardInterrupt)
         raise
     return [finished[each] for each in greenlets]
+
+
+def hedged(
+    first: Callable[[], T],
+    second: Callable[[], T],
+    delay: float,
+    may_begin: Callable[[], bool],
+) -> tuple[int, T | Exception]:
+    """Run a task, and another one beside it when it takes too long; return the first success.
+
+    Args:
+        first: uses one connection of its own.
+        second: uses another one; its failure says nothing while the first may succeed.
+        delay: seconds after which the second begins.
+        may_begin: asked once, then; False leaves the first alone.
+
+    Returns:
+        Which one it was, 0 or 1, and its result; the first one's exception when none succeeded.
+    """
+    tasks = [Task(outcome)]
+    finished: dict[Task, T | Exception] = {}
+    waiting: dict[int, tuple[Task, float]] = {}
+    poll = select.poll()
+    begins: float | None = SYSTEM.monotonic() + delay
+
+    def step(each: Task, *sent: Any) -> None:
+        answer = each.switch(*sent)
+        if each.dead:
+            finished[each] = answer
+        else:
+            socket, flags, until = answer
+            waiting[socket] = (each, until)
+            poll.register(
+                socket,
+                (select.POLLIN if flags & _READ else 0) | (select.POLLOUT if flags & _WRITE else 0),
+            )
+
+    def begin(each: Task, work: Callable[[], T]) -> None:
+        each.gr_context = getcurrent().gr_context
+        step(each, work)
+
+    try:
+        begin(tasks[0], first)
+        while waiting:
+            succeeded = [i for i, each in enumerate(tasks) if _is_success(finished, each)]
+            if succeeded:
+                return succeeded[0], finished[tasks[succeeded[0]]]
+            now = SYSTEM.monotonic()
+            if begins is not None and (now >= begins or finished):
+                begins = None
+                if not finished and may_begin():
+                    tasks.append(Task(outcome))
+                    begin(tasks[1], second)
+                    continue
+            until = min((end for _, end in waiting.values()), default=math.inf)
+            pause = min(_CHECK_EVERY, until - now, math.inf if begins is None else begins - now)
+            for socket, event in poll.poll(max(0.0, pause * 1000)):
+                poll.unregister(socket)
+                ready = (_WRITE if event & select.POLLOUT else 0) | (
+                    _READ if event & ~select.POLLOUT else 0
+                )
+                step(waiting.pop(socket)[0], ready)
+            for socket, (late, end) in list(waiting.items()):
+                if end <= SYSTEM.monotonic() and waiting.get(socket) == (late, end):
+                    poll.unregister(socket)
+                    del waiting[socket]
+                    step(late, 0)
+        won = next((i for i, each in enumerate(tasks) if _is_success(finished, each)), 0)
+        return won, finished[tasks[won]]
+    finally:
+        for each in tasks:
+            if not each.dead:
+                with suppress(AbandonedError):
+                    each.throw(AbandonedError)
+
+
+def _is_success(finished: dict[Task, Any], each: Task) -> bool:
+    return each in finished and not isinstance(finished[each], Exception)

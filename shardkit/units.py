@@ -112,8 +112,7 @@ class Unit:
             here = {"logical_shard": self._operation.logical_shard}
             session.execute(statement, parameters, bind_arguments=here)
             result = json.loads(parameters["result"])
-        session._is_unit = False
-        session.commit()
+        session._commit_unit()
         return result
 
 

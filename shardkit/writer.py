@@ -108,6 +108,9 @@ class WriteSession(ReadSession):
             raise UnsupportedStatementError(
                 "commit() inside cluster.run()", hint="return from the function: run() commits"
             )
+        self._commit_unit()
+
+    def _commit_unit(self) -> None:
         self.flush()
         for _, root in self._roots.values():
             driver: Any = None if root.closed else root.connection.driver_connection
