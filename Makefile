@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-unit test-oracle lint type format bench uniqueness lock clean
+.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lookup-race lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -21,6 +21,14 @@ run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.
 test: ## every test, on real servers; installs what they need when root on Debian
 	@$(PYTHON) scripts/setup.py --system
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Of what goes through it, a part that runs every kind of statement; the rest knows its servers.
+POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
+	tests/integration/test_limits.py tests/integration/test_drivers.py tests/fault/test_endpoints.py
+
+test-pooler: ## the tests of sessions, through PgBouncer
+	@$(PYTHON) scripts/setup.py --system
+	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED) $(ARGS)
 
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
@@ -48,6 +56,12 @@ bench: setup ## every benchmark, with its baseline in the same run
 
 uniqueness: setup ## 20 million ids under forks, kills and clock steps, and no id twice
 	@$(BIN)/python -m benchmarks uniqueness $(ARGS)
+
+stale: setup ## a million writes, each read at once from replicas, and no read is stale
+	@$(BIN)/python -m benchmarks stale $(ARGS)
+
+lookup-race: setup ## 64 clients race for 1,000 names while they are killed, and each is had once
+	@$(BIN)/python -m benchmarks lookup $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

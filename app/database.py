@@ -1,8 +1,8 @@
 """The cluster as one client sees it: its reads include its own writes.
 
 Services take a `Database` and open sessions on it; the endpoint layer makes one per request
-from the client's token and hands the newest token back. Services commit themselves, because a
-sign-up and a follow are two transactions in a fixed order on two shards.
+with what the client must see, which its writes add to. Services commit themselves, because a
+follow is two transactions in a fixed order on two shards.
 """
 
 from __future__ import annotations
@@ -11,33 +11,26 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from shardkit import AsyncCluster, AsyncReadSession, AsyncWriteSession
+from shardkit.contrib.asgi import Freshness
 
-__all__ = ["EVERYTHING", "Database"]
-
-EVERYTHING = "everything"
-"""Stands for several tokens: shardkit takes what is no token of its own as asking for all."""
+__all__ = ["Database"]
 
 
 class Database:
     """Sessions for one client.
 
-    Attributes:
-        token: what this client's readers must have seen; None when it wrote nothing lately.
-        has_written: whether a write of this request moved the token.
-
     Args:
         cluster: the cluster.
-        token: the token the client sent, unchecked.
+        fresh: what the client must see; None for nobody in particular.
     """
 
-    def __init__(self, cluster: AsyncCluster, token: str | None = None) -> None:
+    def __init__(self, cluster: AsyncCluster, fresh: Freshness | None = None) -> None:
         self._cluster = cluster
-        self.token = token
-        self.has_written = False
+        self._fresh = fresh or Freshness(None)
 
     def reader(self) -> AbstractAsyncContextManager[AsyncReadSession]:
         """Return a session on replicas that have seen this client's writes."""
-        return self._cluster.reader(after=self.token)
+        return self._cluster.reader(after=self._fresh.token)
 
     def primary(self) -> AbstractAsyncContextManager[AsyncWriteSession]:
         """Return a session on primaries for a read that must be the truth; nothing to commit."""
@@ -45,10 +38,8 @@ class Database:
 
     @asynccontextmanager
     async def writer(self) -> AsyncIterator[AsyncWriteSession]:
-        """Open a session on primaries; what it commits moves the token."""
+        """Open a session on primaries; what it commits its reads then see."""
         async with self._cluster.writer() as session:
             yield session
             token = session.token
-        if token:
-            self.token = token if self.token in {None, token} else EVERYTHING
-            self.has_written = True
+        self._fresh.saw(token)

@@ -15,9 +15,9 @@ from app.graph.service import GraphService
 from app.photos.service import PhotoService
 from app.resources import Resources
 from app.settings import Settings
+from shardkit.contrib.asgi import fresh_of
 
 __all__ = [
-    "TOKEN_HEADER",
     "Accounts",
     "Feed",
     "Graph",
@@ -30,11 +30,6 @@ __all__ = [
     "session_limits",
 ]
 
-TOKEN_HEADER = "shardkit-token"  # noqa: S105 - the name, not a token
-"""Cookie and header that carry what a client's readers must have seen."""
-
-MAX_TOKEN_BYTES = 1024
-
 
 async def get_resources(request: Request) -> Resources:
     """Return what the process holds open."""
@@ -44,12 +39,7 @@ async def get_resources(request: Request) -> Resources:
 async def get_database(request: Request) -> Database:
     """Return the client's database; the middleware hands its token back to the client."""
     resources = await get_resources(request)
-    token = request.headers.get(TOKEN_HEADER) or request.cookies.get(TOKEN_HEADER)
-    if token is not None and not (token.isascii() and len(token) <= MAX_TOKEN_BYTES):
-        token = None
-    database = Database(resources.cluster, token or None)
-    request.state.database = database
-    return database
+    return Database(resources.cluster, fresh_of(request.scope))
 
 
 ResourcesDep = Annotated[Resources, Depends(get_resources)]
@@ -63,7 +53,6 @@ async def get_accounts(resources: ResourcesDep, database: DatabaseDep) -> Accoun
         resources.passwords,
         resources.clock,
         session_limits(resources.settings),
-        resources.sign_ups,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ from app.errors import AppError, NotSignedInError, problem_of
 from app.metrics import Metrics
 from app.middleware import (
     BodyLimit,
-    FreshReads,
     HeadAsGet,
     OriginCheck,
     RequestScope,
     SecurityHeaders,
 )
-from app.resources import open_resources
+from app.resources import Resources, open_resources
 from app.settings import Settings
 from app.web.rendering import Pages
+from shardkit.contrib.asgi import FreshReads
 from shardkit.errors import ShardkitError
 
 __all__ = ["create_app"]
@@ -88,7 +88,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))
 
     upload = settings.max_upload_bytes + MULTIPART_OVERHEAD
-    service.add_middleware(FreshReads, ttl=settings.fresh_reads)
+    service.add_middleware(FreshReads, keys=_token_keys, ttl=settings.fresh_reads)
     service.add_middleware(OriginCheck, respond=respond)
     service.add_middleware(
         BodyLimit,
@@ -101,6 +101,11 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.add_middleware(RequestScope, metrics=service.state.metrics, respond=respond)
     service.add_middleware(HeadAsGet)
     return service
+
+
+def _token_keys(scope: MutableMapping[str, Any]) -> Sequence[str]:
+    resources: Resources = scope["state"]["resources"]
+    return resources.cluster.token_keys
 
 
 class _Assets(StaticFiles):

@@ -13,21 +13,17 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from http.cookies import SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.database import Database
-from app.deps import TOKEN_HEADER
 from app.errors import BodyTooLargeError, CrossOriginError, SlowBodyError
 from app.metrics import Metrics
 
 __all__ = [
     "BodyLimit",
-    "FreshReads",
     "HeadAsGet",
     "OriginCheck",
     "RequestScope",
@@ -277,48 +273,6 @@ def _is_own(headers: Headers) -> bool:
     except ValueError:
         return False
     return bool(netloc) and netloc.lower() == headers.get("host", "").lower()
-
-
-class FreshReads:
-    """Hands the token of a write back, as a cookie to browsers and a header to programs.
-
-    Args:
-        app: the application inside.
-        ttl: seconds a browser keeps it; replicas are past it by then.
-    """
-
-    def __init__(self, app: ASGIApp, ttl: float) -> None:
-        self._app = app
-        self._ttl = ttl
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection scope."""
-
-        async def with_token(message: Message) -> None:
-            database = scope.get("state", {}).get("database")
-            if (
-                message["type"] == "http.response.start"
-                and isinstance(database, Database)
-                and database.has_written
-                and database.token
-            ):
-                headers = MutableHeaders(scope=message)
-                headers[TOKEN_HEADER] = database.token
-                headers.append("set-cookie", self._cookie(scope, database.token))
-            await send(message)
-
-        await self._app(scope, receive, with_token if scope["type"] == "http" else send)
-
-    def _cookie(self, scope: Scope, token: str) -> str:
-        cookie = SimpleCookie({TOKEN_HEADER: token})
-        morsel = cookie[TOKEN_HEADER]
-        morsel["max-age"] = str(int(self._ttl))
-        morsel["path"] = "/"
-        morsel["httponly"] = True
-        morsel["samesite"] = "lax"
-        if scope["scheme"] == "https":
-            morsel["secure"] = True
-        return morsel.OutputString()
 
 
 def _size(n_bytes: int) -> str:

@@ -18,9 +18,6 @@ from shardkit import AsyncCluster
 
 __all__ = ["Resources", "open_resources"]
 
-MAX_SIGN_UPS = 4
-"""A sign-up holds two connections; a pool has at least five by default."""
-
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -33,7 +30,6 @@ class Resources:
         blobs: the bytes of pictures.
         workers: the decoding processes.
         clock: the time.
-        sign_ups: how many sign-ups may hold connections at the same time.
         redis_url: address of Redis, or None when there is none.
     """
 
@@ -43,7 +39,6 @@ class Resources:
     blobs: BlobStore
     workers: ImageWorkers
     clock: Clock
-    sign_ups: asyncio.Semaphore
     redis_url: str | None = None
 
 
@@ -65,7 +60,6 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             blobs=FileBlobStore(settings.media_folder),
             workers=workers,
             clock=clock,
-            sign_ups=asyncio.Semaphore(MAX_SIGN_UPS),
             redis_url=_services(settings.config).get("redis"),
         )
 

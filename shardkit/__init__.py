@@ -11,6 +11,7 @@ from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import all_shards
 from shardkit.strategies import Directory, Range
+from shardkit.uniques import unique_lookup
 from shardkit.writer import WriteSession
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "deadline",
     "ids",
     "tokens",
+    "unique_lookup",
 ]

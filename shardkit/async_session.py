@@ -35,6 +35,10 @@ class AsyncReadSession(AsyncSession):
         """Return the rows of many primary keys, in their order. See `ReadSession.get_many`."""
         return await greenlet_spawn(self.sync_session.get_many, entity, idents, options=options)
 
+    async def get_by(self, entity: Any, **unique: Any) -> Any:
+        """Return the row that has a unique value, or None. See `ReadSession.get_by`."""
+        return await greenlet_spawn(self.sync_session.get_by, entity, **unique)
+
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run; runs nothing. See `ReadSession.route`.
 

@@ -8,9 +8,10 @@ schema. A reader's connection that breaks is replaced by one to another endpoint
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, NoReturn
+from functools import partial
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -30,9 +31,12 @@ from shardkit.errors import (
 from shardkit.events import ReplicaPassedOver
 from shardkit.freshness import Freshness, driver_of
 from shardkit.races import Race
+from shardkit.streams import Streams
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["BoundSession"]
+
+T = TypeVar("T")
 
 _NUMBERS = itertools.count(1)
 
@@ -61,10 +65,11 @@ class BoundSession(Session):
         super().__init__(**options)
         self._cluster = connections
         self._number = next(_NUMBERS)
-        self._fresh = Freshness(connections.knowledge, after, max_lag)
+        self._fresh = Freshness(connections, after, max_lag)
         self._after = after or ""
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
+        self._streams = Streams()
 
     def close(self) -> None:
         """Return the connections to their pools; the session can be used again."""
@@ -171,6 +176,7 @@ class BoundSession(Session):
         raise NoShardKeyError("not an engine of this session")
 
     def _release(self) -> None:
+        self._streams.close()
         self._shard_views.clear()
         for physical in list(self._roots):
             self._let_go(physical)
@@ -219,13 +225,18 @@ class BoundSession(Session):
         Once on another one when its connection broke, if the budget allows, and on the primary of
         each physical shard whose replica could not answer.
         """
+        run = super()._execute_internal
+        if options.get("_parent_execute_state") is not None:
+            return run(statement, *args, **options)  # for the statement that it is a part of
+        return self._elsewhere(partial(run, statement, *args, **options))
+
+    def _elsewhere(self, work: Callable[[], T]) -> T:
+        """Do what reads, and do it again on other endpoints; see `_execute_internal`."""
         is_again = False
         while True:
             try:
-                return super()._execute_internal(statement, *args, **options)
+                return work()
             except DBAPIError as error:
-                if options.get("_parent_execute_state") is not None:
-                    raise  # to the statement that it is a part of
                 if self._leave_refusing():
                     continue
                 lost = error.connection_invalidated
@@ -241,7 +252,10 @@ class BoundSession(Session):
         refused = self._fresh.refused()
         for physical in refused:
             self._fresh.leave(physical)
+            is_lost = self._roots[physical][1].invalidated
             endpoint = self._let_go(physical)
+            if is_lost:
+                self._cluster.failed(endpoint, _lost(endpoint))
             if self._cluster.listeners:
                 self._cluster.listeners.emit(
                     ReplicaPassedOver(self._number, physical, str(endpoint))

@@ -17,7 +17,6 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 
 from shardkit import deadlines
-from shardkit.driver import WaitedTooLongError
 from shardkit.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -29,12 +28,20 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.gates import Gated
 from shardkit.ids import EPOCH_MS
 from shardkit.topology import Endpoint, Role, Topology
+from shardkit.waits import WaitedTooLongError
 
-__all__ = ["checks_server", "connection_error", "late_error", "replace_if_dead"]
+__all__ = [
+    "checks_server",
+    "connection_error",
+    "end_transaction",
+    "late_error",
+    "replace_if_dead",
+]
 
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
 SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
+    pg_catalog.current_setting('transaction_read_only') = 'on',
     pg_catalog.pg_is_in_recovery(), pg_catalog.pg_backend_pid(),
     (SELECT system_identifier FROM pg_catalog.pg_control_system()),
     cluster, physical, logical_shards, id_epoch_ms
@@ -44,6 +51,7 @@ FROM shardkit.identity
 # libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
 _REFUSED_LOGIN = re.compile(
     r"FATAL:\s+(password authentication failed|no pg_hba.conf entry|permission denied for database"
+    r"|SASL authentication failed|no such database"  # PgBouncer's words
     r'|(role|database) ".*" (does not exist|is not permitted))'
 )
 
@@ -68,6 +76,10 @@ def connection_error(
             f"refuses the login: {told.strip()}",
             endpoint=str(endpoint),
             hint="correct its address in shardkit.toml",
+        )
+    if "query_wait_timeout" in reason:
+        return PoolTimeoutError(
+            endpoint=str(endpoint), hint="raise default_pool_size of PgBouncer or try again"
         )
     return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
 
@@ -106,16 +118,22 @@ def checks_server(
     endpoint: Endpoint,
     fingerprints: Fingerprints,
     meets: Callable[[int], None],
+    *,
+    is_reader: bool,
 ) -> Callable[[Any, Any], None]:
     """Return the check of a new connection: the right cluster, physical shard and role.
 
-    It notes how the rows of tables were placed, and whose log the connection reads.
+    It notes how the rows of tables were placed, and whose log the connection reads. Behind a
+    pooler it looks at one of the servers' connections, and another one, after a failover to
+    another server, may serve the next transaction: it finds mistakes of configuration, and does
+    not replace a check per transaction.
 
     Args:
-        topology: what the configuration says.
-        endpoint: the server.
-        fingerprints: is told how the rows of tables were placed.
-        meets: is told the system identifier of the server.
+        topology: what is expected.
+        endpoint: where the connections go.
+        fingerprints: told how the rows of tables were placed.
+        meets: told the system identifier of the server.
+        is_reader: whether the server itself must refuse to write.
     """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
 
@@ -137,7 +155,7 @@ def checks_server(
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        stored, in_recovery, pid, system, *found = row
+        stored, is_read_only, in_recovery, pid, system, *found = row
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -151,6 +169,13 @@ def checks_server(
                 "id epoch {}".format(*found),
                 endpoint=str(endpoint),
                 hint="expected {!r}, {!r}, {}, {}; correct shardkit.toml".format(*expected),
+            )
+        if is_reader and not is_read_only:
+            raise ConfigurationError(
+                f"lets readers of physical shard {endpoint.physical!r} write",
+                endpoint=str(endpoint),
+                hint="give physical.reader an address whose connections are read-only, in "
+                "pgbouncer.ini by connect_query='SET default_transaction_read_only = on'",
             )
         fingerprints.note(stored)
         driver: Gated = getattr(connection, "driver_connection", connection)
@@ -183,3 +208,17 @@ def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
     driver, poll = record.info["poll"]
     if driver.closed or poll.poll(0):
         raise DisconnectionError
+
+
+def end_transaction(connection: Any, _record: Any, state: Any) -> None:
+    """End what a stream left open on a connection that returns to its pool.
+
+    Sessions that are closed leave nothing; this is for those that are forgotten.
+    """
+    driver = getattr(connection, "driver_connection", connection)
+    if (
+        state.asyncio_safe
+        and not driver.closed
+        and driver.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
+    ):
+        connection.rollback()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import ids, local, locate, migrate, status
+from shardkit.commands import ids, local, locate, lookup, migrate, status
 from shardkit.errors import (
     ConfigurationError,
     IdError,
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
+app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)

@@ -41,6 +41,17 @@ A file looks like this (written by `shardkit local up`, or by hand):
         { url = "postgresql://…", region = "eu-west", standby = "beta" },
     ]
 
+Behind a PgBouncer in transaction mode, a physical shard says so. Readers then have an address of
+their own on the primary, whose server connections refuse to write (in `pgbouncer.ini`:
+`shardkit_read = … connect_query='SET default_transaction_read_only = on'`), because PgBouncer
+refuses the setting from clients; and commands have the address of the server itself:
+
+    pooler = "pgbouncer 1.24"                # the version decides on prepared statements
+    primary = "postgresql://shardkit_app:…@127.0.0.1:6432/shardkit"
+    reader = "postgresql://shardkit_app:…@127.0.0.1:6432/shardkit_read"
+    replicas = ["postgresql://shardkit_app:…@127.0.0.1:6432/shardkit_1"]
+    admin = "postgresql://shardkit_admin@127.0.0.1:5501/shardkit"
+
 Other tables may stand beside these under `[services]` (Redis, Memcached addresses); everything
 else is refused, naming the key. Called by `Cluster.from_file` and the command line; never opens
 a connection.
@@ -74,6 +85,7 @@ from shardkit.topology import (
     MAX_LOGICAL_SHARDS,
     Endpoint,
     PhysicalShard,
+    Pooler,
     Role,
     ShardMap,
     Topology,
@@ -142,8 +154,9 @@ class PoolConfig(_Table):
     overflow: Annotated[int, Field(ge=0, le=1000)] = 5
     timeout: Annotated[float, Field(gt=0, le=300)] = 5.0
     connect_timeout: Annotated[int, Field(ge=1, le=300)] = 5
-    prepare_statements: bool = True
-    """False behind PgBouncer older than 1.21, which cannot carry prepared statements."""
+    prepare_statements: bool | None = None
+    """None: yes, but not behind a PgBouncer older than 1.21 or of unknown version, which cannot
+    carry them. From 1.21 to 1.23 it needs `max_prepared_statements` above 0."""
 
     @field_validator("timeout")
     @classmethod
@@ -247,6 +260,22 @@ class PhysicalConfig(_Table):
     admin: SecretStr | None = None
     """Direct address of the primary for commands, when `primary` names a PgBouncer."""
 
+    reader: SecretStr | None = None
+    """Address of the primary for readers, when `primary` names a PgBouncer."""
+
+    pooler: Annotated[str, Field(pattern=r"^pgbouncer( \d{1,4}(\.\d{1,4}){1,3})?$")] | None = None
+    """`pgbouncer`, or `pgbouncer 1.24`, when `primary` and `replicas` name one in transaction
+    mode; None when they are PostgreSQL."""
+
+    @model_validator(mode="after")
+    def _commands_go_straight(self) -> Self:
+        if self.pooler is not None and self.admin is None:
+            raise ValueError(
+                f"admin: physical shard {self.name!r} has a pooler; "
+                "give the address of the server itself, for commands"
+            )
+        return self
+
     @property
     def replica_configs(self) -> tuple[ReplicaConfig, ...]:
         """The replicas, in the order written."""
@@ -259,6 +288,14 @@ class PhysicalConfig(_Table):
     def shard_numbers(self) -> tuple[int, ...]:
         """The logical shards of the ranges, in the order written."""
         return tuple(parse_ranges(self.logical_shards))
+
+    @property
+    def pooler_in_front(self) -> Pooler | None:
+        """The pooler as a value."""
+        if self.pooler is None:
+            return None
+        numbers = self.pooler.partition(" ")[2]
+        return Pooler(tuple(int(number) for number in numbers.split(".") if number))
 
 
 class Config(_Table):
@@ -320,6 +357,7 @@ class Config(_Table):
             key = f"physical.{shard.name}"
             primary = _url(shard.primary, f"{key}.primary")
             found = shard.replica_configs
+            reader = _url(shard.reader, f"{key}.reader") if shard.reader else None
             replicas = [_url(r.url, f"{key}.replicas[{i}]") for i, r in enumerate(found)]
             for place, url in [
                 (f"{key}.primary", primary),
@@ -335,12 +373,19 @@ class Config(_Table):
             admin = _url(shard.admin, f"{key}.admin") if shard.admin else primary
             physical[shard.name] = PhysicalShard(
                 name=shard.name,
-                primary=Endpoint(shard.name, Role.PRIMARY, primary),
+                primary=Endpoint(shard.name, Role.PRIMARY, primary, reader),
                 replicas=tuple(
-                    Endpoint(shard.name, Role.REPLICA, url, replica.region, replica.standby)
+                    Endpoint(
+                        shard.name,
+                        Role.REPLICA,
+                        url,
+                        region=replica.region,
+                        standby=replica.standby,
+                    )
                     for url, replica in zip(replicas, found, strict=True)
                 ),
                 admin_url=admin.set(username=self.admin.user, password=password),
+                pooler=shard.pooler_in_front,
             )
             for number in shard.shard_numbers:
                 owners[number] = shard.name
@@ -443,7 +488,12 @@ def _url(secret: SecretStr, place: str) -> URL:
 
 
 def _holds_secret(config: Config) -> bool:
-    urls = [u for p in config.physical for u in (p.primary, *(r.url for r in p.replica_configs))]
+    urls = [
+        u
+        for p in config.physical
+        for u in (p.primary, p.reader, p.admin, *(r.url for r in p.replica_configs))
+        if u
+    ]
     return (
         config.admin.password is not None
         or bool(config.tokens.keys)

@@ -14,9 +14,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -24,7 +24,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import gates, parallel, races, scatter
-from shardkit.checks import checks_server, connection_error, replace_if_dead
+from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
@@ -39,12 +39,14 @@ from shardkit.guards import guards
 from shardkit.hedging import Hedges
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
+from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
+from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
@@ -59,18 +61,30 @@ _READ_OPTIONS = "-c default_transaction_read_only=on -c client_connection_check_
 _ADMITTED = "shardkit_guard"
 
 
+# What was committed on another connection, durably, lies before the end of what is flushed.
+_WRITTEN = """
+SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+    pg_catalog.pg_current_wal_flush_lsn()::text,
+    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn())
+"""
+
+
 class Purpose(Enum):
     """What a connection is for.
 
     `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
     what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
     one connection for what shardkit needs to know while a session holds its own: blocks of ids,
-    entries of directories, loads.
+    entries of directories, loads. `LOOKUP`: rows of unique values, one statement at a time, so
+    that nobody who holds one waits for anybody. `WAIT`: waits for transactions of others to end;
+    apart from `LOOKUP`, which those need to end.
     """
 
     WRITE = "write"
     READ = "read"
     LEASE = "lease"
+    LOOKUP = "lookup"
+    WAIT = "wait"
 
 
 class _Core:
@@ -78,6 +92,8 @@ class _Core:
 
     _probes_class: type[Probes | AsyncProbes]
     _cursor_class: type[gates.Cursor | gates.AsyncCursor]
+    _writing: ClassVar[Mapping[str, Any]]
+    """How connections that write are made, for the driver."""
 
     def __init__(
         self,
@@ -116,11 +132,12 @@ class _Core:
             topology,
             self.replica_sets,
             interval=reading.probe_interval,
-            timeout=self._pool.connect_timeout,
+            timeout=1.0,
             clock=clock,
         )
         self.placement = bound(placement, topology, self._loads, clock=clock)
         self.directories = Directories(self, self.placement, clock=clock)
+        self.lookups = Lookups(self, topology.n_logical_shards)
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
@@ -148,9 +165,14 @@ class _Core:
             if purpose is not Purpose.WRITE:
                 # Nothing is ever open on these connections, so nothing needs rolling back.
                 options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-            engine = self._create_engine(endpoint, options)
+            is_reader = purpose is Purpose.READ
+            url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
+            engine = self._create_engine(url, options)
+            engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
             replicas = self.replica_sets[endpoint.physical]
-            check = checks_server(self.topology, endpoint, self.fingerprints, replicas.meets)
+            check = checks_server(
+                self.topology, endpoint, self.fingerprints, replicas.meets, is_reader=is_reader
+            )
             event.listen(engine, "connect", check)
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
@@ -158,6 +180,8 @@ class _Core:
             event.listen(engine, "checkin", _released)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
+            if purpose is Purpose.READ:
+                event.listen(engine, "reset", end_transaction)
             self._engines.setdefault(key, engine)
         return self._engines[key]
 
@@ -246,7 +270,7 @@ class _Core:
 
     # -- to be provided
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         raise NotImplementedError
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
@@ -288,20 +312,66 @@ class _Core:
                 raise connection_error(error, endpoint) from error
             raise
 
+    def written(self, physical: str) -> tuple[int, gates.Position]:
+        """Return which server a primary is, and a log position beyond all that it has committed.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        [(system, lsn, file)] = self.ask(physical, _WRITTEN, {}, primary=True)
+        return int(system), gates.Position(int(file[:8], 16), gates.lsn_of(lsn.encode()))
+
+    @contextmanager
+    def borrow(self, physical: str, *, waits: bool) -> Iterator[Connection]:
+        """Lend a connection to a primary, apart from any session; nothing is open on it.
+
+        Args:
+            physical: name of the physical shard.
+            waits: whether it will wait for transactions of others.
+
+        Raises:
+            UnavailableError: the server does not answer (retryable).
+        """
+        self.awaited("a unique value has to be looked up")
+        endpoint = self.primary_of(physical)
+        purpose = Purpose.WAIT if waits else Purpose.LOOKUP
+        try:
+            with self.connect(self.engine(endpoint, purpose), endpoint) as connection:
+                yield connection
+        except EndpointUnavailableError as error:
+            self.failed(endpoint, error)
+            raise
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise connection_error(error, endpoint) from error
+            raise
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on where a server cannot be asked; under asyncio, in `route`."""
+
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
     def _connect_args(self, endpoint: Endpoint, purpose: Purpose) -> dict[str, Any]:
+        pooler = self.topology.physical[endpoint.physical].pooler
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
             "patience": self._patience,
             "guard": self.guards[endpoint],
         }
-        if purpose is Purpose.READ:  # the primary, too, refuses what slips past the session
+        if purpose is Purpose.WRITE:
+            arguments |= self._writing
+        # The primary, too, refuses what slips past the session. PgBouncer refuses the option
+        # instead; its connections for readers are read-only by its own configuration.
+        if purpose is Purpose.READ and pooler is None:
             arguments["options"] = _READ_OPTIONS
+        if purpose is Purpose.READ:
             arguments["cursor_factory"] = self._cursor_class
-        if not self._pool.prepare_statements:
+        prepares = self._pool.prepare_statements
+        if prepares is None:
+            prepares = pooler is None or pooler.carries_prepared_statements
+        if not prepares:
             arguments["prepare_threshold"] = None
         return arguments
 
@@ -311,6 +381,7 @@ class Connections(_Core):
 
     _probes_class = Probes
     _cursor_class = gates.Cursor
+    _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": gates.WriteCursor}
     probes: Probes
 
     def close(self) -> None:
@@ -320,8 +391,8 @@ class Connections(_Core):
         for engine in self._engines.values():
             engine.dispose()
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        engine = create_engine(endpoint.url, poolclass=DeadlinePool, **options)
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        engine = create_engine(url, poolclass=DeadlinePool, **options)
         event.listen(engine, "do_connect", _connects)
         return engine
 
@@ -335,6 +406,10 @@ class AsyncConnections(_Core):
 
     _probes_class = AsyncProbes
     _cursor_class = gates.AsyncCursor
+    _writing: ClassVar[Mapping[str, Any]] = {
+        "async_creator_fn": gates.AsyncWriter.open,
+        "cursor_factory": gates.AsyncWriteCursor,
+    }
     probes: AsyncProbes
 
     async def close(self) -> None:
@@ -343,25 +418,23 @@ class AsyncConnections(_Core):
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
-    def _create_engine(self, endpoint: Endpoint, options: dict[str, Any]) -> Engine:
-        arguments = {
-            **options.pop("connect_args"),
-            "async_creator_fn": gates.AsyncConnection.open,
-        }
-        return create_async_engine(
-            endpoint.url, poolclass=AsyncDeadlinePool, connect_args=arguments, **options
-        ).sync_engine
+    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
+        options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.open)
+        return create_async_engine(url, poolclass=AsyncDeadlinePool, **options).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
     ) -> Sequence[Sequence[Any]]:
         """Run one statement by itself; see `Connections.ask`."""
-        if not in_greenlet():  # `route` is not awaited
-            raise UnsupportedStatementError(
-                "the key of a directory is not known yet",
-                hint="await session.run_sync(lambda sync: sync.route(statement))",
-            )
+        self.awaited("the key of a directory is not known yet")
         return super().ask(physical, query, parameters, primary=primary)
+
+    def awaited(self, what: str) -> None:
+        """Refuse to go on outside SQLAlchemy's greenlet: `route` is not awaited."""
+        if not in_greenlet():
+            raise UnsupportedStatementError(
+                what, hint="await session.run_sync(lambda sync: sync.route(statement))"
+            )
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""
@@ -390,7 +463,9 @@ def _released(connection: Any, record: Any) -> None:
 
 
 def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> gates.Connection:
-    return gates.Connection.open(*arguments, **options)
+    writes = options.get("cursor_factory") is gates.WriteCursor
+    made: Any = gates.Writer if writes else gates.Connection
+    return made.open(*arguments, **options)  # type: ignore[no-any-return]  # one of the two
 
 
 def _meters(member: Member) -> Callable[[Any, Any], None]:

@@ -6,7 +6,7 @@ left, so waits do not add up. Nested deadlines only shorten. Read by the driver,
 and `shardkit.retry`; never waits itself.
 
 Source: the deadline that a context carries, as in gRPC and in Go's `context`; docs/architecture.md,
-decision 17.
+decision 18.
 """
 
 from __future__ import annotations

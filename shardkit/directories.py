@@ -101,7 +101,7 @@ class Directories:
                 return decide(router)
             except UnknownEntriesError as unknown:
                 known |= self._found(unknown.entries, router.total, assign=assign)
-                router = Router(router.total, known)
+                router = Router(router.total, known, router.values)
 
     def _found(self, entries: Iterable[Entry], total: int, *, assign: bool) -> dict[Entry, int]:
         """Return a logical shard for every key; without an entry, the one that would hold it."""

@@ -6,6 +6,7 @@
     │   ├── NoShardKeyError
     │   │   └── ScatterNotAllowedError
     │   ├── InvalidShardKeyError
+    │   ├── InvalidUniqueValueError
     │   ├── CrossShardWriteError
     │   ├── ShardKeyChangeError
     │   ├── ReadOnlySessionError
@@ -22,14 +23,18 @@
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
     │   ├── StatementTimeoutError         retryable
+    │   ├── ValueBusyError                retryable
     │   └── DeadlineExceededError         retryable
+    ├── UniqueViolationError
     ├── OutcomeUnknownError
     ├── OperationMismatchError
+    ├── StreamEndedError
     ├── GatherError                       retryable
     └── OperationError
         ├── RefusedError
         ├── TryAgainError                 retryable
         ├── MigrationError
+        ├── InconsistentLookupError
         └── LocalServerError
 
 `retryable` means: the same call may succeed with no change by the caller, and nothing was
@@ -100,6 +105,10 @@ class NoShardKeyError(RoutingError):
 
 class InvalidShardKeyError(RoutingError):
     """The shard key has a value that cannot place a row; give a real value of its type."""
+
+
+class InvalidUniqueValueError(RoutingError, ValueError):
+    """A value cannot be kept unique; give a real value of its column's type, not too long."""
 
 
 class ScatterNotAllowedError(NoShardKeyError):
@@ -177,8 +186,26 @@ class StatementTimeoutError(UnavailableError):
     """A server did not finish a statement in the time it was given; try again or allow more."""
 
 
+class ValueBusyError(UnavailableError):
+    """Another transaction is about to take or give up a unique value; try again."""
+
+
 class DeadlineExceededError(UnavailableError):
     """The deadline is over; try again with more time, or when the servers are quicker."""
+
+
+class UniqueViolationError(ShardkitError):
+    """Another row has the value of a unique column; give another value.
+
+    Attributes:
+        column: the column, as `table.column`.
+    """
+
+    def __init__(
+        self, message: str | None = None, *, column: str = "", hint: str | None = None
+    ) -> None:
+        self.column = column
+        super().__init__(message, hint=hint)
 
 
 class OutcomeUnknownError(ShardkitError):
@@ -187,6 +214,10 @@ class OutcomeUnknownError(ShardkitError):
 
 class OperationMismatchError(ShardkitError):
     """An operation of this name has already done something else; give each its own name."""
+
+
+class StreamEndedError(ShardkitError):
+    """The stream ended before its last row; read it before its session or transaction ends."""
 
 
 class GatherError(ShardkitError):
@@ -225,6 +256,10 @@ class TryAgainError(OperationError):
 
 class MigrationError(OperationError):
     """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class InconsistentLookupError(OperationError):
+    """Rows and the lookup rows of their values disagree; the report lists what to see to."""
 
 
 class LocalServerError(OperationError):

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Mapper
 
 from shardkit.errors import ConfigurationError
 from shardkit.models import sharding_of
+from shardkit.uniques import lookups_of
 
 __all__ = ["Fingerprints"]
 
@@ -51,4 +52,11 @@ class Fingerprints:
                 f"the model says {sharding.fingerprint}",
                 hint="restore __shard_key__ and __shard_strategy__; rows do not move by themselves",
             )
+        for lookup in lookups_of(table):
+            was = self._recorded.get(lookup.name, lookup.rule)
+            if was != lookup.rule:
+                raise ConfigurationError(
+                    f"{lookup.name} was kept as {was}, the model says {lookup.rule}",
+                    hint="restore unique_lookup(fold=…); which values are equal cannot change",
+                )
         self._agreeing.add(mapper)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from shardkit.gates import Gate, Gated, Position
 from shardkit.replicas import ReplicaSet
@@ -58,11 +58,16 @@ class Knowledge:
         return frozenset(s.system for s in self.replica_sets.values() if s.system is not None)
 
 
+class _Knows(Protocol):
+    @property
+    def knowledge(self) -> Knowledge: ...
+
+
 class Freshness:
     """What one session must see and has seen.
 
     Args:
-        knowledge: of its cluster.
+        source: where its cluster keeps what it knows.
         after: the token it was given, or None.
         max_lag: seconds of delay that are acceptable, or None for any.
 
@@ -70,8 +75,8 @@ class Freshness:
         is_asked: whether replicas are asked anything at all.
     """
 
-    def __init__(self, knowledge: Knowledge, after: str | None, max_lag: float | None) -> None:
-        self._knowledge = knowledge
+    def __init__(self, source: _Knows, after: str | None, max_lag: float | None) -> None:
+        self._source = source
         self._token = None if after is None else parse(after)
         self._max_lag = max_lag
         self._left: set[str] = set()
@@ -79,6 +84,10 @@ class Freshness:
         self._marks: list[Mark] = []
         self._has_lost_track = False
         self.is_asked = after is not None or max_lag is not None
+
+    @property
+    def _knowledge(self) -> Knowledge:
+        return self._source.knowledge
 
     @property
     def token(self) -> str:
@@ -131,6 +140,7 @@ class Freshness:
         """Return what a connection is asked whose answers may not count in the end; see `gate`."""
         physical = endpoint.physical
         is_replica = endpoint.role is Role.REPLICA
+        replicas = self._knowledge.replica_sets[physical]
         first = self._position(physical, driver.system) if is_replica else None
         if first is _PRIMARY:
             return None
@@ -143,6 +153,7 @@ class Freshness:
         return Gate(
             needed,
             is_replica=is_replica,
+            is_silent=lambda: replicas.is_silent(endpoint),
             patience=self._knowledge.patience,
             keeps_track=self._token is not None,
             asks=self.is_asked,

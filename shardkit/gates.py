@@ -28,12 +28,14 @@ from psycopg.abc import PQGen
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from shardkit import driver, parallel
+from shardkit import drivers, parallel, waits
 
 __all__ = [
     "CANNOT_ANSWER",
     "AsyncConnection",
     "AsyncCursor",
+    "AsyncWriteCursor",
+    "AsyncWriter",
     "Connection",
     "Cursor",
     "Gate",
@@ -42,6 +44,9 @@ __all__ = [
     "NotReplayedError",
     "Position",
     "Racer",
+    "SilentError",
+    "WriteCursor",
+    "Writer",
     "lsn_of",
     "lsn_text",
     "position_of",
@@ -71,6 +76,9 @@ _CONTROL: Final = re.compile(
 )
 """Statements that read no rows; several of them may stand in one message."""
 
+_BEGINS: Final = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
+"""What comes after it is for the same server."""
+
 _SUCCESS: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY})
 _GONE: Final = b"26000"  # the prepared statement was deallocated behind our back
 
@@ -79,17 +87,27 @@ class NotReplayedError(psycopg.OperationalError):
     """The replica has not replayed what the reader must see; its rows were thrown away."""
 
 
+class SilentError(psycopg.OperationalError):
+    """The replica answers neither the statement nor the probes; its connection was closed."""
+
+
 # Replay takes locks and removes rows; it cancels what stands in its way. Source: PostgreSQL,
 # "Handling Query Conflicts"; outside transactions readers meet these for no other reason.
 CANNOT_ANSWER: Final = (
     NotReplayedError,
+    SilentError,
     psycopg.errors.SerializationFailure,
     psycopg.errors.DeadlockDetected,
 )
 
 
 # Nor is it the server's failure when a query was cancelled, for instance one that lost a race.
-_NEUTRAL: Final = (*CANNOT_ANSWER, psycopg.errors.QueryCanceled)
+_NEUTRAL: Final = (
+    NotReplayedError,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.QueryCanceled,
+)
 
 
 class Meter(Protocol):
@@ -128,6 +146,7 @@ class Gate:
     Attributes:
         needed: returns the position that must have been replayed, or None for any.
         is_replica: whether the server replays or writes.
+        is_silent: tells whether probes have no answer of the server, though they run.
         patience: milliseconds that the server may wait for what it has not replayed yet.
         keeps_track: whether the position after each statement is asked for.
         seen: the position after the last statement, or None.
@@ -141,6 +160,7 @@ class Gate:
         "has_lost_track",
         "has_refused",
         "is_replica",
+        "is_silent",
         "keeps_track",
         "needed",
         "patience",
@@ -152,6 +172,7 @@ class Gate:
         needed: Callable[[], Position | None],
         *,
         is_replica: bool,
+        is_silent: Callable[[], bool],
         patience: int,
         keeps_track: bool,
         asks: bool = True,
@@ -159,11 +180,18 @@ class Gate:
         self.asks = asks
         self.needed = needed
         self.is_replica = is_replica
+        self.is_silent = is_silent
         self.patience = patience
         self.keeps_track = keeps_track
         self.seen: Position | None = None
         self.has_refused = False
         self.has_lost_track = False
+
+
+_COMMITTING: Final = Gate(
+    lambda: None, is_replica=False, is_silent=lambda: False, patience=0, keeps_track=True
+)
+"""Stands for a statement that commits itself: its position is asked for after the commit."""
 
 
 class Gated:
@@ -195,9 +223,10 @@ class Gated:
         if not self.mints or this._tpc or this._pipeline or this._num_transactions:
             yield from cast("Any", super())._commit_gen()
             return
-        self.mints, self.committed = False, None
+        self.mints = False
         if this.pgconn.transaction_status == TransactionStatus.IDLE:
             return
+        self.committed = None
         this.pgconn.send_query(_COMMIT)
         results = yield from generators.execute(this.pgconn)
         for result in results[:2]:
@@ -207,6 +236,64 @@ class Gated:
             flushed, inserted, file = (results[2].get_value(0, i) or b"" for i in range(3))
             waited = results[0].get_value(0, 0) != b"off"
             self.committed = Position(int(file[:8], 16), lsn_of(flushed if waited else inserted))
+
+
+def _sending(cursor: Any, pgq: Any, *, prepare: bool | None, binary: bool | None) -> Any:
+    """Return what psycopg decided on preparing, and what sends a statement as it would go.
+
+    That returns how many answers the statement has.
+    """
+    prep, name = cursor._get_prepared(pgq, prepare)
+
+    def send() -> int:
+        if prep is Prepare.NO:
+            cursor._execute_send(pgq, force_extended=True, binary=binary)
+            return 1
+        if prep is Prepare.SHOULD:
+            cursor._send_prepare(name, pgq)
+        cursor._send_query_prepared(name, pgq, binary=binary)
+        return 2 if prep is Prepare.SHOULD else 1
+
+    return prep, name, send
+
+
+def _accept(cursor: Any, pgq: Any, prep: Any, name: bytes, answers: list[list[PGresult]]) -> None:
+    """Give a cursor the answers to its statement, as psycopg does."""
+    failed = [found for found in answers if found[0].status not in _SUCCESS]
+    if failed:
+        cursor._raise_for_result(failed[0][0])
+    key = cursor._conn._prepared.maybe_add_to_cache(pgq, prep, name)
+    if key is not None:
+        cursor._conn._prepared.validate(key, prep, name, answers[-1])
+    cursor._check_results(answers[-1])
+    cursor._set_results(answers[-1])
+
+
+class _Minting:
+    """What cursors of writers do: a statement that commits itself tells its position.
+
+    It is one that psycopg would have put BEGIN before; see `shardkit.drivers`.
+    """
+
+    def _maybe_prepare_gen(
+        self, pgq: Any, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        this = cast("Any", self)
+        connection = this._conn
+        if (
+            connection.pgconn.transaction_status != TransactionStatus.IDLE
+            or connection.autocommit
+            or connection._pipeline
+        ):
+            yield from cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        connection.committed = None
+        prep, name, send = _sending(this, pgq, prepare=prepare, binary=binary)
+        _, answers, after = yield from _pipelined(connection, _COMMITTING, None, send)
+        if after is not None and _is_gone(after):
+            connection._has_prepared = frozenset()
+        _accept(this, pgq, prep, name, answers)
+        connection.committed = position_of(after)
 
 
 class _Cursor:
@@ -222,11 +309,12 @@ class _Cursor:
         try:
             gate = connection.gate
             if gate is None or not gate.asks or this._conn._pipeline or _CONTROL.match(pgq.query):
-                yield from cast("Any", super())._maybe_prepare_gen(
-                    pgq, prepare=prepare, binary=binary
-                )
+                work = cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
             else:
-                yield from self._gated_gen(gate, pgq, prepare=prepare, binary=binary)
+                work = self._gated_gen(gate, pgq, prepare=prepare, binary=binary)
+            if gate is not None and gate.is_replica:
+                work = _unless_silent(work, gate, this._conn)
+            yield from work
         except BaseException as error:
             if isinstance(error, CANNOT_ANSWER) and connection.gate is not None:
                 connection.gate.has_refused = connection.gate.is_replica
@@ -248,32 +336,14 @@ class _Cursor:
         if needed is None and not gate.keeps_track:
             yield from cast("Any", super())._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
             return
-        prep, name = this._get_prepared(pgq, prepare)
-
-        def send() -> int:
-            """Send the statement as it would go by itself; return how many answers it has."""
-            if prep is Prepare.NO:
-                this._execute_send(pgq, force_extended=True, binary=binary)
-                return 1
-            if prep is Prepare.SHOULD:
-                this._send_prepare(name, pgq)
-            this._send_query_prepared(name, pgq, binary=binary)
-            return 2 if prep is Prepare.SHOULD else 1
-
+        prep, name, send = _sending(this, pgq, prepare=prepare, binary=binary)
         before, answers, after = yield from _pipelined(this._conn, gate, needed, send)
         if before is not None and _is_gone(before):  # nothing ran after it
             connection._has_prepared = frozenset()
             before, answers, after = yield from _pipelined(this._conn, gate, needed, send)
         if needed is not None:
             self._let_through(gate, before, needed)
-        failed = [found for found in answers if found[0].status not in _SUCCESS]
-        if failed:
-            this._raise_for_result(failed[0][0])
-        key = this._conn._prepared.maybe_add_to_cache(pgq, prep, name)
-        if key is not None:
-            this._conn._prepared.validate(key, prep, name, answers[-1])
-        this._check_results(answers[-1])
-        this._set_results(answers[-1])
+        _accept(this, pgq, prep, name, answers)
         if gate.keeps_track:
             if after is None or _is_gone(after):
                 connection._has_prepared = frozenset()
@@ -303,9 +373,15 @@ class Cursor(_Cursor, psycopg.Cursor[Any]):
     """A cursor of a thread."""
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        """Run a statement, at the connection's race if it has one."""
+        """Run a statement, at the connection's race if it has one and is in no transaction."""
         race: Racer | None = cast("Gated", self._conn).race
-        if race is None or parallel.task() is not None or not self._conn.autocommit:
+        if (
+            race is None
+            or parallel.task() is not None
+            or not self._conn.autocommit
+            or self._conn.pgconn.transaction_status != TransactionStatus.IDLE
+            or (isinstance(query, str) and _BEGINS.match(query))
+        ):
             return super().execute(query, params, **options)
         run = psycopg.Cursor.execute
         race.run(self, lambda cursor: run(cursor, query, params, **options))
@@ -316,12 +392,28 @@ class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
 
 
-class Connection(Gated, driver.Connection):
-    """A connection of a thread."""
+class WriteCursor(drivers._Joining, _Minting, psycopg.Cursor[Any]):
+    """A writer's cursor of a thread."""
 
 
-class AsyncConnection(Gated, driver.AsyncConnection):
-    """A connection of an event loop."""
+class AsyncWriteCursor(drivers._Joining, _Minting, psycopg.AsyncCursor[Any]):
+    """A writer's cursor of an event loop."""
+
+
+class Connection(Gated, waits.Connection):
+    """A connection of a thread on which no transaction is begun by itself: a reader's."""
+
+
+class AsyncConnection(Gated, waits.AsyncConnection):
+    """The same of an event loop."""
+
+
+class Writer(Gated, drivers.Connection):
+    """A writer's connection of a thread."""
+
+
+class AsyncWriter(Gated, drivers.AsyncConnection):
+    """A writer's connection of an event loop."""
 
 
 def lsn_of(text: bytes | str) -> int:
@@ -366,9 +458,11 @@ def _pipelined(
             text, patience = lsn_text(needed.lsn).encode(), gate.patience
             if server.server_version >= WAITS_FOR_LSN and patience:
                 server.send_query_params(wait_for(needed.lsn, patience), None)
-                n_before += 1
+                n_before, patience = 1, 0
             n_before += _ask(connection, _REPLAYED, [text, b"%d" % patience])
         n_after = n_before + send()
+        if gate is _COMMITTING:  # the position is to be that after the commit
+            server.pipeline_sync()
         if gate.keeps_track and gate.is_replica:
             _ask(connection, _REPLAYED, [b"0/0", b"0"])
         elif gate.keeps_track:
@@ -376,11 +470,13 @@ def _pipelined(
         server.pipeline_sync()
         yield from generators.send(server)
         found: list[list[PGresult]] = []
-        while True:
+        n_syncs = 2 if gate is _COMMITTING else 1
+        while n_syncs:
             results = yield from generators.fetch_many(server)
             if results and results[-1].status == ExecStatus.PIPELINE_SYNC:
-                break
-            found.append(results)
+                n_syncs -= 1
+            else:
+                found.append(results)
         server.exit_pipeline_mode()
     except BaseException:
         if server.status == ConnStatus.OK:
@@ -389,6 +485,24 @@ def _pipelined(
     before = found[n_before - 1][0] if n_before else None
     after = found[-1][0] if len(found) > n_after else None
     return before, found[n_before:n_after], after
+
+
+def _unless_silent(work: PQGen[None], gate: Gate, connection: Any) -> PQGen[None]:
+    """Drive a generator of psycopg, and give up a server that has fallen silent.
+
+    psycopg wakes it every tenth of a second. A slow statement goes on as long as the server
+    answers the probes.
+    """
+    try:
+        wanted = next(work)
+        while True:
+            ready = yield wanted
+            if not ready and gate.is_silent():
+                connection.pgconn.finish()
+                raise SilentError("neither the statement nor the probes are answered")
+            wanted = work.send(ready)
+    except StopIteration:
+        return
 
 
 def wait_for(lsn: int, patience: int) -> bytes:

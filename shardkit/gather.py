@@ -23,11 +23,13 @@ from shardkit.keylists import KeyLists, split
 from shardkit.ordering import (
     EQUATABLE_TYPES,
     Combine,
+    Merge,
     Row,
     SortKey,
     alike,
     count_of,
     direction,
+    merging,
     ordering,
     refuse_unordered,
     refused,
@@ -37,7 +39,7 @@ from shardkit.router import Router
 from shardkit.shapes import sources_of
 from shardkit.statements import Params
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "plan", "plan_of_one"]
 
 _SORT: Final = "shardkit_sort_{}"
 
@@ -55,6 +57,8 @@ class Plan:
         adds: whether the branch has further columns after those.
         lists: the keys that each logical shard is asked for.
         n_rows: rows that a server may return at most, as the tail has it; None for any number.
+        merge: makes the final rows of the rows of each server as they come; None where all of
+            them have to be there first.
     """
 
     branch: Select[Any]
@@ -65,6 +69,13 @@ class Plan:
     adds: bool
     lists: KeyLists
     n_rows: int | None
+    merge: Merge | None = None
+
+
+def plan_of_one(statement: Any) -> Plan:
+    """Return the plan of a statement that one logical shard answers as it is."""
+    return Plan(statement, "", "", ordering((), None, None), 0, adds=False, lists=KeyLists(),
+                n_rows=None, merge=merging((), None, None))  # fmt: skip
 
 
 def plan(statement: Any, params: Params, router: Router) -> Plan:
@@ -117,7 +128,11 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     union = "UNION" if statement._distinct else "UNION ALL"
     if statement._distinct:
         combine = _distinct(combine)
-    return Plan(branch, union, text, combine, n_columns, bool(sort), lists, n_rows)
+    # Equal rows follow each other where the order looks at all of what they have.
+    merge = None
+    if not statement._distinct or _is_ordered_whole(statement):
+        merge = merging(sort, limit, offset, once=statement._distinct)
+    return Plan(branch, union, text, combine, n_columns, bool(sort), lists, n_rows, merge)
 
 
 def _has_aggregates(statement: Select[Any]) -> bool:
@@ -136,6 +151,13 @@ def _distinct(combine: Combine) -> Combine:
 def _is_selected(expression: ColumnElement[Any], statement: Select[Any]) -> bool:
     selected: Iterable[Any] = statement.selected_columns
     return any(alike(unlabelled(column), expression) for column in selected)
+
+
+def _is_ordered_whole(statement: Select[Any]) -> bool:
+    """Tell whether ORDER BY names every column that is selected."""
+    named = [direction(clause)[0] for clause in statement._order_by_clauses]
+    selected: Iterable[Any] = statement.selected_columns
+    return all(any(alike(unlabelled(c), one) for one in named) for c in selected)
 
 
 def _width(column: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import typing
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from sqlalchemy import (
     CHAR,
@@ -33,6 +33,7 @@ from shardkit.errors import ConfigurationError
 from shardkit.keys import KeyType
 from shardkit.router import Router
 from shardkit.strategies import EMBEDDED, Embedded, Rule, Strategy, strategy_named
+from shardkit.uniques import UniqueLookup, bound, keep, lookups_of
 
 __all__ = ["REFERENCE_SCHEMA", "Reference", "Sharded", "Sharding", "rules_of", "sharding_of"]
 
@@ -103,6 +104,8 @@ class Sharded:
             places it, on a logical shard chosen when it is added.
         __shard_strategy__: `"embedded"` (default) when the key is a shardkit id; `"hash"`,
             `Range(…)` or `Directory(…)` for numbers, text, UUIDs and bytes.
+        __unique__: columns of which no two rows of the cluster have the same value; a tuple of
+            `unique_lookup(…)`.
 
     A class that maps no primary key of its own gets `id`, a `bigint` minted at flush. One that
     does must have the shard key in it: a primary key names one row of the whole cluster.
@@ -110,6 +113,7 @@ class Sharded:
 
     __shard_key__: ClassVar[str]
     __shard_strategy__: ClassVar[str | Strategy] = "embedded"
+    __unique__: ClassVar[tuple[UniqueLookup, ...]] = ()
 
     if TYPE_CHECKING:
         id: Mapped[int]
@@ -133,7 +137,8 @@ class Sharded:
                 f"{cls.__name__}: joined-table inheritance is not supported on sharded classes",
                 hint="map the subclass to its parent's table",
             )
-        table.info[_INFO] = _sharding(cls, "id" if mints else None)
+        table.info[_INFO] = sharding = _sharding(cls, "id" if mints else None)
+        _keep_uniques(cls, table, sharding)
 
 
 class Reference:
@@ -153,16 +158,20 @@ class Reference:
 
 def sharding_of(table: Table) -> Sharding | None:
     """Return the placement of a table, or None when it is not sharded."""
-    return typing.cast("Sharding | None", table.info.get(_INFO))
+    return cast("Sharding | None", table.info.get(_INFO))
 
 
 def rules_of(metadata: MetaData) -> dict[str, str]:
-    """Return how the rows of every sharded table are placed, as text by name of the table."""
-    return {
-        table.name: sharding.fingerprint
-        for table in metadata.sorted_tables
-        if (sharding := sharding_of(table)) is not None
-    }
+    """Return how the rows of every sharded table are placed, as text by name of the table.
+
+    Unique columns are among them, as `table.column`, with what decides which values are equal.
+    """
+    rules: dict[str, str] = {}
+    for table in metadata.sorted_tables:
+        if (sharding := sharding_of(table)) is not None:
+            rules[table.name] = sharding.fingerprint
+            rules |= {lookup.name: lookup.rule for lookup in lookups_of(table)}
+    return rules
 
 
 def _sharding(cls: type[Any], minted: str | None) -> Sharding:
@@ -204,23 +213,72 @@ def _sharding(cls: type[Any], minted: str | None) -> Sharding:
     return Sharding(key, key_column, rule, minted, placing, attributes, identity)
 
 
+def _keep_uniques(cls: type[Sharded], table: Table, sharding: Sharding) -> None:
+    """Keep the unique columns of a class with its table.
+
+    Raises:
+        ConfigurationError: a column cannot be kept unique.
+    """
+    declared = cls.__unique__
+    if not declared:
+        return
+    mapper: Mapper[Any] = inspect(cls)
+    id_column: Any = mapper.primary_key[0]
+    if len(mapper.primary_key) > 1 or sharding.identity[1] != EMBEDDED:
+        raise ConfigurationError(
+            f"{cls.__name__}: a class with unique columns needs an id that carries its shard",
+            hint="map no primary key and get a minted id",
+        )
+    lookups = []
+    for unique in declared:
+        if (
+            not isinstance(cast("Any", unique), UniqueLookup)
+            or unique.attribute not in mapper.columns
+        ):
+            raise ConfigurationError(
+                f"{cls.__name__}: __unique__ has {unique!r}, which names no mapped column",
+                hint='write __unique__ = (unique_lookup("username"),), with a comma',
+            )
+        column = mapper.columns[unique.attribute]
+        if column.name in sharding.placing:
+            raise ConfigurationError(
+                f"{cls.__name__}: {unique.attribute} places its row",
+                hint="equal shard keys lie together: a unique index keeps them unique",
+            )
+        key_type = _key_type(column)
+        if key_type is None:
+            raise ConfigurationError(
+                f"{cls.__name__}: a column of type {type(column.type).__name__} cannot be unique",
+                hint="use BigInteger, Integer, Text, String, Uuid or LargeBinary",
+            )
+        lookups.append(bound(cls.__name__, unique, column, id_column, key_type))
+    keep(table, tuple(lookups))
+
+
 def _rule(strategy: Strategy, column: Column[Any]) -> Rule:
     """Return the rule of a shard key column.
 
     Raises:
         ConfigurationError: its type cannot place rows, or not by this strategy.
     """
-    kind = column.type
-    if isinstance(kind, NullType) and isinstance(strategy, Embedded):
+    if isinstance(column.type, NullType) and isinstance(strategy, Embedded):
         return EMBEDDED  # a foreign key to an id, whose type SQLAlchemy resolves later
-    key_type = next((found for known, found in _KEY_TYPES.items() if isinstance(kind, known)), None)
-    # PostgreSQL pads CHAR, folds CITEXT, and stores an Enum's name: equal there is not equal here.
-    if key_type is None or isinstance(kind, CHAR | CITEXT | Enum):
+    key_type = _key_type(column)
+    if key_type is None:
         raise ConfigurationError(
-            f"a column of type {type(kind).__name__} cannot be a shard key",
+            f"a column of type {type(column.type).__name__} cannot be a shard key",
             hint="use BigInteger, Integer, Text, String, Uuid or LargeBinary",
         )
     return Rule(strategy, key_type)
+
+
+def _key_type(column: Column[Any]) -> KeyType | None:
+    """Return the type of a column's values, or None when equal there is not equal here."""
+    kind = column.type
+    # PostgreSQL pads CHAR, folds CITEXT, and stores an Enum's name.
+    if isinstance(kind, CHAR | CITEXT | Enum):
+        return None
+    return next((found for known, found in _KEY_TYPES.items() if isinstance(kind, known)), None)
 
 
 def _maps_primary_key(cls: type[Any]) -> bool:

@@ -8,7 +8,7 @@ writes, too, the answer to its own COMMIT confirms the first one's: the log is i
 Rows expire by the time of the database. Each run deletes some that have; nothing else cleans up.
 
 Source: Stripe, "Designing robust and predictable APIs with idempotency"; docs/architecture.md,
-decision 18.
+decision 19.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ equal rows; refuses the types on which PostgreSQL and Python could disagree.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +38,14 @@ from shardkit.statements import Params
 __all__ = [
     "EQUATABLE_TYPES",
     "Combine",
+    "Merge",
     "Row",
     "SortKey",
     "alike",
     "comparable",
     "count_of",
     "direction",
+    "merging",
     "ordering",
     "refuse_unordered",
     "refused",
@@ -51,6 +55,8 @@ __all__ = [
 Row = Sequence[Any]
 Combine = Callable[[list[Row]], list[Row]]
 """Makes rows of rows; may reorder the list it is given."""
+Merge = Callable[[Sequence[Iterator[Row]]], Iterator[Row]]
+"""Makes rows of the rows of each server, in their order, and holds no more than one of each."""
 
 # Collations differ between servers and from Python; these types order alike everywhere. So would
 # intervals, but psycopg makes a year 365 days and PostgreSQL 12 months of 30.
@@ -143,6 +149,76 @@ def ordering(keys: Sequence[SortKey], limit: int | None, offset: int | None) -> 
         return rows[offset or 0 : stop]
 
     return combine
+
+
+def merging(
+    keys: Sequence[SortKey], limit: int | None, offset: int | None, *, once: bool = False
+) -> Merge:
+    """Return what merges the sorted rows of servers one by one, and cuts LIMIT and OFFSET out.
+
+    Rows without an order are taken from the servers in turn.
+
+    Args:
+        keys: the order, which every server has kept.
+        limit: rows to keep, or None for all.
+        offset: rows to leave out first.
+        once: whether equal rows, which then follow each other, become one.
+
+    Source: the k-way merge of Knuth, The Art of Computer Programming 3, 5.4.1, as `heapq.merge`.
+    """
+    stop = None if limit is None else limit + (offset or 0)
+    # Backwards as a whole where every key is; else what compares the wrong way round is wrapped.
+    backwards = bool(keys) and all(key.descending for key in keys)
+    ranks = [(_rank(key), key.descending and not backwards) for key in keys]
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return tuple(_Descending(rank(row)) if wrap else rank(row) for rank, wrap in ranks)
+
+    def merge(runs: Sequence[Iterator[Row]]) -> Iterator[Row]:
+        rows: Iterator[Row] = _in_turn(runs)
+        if keys:
+            rows = heapq.merge(*runs, key=place, reverse=backwards)
+        return itertools.islice(_once(rows) if once else rows, offset or 0, stop)
+
+    return merge
+
+
+def _in_turn(runs: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    left = list(runs)
+    while left:
+        for run in tuple(left):
+            try:
+                row = next(run)
+            except StopIteration:
+                left.remove(run)
+            else:
+                yield row
+
+
+def _once(rows: Iterator[Row]) -> Iterator[Row]:
+    last: tuple[Any, ...] | None = None
+    for row in rows:
+        this = same(row)
+        if this != last:
+            yield row
+        last = this
+
+
+class _Descending:
+    """A rank that sorts the other way round."""
+
+    __slots__ = ("rank",)
+
+    def __init__(self, rank: tuple[Any, ...]) -> None:
+        self.rank = rank
+
+    def __lt__(self, other: _Descending) -> bool:
+        return other.rank < self.rank
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Descending) and self.rank == other.rank
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _rank(key: SortKey) -> Callable[[Row], tuple[bool, bool, Any]]:

@@ -1,7 +1,7 @@
 """Runs statements on several connections at once, from one thread.
 
 A psycopg call is a generator that says which socket it waits for. The connections of
-`shardkit.driver` hand that wait to `run` when `run` is driving them: each task goes on in a
+`shardkit.waits` hand that wait to `run` when `run` is driving them: each task goes on in a
 greenlet of its own until its query is sent, and whichever server answers first is read first. No
 threads, so no handing over of the interpreter lock, which on a query of a fifth of a millisecond
 costs more than the query. Used by clusters for threads; under asyncio the event loop does the same.
@@ -25,7 +25,7 @@ __all__ = ["AbandonedError", "Task", "hedged", "outcome", "run", "task"]
 
 T = TypeVar("T")
 
-_CHECK_EVERY: Final = 0.1
+CHECK_EVERY: Final = 0.1
 """Seconds between looks for an interrupt or a closed socket; psycopg's own interval."""
 
 _READ, _WRITE = 1, 2  # psycopg.waiting.Wait and Ready, as bits
@@ -65,7 +65,7 @@ class Task(greenlet):
     def _ready(self, socket: int, state: int, until: float) -> Any:
         assert self.parent is not None, "a task is started by run()"
         ready = self.parent.switch((socket, state, until))
-        if not ready:
+        if not ready and SYSTEM.monotonic() >= until:
             raise errors._WaitTimeout("wait timeout expired")  # noqa: SLF001  as psycopg's waits do
         return ready
 
@@ -84,61 +84,86 @@ def outcome(work: Callable[[], T]) -> T | Exception:
         return error
 
 
-def run(tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
-    """Run tasks at the same time and return the outcome of each, in order.
+class _Waiting:
+    """The tasks of one call, each of which waits for a socket or is finished."""
 
-    Args:
-        tasks: each uses one connection of its own, a `Connection` of `shardkit.driver`.
-    """
-    if len(tasks) == 1:
-        return [outcome(tasks[0])]
-    finished: dict[Task, T | Exception] = {}
-    waiting: dict[int, tuple[Task, float]] = {}
-    poll = select.poll()
-    greenlets = [Task(outcome) for _ in tasks]
+    def __init__(self) -> None:
+        self.finished: dict[Task, Any] = {}
+        self._waiting: dict[int, tuple[Task, float]] = {}
+        self._poll = select.poll()
 
-    def step(each: Task, *sent: Any) -> None:
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def begin(self, each: Task, work: Callable[[], object]) -> None:
+        """Start a task."""
+        # Deadlines are context variables, of which a greenlet has none of its own.
+        each.gr_context = getcurrent().gr_context
+        self._step(each, work)
+
+    def wait(self, pause: float = CHECK_EVERY) -> None:
+        """Wait until a server says something, a task has waited long enough, or the pause is over.
+
+        Then whoever waits may look at the time, as psycopg has it.
+        """
+        first = min(until for _, until in self._waiting.values())
+        if first < math.inf:
+            pause = max(0.0, min(pause, first - SYSTEM.monotonic()))
+        events = self._poll.poll(math.ceil(pause * 1000))
+        for socket, event in events:
+            # An error or hang-up is for the driver to read.
+            self._resume(
+                socket,
+                (_WRITE if event & select.POLLOUT else 0)
+                | (_READ if event & ~select.POLLOUT else 0),
+            )
+        if not events:
+            for socket in list(self._waiting):
+                self._resume(socket, 0)
+        elif first < math.inf and first <= SYSTEM.monotonic():
+            for socket, (_, until) in list(self._waiting.items()):
+                if until <= SYSTEM.monotonic():
+                    self._resume(socket, 0)
+
+    def _resume(self, socket: int, ready: int) -> None:
+        self._poll.unregister(socket)
+        self._step(self._waiting.pop(socket)[0], ready)
+
+    def _step(self, each: Task, *sent: Any) -> None:
         answer = each.switch(*sent)
         if each.dead:
-            finished[each] = answer
+            self.finished[each] = answer
         else:
             socket, flags, until = answer
-            waiting[socket] = (each, until)
-            poll.register(
+            self._waiting[socket] = (each, until)
+            self._poll.register(
                 socket,
                 (select.POLLIN if flags & _READ else 0) | (select.POLLOUT if flags & _WRITE else 0),
             )
 
+
+def run(tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
+    """Run tasks at the same time and return the outcome of each, in order.
+
+    Args:
+        tasks: each uses one connection of its own, a `Connection` of `shardkit.waits`.
+    """
+    if len(tasks) == 1:
+        return [outcome(tasks[0])]
+    greenlets = [Task(outcome) for _ in tasks]
+    waiting = _Waiting()
     try:
         for each, work in zip(greenlets, tasks, strict=True):
-            # Deadlines are context variables, of which a greenlet has none of its own.
-            each.gr_context = getcurrent().gr_context
-            step(each, work)
+            waiting.begin(each, work)
         while waiting:
-            first = min(until for _, until in waiting.values())
-            pause = _CHECK_EVERY
-            if first < math.inf:
-                pause = max(0.0, min(pause, first - SYSTEM.monotonic()))
-            for socket, event in poll.poll(math.ceil(pause * 1000)):
-                poll.unregister(socket)
-                # An error or hang-up is for the driver to read.
-                ready = (_WRITE if event & select.POLLOUT else 0) | (
-                    _READ if event & ~select.POLLOUT else 0
-                )
-                step(waiting.pop(socket)[0], ready)
-            if first < math.inf and first <= SYSTEM.monotonic():
-                for socket, (late, until) in list(waiting.items()):
-                    if until <= SYSTEM.monotonic() and waiting.get(socket) == (late, until):
-                        poll.unregister(socket)
-                        del waiting[socket]
-                        step(late, 0)
+            waiting.wait()
     except BaseException:
         for each in greenlets:
             if not each.dead:
                 with suppress(BaseException):
                     each.throw(KeyboardInterrupt)
         raise
-    return [finished[each] for each in greenlets]
+    return [waiting.finished[each] for each in greenlets]
 
 
 def hedged(
@@ -159,53 +184,23 @@ def hedged(
         Which one it was, 0 or 1, and its result; the first one's exception when none succeeded.
     """
     tasks = [Task(outcome)]
-    finished: dict[Task, T | Exception] = {}
-    waiting: dict[int, tuple[Task, float]] = {}
-    poll = select.poll()
+    waiting = _Waiting()
+    finished = waiting.finished
     begins: float | None = SYSTEM.monotonic() + delay
-
-    def step(each: Task, *sent: Any) -> None:
-        answer = each.switch(*sent)
-        if each.dead:
-            finished[each] = answer
-        else:
-            socket, flags, until = answer
-            waiting[socket] = (each, until)
-            poll.register(
-                socket,
-                (select.POLLIN if flags & _READ else 0) | (select.POLLOUT if flags & _WRITE else 0),
-            )
-
-    def begin(each: Task, work: Callable[[], T]) -> None:
-        each.gr_context = getcurrent().gr_context
-        step(each, work)
-
     try:
-        begin(tasks[0], first)
+        waiting.begin(tasks[0], first)
         while waiting:
             succeeded = [i for i, each in enumerate(tasks) if _is_success(finished, each)]
             if succeeded:
                 return succeeded[0], finished[tasks[succeeded[0]]]
             now = SYSTEM.monotonic()
-            if begins is not None and (now >= begins or finished):
+            if begins is not None and now >= begins:
                 begins = None
-                if not finished and may_begin():
+                if may_begin():
                     tasks.append(Task(outcome))
-                    begin(tasks[1], second)
+                    waiting.begin(tasks[1], second)
                     continue
-            until = min((end for _, end in waiting.values()), default=math.inf)
-            pause = min(_CHECK_EVERY, until - now, math.inf if begins is None else begins - now)
-            for socket, event in poll.poll(max(0.0, pause * 1000)):
-                poll.unregister(socket)
-                ready = (_WRITE if event & select.POLLOUT else 0) | (
-                    _READ if event & ~select.POLLOUT else 0
-                )
-                step(waiting.pop(socket)[0], ready)
-            for socket, (late, end) in list(waiting.items()):
-                if end <= SYSTEM.monotonic() and waiting.get(socket) == (late, end):
-                    poll.unregister(socket)
-                    del waiting[socket]
-                    step(late, 0)
+            waiting.wait(CHECK_EVERY if begins is None else min(CHECK_EVERY, begins - now))
         won = next((i for i, each in enumerate(tasks) if _is_success(finished, each)), 0)
         return won, finished[tasks[won]]
     finally:

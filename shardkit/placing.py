@@ -78,14 +78,15 @@ class Placer:
         self._pending = {id(obj) for obj in objects}
         wanted: dict[int, list[tuple[Any, str]]] = {}
         for obj in objects:
-            sharding = sharding_of_mapper(instance_state(obj).mapper)
+            state: InstanceState[Any] = instance_state(obj)
+            sharding = sharding_of_mapper(state.mapper)
             if sharding is None:
                 continue
-            shard = self._place(obj, sharding)
+            shard = self._place(obj, state, sharding)
             minted = sharding.minted
             if minted is None:
                 continue
-            given = getattr(obj, minted)
+            given = state.dict.get(minted)
             if given is None:
                 wanted.setdefault(shard, []).append((obj, minted))
             elif self._router.shard(EMBEDDED, given) != shard:
@@ -102,12 +103,12 @@ class Placer:
                     setattr(obj, attribute, new_id)
         return self._placed
 
-    def _place(self, obj: Any, sharding: Sharding) -> int:
+    def _place(self, obj: Any, state: InstanceState[Any], sharding: Sharding) -> int:
         """Return the logical shard of a new object, deciding it on the first call."""
         known = self._placed.get(id(obj))
         if known is not None:
             return known
-        value = getattr(obj, sharding.key)
+        value = state.dict.get(sharding.key)
         if value is not None:
             shard = self._router.shard(sharding.rule, value)
             if (kept := sharding.kept(value)) is not value:
@@ -115,20 +116,21 @@ class Placer:
         elif sharding.key == sharding.minted:
             shard = self._placement(self._router.total)
         else:
-            shard = self._beside_parent(obj, sharding)
+            shard = self._beside_parent(obj, state, sharding)
         self._placed[id(obj)] = shard
         return shard
 
-    def _beside_parent(self, obj: Any, sharding: Sharding) -> int:
-        parent = _parent(instance_state(obj), sharding)
-        found = None if parent is None else sharding_of_mapper(instance_state(parent).mapper)
-        if found is None:
+    def _beside_parent(self, obj: Any, state: InstanceState[Any], sharding: Sharding) -> int:
+        parent = _parent(state, sharding)
+        beside: InstanceState[Any] | None = None if parent is None else instance_state(parent)
+        found = None if beside is None else sharding_of_mapper(beside.mapper)
+        if beside is None or found is None:
             raise NoShardKeyError(
                 f"{type(obj).__name__} was added without {sharding.key}, its shard key",
                 hint=f"set {sharding.key}, or the relationship that fills it",
             )
         if id(parent) in self._pending:
-            return self._place(parent, found)
+            return self._place(parent, beside, found)
         shard = stored_shard(parent, self._router)
         assert shard is not None, "its class is sharded"
         return shard

@@ -76,7 +76,7 @@ class _Prober:
                 _LOG.debug("%s does not answer: %s", endpoint, type(error).__name__)
                 if not replicas.is_down(endpoint):
                     replicas.failed(endpoint)
-            await asyncio.sleep(self._interval * 5)
+            await asyncio.sleep(self._interval * 5)  # nobody is to be flooded with logins
 
     async def _follow(self, endpoint: Endpoint, replicas: ReplicaSet) -> None:
         url = endpoint.url.set(drivername="postgresql")

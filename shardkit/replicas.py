@@ -219,6 +219,8 @@ class ReplicaSet:
             return self.primary
         found = [m for m in self.members.values() if m.endpoint not in excluding]
         found = [m for m in found if not self.is_down(m.endpoint)]
+        if self._is_probed():  # then no reader has to try what may be dead
+            found = [m for m in found if not (m.n_failures or self.is_silent(m.endpoint))]
         if need is not None:
             found = [m for m in found if not m.is_hopeless(need)]
         found = _preferred(
@@ -261,6 +263,17 @@ class ReplicaSet:
         """Tell whether an endpoint is left alone because it failed."""
         member = self.members.get(endpoint)
         return member is not None and member.down_until > self._clock.monotonic()
+
+    def is_silent(self, endpoint: Endpoint) -> bool:
+        """Tell whether a replica does not answer probes, while its primary does."""
+        member = self.members.get(endpoint)
+        if member is None or member.sample is None or not self._is_probed():
+            return False
+        return self._clock.monotonic() - member.sample.at > _FRESH
+
+    def _is_probed(self) -> bool:
+        samples = self._primary_samples
+        return bool(samples) and self._clock.monotonic() - samples[-1].at <= _FRESH
 
     def failed(self, endpoint: Endpoint) -> None:
         """Note that an endpoint did not answer.

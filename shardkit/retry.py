@@ -6,7 +6,7 @@ the server that failed is spent: then the error of the last attempt is raised, a
 tried again. One layer only: what runs inside `Cluster.run` is tried again by nobody else.
 
 Source: Google, "Site Reliability Engineering", chapter 22, retry budgets; Finagle's RetryBudget;
-Brooker, "Exponential Backoff And Jitter" (full jitter); docs/architecture.md, decision 18.
+Brooker, "Exponential Backoff And Jitter" (full jitter); docs/architecture.md, decision 19.
 """
 
 from __future__ import annotations

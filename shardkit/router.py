@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from shardkit.keys import Key, KeyType
 from shardkit.strategies import Directory, Range, Rule
 from shardkit.topology import Role
 
-__all__ = ["Entry", "Route", "Router", "UnknownEntriesError"]
+__all__ = ["Entry", "Route", "Router", "UnknownEntriesError", "UnknownValuesError"]
 
 Entry = tuple[Directory, Key]
 """A key of a directory."""
@@ -57,19 +57,38 @@ class UnknownEntriesError(LookupError):
         super().__init__(self.entries)
 
 
+class UnknownValuesError(LookupError):
+    """Unique values have to be looked up before a decision; never leaves a session.
+
+    Attributes:
+        values: the values, of `shardkit.uniques`.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self.values = tuple(values)
+        super().__init__(self.values)
+
+
 class Router:
     """Maps key values to logical shards.
 
     Args:
         n_logical_shards: the fixed number of logical shards, 1 to 8192.
         entries: logical shards of the directory keys that were looked up.
+        values: logical shards of the rows that may have the unique values that were looked up.
     """
 
-    __slots__ = ("entries", "total")
+    __slots__ = ("entries", "total", "values")
 
-    def __init__(self, n_logical_shards: int, entries: Mapping[Entry, int] | None = None) -> None:
+    def __init__(
+        self,
+        n_logical_shards: int,
+        entries: Mapping[Entry, int] | None = None,
+        values: Mapping[Any, frozenset[int]] | None = None,
+    ) -> None:
         self.total = n_logical_shards
         self.entries = entries or {}
+        self.values = values or {}
 
     def shard(self, rule: Rule, value: object) -> int:
         """Return the logical shard that a key value names.

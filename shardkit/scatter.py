@@ -29,6 +29,8 @@ from shardkit.timeouts import limited
 from shardkit.topology import schema_name
 
 __all__ = [
+    "CURSOR",
+    "Cursor",
     "Gathering",
     "Scatter",
     "compose",
@@ -41,6 +43,8 @@ __all__ = [
 ]
 
 _OPTION: Final = "shardkit_scatter"
+CURSOR: Final = "shardkit_cursor"
+"""The execution option with the `Cursor` of a statement."""
 _ANY_SCHEMA: Final = "shardkit_any_shard"
 _DIALECT: Final[Any] = cast("Any", PGDialect_psycopg)()
 
@@ -66,18 +70,38 @@ class Scatter:
         object.__setattr__(self, "names", tuple(self.lists.values))
 
 
-def of(plan: Plan | None, shards: tuple[int, ...], max_rows: int) -> Scatter:
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A cursor that a statement declares, or whose first rows stand for its answer.
+
+    Attributes:
+        name: of the cursor.
+        n_rows: how many rows to fetch; None to declare it.
+    """
+
+    name: str
+    n_rows: int | None = None
+
+    def rewritten(self, statement: str, parameters: Any) -> tuple[str, Any]:
+        """Return what is run in place of a statement."""
+        if self.n_rows is None:
+            return f"DECLARE {self.name} NO SCROLL CURSOR FOR {statement}", parameters
+        return f"FETCH FORWARD {self.n_rows} FROM {self.name}", {}
+
+
+def of(plan: Plan | None, shards: tuple[int, ...], max_rows: int | None) -> Scatter:
     """Return what one server runs of a plan, or of a statement that needs none.
 
     Args:
         plan: of the statement.
         shards: the logical shards of that server to ask.
-        max_rows: rows that may be held; the server sends at most one more, which tells.
+        max_rows: rows that may be held; the server sends at most one more, which tells. None
+            for any number.
     """
     if plan is None:
         return Scatter(shards, "")
     tail = plan.tail
-    if plan.n_rows is None or plan.n_rows > max_rows:
+    if max_rows is not None and (plan.n_rows is None or plan.n_rows > max_rows):
         tail = f"{tail.removesuffix(f' LIMIT {plan.n_rows}')} LIMIT {max_rows + 1}"
     return Scatter(shards, tail, plan.lists, plan.union)
 
@@ -120,7 +144,7 @@ class Gathering:
     Args:
         state: the execution that the session's hook was given.
         plan: what to run.
-        max_rows: how many rows all servers may return together.
+        max_rows: how many rows all servers may return together; None for any number.
         timeout: seconds for each server, or None.
 
     Attributes:
@@ -128,7 +152,7 @@ class Gathering:
     """
 
     def __init__(
-        self, state: ORMExecuteState, plan: Plan, *, max_rows: int, timeout: float | None
+        self, state: ORMExecuteState, plan: Plan, *, max_rows: int | None, timeout: float | None
     ) -> None:
         self.answers: dict[str, int] = {}
         self._session = state.session
@@ -140,7 +164,7 @@ class Gathering:
         self._options: Mapping[str, Any] = state.execution_options
         self._params = state.parameters
         self._bind_arguments = state.bind_arguments
-        self._results: list[CursorResult[Any]] = []
+        self._first: CursorResult[Any] | None = None
         self._rows: list[Any] = []
         if self._load is not None:
             self._statement, self._options, self._params = self._load.orm_pre_session_exec(
@@ -168,8 +192,8 @@ class Gathering:
             TooManyRowsError: they returned more rows than may be held.
         """
         tasks = [
-            self._task(connection, of(self._plan, shards, self._max_rows))
-            for connection, shards in servers.values()
+            self._task(name, connection, of(self._plan, shards, self._max_rows))
+            for name, (connection, shards) in servers.items()
         ]
         failures: dict[str, Exception] = {}
         for name, answer in zip(servers, parallel(tasks), strict=True):
@@ -180,20 +204,29 @@ class Gathering:
                     raise answer
                 failures[name] = answer
             else:
-                result, rows = answer
-                self.answers[name] = len(rows)
-                self._results.append(result)
-                self._rows.extend(rows)
-        if len(self._rows) > self._max_rows:
+                self.answers[name] = len(answer)
+                self._rows.extend(answer)
+        if self._max_rows is not None and len(self._rows) > self._max_rows:
             raise too_many_rows(self._max_rows)
         return failures
 
     def result(self) -> Result[Any]:
         """Merge the answers, of which there is at least one, and load them."""
         # Merge what the driver returned and let SQLAlchemy read it as one server's answer.
-        cursor = self._results[0]
+        assert self._first is not None, "a server has answered"
         merged = self._plan.combine(self._rows)
-        cursor.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=merged)
+        self._first.cursor_strategy = FullyBufferedCursorFetchStrategy(None, initial_buffer=merged)
+        return self._loaded(self._first)
+
+    def when_answered(self, tell: Callable[[Mapping[str, int]], None]) -> None:
+        """Tell how many rows were fetched of each server, once all of them were."""
+        tell(self.answers)
+
+    def close(self) -> None:
+        """Let go of what was opened; what was fetched needs nothing."""
+
+    def _loaded(self, cursor: CursorResult[Any]) -> Result[Any]:
+        """Load the rows that a result of the driver has, as those of one server."""
         result: Result[Any] = cursor
         if self._load is not None:
             result = self._load.orm_setup_cursor_result(
@@ -207,21 +240,34 @@ class Gathering:
         return _without_sort_columns(result, self._plan.n_columns) if self._plan.adds else result
 
     def _task(
-        self, connection: Connection, scatter: Scatter
-    ) -> Callable[[], tuple[CursorResult[Any], Sequence[Any]]]:
-        # Every row is fetched here for the merge; what SQLAlchemy buffered would be missing.
-        here = {**self._options, _OPTION: scatter, "stream_results": False, "yield_per": None}
+        self,
+        name: str,
+        connection: Connection,
+        scatter: Scatter,
+    ) -> Callable[[], Sequence[Any]]:
+        """Return what fetches the rows of a server."""
 
-        def task() -> tuple[CursorResult[Any], Sequence[Any]]:
-            result = connection.execute(self._statement, self._params or {}, execution_options=here)
-            return result, cast("Any", result.cursor).fetchall()
+        def task() -> Sequence[Any]:
+            result = self._execute(connection, scatter, {})
+            rows: Sequence[Any] = cast("Any", result.cursor).fetchall()
+            self._first = self._first or result
+            return rows
 
-        def in_time() -> tuple[CursorResult[Any], Sequence[Any]]:
+        def in_time() -> Sequence[Any]:
             assert self._timeout is not None
             with limited(connection, self._timeout):
                 return task()
 
         return task if self._timeout is None else in_time
+
+    def _execute(
+        self, connection: Connection, scatter: Scatter, options: Mapping[str, Any]
+    ) -> CursorResult[Any]:
+        # Rows are fetched here for the merge; what SQLAlchemy buffered would be missing.
+        here = {**self._options, "stream_results": False, "yield_per": None, _OPTION: scatter}
+        return connection.execute(
+            self._statement, self._params or {}, execution_options={**here, **options}
+        )
 
 
 def is_lost(error: Exception) -> bool:
@@ -270,4 +316,7 @@ def _rewrite(
     scatter = context.execution_options.get(_OPTION)
     if scatter is None:
         return statement, parameters
-    return compose(statement, scatter), {**parameters, **scatter.lists.parameters(scatter.shards)}
+    text = compose(statement, scatter)
+    parameters = {**parameters, **scatter.lists.parameters(scatter.shards)}
+    cursor = context.execution_options.get(CURSOR)
+    return (text, parameters) if cursor is None else cursor.rewritten(text, parameters)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection, Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import deadlines, gather, scatter
+from shardkit import deadlines, gather, scatter, streams
 from shardkit.binds import BoundSession
 from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections
@@ -33,11 +33,12 @@ from shardkit.identities import identities, select_identities
 from shardkit.parallel import outcome
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
-from shardkit.router import Route, Router
+from shardkit.router import Route, Router, UnknownValuesError
 from shardkit.shapes import expressions_of
 from shardkit.statements import Limits, Params, limits_of, shards_of
 from shardkit.timeouts import limited
 from shardkit.topology import Endpoint, Role
+from shardkit.uniques import Value, lookups_of
 
 __all__ = ["ReadSession"]
 
@@ -137,15 +138,48 @@ class ReadSession(BoundSession):
                 found[inspect(row).key] = row
         return [found.get(key) for key in keys]
 
+    def get_by(self, entity: Any, **unique: Any) -> Any:
+        """Return the row that has a unique value, however it is written, or None.
+
+        `select(User).where(User.username == "Ana")` finds the row that holds this very text; this
+        finds the one whose value counts as the same.
+
+        Args:
+            entity: a class with `__unique__`.
+            **unique: one attribute of it, with the value.
+
+        Raises:
+            InvalidUniqueValueError: no row can have the value.
+            UnsupportedStatementError: not the name of one unique attribute that may be read.
+
+        Example:
+            >>> session.get_by(User, username="ANA")  # doctest: +SKIP
+        """
+        known = {k.attribute: k for k in lookups_of(inspect(entity).local_table) if k.complete}
+        if len(unique) != 1 or not unique.keys() <= known.keys():
+            raise UnsupportedStatementError(
+                f"get_by() of {', '.join(unique) or 'nothing'}",
+                hint=f"name one of {', '.join(known) or 'its unique attributes, which are none'}",
+            )
+        ((name, given),) = unique.items()
+        value = known[name].value(given)
+        ids = self._looked_up_ids(value)
+        for row in self.get_many(entity, ids):
+            stored = None if row is None else getattr(row, name)
+            if stored is not None and known[name].value(stored) == value:
+                return row
+        return None
+
     def route(self, statement: Any, params: Params = None) -> Route:
         """Return where a statement would run and the SQL of each server; runs nothing.
 
-        Keys of directories are looked up.
+        Keys of directories and unique values are looked up.
 
         Raises:
             RoutingError: it would be refused.
         """
-        shards = self._route(statement, params)
+        with self.no_autoflush:
+            shards = self._route(statement, params)
         cluster = self._cluster
         max_rows = (limits_of(statement) or _NO_LIMITS).max_rows or cluster.max_rows
         branch, plan = statement, None
@@ -174,9 +208,39 @@ class ReadSession(BoundSession):
     # -- routing
 
     def _decided(self, decide: Callable[[Router], T], *, assign: bool = False) -> T:
-        """Return a decision of the router, with the directory keys it needs."""
+        """Return a decision of the router, with the directory keys and unique values it needs."""
         cluster = self._cluster
-        return cluster.directories.decided(cluster.router, decide, assign=assign)
+        router, known = cluster.router, dict[Value, frozenset[int]]()
+        while True:
+            try:
+                return cluster.directories.decided(router, decide, assign=assign)
+            except UnknownValuesError as unknown:
+                known |= self._looked_up(unknown.values)
+                router = Router(router.total, values=known)
+
+    def _looked_up(self, values: Iterable[Value]) -> dict[Value, frozenset[int]]:
+        """Return the logical shards of the rows that may have unique values."""
+        self._cluster.awaited("a unique value has to be looked up")
+        return self._cluster.lookups.shards(values, self._ask)
+
+    def _looked_up_ids(self, value: Value) -> list[int]:
+        """Return the ids of the rows that may have a unique value."""
+        return [pair.id for pair in self._cluster.lookups.read([value], self._ask)[value]]
+
+    def _ask(
+        self, logical_shard: int, query: str, parameters: Mapping[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        """Run a statement of shardkit's own where this session reads a logical shard.
+
+        Raises:
+            EndpointUnavailableError: the server does not answer (retryable).
+        """
+
+        def ask() -> Sequence[Sequence[Any]]:
+            connection = self._connection_to(logical_shard)
+            return connection.exec_driver_sql(query, dict(parameters)).all()
+
+        return self._elsewhere(ask)
 
     def _writable(self) -> None:
         raise ReadOnlySessionError
@@ -212,14 +276,19 @@ class ReadSession(BoundSession):
         if "logical_shard" in state.bind_arguments:
             if state.is_select and state.is_orm_statement:
                 refuse_joined_loads(state.statement, state.bind_mapper, several=False)
+            given: tuple[int, ...] = (state.bind_arguments["logical_shard"],)
+            if self._is_streamed(state):
+                return self._gather(state, given)
             if self._cluster.listeners:
-                self._tell_routed(state, (state.bind_arguments["logical_shard"],))
+                self._tell_routed(state, given)
             return None
         shards = self._route(state.statement, state.parameters)
         if state.is_select and state.is_orm_statement:
             refuse_joined_loads(state.statement, state.bind_mapper, several=len(shards) > 1)
         if len(shards) == 1:
             state.bind_arguments["logical_shard"] = shards[0]
+            if self._is_streamed(state):
+                return self._gather(state, shards)
             if self._cluster.listeners:
                 self._tell_routed(state, shards)
             limits = limits_of(state.statement)
@@ -230,6 +299,13 @@ class ReadSession(BoundSession):
                 hint="run it once for each shard key",
             )
         return self._gather(state, shards)
+
+    def _is_streamed(self, state: ORMExecuteState) -> bool:
+        """Tell whether a statement of one logical shard needs a transaction for its cursor.
+
+        A writer has one, in which SQLAlchemy opens the cursor.
+        """
+        return self.role is Role.REPLICA and streams.size_of(state) is not None
 
     def _limited(self, state: ORMExecuteState, shard: int, limits: Limits) -> Any:
         """Run a statement of one logical shard within limits of its own, if it has any."""
@@ -260,12 +336,15 @@ class ReadSession(BoundSession):
             raise UnsupportedStatementError(
                 "partial results inside a transaction", hint="ask for them in cluster.reader()"
             )
-        plan = self._decided(lambda router: gather.plan(state.statement, state.parameters, router))
+        if len(shards) == 1:
+            plan = gather.plan_of_one(state.statement)
+        else:
+            plan = self._decided(
+                lambda router: gather.plan(state.statement, state.parameters, router)
+            )
         if state.bind_mapper is not None:
             cluster.fingerprints.check(state.bind_mapper)
-        gathering = scatter.Gathering(
-            state, plan, max_rows=limits.max_rows or cluster.max_rows, timeout=limits.timeout
-        )
+        gathering = self._gathering(state, plan, limits)
         started = cluster.clock.monotonic()
         groups = cluster.group(shards)
         failures = self._asked(state, gathering, groups)
@@ -284,16 +363,34 @@ class ReadSession(BoundSession):
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
-        if cluster.listeners:
-            seconds = cluster.clock.monotonic() - started
-            cluster.listeners.emit(
-                Gathered(self._number, gathering.answers, failures, seconds, caller())
-            )
+        if cluster.listeners and len(shards) > 1:
+            line = caller()
+
+            def tell(answers: Mapping[str, int]) -> None:
+                seconds = cluster.clock.monotonic() - started
+                cluster.listeners.emit(Gathered(self._number, answers, failures, seconds, line))
+
+            gathering.when_answered(tell)
         if limits.partial:
             self.failures = failures
         if failures and not (limits.partial and gathering.answers):
+            gathering.close()
             raise GatherError(failures, gathering.answers) from next(iter(failures.values()))
+        if isinstance(gathering, streams.Streaming):
+            gathering.stream.located = lambda name, error: self._located(error, endpoints[name])
         return gathering.result()
+
+    def _gathering(
+        self, state: ORMExecuteState, plan: gather.Plan, limits: Limits
+    ) -> scatter.Gathering:
+        """Return what asks the servers: for all rows at once, or for a few at a time."""
+        size = streams.size_of(state)
+        if size is None or plan.merge is None:
+            max_rows = limits.max_rows or self._cluster.max_rows
+            return scatter.Gathering(state, plan, max_rows=max_rows, timeout=limits.timeout)
+        found = streams.Streaming(state, plan, self._streams, size=size, timeout=limits.timeout)
+        found.stream.transaction = self.get_nested_transaction()
+        return found
 
     def _located(self, error: Exception, endpoint: Endpoint | None) -> Exception:
         """Return the shardkit error of a server that did not answer its part of a scatter.
@@ -400,6 +497,25 @@ def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
 
 @event.listens_for(ReadSession, "do_orm_execute", propagate=True)
 def _on_execute(state: ORMExecuteState) -> Any:
+    """Route a statement, after the program's own listeners have had it.
+
+    SQLAlchemy calls listeners in the order they were added, this one first, and none after one
+    that returns a result, as a scatter does. So those that wait are put before, as what they
+    change decides the route, and what they run themselves, by `state.invoke_statement()`, comes
+    here in the end. Source: `Session._execute_internal` in SQLAlchemy.
+    """
     session = state.session
     assert isinstance(session, ReadSession)
-    return session._run(state)
+    others = state._remaining_events()
+    if not others:
+        return session._run(state)
+    state._events_todo = [*others, _on_execute]  # also what is left for statements inside
+    for i, listener in enumerate(others):
+        state._starting_event_idx = i
+        found: Any = cast("Any", listener)(state)
+        if found:
+            return found
+    state._starting_event_idx = len(others)
+    found = session._run(state)
+    # None has SQLAlchemy run it, and first call the others again: it is run here instead.
+    return state.invoke_statement() if found is None else found

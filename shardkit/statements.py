@@ -79,7 +79,8 @@ def all_shards(
         partial: whether the rows of the servers that answer are enough when others do not. Then
             `session.failures` says which are missing; a reader only.
         max_rows: rows fetched from all servers together, before they are merged; 1 or more. None
-            for the cluster's own limit, `Cluster(max_rows=…)`. `yield_per` fetches all of them.
+            for the cluster's own limit, `Cluster(max_rows=…)`. What
+            `yield_per` streams is not held, and not counted.
         max_shards: logical shards asked; 1 or more. None for any number.
         timeout: seconds the statement may run on each server, above 0; the server enforces it.
             None for the server's own setting.

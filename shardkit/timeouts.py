@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from shardkit.errors import StatementTimeoutError
 
-__all__ = ["limited"]
+__all__ = ["limited", "waiting"]
 
 # A reader has no transaction: it gets one. A writer keeps its own, and what it has written, by a
 # savepoint. One round trip before and one after; none takes a lock.
@@ -26,6 +26,7 @@ _BEGIN = "BEGIN; SET LOCAL statement_timeout = {0}"
 _END, _UNDO = "COMMIT", "ROLLBACK"
 _MARK = "SHOW statement_timeout; SAVEPOINT shardkit_timeout; SET LOCAL statement_timeout = {0}"
 _UNMARK = "RELEASE SAVEPOINT shardkit_timeout; SET LOCAL statement_timeout = '{0}'"
+_WAIT = "BEGIN; SET LOCAL lock_timeout = {0}; {1}"
 _RETURN = "ROLLBACK TO SAVEPOINT shardkit_timeout; RELEASE SAVEPOINT shardkit_timeout"
 
 
@@ -44,7 +45,10 @@ def limited(connection: Connection, timeout: float) -> Iterator[None]:
     """
     milliseconds = max(1, math.ceil(timeout * 1000))
     driver: Any = connection.connection.driver_connection
-    is_reader = driver.autocommit
+    # A reader has a transaction, which is not to end here, while it streams.
+    is_reader = (
+        driver.autocommit and driver.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    )
     try:
         if is_reader:
             end = _END
@@ -60,6 +64,27 @@ def limited(connection: Connection, timeout: float) -> Iterator[None]:
             raise StatementTimeoutError(
                 f"no answer within {timeout:g} seconds", hint="try again or allow more"
             ) from error
+        raise
+
+
+@contextmanager
+def waiting(connection: Connection, timeout: float, lock: str) -> Iterator[None]:
+    """Take a lock in a short transaction of its own; it is let go at the end.
+
+    Args:
+        connection: outside a transaction.
+        timeout: seconds to wait for the lock and for any other, above 0.
+        lock: the statement that takes it; what runs inside sees what was committed before.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: of LockNotAvailable, when it was not granted in time.
+    """
+    try:
+        connection.exec_driver_sql(_WAIT.format(max(1, math.ceil(timeout * 1000)), lock))
+        yield
+        connection.exec_driver_sql(_END)
+    except BaseException:
+        _undo(connection, _UNDO)
         raise
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_LOGICAL_SHARDS",
     "Endpoint",
     "PhysicalShard",
+    "Pooler",
     "Role",
     "ShardMap",
     "Topology",
@@ -47,6 +48,8 @@ class Endpoint:
         physical: name of the physical shard it serves.
         role: primary or replica.
         url: address, database and application login; its password never appears in `repr`.
+        read_url: where single statements of readers go instead, when `url` cannot refuse writes;
+            None for `url`.
         region: where it stands, or an empty string; near replicas are read first.
         standby: its name in `synchronous_standby_names` (PostgreSQL's `application_name`), or
             an empty string where commits do not wait for it.
@@ -56,6 +59,7 @@ class Endpoint:
     physical: str
     role: Role
     url: URL = field(repr=False, compare=False)
+    read_url: URL | None = field(default=None, repr=False, compare=False)
     region: str = field(default="", compare=False)
     standby: str = field(default="", compare=False)
     address: str = field(init=False)
@@ -74,6 +78,25 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooler:
+    """A PgBouncer in transaction mode between clients and a physical shard.
+
+    Attributes:
+        version: its numbers; empty when unknown.
+    """
+
+    version: tuple[int, ...] = ()
+
+    @property
+    def carries_prepared_statements(self) -> bool:
+        """Whether a statement prepared on one server connection is found on another.
+
+        Source: PgBouncer's changelog, 1.21, `max_prepared_statements`.
+        """
+        return self.version >= (1, 21)
+
+
+@dataclass(frozen=True, slots=True)
 class PhysicalShard:
     """One PostgreSQL primary and its replicas.
 
@@ -81,13 +104,16 @@ class PhysicalShard:
         name: how people call it.
         primary: where writes go.
         replicas: where reads may go; possibly empty.
-        admin_url: the primary again, with the login that owns the schemas; used by commands.
+        admin_url: the primary again, with the login that owns the schemas; used by commands, and
+            never by way of a pooler.
+        pooler: what stands between applications and its endpoints; None for nothing.
     """
 
     name: str
     primary: Endpoint
     replicas: tuple[Endpoint, ...]
     admin_url: URL = field(repr=False)
+    pooler: Pooler | None = None
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import (
     BinaryExpression,
@@ -41,7 +41,7 @@ from sqlalchemy.sql.visitors import ExternallyTraversible
 
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
-from shardkit.router import Router
+from shardkit.router import Router, UnknownValuesError
 from shardkit.shapes import (
     base_sharding,
     base_table,
@@ -57,6 +57,7 @@ from shardkit.shapes import (
     ungrouped,
 )
 from shardkit.strategies import Rule
+from shardkit.uniques import Lookup, Value, lookups_of
 
 __all__ = ["Walk"]
 
@@ -142,13 +143,26 @@ class Walk:
         self.frames: list[_Frame] = []
         self.nodes: list[_Node] = []
         self.n_reference = 0
+        # Unique values that a column is compared with and nobody has looked up yet.
+        self.wanted: set[Value] = set()
         # Whether each row of the outermost query shows a row of a sharded table. Other rows are
         # found on every shard.
         self.is_anchored = True
 
     def answer(self) -> frozenset[int] | None:
-        """Return the logical shards of what was walked; see `shardkit.statements.shards_of`."""
-        shards = self._shards()
+        """Return the logical shards of what was walked; see `shardkit.statements.shards_of`.
+
+        Raises:
+            UnknownValuesError: only unique values can tell, which have to be looked up.
+        """
+        try:
+            shards = self._shards()
+        except UnsupportedStatementError:
+            if self.wanted:
+                raise UnknownValuesError(self.wanted) from None
+            raise
+        if shards is None and self.wanted:
+            raise UnknownValuesError(self.wanted)
         if not self.is_anchored and (shards is None or len(shards) > 1):
             raise UnsupportedStatementError(
                 "rows without one of a sharded table would be found on every logical shard",
@@ -481,8 +495,13 @@ class Walk:
             return self._confining_tuple(clause, column, value)
         listed = listed_by_any(clause)
         value = value if listed is None else listed
-        if not isinstance(value, BindParameter) or not (found := self.placing(column)):
+        if clause.operator is operators.between_op:
+            return self._between(clause, column)
+        if not isinstance(value, BindParameter):
             return {}
+        found = self.placing(column)
+        if not found:
+            return self._comparing_unique(clause, value, is_list=listed is not None)
         node, rule = found
         shards: frozenset[int] | None = None
         if clause.operator is operators.in_op or listed is not None:
@@ -492,6 +511,43 @@ class Walk:
         elif clause.operator in _ORDERED:
             shards = self.router.shards_compared(rule, clause.operator.__name__, self.value(value))
         return {} if shards is None else {id(node): (node, shards)}
+
+    def _between(
+        self, clause: BinaryExpression[Any], column: Any
+    ) -> dict[int, tuple[_Node, frozenset[int]]]:
+        """Return what `column BETWEEN low AND high` confines: what both of its sides do."""
+        ends = list(clause.right.get_children())
+        values = all(isinstance(end, BindParameter) for end in ends)
+        if clause.modifiers.get("symmetric") or not values or not (found := self.placing(column)):
+            return {}
+        node, rule = found
+        low, high = (
+            self.router.shards_compared(rule, operator, self.value(cast("Any", end)))
+            for operator, end in zip(("ge", "le"), ends, strict=True)
+        )
+        return {} if low is None or high is None else {id(node): (node, low & high)}
+
+    def _comparing_unique(
+        self, clause: BinaryExpression[Any], parameter: BindParameter[Any], *, is_list: bool
+    ) -> dict[int, tuple[_Node, frozenset[int]]]:
+        """Return what a comparison of a unique column with values confines, if they are known."""
+        is_list = is_list or clause.operator is operators.in_op
+        if not is_list and clause.operator is not operators.eq:
+            return {}
+        column = clause.right if clause.left is parameter else clause.left
+        found = self.unique(column)
+        if found is None:
+            return {}
+        node, lookup = found
+        given = self.value(parameter)
+        values = [lookup.value(v) for v in (given or () if is_list else [given]) if v is not None]
+        if unknown := [value for value in values if value not in self.router.values]:
+            self.wanted.update(unknown)
+            return {}
+        shards = frozenset(shard for value in values for shard in self.router.values[value])
+        if not shards and values:  # no row: any shard can say so, and this one was just asked
+            shards = frozenset({values[0].home(self.router.total)})
+        return {id(node): (node, shards)}
 
     def _confining_tuple(
         self, clause: BinaryExpression[Any], columns: Tuple, value: Any
@@ -512,6 +568,36 @@ class Walk:
 
     def placing(self, element: Any) -> tuple[_Node, Rule] | None:
         """Return node and rule of a column that places its row, or None for anything else."""
+        found = self._stored(element)
+        if found is None:
+            return None
+        name, table, frame = found
+        sharding = base_sharding(table)
+        rule = sharding.placing.get(name) if sharding else None
+        if rule is None:
+            return None
+        node = self.node(table) if frame is None else frame.nodes.get(hash(table))
+        return (node, rule) if node else None
+
+    def unique(self, element: Any) -> tuple[_Node, Lookup] | None:
+        """Return node and lookup of a unique column that can be looked up, or None."""
+        found = self._stored(element)
+        if found is None:
+            return None
+        name, table, frame = found
+        lookups = lookups_of(base_table(table))
+        lookup = next((k for k in lookups if k.column == name and k.complete), None)
+        if lookup is None:
+            return None
+        node = self.node(table) if frame is None else frame.nodes.get(hash(table))
+        return (node, lookup) if node else None
+
+    def _stored(self, element: Any) -> tuple[str, FromClause, _Frame | None] | None:
+        """Return the column of a table that an expression shows: name, occurrence and frame.
+
+        Returns:
+            None for anything else; the frame is that of a subquery that passes the column on.
+        """
         frame: _Frame | None = None
         while True:
             while isinstance(element, Label | Grouping):
@@ -520,7 +606,7 @@ class Walk:
             if not isinstance(element, ColumnElement) or table is None:
                 return None
             if base_table(table) is not None:
-                break
+                return element.name, table, frame
             # A column of a subquery in FROM is the column it passes on.
             self.element(table)
             key = hash(table)
@@ -533,12 +619,6 @@ class Walk:
                     return None
                 element = element._proxies[0]
                 table = table.element
-        sharding = base_sharding(table)
-        rule = sharding.placing.get(element.name) if sharding else None
-        if rule is None:
-            return None
-        node = self.node(table) if frame is None else frame.nodes.get(hash(table))
-        return (node, rule) if node else None
 
     def node(self, table: FromClause) -> _Node | None:
         """Return the node of a table occurrence, or None when it is not sharded."""

@@ -7,7 +7,7 @@ would write to two is refused before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, Insert, event, insert, update
@@ -22,8 +22,9 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import parts, writes
+from shardkit import gates, parts, writes
 from shardkit.checks import connection_error, late_error
+from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
     CrossShardWriteError,
@@ -31,11 +32,15 @@ from shardkit.errors import (
     EndpointUnavailableError,
     OutcomeUnknownError,
     ShardKeyChangeError,
+    ShardkitError,
     StatementTimeoutError,
+    UnavailableError,
     UnsupportedStatementError,
 )
 from shardkit.events import Committed, caller
 from shardkit.freshness import driver_of
+from shardkit.gates import Position
+from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
 from shardkit.session import ReadSession
@@ -44,8 +49,12 @@ from shardkit.strategies import Rule
 from shardkit.timeouts import limited
 from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
+from shardkit.uniques import Value
+from shardkit.waits import WaitedTooLongError
 
 __all__ = ["WriteSession"]
+
+_Driver = gates.Writer | gates.AsyncWriter
 
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
@@ -57,7 +66,6 @@ class WriteSession(ReadSession):
     two physical shards is refused before anything is written. Reads see the session's own
     writes. Objects stay usable after commit: nothing is expired.
 
-    Attributes:
     Made by `Cluster.writer`.
     """
 
@@ -71,6 +79,10 @@ class WriteSession(ReadSession):
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
         self._is_unit = False  # of `Cluster.run`, which commits
         self._token = Token()
+        self._drivers: list[_Driver] = []
+        self._is_lone = False  # while committing what is one INSERT and nothing else
+        self._lone_driver: _Driver | None = None  # what that is sent over
+        self._claims = Claims(connections, self._connection_to)
 
     @property
     def token(self) -> str:
@@ -85,6 +97,9 @@ class WriteSession(ReadSession):
             ShardKeyChangeError: the shard key of a stored object was changed.
             InvalidShardKeyError: the key of an object cannot place it.
             NoShardKeyError: an object has no shard key.
+            UniqueViolationError: another row has the value of a unique column.
+            InvalidUniqueValueError: a value cannot be kept unique.
+            ValueBusyError: another transaction is about to take or give one up (retryable).
             EndpointUnavailableError: the primary does not answer (retryable).
         """
         try:
@@ -96,6 +111,8 @@ class WriteSession(ReadSession):
 
     def commit(self) -> None:
         """Flush and commit.
+
+        What is one INSERT and nothing else is sent without BEGIN and COMMIT.
 
         Raises:
             UnsupportedStatementError: `Cluster.run` runs this session and commits itself.
@@ -111,13 +128,16 @@ class WriteSession(ReadSession):
         self._commit_unit()
 
     def _commit_unit(self) -> None:
-        self.flush()
-        for _, root in self._roots.values():
-            driver: Any = None if root.closed else root.connection.driver_connection
-            if driver is not None and driver.pgconn.transaction_status == _FAILED:
-                raise PendingRollbackError(
-                    "a statement of this transaction failed; call rollback() and begin again"
-                )
+        if not self._roots and is_lone_insert(self):
+            self._flush_lone()
+        else:
+            self.flush()
+        if any(root.invalidated for _, root in self._roots.values()) or any(
+            driver.pgconn.transaction_status == _FAILED for driver in self._drivers
+        ):
+            raise PendingRollbackError(
+                "a statement of this transaction failed; call rollback() and begin again"
+            )
         try:
             super().commit()
         except DBAPIError as error:
@@ -127,6 +147,20 @@ class WriteSession(ReadSession):
             if late is None:
                 raise
             raise late from error
+
+    def _flush_lone(self) -> None:
+        """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
+        self._is_lone = True
+        try:
+            self.flush()
+        except (EndpointUnavailableError, DeadlineExceededError, StatementTimeoutError) as error:
+            driver = self._lone_driver
+            if driver is not None and not driver.is_alone and not _is_undone(driver, error):
+                raise OutcomeUnknownError from error
+            raise
+        finally:
+            self._is_lone = False
+            self._lone_driver = None
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
@@ -151,6 +185,7 @@ class WriteSession(ReadSession):
                     placed[id(obj)] = shard
         if placed:
             self._note_written(placed.values())
+            self._claims.flush(self)
 
     def _stored_shard(self, obj: Any) -> int | None:
         return self._decided(lambda router: stored_shard(obj, router))
@@ -162,6 +197,9 @@ class WriteSession(ReadSession):
         noted = set(shards)
         self._written = self._refuse_several(noted)
         self._written_shards |= noted
+        for physical in self._written:
+            if physical in self._roots:  # COMMIT asks for its position
+                driver_of(self._roots[physical][1]).mints = True
 
     def _refuse_several(self, shards: Iterable[int]) -> set[str]:
         """Return the physical shards written to, with those of `shards`: one at most."""
@@ -217,6 +255,8 @@ class WriteSession(ReadSession):
         if result is not None or state.is_select:
             return result
         shard = state.bind_arguments["logical_shard"]
+        if is_write:
+            self._claims.refuse(state.statement, state.parameters, numbered=True)
         self._note_written((shard,))
         if (state.is_update or state.is_delete) and self._is_about_objects(state):
             # Its condition need not name the shard: objects of other shards may meet it.
@@ -234,6 +274,7 @@ class WriteSession(ReadSession):
         self._note_written(part.shard for part in found)
         if self._cluster.listeners:
             self._tell_routed(state, tuple(sorted(part.shard for part in found)))
+        self._claims.statement(self, state.statement, found)
         limits = limits_of(state.statement) or Limits()
         if limits.partial or limits.max_rows is not None:
             raise UnsupportedStatementError(
@@ -261,6 +302,7 @@ class WriteSession(ReadSession):
         statement: Any = state.statement
         params: Any = state.parameters
         parts.refuse_unwritable(statement, params)
+        self._claims.refuse(statement, params)
         cluster = self._cluster
         if isinstance(statement, Insert):
             shards = self._decided(
@@ -319,6 +361,14 @@ class WriteSession(ReadSession):
             options = {"render_nulls": render_nulls, "autoflush": False}
             self.execute(insert(mapper), rows, execution_options=options)
 
+    def _looked_up(self, values: Iterable[Value]) -> dict[Value, frozenset[int]]:
+        self._autoflush()  # what it writes may have the values
+        return self._cluster.lookups.shards(values)
+
+    def _looked_up_ids(self, value: Value) -> list[int]:
+        self._autoflush()
+        return [pair.id for pair in self._cluster.lookups.read([value])[value]]
+
     def _writable(self) -> None:
         return
 
@@ -336,7 +386,12 @@ class WriteSession(ReadSession):
                     self._cluster.failed(endpoint, found)
                 raise found from error
             admitted(connection)
-        driver_of(connection).mints = False
+        driver = cast("_Driver", connection.connection.driver_connection)
+        driver.mints, driver.committed = physical in self._written, None
+        driver.is_alone = self._is_lone
+        if self._is_lone:
+            self._lone_driver = driver
+        self._drivers.append(driver)
         self._roots[physical] = (endpoint, connection)
         return endpoint, connection
 
@@ -348,38 +403,54 @@ class WriteSession(ReadSession):
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
         self._written_shards.clear()
+        self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()
+        self._drivers.clear()
 
     def _release(self) -> None:
         self._ended()
 
-    def _mint_ahead(self) -> None:
-        """Have COMMIT ask for its position, in its own round trip."""
-        for physical in self._written:
-            if physical in self._roots:
-                driver = driver_of(self._roots[physical][1])
-                driver.mints, driver.committed = True, None
-
     def _minted(self) -> Token:
         """Return the token of what was just committed."""
-        epochs = self._cluster.topology.shard_map.epochs
-        found = Token()
-        for physical in self._written:
-            driver = driver_of(self._roots[physical][1]) if physical in self._roots else None
-            if driver is None or driver.committed is None or not driver.system:
+        cluster = self._cluster
+        epochs = cluster.topology.shard_map.epochs
+        tokens: list[Token] = []
+        for physical, shards in cluster.group(
+            sorted(self._written_shards | self._claims.shards)
+        ).items():
+            found = self._position(physical)
+            if found is None:
                 return Token(is_readable=False)
-            held = [n for n in self._written_shards if self._cluster.physical_of(n) == physical]
-            position = driver.committed
-            minted = mint(
-                driver.system, position.timeline, position.lsn, {n: epochs[n] for n in held}
-            )
-            found = joined([found, minted]) if found.marks else minted
-        return found
+            system, position = found
+            marks = {n: epochs[n] for n in shards}
+            tokens.append(mint(system, position.timeline, position.lsn, marks))
+        return tokens[0] if len(tokens) == 1 else joined(tokens)
+
+    def _position(self, physical: str) -> tuple[int, Position] | None:
+        """Return the server and the end of its log, which what was committed lies before."""
+        if physical in self._written:
+            root = self._roots.get(physical)
+            driver = None if root is None else driver_of(root[1])
+            if driver is None or driver.committed is None or not driver.system:
+                return None
+            return driver.system, driver.committed
+        try:
+            return self._cluster.written(physical)
+        except (UnavailableError, DBAPIError):
+            return None
 
     def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
         return False
+
+
+def _is_undone(driver: _Driver, error: ShardkitError) -> bool:
+    """Tell whether the server has said itself that a statement given up has left nothing."""
+    cause = error.__cause__.orig if isinstance(error.__cause__, DBAPIError) else None
+    if isinstance(cause, WaitedTooLongError):
+        return driver.was_undone
+    return isinstance(cause, psycopg.errors.QueryCanceled)
 
 
 @event.listens_for(WriteSession, "before_flush")
@@ -388,23 +459,18 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
     session._prepare_flush()
 
 
-@event.listens_for(WriteSession, "before_commit")
-def _before_commit(session: Session) -> None:
-    assert isinstance(session, WriteSession)
-    if not session.in_nested_transaction():
-        session.flush()  # what it writes is part of what is committed
-        session._mint_ahead()
-
-
 @event.listens_for(WriteSession, "after_commit")
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
-    if session._written and not session.in_nested_transaction():
+    if session.in_nested_transaction():
+        return
+    session._claims.committed()
+    if session._written:
         session._token = session._minted()
         listeners = session._cluster.listeners
         if listeners:
-            written = tuple(sorted(session._written))
+            written = tuple(sorted(session._written | session._claims.physical))
             listeners.emit(Committed(session._number, written, session.token, caller()))
 
 
@@ -413,3 +479,19 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
     assert isinstance(session, WriteSession)
     if transaction.parent is None:
         session._ended()
+        session._claims.settle()
+    else:
+        session._streams.abandon(transaction)
+
+
+@event.listens_for(WriteSession, "after_flush")
+def _on_flushed(session: Session, _context: UOWTransaction) -> None:
+    assert isinstance(session, WriteSession)
+    session._claims.flushed(session)
+
+
+@event.listens_for(WriteSession, "after_rollback")
+def _on_rollback(session: Session) -> None:
+    """Note it also where only a savepoint is returned to."""
+    assert isinstance(session, WriteSession)
+    session._claims.undone()

@@ -239,5 +239,19 @@ def _merged(results: Sequence[Any], parts: Sequence[Part]) -> Result[Any]:
             by_place = dict(zip(places, rows, strict=True))
             rows = [by_place[place] for place in sorted(by_place)]
         first._rewind(rows)
+    if parts and first.context.isinsert and not first.context._is_explicit_returning:
+        _merge_keys(results, parts)
     first.context._rowcount = -1 if -1 in counts else sum(counts)
     return cast("Result[Any]", first)
+
+
+def _merge_keys(results: Sequence[Any], parts: Sequence[Part]) -> None:
+    """Have the first result tell the primary keys of all rows, in the order they were given."""
+    places = [place for part in parts for place in part.positions]
+    keys = [key for result in results for key in result.context.inserted_primary_key_rows]
+    first = results[0].context
+    if len(keys) == len(places):
+        by_place = dict(zip(places, keys, strict=True))
+        first.inserted_primary_key_rows = [by_place[place] for place in sorted(by_place)]
+    else:  # several rows in one VALUES, of which SQLAlchemy knows no keys
+        first.inserted_primary_key_rows = [None] * len(places)

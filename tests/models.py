@@ -8,7 +8,7 @@ import uuid
 from sqlalchemy import ForeignKey, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from shardkit import Directory, Range, Reference, Sharded
+from shardkit import Directory, Range, Reference, Sharded, unique_lookup
 
 
 class Base(DeclarativeBase):
@@ -83,6 +83,16 @@ class Device(Sharded, Base):
     __shard_key__ = "serial"
     __shard_strategy__ = "hash"
     serial: Mapped[uuid.UUID]
+
+
+class Account(Sharded, Base):
+    """Has a name and an address that nobody else has."""
+
+    __tablename__ = "accounts"
+    __unique__ = (unique_lookup("name", fold="casefold"), unique_lookup("email"))
+    name: Mapped[str]
+    email: Mapped[str | None]
+    bio: Mapped[str] = mapped_column(default="")
 
 
 class Country(Reference, Base):

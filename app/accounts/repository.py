@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import delete, select, update
 
-from app.accounts.handles import find_user_id
 from app.accounts.models import LoginSession, User
+from app.accounts.usernames import canonical
 from app.errors import NotFoundError
 from shardkit import AsyncReadSession, AsyncWriteSession, all_shards
 
@@ -38,8 +38,11 @@ class AccountRepository:
 
     async def user_by_name(self, name: str) -> User | None:
         """Return the user of a name however typed, or None."""
-        user_id = await find_user_id(self._session, name)
-        return None if user_id is None else await self._session.get(User, user_id)
+        try:
+            username = canonical(name)
+        except ValueError:
+            return None
+        return (await self._session.scalars(select(User).where(User.username == username))).first()
 
     async def users(self, user_ids: Iterable[int]) -> dict[int, User]:
         """Return users by id; ids of nobody are missing. One statement per physical shard."""

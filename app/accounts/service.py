@@ -6,7 +6,6 @@ log-out takes effect at once whatever the replicas have seen.
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import hashlib
 import hmac
@@ -14,7 +13,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.accounts.handles import GRACE, reserve
 from app.accounts.models import LoginSession, User
 from app.accounts.passwords import Passwords
 from app.accounts.repository import AccountRepository, delete_logins, touch_login
@@ -28,10 +26,10 @@ from app.accounts.schemas import (
 )
 from app.clock import Clock
 from app.database import Database
-from app.errors import BusyError, NotFoundError, SignInFailedError
+from app.errors import NotFoundError, SignInFailedError, UsernameTakenError
 from app.graph.repository import GraphRepository
 from app.ids import parse_id
-from shardkit.errors import InvalidIdError, InvalidShardKeyError
+from shardkit.errors import InvalidIdError, InvalidShardKeyError, UniqueViolationError
 
 __all__ = ["AccountService", "LogIn", "SessionLimits", "Viewer"]
 
@@ -103,8 +101,6 @@ class AccountService:
         passwords: the hasher.
         clock: the time.
         limits: when log-ins end.
-        sign_ups: how many may run at the same time; each holds two connections, and sign-ups
-            that hold one and wait for another must not empty the pool for each other.
     """
 
     def __init__(
@@ -113,13 +109,11 @@ class AccountService:
         passwords: Passwords,
         clock: Clock,
         limits: SessionLimits,
-        sign_ups: asyncio.Semaphore,
     ) -> None:
         self._database = database
         self._passwords = passwords
         self._clock = clock
         self._limits = limits
-        self._sign_ups = sign_ups
 
     async def sign_up(self, wanted: SignUp) -> LogIn:
         """Create an account and log it in.
@@ -134,27 +128,24 @@ class AccountService:
     async def create(
         self, username: str, display_name: str, password_hash: str, bio: str = ""
     ) -> User:
-        """Create a user with a unique name; see `app.accounts.handles` for the order.
+        """Create a user with a unique name.
 
         Raises:
             UsernameTakenError: somebody has the name.
-            BusyError: the database took so long that the name may be given to another.
         """
-        started = self._clock()
         user = User(
             username=username,
             display_name=display_name or username,
             bio=bio,
             password_hash=password_hash,
-            created_at=started,
+            created_at=self._clock(),
         )
-        async with self._sign_ups, self._database.writer() as session:
+        async with self._database.writer() as session:
             session.add(user)
-            await session.flush()
-            await reserve(self._database, username, user.id, started)
-            if self._clock() - started > GRACE / 2:
-                raise BusyError
-            await session.commit()
+            try:
+                await session.commit()
+            except UniqueViolationError:
+                raise UsernameTakenError from None
         return user
 
     async def log_in(self, given: Credentials) -> LogIn:

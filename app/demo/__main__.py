@@ -78,7 +78,6 @@ async def load_demo(
         resources.passwords,
         resources.clock,
         session_limits(resources.settings),
-        resources.sign_ups,
     )
     os.environ.setdefault("VIPS_CONCURRENCY", "1")
     workers = ProcessPoolExecutor(

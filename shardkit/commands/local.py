@@ -47,7 +47,9 @@ def up(
     ] = None,
     redis: Annotated[Switch, typer.Option(help="Start a Redis.")] = None,
     memcached: Annotated[Switch, typer.Option(help="Start a Memcached.")] = None,
-    pgbouncer: Annotated[Switch, typer.Option(help="Start PgBouncer per physical shard.")] = None,
+    pgbouncer: Annotated[
+        Switch, typer.Option(help="Put PgBouncer before each physical shard.")
+    ] = None,
     fsync: Annotated[Switch, typer.Option(help="Survive a crash of the machine.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Run in the background.")] = False,
     dry_run: DryRun = False,

@@ -12,8 +12,8 @@ from typing import Any
 
 from shardkit.config import Config, load
 from shardkit.local.account import write_file
-from shardkit.local.fleet import Fleet
-from shardkit.local.services import MemcachedServer, PgBouncerServer, RedisServer
+from shardkit.local.fleet import Fleet, pooled_name
+from shardkit.local.services import MemcachedServer, RedisServer
 from shardkit.local.settings import PhysicalAddresses, shardkit_toml
 from shardkit.topology import Role
 
@@ -53,7 +53,7 @@ def _services(fleet: Fleet, present: dict[str, Any]) -> dict[str, str]:
     ours = {
         server.name: server.address
         for server in fleet.servers.values()
-        if isinstance(server, RedisServer | MemcachedServer | PgBouncerServer)
+        if isinstance(server, RedisServer | MemcachedServer)
     }
     former = fleet.old.servers if fleet.old else {}
     others = {n: a for n, a in present.get("services", {}).items() if n not in former}
@@ -65,6 +65,8 @@ def _physical(fleet: Fleet) -> list[PhysicalAddresses]:
     for name, logical_shards in fleet.options.placement().items():
         members = fleet.members(name)
         primary = next(server for server in members if server.role is Role.PRIMARY)
-        replicas = tuple(server.port for server in members if server.role is Role.REPLICA)
-        addresses.append(PhysicalAddresses(name, logical_shards, primary.port, replicas))
+        replicas = {pooled_name(s): s.port for s in members if s.role is Role.REPLICA}
+        poolers = [(pooler.port, pooler.program.version) for pooler in fleet.poolers(name)]
+        pooler = poolers[0] if poolers else None
+        addresses.append(PhysicalAddresses(name, logical_shards, primary.port, replicas, pooler))
     return addresses

@@ -23,11 +23,18 @@ from shardkit.local.options import LocalOptions
 from shardkit.local.postgres import PostgresServer
 from shardkit.local.server import ServerKind, ServerProcess
 from shardkit.local.services import MemcachedServer, PgBouncerServer, RedisServer
-from shardkit.local.settings import DATABASE, REPLICATION_ROLE, host_rules, ident_map
+from shardkit.local.settings import (
+    DATABASE,
+    READER_DATABASE,
+    REPLICATION_ROLE,
+    PooledDatabase,
+    host_rules,
+    ident_map,
+)
 from shardkit.local.state import ServerState, State
 from shardkit.topology import Role
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "pooled_name"]
 
 AnyServer = TypeVar("AnyServer", bound=ServerProcess)
 
@@ -118,13 +125,19 @@ class Fleet:
             )
         return remembered
 
-    def pooled(self, physical: str) -> dict[str, int]:
-        """Return the ports behind a PgBouncer by database name: the primary's is `shardkit`."""
+    def pooled(self, physical: str) -> dict[str, PooledDatabase]:
+        """Return what is behind a PgBouncer, by database name; only `shardkit` takes writes."""
         members = self.members(physical)
-        replicas = [server for server in members if server.role is Role.REPLICA]
         primary = next(server for server in members if server.role is Role.PRIMARY)
-        followers = {f"{DATABASE}_{n}": server.port for n, server in enumerate(replicas, 1)}
-        return {DATABASE: primary.port, **followers}
+        return {
+            DATABASE: PooledDatabase(primary.port, is_read_only=False),
+            READER_DATABASE: PooledDatabase(primary.port, is_read_only=True),
+            **{
+                pooled_name(server): PooledDatabase(server.port, is_read_only=True)
+                for server in members
+                if server.role is Role.REPLICA
+            },
+        }
 
     def _add_postgres(self) -> None:
         program = find_postgres(self.layout.account, self._data_version())
@@ -148,6 +161,7 @@ class Fleet:
             for physical in self.options.physical_names:
                 pooler = self._make(PgBouncerServer, f"pgbouncer_{physical}", found, physical)
                 pooler.layout, pooler.passwords = self.layout, self.passwords
+                pooler.settings = self.options.pgbouncer_settings
                 pooler.databases = partial(self.pooled, physical)
         if found := program("redis-server", is_wanted=self.options.redis):
             self._make(RedisServer, "redis", found, None).fsync = self.options.fsync
@@ -197,3 +211,8 @@ class Fleet:
                     raise LocalServerError(f"{file}: {text!r} is not a version of PostgreSQL")
                 return int(text)
         return None
+
+
+def pooled_name(server: ServerProcess) -> str:
+    """Return the database by which a PgBouncer knows a replica: `shardkit_1` for `alpha_1`."""
+    return f"{DATABASE}_{server.name.rpartition('_')[2]}"

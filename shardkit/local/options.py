@@ -38,10 +38,11 @@ class LocalOptions:
         logical_shards: fixed when the cluster is created; split evenly.
         redis: start a Redis, when one is found.
         memcached: start a Memcached, when one is found.
-        pgbouncer: start one PgBouncer per physical shard, when one is found.
+        pgbouncer: put one PgBouncer in front of each physical shard, when one is found.
         fsync: False trades safety after a crash of the machine for speed; for tests.
         shared_buffers_mb: PostgreSQL's buffer cache per server, in MiB.
         settings: further PostgreSQL settings by name, for every server; they win.
+        pgbouncer_settings: further PgBouncer settings by name; they win.
 
     *Invariant:* `physical` is at most `logical_shards`, so that every physical shard holds one.
     """
@@ -55,6 +56,7 @@ class LocalOptions:
     fsync: bool = True
     shared_buffers_mb: int = 64
     settings: Mapping[str, str] = field(default_factory=dict)
+    pgbouncer_settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("physical", self.physical, 1, len(PHYSICAL_NAMES))

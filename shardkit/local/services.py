@@ -14,7 +14,7 @@ from shardkit.local.account import write_file
 from shardkit.local.layout import Layout
 from shardkit.local.ports import HOST
 from shardkit.local.server import ServerKind, ServerProcess
-from shardkit.local.settings import pgbouncer_ini, userlist
+from shardkit.local.settings import PooledDatabase, pgbouncer_ini, userlist
 
 __all__ = ["MemcachedServer", "PgBouncerServer", "RedisServer"]
 
@@ -72,22 +72,20 @@ class MemcachedServer(ServerProcess):
 class PgBouncerServer(ServerProcess):
     """A PgBouncer in front of one physical shard.
 
-    Clients ask for `shardkit` to reach the primary, `shardkit_1`, `shardkit_2` for the replicas.
+    Clients ask for `shardkit` to reach the primary, for `shardkit_read` to reach it and only read,
+    and for `shardkit_1`, `shardkit_2` to reach the replicas.
 
     Attributes:
-        databases: gives PostgreSQL's port by name, asked at each launch.
+        databases: says where each name leads, asked at each launch.
+        settings: further settings by name.
     """
 
     kind: ClassVar[ServerKind] = ServerKind.PGBOUNCER
 
     layout: Layout
     passwords: Mapping[str, str]
-    databases: Callable[[], Mapping[str, int]]
-
-    @property
-    def address(self) -> str:
-        """The address for `[services]`."""
-        return f"{HOST}:{self.port}"
+    databases: Callable[[], Mapping[str, PooledDatabase]]
+    settings: Mapping[str, str]
 
     def before_launch(self) -> None:
         """Write its configuration; the logins are readable by the servers' account only."""
@@ -95,9 +93,11 @@ class PgBouncerServer(ServerProcess):
         write_file(logins, userlist(self.passwords), 0o600, self.account)
         text = pgbouncer_ini(
             port=self.port,
+            version=self.program.order,
             databases=self.databases(),
             sockets=str(self.layout.sockets),
             userlist_file=str(logins),
+            settings=self.settings,
         )
         write_file(self.layout.conf / f"{self.name}.ini", text, 0o644)
         (self.layout.sockets / f".s.PGSQL.{self.port}").unlink(missing_ok=True)

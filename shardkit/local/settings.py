@@ -16,9 +16,11 @@ __all__ = [
     "ADMIN_ROLE",
     "APP_ROLE",
     "DATABASE",
+    "READER_DATABASE",
     "REPLICATION_ROLE",
     "SUPERUSER",
     "PhysicalAddresses",
+    "PooledDatabase",
     "host_rules",
     "ident_map",
     "pgbouncer_ini",
@@ -28,6 +30,9 @@ __all__ = [
 ]
 
 DATABASE = "shardkit"
+READER_DATABASE = f"{DATABASE}_read"
+"""What readers of the primary ask a PgBouncer for: the same database, which refuses to write."""
+
 ADMIN_ROLE = "shardkit_admin"
 APP_ROLE = "shardkit_app"
 REPLICATION_ROLE = "shardkit_replication"
@@ -114,34 +119,74 @@ def ident_map(users: Sequence[str]) -> str:
     return "".join(f"owner {json.dumps(user)} {SUPERUSER}\n" for user in dict.fromkeys(users))
 
 
+@dataclass(frozen=True, slots=True)
+class PooledDatabase:
+    """Where a name leads that clients of a PgBouncer ask for.
+
+    Attributes:
+        port: of PostgreSQL.
+        is_read_only: whether the connections to it refuse to write.
+    """
+
+    port: int
+    is_read_only: bool
+
+    @property
+    def text(self) -> str:
+        """The value for `[databases]`."""
+        where = f"host={HOST} port={self.port} dbname={DATABASE}"
+        if self.is_read_only:
+            where += " connect_query='SET default_transaction_read_only = on'"
+        return where
+
+
 def pgbouncer_ini(
-    *, port: int, databases: Mapping[str, int], sockets: str, userlist_file: str
+    *,
+    port: int,
+    version: Sequence[int],
+    databases: Mapping[str, PooledDatabase],
+    sockets: str,
+    userlist_file: str,
+    settings: Mapping[str, str] | None = None,
 ) -> str:
     """Return the `pgbouncer.ini` of one physical shard, in transaction mode.
 
     Args:
         port: where it listens.
-        databases: PostgreSQL's port by the name clients ask for.
+        version: of the program, as numbers.
+        databases: where the names lead that clients ask for.
         sockets: folder of its unix socket.
         userlist_file: logins and passwords.
+        settings: further settings by name; they win.
     """
-    lines = [f"{n} = host={HOST} port={p} dbname={DATABASE}" for n, p in databases.items()]
+    values = {
+        "listen_addr": HOST,
+        "listen_port": str(port),
+        "unix_socket_dir": sockets,
+        "pool_mode": "transaction",
+        "auth_type": "scram-sha-256",
+        "auth_file": userlist_file,
+        "admin_users": ADMIN_ROLE,
+        "max_client_conn": "1000",
+        "default_pool_size": "20",
+        # A client waits for a server connection no longer than for one of its own pool.
+        "query_wait_timeout": "5",
+        "server_connect_timeout": "3",
+        "server_login_retry": "1",
+        "tcp_keepidle": "10",
+        "tcp_keepintvl": "5",
+        "tcp_keepcnt": "3",
+    }
+    if tuple(version) >= (1, 21):
+        values["max_prepared_statements"] = "200"
+    values.update(settings or {})
     return "\n".join(
         [
             "[databases]",
-            *lines,
+            *(f"{name} = {database.text}" for name, database in databases.items()),
             "",
             "[pgbouncer]",
-            f"listen_addr = {HOST}",
-            f"listen_port = {port}",
-            f"unix_socket_dir = {sockets}",
-            "pool_mode = transaction",
-            "auth_type = scram-sha-256",
-            f"auth_file = {userlist_file}",
-            f"admin_users = {ADMIN_ROLE}",
-            "max_client_conn = 1000",
-            "default_pool_size = 20",
-            "server_login_retry = 1",
+            *(f"{key} = {value}" for key, value in values.items()),
             "",
         ]
     )
@@ -160,13 +205,38 @@ class PhysicalAddresses:
         name: of the physical shard.
         logical_shards: what is first placed there, as ranges.
         primary: port of the primary.
-        replicas: ports of the replicas.
+        replicas: ports of the replicas by the names that a PgBouncer gives them.
+        pooler: port and version of the PgBouncer in front of them, or None.
     """
 
     name: str
     logical_shards: str
     primary: int
-    replicas: tuple[int, ...] = field(default=())
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    pooler: tuple[int, str] | None = None
+
+    def endpoints(self, login: str) -> list[str]:
+        """Return the lines that say where applications and commands connect.
+
+        Args:
+            login: `user:password` of the application.
+        """
+
+        def url(port: int, database: str = DATABASE) -> str:
+            return _toml(f"postgresql://{login}@{HOST}:{port}/{database}")
+
+        if self.pooler is None:
+            replicas = ", ".join(url(port) for port in self.replicas.values())
+            return [f"primary = {url(self.primary)}", f"replicas = [{replicas}]"]
+        port, version = self.pooler
+        replicas = ", ".join(url(port, name) for name in self.replicas)
+        return [
+            f"pooler = {_toml(f'pgbouncer {version}')}",
+            f"primary = {url(port)}",
+            f"reader = {url(port, READER_DATABASE)}",
+            f"replicas = [{replicas}]",
+            f"admin = {_toml(f'postgresql://{ADMIN_ROLE}@{HOST}:{self.primary}/{DATABASE}')}",
+        ]
 
 
 def shardkit_toml(
@@ -186,10 +256,7 @@ def shardkit_toml(
         passwords: by role.
         kept: further tables, of plain values, as a person wrote them; None for none.
     """
-
-    def url(port: int) -> str:
-        return _toml(f"postgresql://{APP_ROLE}:{passwords[APP_ROLE]}@{HOST}:{port}/{DATABASE}")
-
+    login = f"{APP_ROLE}:{passwords[APP_ROLE]}"
     lines = [
         "# Written by `shardkit local up`, and again when an address changes. Addresses and",
         "# logins are its own; tables that you add, such as [pool], are kept.",
@@ -204,14 +271,12 @@ def shardkit_toml(
     for name, table in (kept or {}).items():
         lines += ["", f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in table.items())]
     for shard in physical:
-        replicas = ", ".join(url(port) for port in shard.replicas)
         lines += [
             "",
             "[[physical]]",
             f"name = {_toml(shard.name)}",
             f"logical_shards = {_toml(shard.logical_shards)}",
-            f"primary = {url(shard.primary)}",
-            f"replicas = [{replicas}]",
+            *shard.endpoints(login),
         ]
     if services:
         lines += ["", "[services]", *(f"{key} = {_toml(value)}" for key, value in services.items())]

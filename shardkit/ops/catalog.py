@@ -18,6 +18,7 @@ from psycopg import sql
 from shardkit.ids import EPOCH_MS
 from shardkit.ops.idfunctions import id_statements
 from shardkit.ops.logfunctions import log_statements
+from shardkit.ops.lookuptable import lookup_statements
 from shardkit.topology import schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
@@ -127,6 +128,7 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {}.shardkit_operations TO {}").format(
             schema, role
         ),
+        *lookup_statements(schema, role),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

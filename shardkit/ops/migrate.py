@@ -49,6 +49,7 @@ __all__ = [
     "PhysicalStatus",
     "Rules",
     "apply",
+    "load_metadata",
     "load_revisions",
     "load_rules",
     "plan",
@@ -126,6 +127,15 @@ def load_revisions(location: str, *, folder: Path) -> tuple[Revision, ...]:
 def load_rules(location: str) -> Rules:
     """Return how the models of a `migrations.models` place their rows, by table.
 
+    Raises:
+        ConfigurationError: there is no such thing.
+    """
+    return rules_of(load_metadata(location))
+
+
+def load_metadata(location: str) -> MetaData:
+    """Return the metadata of the models of a `migrations.models`.
+
     Args:
         location: `module:name` of the declarative base, or of its metadata.
 
@@ -145,7 +155,7 @@ def load_rules(location: str) -> Rules:
         raise ConfigurationError(
             f"migrations.models {location!r} is neither a declarative base nor its metadata"
         )
-    return rules_of(metadata)
+    return metadata
 
 
 def plan(

@@ -16,9 +16,9 @@ import psycopg
 
 from shardkit import deadlines
 from shardkit.breaker import Breaker
-from shardkit.driver import Connection
 from shardkit.parallel import run
 from shardkit.topology import Endpoint, Role, Topology
+from shardkit.waits import Connection
 from shardkit.windows import BreakerRules
 
 __all__ = ["EndpointStatus", "is_healthy", "read_status"]

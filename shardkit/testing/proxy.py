@@ -322,7 +322,7 @@ class FaultProxy:
 
 
 def reroute(topology: Topology, proxies: Mapping[Endpoint, FaultProxy]) -> Topology:
-    """Return a topology in which some endpoints are reached through proxies.
+    """Return a topology in which some endpoints are reached through proxies, readers included.
 
     Admin logins still go straight to their servers.
 
@@ -335,7 +335,12 @@ def reroute(topology: Topology, proxies: Mapping[Endpoint, FaultProxy]) -> Topol
         proxy = proxies.get(endpoint)
         if proxy is None:
             return endpoint
-        return replace(endpoint, url=endpoint.url.set(host=proxy.host, port=proxy.port))
+        url, reads = endpoint.url, endpoint.read_url
+        return replace(
+            endpoint,
+            url=url.set(host=proxy.host, port=proxy.port),
+            read_url=None if reads is None else reads.set(host=proxy.host, port=proxy.port),
+        )
 
     physical = {
         name: replace(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from shardkit import AsyncCluster, Cluster, all_shards, ids
+from shardkit.config import load
 from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
@@ -23,8 +28,9 @@ from shardkit.events import EndpointFailed, Gathered
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until, watch
 from shardkit.tokens import ASK_PRIMARIES
-from shardkit.topology import Endpoint, Role, Topology
-from tests.fixtures.sharded import Settled
+from shardkit.topology import Endpoint, Role, Topology, schema_name
+from tests.fixtures.servers import server_of
+from tests.fixtures.sharded import Settled, admin
 from tests.models import Photo, User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
@@ -40,6 +46,19 @@ def healed(local_cluster: LocalCluster, settled: Settled) -> Iterator[LocalClust
         if server.status != "running":
             local_cluster.start_server(server.name)
     settled()
+    _, topology = load(local_cluster.config_path)
+    for endpoint in topology.endpoints:  # a pooler waits before it tries a server again
+        wait_until(partial(answers, endpoint), 10.0, f"{endpoint} answers")
+
+
+def answers(endpoint: Endpoint) -> bool:
+    """Return whether an endpoint runs a query, through a pooler or not."""
+    url = endpoint.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    try:
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute("SELECT 1").fetchone() == (1,)
+    except psycopg.Error:
+        return False
 
 
 @pytest.fixture
@@ -86,9 +105,7 @@ def test_a_replica_killed_inside_a_session_is_replaced(
     with cluster.reader() as session:
         assert session.get(User, user.id) is not None
         endpoint, _ = session._roots[physical]
-        port = endpoint.url.port
-        name = next(s.name for s in healed.replicas(physical) if s.port == port)
-        healed.kill_server(name)
+        healed.kill_server(server_of(healed, endpoint).name)
         session.expunge_all()
         found = session.get_one(User, user.id)
         assert [photo.caption for photo in found.photos] == ["dawn"]
@@ -197,8 +214,7 @@ def test_a_partial_result_takes_another_replica_before_it_leaves_a_server_out(
     limits = all_shards(partial=True, timeout=5)
     with cluster.reader() as session, watch(cluster) as seen:
         assert len(session.scalars(NEWEST.options(limits)).all()) == 1
-        port = session._roots[physical][0].url.port
-        name = next(s.name for s in healed.replicas(physical) if s.port == port)
+        name = server_of(healed, session._roots[physical][0]).name
         healed.kill_server(name)
         assert len(session.scalars(NEWEST.options(limits)).all()) == 1
         assert session.failures == {}
@@ -219,6 +235,49 @@ def test_a_primary_killed_before_commit_leaves_the_outcome_unknown(
         with pytest.raises(OutcomeUnknownError) as caught:
             session.commit()
         assert not caught.value.retryable
+
+
+def test_a_primary_killed_during_a_lone_insert_leaves_the_outcome_unknown(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    """It has neither BEGIN nor COMMIT: its own answer is what is lost."""
+    physical = cluster.topology.physical[owner(cluster, user)]
+    table = f"{schema_name(ids.shard_of(user.id))}.photos"
+    caught: list[Exception] = []
+
+    def write() -> None:
+        with cluster.writer() as session:
+            session.add(Photo(owner_id=user.id, caption="perhaps"))
+            try:
+                session.commit()
+            except Exception as error:  # noqa: BLE001 - looked at below
+                caught.append(error)
+            assert session.token == ""
+
+    thread = threading.Thread(target=write)
+    with closing(admin(physical)) as lock, closing(admin(physical)) as looking:
+        lock.execute("BEGIN")
+        lock.execute(f"LOCK TABLE {table} IN SHARE MODE".encode())
+        thread.start()
+        wait_until(
+            lambda: bool(looking.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone()),
+            10.0,
+            "the INSERT waits for the lock",
+        )
+        healed.kill_server(healed.primary(physical.name).name)
+        thread.join()
+    assert [type(error) for error in caught] == [OutcomeUnknownError]
+
+
+def test_a_lone_insert_that_finds_no_server_was_not_written(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    healed.kill_server(healed.primary(owner(cluster, user)).name)
+    with cluster.writer() as session:
+        session.add(Photo(owner_id=user.id, caption="never"))
+        with pytest.raises(UnavailableError) as caught:
+            session.commit()
+        assert caught.value.retryable
 
 
 def test_pooled_connections_to_a_restarted_primary_are_replaced_unseen(
@@ -270,12 +329,19 @@ def test_two_physical_shards_exchanged_are_refused(topology: Topology) -> None:
 def test_a_database_without_the_schema_names_the_command(
     topology: Topology, local_cluster: LocalCluster
 ) -> None:
-    alpha = topology.physical["alpha"]
+    alpha = replace(topology.physical["alpha"], pooler=None)  # which knows no such database
     dsn = local_cluster.superuser_dsn(local_cluster.primary("alpha").name)
     with psycopg.connect(dsn, autocommit=True) as superuser:
         superuser.execute("DROP DATABASE IF EXISTS bare")
         superuser.execute("CREATE DATABASE bare")
-    elsewhere = replace(alpha.primary, url=alpha.primary.url.set(database="bare"))
+    elsewhere = replace(
+        alpha.primary,
+        url=alpha.admin_url.set(
+            username=alpha.primary.url.username,
+            password=alpha.primary.url.password,
+            database="bare",
+        ),
+    )
     shards = {**topology.physical, "alpha": replace(alpha, primary=elsewhere)}
     wrong = Topology(topology.name, shards, topology.shard_map)
     refused = pytest.raises(ConfigurationError, match="shardkit migrate apply")
@@ -291,7 +357,9 @@ def test_a_wrong_password_is_a_matter_of_configuration(topology: Topology) -> No
         "alpha": replace(alpha, primary=replace(alpha.primary, url=wrong_url)),
     }
     wrong = Topology(topology.name, shards, topology.shard_map)
-    refused = pytest.raises(ConfigurationError, match="password authentication failed")
+    refused = pytest.raises(
+        ConfigurationError, match=r"refuses the login: (password|SASL) authentication failed"
+    )
     with Cluster(wrong) as cluster, cluster.writer() as session, refused:
         session.get(User, ids.compose(1, 0, 0))
 
@@ -320,3 +388,29 @@ def test_servers_that_are_lost_together_are_all_named(
     for error in caught.value.failures.values():
         assert isinstance(error, EndpointUnavailableError)
         assert error.endpoint
+
+
+def test_a_server_lost_in_the_middle_of_a_stream_is_named(
+    cluster: Cluster, user: User, healed: LocalCluster
+) -> None:
+    physical = owner(cluster, user)
+    other = next(name for name in cluster.topology.physical if name != physical)
+    there = cluster.topology.shard_map.owned_by(other)[0]
+    with cluster.writer() as session:
+        photos = [Photo(caption=f"{i}") for i in range(30)]
+        session.add(User(id=ids.compose(1, there, 0), name="bo", photos=photos))
+        session.commit()
+    every = select(Photo.id).order_by(Photo.id).options(all_shards())
+    with cluster.reader(max_lag=1.0) as session:
+        stream = session.scalars(every, execution_options={"yield_per": 5})
+        next(stream)
+        healed.kill_server(healed.primary(other).name)
+        with pytest.raises(GatherError, match=f"physical shard {other}") as caught:
+            stream.all()
+        assert caught.value.retryable
+        assert set(caught.value.failures) == {other}
+        assert set(caught.value.answers) == {physical}
+        root: Any = session._roots[physical][1].connection.driver_connection
+        assert root.info.transaction_status.name == "IDLE"
+        assert other not in session._roots
+        assert session.get_one(User, user.id).name == "ana"

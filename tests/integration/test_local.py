@@ -30,7 +30,7 @@ from shardkit.local import (
 )
 from shardkit.local.processes import ProcessMark
 from shardkit.testing import wait_until
-from shardkit.topology import Role
+from shardkit.topology import Pooler, Role
 from tests.fixtures.servers import NewCluster, options
 
 pytestmark = pytest.mark.integration
@@ -195,20 +195,36 @@ def test_passwords_are_in_private_files_only(local_cluster: LocalCluster) -> Non
     assert holders >= 3
 
 
-def test_pgbouncer_fronts_the_primary_and_the_replicas(local_cluster: LocalCluster) -> None:
-    if "pgbouncer" in local_cluster.missing:
-        pytest.skip("PgBouncer is not installed")
-    config, topology = load(local_cluster.config_path)
-    for name, shard in topology.physical.items():
-        port = int(config.services[f"pgbouncer_{name}"].rpartition(":")[2])
-        for database, is_replica in (
-            ("shardkit", False),
-            ("shardkit_1", True),
-            ("shardkit_2", True),
+def test_pgbouncer_stands_before_every_server_and_commands_go_straight(
+    new_cluster: NewCluster,
+) -> None:
+    with new_cluster(**SMALL | {"replicas": 2, "pgbouncer": True}) as local:
+        if "pgbouncer" in local.missing:
+            pytest.skip("PgBouncer is not installed")
+        config, topology = load(local.config_path)
+        (shard,) = topology.physical.values()
+        pooler = local.server("pgbouncer_alpha")
+        assert shard.pooler == Pooler(tuple(int(n) for n in pooler.version.split(".")))
+        assert "pgbouncer_alpha" not in config.services, "it is an address of PostgreSQL"
+        assert shard.primary.read_url is not None
+        query = "SELECT pg_is_in_recovery(), current_setting('transaction_read_only')"
+        for url, expected in (
+            (shard.primary.url, (False, "off")),
+            (shard.primary.read_url, (False, "on")),
+            *((replica.url, (True, "on")) for replica in shard.replicas),
         ):
-            with connect(shard.primary.url.set(port=port, database=database)) as connection:
-                row = connection.execute("SELECT pg_is_in_recovery()").fetchone()
-            assert row == (is_replica,)
+            assert url.port == pooler.port
+            with connect(url) as connection:
+                assert connection.execute(query).fetchone() == expected
+        assert shard.admin_url.port == local.primary("alpha").port
+        with connect(shard.admin_url) as connection:
+            assert connection.execute(query).fetchone() == (False, "off")
+    with new_cluster(**SMALL | {"replicas": 2, "pgbouncer": False}) as local:
+        _, topology = load(local.config_path)
+        (shard,) = topology.physical.values()
+        assert shard.pooler is None
+        assert shard.primary.read_url is None
+        assert shard.primary.url.port == shard.admin_url.port == local.primary("alpha").port
 
 
 def test_a_paused_server_answers_nobody_until_it_is_resumed(local_cluster: LocalCluster) -> None:
@@ -306,7 +322,7 @@ def test_a_taken_port_is_replaced_by_another(new_cluster: NewCluster) -> None:
         assert new["alpha_0"] != old["alpha_0"]
         assert new["alpha_1"] == old["alpha_1"]
         config, topology = load(cluster.config_path)
-        assert topology.physical["alpha"].primary.url.port == new["alpha_0"]
+        assert topology.physical["alpha"].admin_url.port == new["alpha_0"]
         assert config.pool.size == 9
         assert config.services["s3"] == "http://127.0.0.1:9"
         assert config.services["redis"].endswith(f":{new['redis']}/0")
@@ -356,7 +372,7 @@ def test_a_promoted_replica_is_the_primary_after_a_restart(new_cluster: NewClust
     assert cluster.primary("alpha").name == "alpha_1"
     assert [s.name for s in cluster.replicas("alpha")] == ["alpha_0", "alpha_2"]
     _, topology = load(cluster.config_path)
-    assert topology.physical["alpha"].primary.url.port == cluster.server("alpha_1").port
+    assert topology.physical["alpha"].admin_url.port == cluster.server("alpha_1").port
     for name in ("alpha_0", "alpha_2"):
         dsn = cluster.superuser_dsn(name)
 

@@ -143,6 +143,7 @@ READS: dict[str, Read] = {
     "scatter with timeout": lambda session: session.scalars(
         select(User.name).order_by(User.id).options(all_shards(timeout=10))
     ).all()[0],
+    "stream": lambda session: session.scalars(WIDE.execution_options(yield_per=10)).all()[0],
     "lazy load": lambda session: session.get_one(Photo, ids_of_photo(session)).owner.name,
     "eager load": lambda session: session.scalars(
         select(User).where(User.id == KEY).options(selectinload(User.photos))
@@ -410,3 +411,36 @@ def test_a_session_that_is_left_open_asks_nothing_of_the_next(cluster: Cluster) 
         with cluster.reader() as again:
             again.get_one(User, KEY)
             assert role_of(again) is Role.REPLICA
+
+
+@pytest.mark.fault
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize("read", [READS["get"], READS["scatter"]], ids=["get", "scatter"])
+def test_replicas_that_are_frozen_are_given_up(
+    cluster: Cluster, local_cluster: LocalCluster, topology: Topology, read: Read
+) -> None:
+    token = rename(cluster, "new")
+    members = cluster.connections.replica_sets["alpha"]
+    with cluster.reader(after=token) as session:
+        assert read(session) == "new"
+    wait_until(
+        lambda: all(members.lag(e) is not None for e in topology.physical["alpha"].replicas),
+        10.0,
+        "the probes run",
+    )
+    for name in names_of(local_cluster):
+        local_cluster.pause(name)
+    try:
+        for _ in range(3):
+            with cluster.reader(after=token) as session:
+                assert read(session) == "new"
+                assert role_of(session) is Role.PRIMARY
+    finally:
+        for name in names_of(local_cluster):
+            local_cluster.resume(name)
+
+    def comes_back() -> bool:
+        with cluster.reader(after=token) as session:
+            return read(session) == "new" and role_of(session) is Role.REPLICA
+
+    wait_until(comes_back, 20.0, "the replicas are read again")

@@ -65,6 +65,18 @@ def test_rows_lie_in_their_range_and_comparisons_ask_only_those(
         assert sorted(session.scalars(middle).all()) == [999, 1_000]
         assert session.route(select(Reading).where(Reading.meter >= 1_000)).shards == (40,)
         assert session.scalars(select(Reading).where(Reading.meter > 9_000)).all() == []
+        between = select(Reading.meter).where(Reading.meter.between(500, 999))
+        assert session.route(between).shards == (3,)
+        assert session.scalars(between).all() == [999]
+        assert session.route(select(Reading).where(Reading.meter.between(999, 1_000))).shards == (
+            3,
+            40,
+        )
+        assert session.scalars(select(Reading).where(Reading.meter.between(1_500, 0))).all() == []
+        for wide in (~Reading.meter.between(0, 1), Reading.meter.between(9, 0, symmetric=True)):
+            assert (
+                len(session.route(select(Reading).where(wide).options(all_shards())).shards) == 64
+            )
         with pytest.raises(InvalidShardKeyError, match="beyond the last range"):
             session.get(Reading, 2_000)
 

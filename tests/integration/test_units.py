@@ -259,19 +259,19 @@ def test_a_lost_answer_to_commit_is_settled_by_the_record(
     cluster: Cluster, user: User, monkeypatch: pytest.MonkeyPatch, is_named: bool
 ) -> None:
     """The server commits, and the connection is cut before the client reads its answer."""
-    from shardkit import driver
+    from shardkit import waits
 
     lost: list[int] = []
-    commit = driver.Connection.commit
+    commit = waits.Connection.commit
 
-    def lossy(connection: driver.Connection) -> None:
+    def lossy(connection: waits.Connection) -> None:
         commit(connection)
         if not lost:
             lost.append(1)
             connection.pgconn.finish()
             raise psycopg.OperationalError("the answer was lost")
 
-    monkeypatch.setattr(driver.Connection, "commit", lossy)
+    monkeypatch.setattr(waits.Connection, "commit", lossy)
     if is_named:
         found = cluster.run(posting(user), operation="post-1", near=user.id)
         assert found["tags"] == ["a", "b"]

@@ -22,17 +22,28 @@ def answer_of_one_server(world: World, statement: Any) -> Answer:
     return _read(world.single.execute(statement))
 
 
-def answer_of_shardkit(world: World, statement: Any, *, awaited: bool) -> Answer:
-    """Ask shardkit, through asyncio or not.
+def answer_of_shardkit(
+    world: World, statement: Any, *, awaited: bool, yield_per: int | None = None
+) -> Answer:
+    """Ask shardkit, through asyncio or not, for all rows at once or for a few at a time.
 
     Raises:
         RoutingError: it refuses.
     """
     if awaited:
         world.awaited.expunge_all()
-        return _read(world.runner.run(world.awaited.execute(statement)))
+        return world.runner.run(_awaited(world, statement, yield_per))
     world.sharded.expunge_all()
-    return _read(world.sharded.execute(statement))
+    options: dict[str, Any] = {} if yield_per is None else {"yield_per": yield_per}
+    return _read(world.sharded.execute(statement, execution_options=options))
+
+
+async def _awaited(world: World, statement: Any, yield_per: int | None) -> Answer:
+    if yield_per is None:
+        return _read(await world.awaited.execute(statement))
+    options = {"yield_per": yield_per}
+    stream = await world.awaited.stream(statement, execution_options=options)
+    return list(stream.keys()), [tuple(_text(item) for item in row) async for row in stream]
 
 
 def wide(statement: Any) -> Any:

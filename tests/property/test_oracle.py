@@ -113,6 +113,7 @@ def test_every_statement_is_answered_as_by_one_server_or_refused(
         world = worlds[data.draw(st.integers(0, N_WORLDS - 1))]
         dice = Dice(world, data.draw)
         awaited = dice.chance(25)
+        yield_per = 1 + dice.upto(4) if dice.chance(30) else None
         kind, made, is_ordered = statement(dice)
         try:
             expected = answer_of_one_server(world, made)
@@ -121,7 +122,7 @@ def test_every_statement_is_answered_as_by_one_server_or_refused(
             return
         note(f"{world} {made}")
         try:
-            found = answer_of_shardkit(world, wide(made), awaited=awaited)
+            found = answer_of_shardkit(world, wide(made), awaited=awaited, yield_per=yield_per)
         except RoutingError:
             tally.refused[kind] += 1
             return
@@ -142,13 +143,14 @@ def test_what_is_promised_is_never_refused(worlds: list[World], tallies: dict[st
         world = worlds[data.draw(st.integers(0, N_WORLDS - 1))]
         dice = Dice(world, data.draw)
         awaited = dice.chance(25)
+        yield_per = 1 + dice.upto(4) if dice.chance(30) else None
         shape, several = promised[dice.upto(len(promised) - 1)]
         made, is_ordered = shape.make(dice, several)
         note(f"{world} {shape.name} {several=} {made}")
         expected = answer_of_one_server(world, made)
         name = f"{shape.name[:40]}, {'several' if several else 'one'}"
         try:
-            found = answer_of_shardkit(world, made, awaited=awaited)
+            found = answer_of_shardkit(world, made, awaited=awaited, yield_per=yield_per)
         except RoutingError:
             tally.refused[name] += 1
             raise

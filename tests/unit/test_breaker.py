@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from shardkit.breaker import Breaker, OpenState
 from shardkit.clock import SYSTEM
 from shardkit.errors import BreakerOpenError, ConfigurationError, EndpointUnavailableError
-from shardkit.testing import FakeClock
+from shardkit.testing import FakeClock, wait_until
 from shardkit.windows import BreakerRules, Cause, open_time
 
 REFUSED = ConnectionRefusedError("refused")
@@ -386,12 +386,19 @@ def test_a_listener_that_raises_breaks_no_call(caplog: pytest.LogCaptureFixture)
 def test_a_listener_may_use_the_breaker_and_holds_nobody_up() -> None:
     inside, leave = threading.Event(), threading.Event()
 
+    heard: list[str] = []
+
     class Hangs(pybreaker.CircuitBreakerListener):
         def failure(self, cb: Any, exc: BaseException) -> None:
+            heard.append("failure begins")
             if not inside.is_set():
                 inside.set()
                 cb.failed(REFUSED, 0.0)
                 assert leave.wait(10)
+            heard.append("failure ends")
+
+        def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+            heard.append(new_state.name)
 
     breaker = breaker_at(FakeClock(), listeners=[Hangs()])
     hanging = threading.Thread(target=fail, args=(breaker,))
@@ -400,9 +407,10 @@ def test_a_listener_may_use_the_breaker_and_holds_nobody_up() -> None:
     succeed(breaker, 100)
     fail(breaker, 5)
     assert breaker.current_state == "open", "while a listener hangs"
+    assert heard == ["failure begins"]
     leave.set()
     hanging.join(10)
-    assert not hanging.is_alive()
+    assert heard == ["failure begins", "failure ends"] * 7 + ["open"]
 
 
 def test_a_function_is_called_decorated_or_enclosed() -> None:
@@ -533,6 +541,34 @@ def test_there_is_exactly_one_probe_over_a_thousand_recoveries() -> None:
         assert breaker.current_state == "closed"
     for thread in threads:
         thread.join(10)
+
+
+def test_all_who_ask_in_the_same_moment_get_one_probe() -> None:
+    class Counting(FakeClock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.readers: list[int] = []
+
+        def monotonic(self) -> float:
+            self.readers.append(threading.get_ident())
+            return super().monotonic()
+
+    clock = Counting()
+    breaker = tripped(clock)
+    clock.advance(1.0)
+
+    def ask(_: int) -> bool:
+        try:
+            return breaker.admit() is not None
+        except BreakerOpenError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        clock.readers.clear()
+        with breaker._guard.lock:  # all have seen that it is time when the first may go on
+            asked = [pool.submit(ask, number) for number in range(8)]
+            wait_until(lambda: len(clock.readers) == 8, 10, "eight threads read the clock")
+        assert sum(each.result(10) for each in asked) == 1
 
 
 def test_threads_that_fail_four_of_five_calls_trip_it_within_25_each() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from shardkit.config import default_file, format_ranges, load, parse_ranges
 from shardkit.errors import ConfigurationError
+from shardkit.topology import Pooler
 
 GOOD = """
 [cluster]
@@ -53,7 +54,41 @@ def test_a_good_file_becomes_a_topology(tmp_path: Path) -> None:
     assert "hunter2" not in f"{settings!r} {topology!r}"
 
 
+POOLED = GOOD.replace(
+    '"3-6"\n', '"3-6"\npooler = "pgbouncer 1.24"\nadmin = "postgresql://adm@127.0.0.1:5503/demo"\n'
+).replace('5503/demo"\n\n', '6432/demo"\nreader = "postgresql://app:hunter2@127.0.0.1:6432/r"\n\n')
+
+
+def test_a_pooler_is_told_with_its_version(tmp_path: Path) -> None:
+    settings, topology = load(write(tmp_path, POOLED))
+    assert settings.pool.prepare_statements is None
+    assert topology.physical["alpha"].pooler is None
+    beta = topology.physical["beta"]
+    assert beta.pooler == Pooler((1, 24))
+    assert beta.admin_url.port == 5503
+    assert beta.primary.read_url is not None
+    assert beta.primary.read_url.database == "r"
+    assert "hunter2" not in repr(topology)
+
+
+@pytest.mark.parametrize(
+    ("version", "carried"),
+    [((), False), ((1, 18), False), ((1, 20, 9), False), ((1, 21), True), ((1, 24, 1), True)],
+)
+def test_prepared_statements_need_a_pooler_that_carries_them(
+    version: tuple[int, ...], carried: bool
+) -> None:
+    assert Pooler(version).carries_prepared_statements is carried
+
+
 BAD = [
+    ("pooler without a direct address", "replicas = [", 'pooler = "pgbouncer"\nreplicas = [',
+     "physical.0: admin: physical shard 'alpha' has a pooler; give the address"),
+    ("another pooler", "replicas = [", 'pooler = "odyssey"\nreplicas = [', "physical.0.pooler"),
+    ("a version that is none", "replicas = [", 'pooler = "pgbouncer new"\nreplicas = [',
+     "physical.0.pooler"),
+    ("a reader that is no address", "replicas = [", 'reader = "here"\nreplicas = [',
+     "physical.alpha.reader: not an address"),
     ("unknown key", 'name = "demo"', 'name = "demo"\nlogical_shard = 8',
      "cluster.logical_shard: unknown key; did you mean 'logical_shards'"),
     ("misspelt table", "[services]", "[servces]", "servces: unknown key; did you mean 'services'"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from shardkit.config import Config, PoolConfig
 from shardkit.local.options import LocalOptions
 from shardkit.local.settings import (
     PhysicalAddresses,
+    PooledDatabase,
     host_rules,
     ident_map,
     pgbouncer_ini,
@@ -16,6 +18,7 @@ from shardkit.local.settings import (
     shardkit_toml,
     userlist,
 )
+from shardkit.topology import Pooler
 
 PASSWORDS = {"shardkit_app": "a-p_p", "shardkit_admin": "a-d_m", "shardkit_replication": "r"}
 
@@ -35,7 +38,7 @@ def toml(kept: dict[str, Any] | None = None) -> Config:
     text = shardkit_toml(
         logical_shards=4,
         physical=[
-            PhysicalAddresses("alpha", "0-1", 5501, (5502,)),
+            PhysicalAddresses("alpha", "0-1", 5501, {"shardkit_1": 5502}),
             PhysicalAddresses("beta", "2-3", 5503),
         ],
         services={"redis": "redis://127.0.0.1:6379/0"},
@@ -55,6 +58,25 @@ def test_the_written_file_is_one_that_is_accepted() -> None:
         .endswith("@127.0.0.1:5502/shardkit")
     )
     assert config.services == {"redis": "redis://127.0.0.1:6379/0"}
+
+
+def test_behind_a_pooler_applications_go_through_it_and_commands_do_not() -> None:
+    text = shardkit_toml(
+        logical_shards=4,
+        physical=[
+            PhysicalAddresses("alpha", "0-3", 5501, {"shardkit_1": 5502}, (6501, "1.18.0")),
+        ],
+        services={},
+        passwords=PASSWORDS,
+    )
+    shard = Config.model_validate(tomllib.loads(text)).topology(Path()).physical["alpha"]
+    assert [e.address for e in shard.endpoints] == [
+        "127.0.0.1:6501/shardkit", "127.0.0.1:6501/shardkit_1",
+    ]  # fmt: skip
+    assert shard.primary.read_url is not None
+    assert (shard.primary.read_url.port, shard.primary.read_url.database) == (6501, "shardkit_read")
+    assert (shard.admin_url.port, shard.admin_url.username) == (5501, "shardkit_admin")
+    assert shard.pooler == Pooler((1, 18, 0))
 
 
 def test_tables_of_a_person_are_kept() -> None:
@@ -91,9 +113,21 @@ def test_nobody_is_trusted() -> None:
 
 def test_pgbouncer_reads_logins_from_its_private_file() -> None:
     text = pgbouncer_ini(
-        port=6501, databases={"shardkit": 5501}, sockets="/run", userlist_file="/private"
+        port=6501,
+        version=(1, 18, 0),
+        databases={
+            "shardkit": PooledDatabase(5501, is_read_only=False),
+            "shardkit_1": PooledDatabase(5502, is_read_only=True),
+        },
+        sockets="/run",
+        userlist_file="/private",
+        settings={"default_pool_size": "1"},
     )
-    assert "shardkit = host=127.0.0.1 port=5501 dbname=shardkit" in text
+    assert "shardkit = host=127.0.0.1 port=5501 dbname=shardkit\n" in text
+    assert "connect_query='SET default_transaction_read_only = on'\n" in text
+    assert text.count("read_only") == 1, "the primary takes writes"
+    assert "default_pool_size = 1\n" in text
+    assert "max_prepared_statements" not in text, "unknown below 1.21"
     assert "pool_mode = transaction" in text
     assert not any(password in text for password in ("a-p_p", "a-d_m"))
     assert '"shardkit_app" "a-p_p"' in userlist(PASSWORDS)

@@ -176,6 +176,33 @@ def test_a_replica_that_stands_still_behind_is_passed_over() -> None:
     assert members.choose(Need(SYSTEM, 1, 101)) is stuck
 
 
+def test_a_replica_that_does_not_answer_probes_is_silent() -> None:
+    clock = FakeClock()
+    members = replica_set(2, clock)
+    dead, alive = members.replicas
+    for endpoint in (dead, alive):
+        members.observed(endpoint, sample(100, at=0.0))
+    assert not members.is_silent(dead)
+    clock.advance(1.5)
+    assert not members.is_silent(dead)  # nobody asks
+    members.observed(alive, sample(100, at=1.5))
+    members.observed(members.primary, primary_sample(100, at=1.5))
+    assert members.is_silent(dead)
+    assert not members.is_silent(alive)
+    assert {members.choose() for _ in range(50)} == {alive}
+
+
+def test_while_probes_run_no_reader_tries_what_failed() -> None:
+    clock = FakeClock()
+    members = replica_set(1, clock)
+    members.failed(members.replicas[0])
+    clock.advance(5.0)
+    members.observed(members.primary, primary_sample(100, at=5.0))
+    assert members.choose() is members.primary
+    members.answered(members.replicas[0])
+    assert members.choose() is members.replicas[0]
+
+
 def test_another_lineage_is_passed_over() -> None:
     members = replica_set(1)
     members.observed(members.replicas[0], sample(900, timeline=2))

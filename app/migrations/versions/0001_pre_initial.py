@@ -38,13 +38,7 @@ def upgrade() -> None:
         _time("created_at"),
         sa.PrimaryKeyConstraint("id", name="users_pkey"),
     )
-    op.create_table(
-        "handles",
-        sa.Column("username", sa.String(30), nullable=False),
-        _id("user_id"),
-        _time("reserved_at"),
-        sa.PrimaryKeyConstraint("username", name="handles_pkey"),
-    )
+    op.create_index("ix_users_username", "users", ["username"])
     op.create_table(
         "login_sessions",
         _id("id"),
@@ -112,7 +106,6 @@ def downgrade() -> None:
         "likes",
         "photos",
         "login_sessions",
-        "handles",
         "users",
     ):
         op.drop_table(table)

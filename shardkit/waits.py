@@ -5,7 +5,7 @@ closes the connection if that does not come, all within `deadlines.GRACE`. COMMI
 cancelled: PostgreSQL would answer a cancelled wait for a standby with success. The clusters'
 engines connect with these classes; commands do not.
 
-Source: docs/architecture.md, decision 17; PostgreSQL's `SyncRepWaitForLSN`.
+Source: docs/architecture.md, decision 18; PostgreSQL's `SyncRepWaitForLSN`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 
 from shardkit import deadlines, parallel
 from shardkit.clock import SYSTEM
+from shardkit.parallel import CHECK_EVERY
 
 __all__ = ["AsyncConnection", "Connection", "Guard", "WaitedTooLongError"]
 
 T = TypeVar("T")
-
-_CHECK_EVERY: Final = 0.1
-"""Seconds between looks for an interrupt or a closed socket; psycopg's own interval."""
 
 _COMMIT_NEEDS: Final = 0.02
 """Seconds without which COMMIT is not sent: a dozen times what it takes on a quiet server."""
@@ -57,7 +55,7 @@ class WaitedTooLongError(psycopg.OperationalError):
 
 
 class StandbyNotWaitedForError(psycopg.OperationalError):
-    """COMMIT was answered although no standby has confirmed it."""
+    """A commit was answered although no standby has confirmed it."""
 
 
 class Guard(Protocol):
@@ -81,7 +79,14 @@ class _Unguarded:
 
 
 class _Patient:
-    """What both kinds of connection decide alike; mixed into psycopg's classes."""
+    """What both kinds of connection decide alike; mixed into psycopg's classes.
+
+    Attributes:
+        patience: seconds it waits for an answer without a deadline.
+        guard: who is told what becomes of each wait.
+        was_undone: whether the server has said that it cancelled the last statement given up,
+            so that nothing of it holds, even where the statement would have committed itself.
+    """
 
     pgconn: psycopg.pq.abc.PGconn
     patience: float = math.inf
@@ -90,6 +95,7 @@ class _Patient:
     _is_final = False  # COMMIT is on its way
     _is_ending = False  # ROLLBACK is on its way: the server is left alone at last
     _has_standby_warning = False
+    was_undone = False
 
     def _opened(self, patience: float, guard: Guard) -> None:
         self.patience = patience
@@ -106,6 +112,10 @@ class _Patient:
         if self._first_answer is None:
             self._first_answer = seconds
         self.guard.succeeded(seconds)
+        if self._has_standby_warning:
+            self._has_standby_warning = False
+            self.pgconn.finish()
+            raise StandbyNotWaitedForError("the wait for a standby was cancelled")
 
     def _bound(self) -> float:
         """Return how many seconds a wait may take."""
@@ -175,10 +185,6 @@ class _Patient:
             yield
         finally:
             self._is_final = False
-        if self._has_standby_warning:
-            self._has_standby_warning = False
-            self.pgconn.finish()
-            raise StandbyNotWaitedForError("the wait for a standby was cancelled")
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -195,24 +201,33 @@ class _Patient:
         if diagnostic.source_function == _STANDBY:
             self._has_standby_warning = True
 
+    def _servers_bound(self) -> bytes | None:
+        """Return what has the server itself keep the deadline in a transaction, if there is one.
+
+        It takes no lock. Without a deadline the patience of the connection is enough.
+        """
+        if deadlines.current() is None:
+            return None
+        return b"SET LOCAL statement_timeout = %d" % max(1, math.ceil(self._bound() * 1000))
+
     def _start_query(self) -> PQGen[None]:
-        """Begin a transaction with the server's own bound, in one round trip; takes no lock.
+        """Begin a transaction with the server's own bound, in one round trip.
 
         Without a deadline, or in a pipeline, which carries one statement a message, psycopg's way.
         """
         base: Any = super()
         connection: Any = self
-        if (
+        bound = None
+        if not (
             connection._autocommit
-            or deadlines.current() is None
             or connection._pipeline
             or self.pgconn.transaction_status != TransactionStatus.IDLE
         ):
+            bound = self._servers_bound()
+        if bound is None:
             yield from base._start_query()
             return
-        milliseconds = max(1, math.ceil(self._bound() * 1000))
-        begin: bytes = connection._get_tx_start_command()
-        self.pgconn.send_query(b"%b; SET LOCAL statement_timeout = %d" % (begin, milliseconds))
+        self.pgconn.send_query(b"%b; %b" % (connection._get_tx_start_command(), bound))
         for result in (yield from generators.execute(self.pgconn)):
             if result.status != ExecStatus.COMMAND_OK:
                 raise errors.error_from_result(result, encoding=self.pgconn._encoding)
@@ -285,9 +300,7 @@ class Connection(_Patient, psycopg.Connection[Any]):
     def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
         return _bounded_connect(super()._connect_gen(conninfo))
 
-    def wait(
-        self, gen: PQGen[T], interval: float = _CHECK_EVERY, timeout: float | None = None
-    ) -> T:
+    def wait(self, gen: PQGen[T], interval: float = CHECK_EVERY, timeout: float | None = None) -> T:
         """Drive a generator of psycopg to its end; see psycopg's `Connection.wait`."""
         if self._abandoned is not None:  # it is no more this task's to talk on
             gen.close()
@@ -331,10 +344,10 @@ class Connection(_Patient, psycopg.Connection[Any]):
         if task is not None:
             return task.wait(gen, self.fileno(), seconds)
         bound = None if seconds == math.inf else seconds
-        return waiting.wait(gen, self.pgconn.socket, interval=_CHECK_EVERY, timeout=bound)
+        return waiting.wait(gen, self.pgconn.socket, interval=CHECK_EVERY, timeout=bound)
 
     def _give_up(self, gen: PQGen[Any], task: parallel.Task | None) -> None:
-        until = self._grace()
+        until, self.was_undone = self._grace(), False
         try:
             if self._may_cancel and SYSTEM.monotonic() < until:
                 seconds = min(_CANCEL, until - SYSTEM.monotonic())
@@ -343,8 +356,8 @@ class Connection(_Patient, psycopg.Connection[Any]):
                 else:
                     task.wait_conn(self._cancel_gen(), seconds)
                 self._driven(gen, max(0.0, until - SYSTEM.monotonic()), task)
-        except psycopg.Error:
-            pass  # QueryCanceled as expected, or no answer to the cancel either
+        except psycopg.Error as error:  # as expected, or no answer to the cancel either
+            self.was_undone = isinstance(error, errors.QueryCanceled)
         except BaseException:
             self.pgconn.finish()
             raise
@@ -389,7 +402,7 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
     async def wait(
         self,
         gen: PQGen[T],
-        interval: float = _CHECK_EVERY,
+        interval: float = CHECK_EVERY,
         timeout: float | None = None,  # noqa: ASYNC109  psycopg's own signature
     ) -> T:
         """Drive a generator of psycopg to its end; see psycopg's `AsyncConnection.wait`."""
@@ -416,11 +429,11 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
     async def _driven(self, gen: PQGen[T], seconds: float) -> T:
         bound = None if seconds == math.inf else seconds
         return await waiting.wait_async(
-            gen, self.pgconn.socket, interval=_CHECK_EVERY, timeout=bound
+            gen, self.pgconn.socket, interval=CHECK_EVERY, timeout=bound
         )
 
     async def _give_up(self, gen: PQGen[Any]) -> None:
-        until = self._grace()
+        until, self.was_undone = self._grace(), False
         try:
             if self._may_cancel and SYSTEM.monotonic() < until:
                 await waiting.wait_conn_async(
@@ -429,8 +442,8 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
                     timeout=min(_CANCEL, until - SYSTEM.monotonic()),
                 )
                 await self._driven(gen, max(0.0, until - SYSTEM.monotonic()))
-        except psycopg.Error:
-            pass
+        except psycopg.Error as error:
+            self.was_undone = isinstance(error, errors.QueryCanceled)
         except BaseException:
             self.pgconn.finish()
             raise

@@ -1,0 +1,1 @@
+"""What connects shardkit with other libraries; one module for each."""

@@ -1,0 +1,154 @@
+"""psycopg connections of writers, which spare the round trips of BEGIN and COMMIT.
+
+BEGIN travels with the first statement of a transaction: the server reads BEGIN, the statement and
+a Sync from one packet and answers all three at once, in libpq's pipeline mode. Where the text may
+be several statements, or is prepared just now, BEGIN goes before it, as psycopg does. And a
+statement that is known to be a transaction by itself runs without either (`shardkit.lone`).
+Nothing here decides what is in a transaction: a statement that fails leaves it open and failed.
+
+psycopg's own pipelines spare that round trip as well and cost more than it, so three internal
+generators of psycopg are extended here; tests/integration/test_drivers.py counts what is sent.
+Made by `shardkit.connections`.
+Source: PostgreSQL's documentation, libpq, "Pipeline Mode"; `python -m benchmarks session`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg import generators
+from psycopg._cursor_base import BaseCursor
+from psycopg._preparing import Prepare
+from psycopg._queries import PostgresQuery
+from psycopg.abc import Params, PQGen, Query
+from psycopg.pq import TransactionStatus
+
+from shardkit import waits
+
+__all__ = ["AsyncConnection", "AsyncCursor", "Connection", "Cursor"]
+
+
+class Connection(waits.Connection):
+    """A connection of a thread.
+
+    Attributes:
+        is_alone: whether the next statement is a transaction by itself; it puts this out. To be
+            set, either way, whenever a transaction starts.
+    """
+
+    is_alone = False
+    _leaves_begin = False
+
+    def commit(self) -> None:
+        """Commit, unless nothing was begun; see psycopg's `Connection.commit`."""
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            super().commit()
+
+    def rollback(self) -> None:
+        """Roll back, unless nothing was begun; see psycopg's `Connection.rollback`."""
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            super().rollback()
+
+    def _start_query(self) -> PQGen[None]:
+        if not self._leaves_begin:
+            yield from super()._start_query()
+
+
+class AsyncConnection(waits.AsyncConnection):
+    """A connection of an event loop; see `Connection`."""
+
+    is_alone = False
+    _leaves_begin = False
+
+    async def commit(self) -> None:
+        """Commit, unless nothing was begun; see psycopg's `AsyncConnection.commit`."""
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            await super().commit()
+
+    async def rollback(self) -> None:
+        """Roll back, unless nothing was begun; see psycopg's `AsyncConnection.rollback`."""
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            await super().rollback()
+
+    def _start_query(self) -> PQGen[None]:
+        if not self._leaves_begin:
+            yield from super()._start_query()
+
+
+class _Joining(BaseCursor[Any, Any]):
+    """A cursor that sends BEGIN with the first statement of a transaction."""
+
+    def _execute_gen(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> PQGen[None]:
+        connection: Any = self._conn
+        connection._leaves_begin = (
+            connection.pgconn.transaction_status == TransactionStatus.IDLE
+            and not connection._autocommit
+            and connection._pipeline is None
+        )
+        try:
+            yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)
+        finally:
+            connection._leaves_begin = False
+
+    def _maybe_prepare_gen(
+        self,
+        pgq: PostgresQuery,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> PQGen[None]:
+        connection: Any = self._conn
+        if not connection._leaves_begin:
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        connection._leaves_begin = False
+        if connection.is_alone:
+            connection.is_alone = False
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        prep, name = self._get_prepared(pgq, prepare)
+        if prep is Prepare.SHOULD or not pgq.params:
+            # In pipeline mode there is no simple protocol, and only that takes several statements.
+            yield from connection._start_query()
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        server = self._pgconn
+        server.enter_pipeline_mode()
+        server.send_query_params(connection._get_tx_start_command(), None)
+        bound = connection._servers_bound()
+        if bound is not None:
+            server.send_query_params(bound, None)
+        if prep is Prepare.YES:
+            self._send_query_prepared(name, pgq, binary=binary)
+        else:
+            self._execute_send(pgq, binary=binary)
+        key = connection._prepared.maybe_add_to_cache(pgq, prep, name)
+        server.pipeline_sync()
+        yield from generators.send(server)
+        begun = yield from generators.fetch_many(server)
+        if bound is not None:
+            begun += yield from generators.fetch_many(server)
+        results = yield from generators.fetch_many(server)
+        yield from generators.fetch_many(server)  # the answer to Sync
+        server.exit_pipeline_mode()
+        self._check_results(begun)
+        if key is not None:
+            connection._prepared.validate(key, prep, name, results)
+        self._check_results(results)
+        self._set_results(results)
+
+
+class Cursor(_Joining, psycopg.Cursor[Any]):
+    """A cursor of `Connection`."""
+
+
+class AsyncCursor(_Joining, psycopg.AsyncCursor[Any]):
+    """A cursor of `AsyncConnection`."""
