@@ -6,11 +6,11 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lookup-race lock clean
+.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lookup-race outbox-chaos lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
-		awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+		awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 setup: ## make .venv from requirements.lock; does nothing when it is up to date
 	@$(PYTHON) scripts/setup.py
@@ -62,6 +62,9 @@ stale: setup ## a million writes, each read at once from replicas, and no read i
 
 lookup-race: setup ## 64 clients race for 1,000 names while they are killed, and each is had once
 	@$(BIN)/python -m benchmarks lookup $(ARGS)
+
+outbox-chaos: setup ## a million events while relays are killed, and Celery beside it; minutes
+	@$(BIN)/python -m benchmarks chaos $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

@@ -14,7 +14,7 @@ import benchmarks
 SHARED = ("__main__", "measure", "outage", "published")
 """Modules that are no benchmarks."""
 
-LONG = ("lookup", "stale", "uniqueness")
+LONG = ("chaos", "lookup", "stale", "uniqueness")
 """Benchmarks that take minutes, run only when named."""
 
 

@@ -4,9 +4,11 @@ from shardkit import ids, tokens
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.deadlines import deadline
+from shardkit.emitting import after_delete, after_insert, after_update
 from shardkit.guards import background
 from shardkit.models import Reference, Sharded
 from shardkit.placement import LeastLoaded, Pinned, Weighted
+from shardkit.relay import Relay
 from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import all_shards
@@ -25,10 +27,14 @@ __all__ = [
     "Range",
     "ReadSession",
     "Reference",
+    "Relay",
     "Route",
     "Sharded",
     "Weighted",
     "WriteSession",
+    "after_delete",
+    "after_insert",
+    "after_update",
     "all_shards",
     "background",
     "deadline",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from shardkit.connections import AsyncConnections
+from shardkit.emitting import HasId
 from shardkit.router import Route
 from shardkit.session import ReadSession
 from shardkit.statements import Params
 from shardkit.writer import WriteSession
 
 __all__ = ["AsyncReadSession", "AsyncWriteSession"]
+
+_E = TypeVar("_E", bound=HasId)
 
 
 class AsyncReadSession(AsyncSession):
@@ -68,3 +71,17 @@ class AsyncWriteSession(AsyncReadSession):
     def token(self) -> str:
         """After a commit, what a later reader must have seen; an empty string before."""
         return self.sync_session.token
+
+    def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
+        """Write an event to the outbox, in this transaction. See `WriteSession.emit`."""
+        self.sync_session.emit(topic, payload, key=key, near=near)
+
+    async def once(self, event: HasId, *, near: Any, consumer: str = "") -> bool:
+        """Note an event's effect; see `WriteSession.once`."""
+        return await greenlet_spawn(self.sync_session.once, event, near=near, consumer=consumer)
+
+    async def once_many(self, events: Iterable[_E], *, near: Any, consumer: str = "") -> list[_E]:
+        """Note events' effects; see `WriteSession.once_many`."""
+        return await greenlet_spawn(
+            self.sync_session.once_many, events, near=near, consumer=consumer
+        )

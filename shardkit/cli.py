@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import ids, local, locate, lookup, migrate, status
+from shardkit.commands import ids, local, locate, lookup, migrate, outbox, status
 from shardkit.errors import (
     ConfigurationError,
     IdError,
@@ -34,6 +34,7 @@ app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
+app.add_typer(outbox.app, name="outbox")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
 

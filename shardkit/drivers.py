@@ -25,11 +25,12 @@ from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import TransactionStatus
 
 from shardkit import waits
+from shardkit.parting import Parting
 
 __all__ = ["AsyncConnection", "AsyncCursor", "Connection", "Cursor"]
 
 
-class Connection(waits.Connection):
+class Connection(Parting, waits.Connection):
     """A connection of a thread.
 
     Attributes:
@@ -55,7 +56,7 @@ class Connection(waits.Connection):
             yield from super()._start_query()
 
 
-class AsyncConnection(waits.AsyncConnection):
+class AsyncConnection(Parting, waits.AsyncConnection):
     """A connection of an event loop; see `Connection`."""
 
     is_alone = False

@@ -26,6 +26,11 @@
     │   ├── ValueBusyError                retryable
     │   └── DeadlineExceededError         retryable
     ├── UniqueViolationError
+    ├── OutboxError
+    │   ├── InvalidEventError
+    │   │   └── EventTooLargeError
+    │   ├── HandlerTimeoutError
+    │   └── HandlerStuckError
     ├── OutcomeUnknownError
     ├── OperationMismatchError
     ├── StreamEndedError
@@ -206,6 +211,26 @@ class UniqueViolationError(ShardkitError):
     ) -> None:
         self.column = column
         super().__init__(message, hint=hint)
+
+
+class OutboxError(ShardkitError):
+    """An event could not be emitted or handled."""
+
+
+class InvalidEventError(OutboxError, ValueError):
+    """The event cannot be stored; give a topic, a key and a payload that JSON can hold."""
+
+
+class EventTooLargeError(InvalidEventError):
+    """The payload is larger than an event may be; store it as a row and emit its id."""
+
+
+class HandlerTimeoutError(OutboxError):
+    """A handler did not end before its deadline; its event is tried again later."""
+
+
+class HandlerStuckError(OutboxError):
+    """Too many handlers never ended; start the relay's process anew."""
 
 
 class OutcomeUnknownError(ShardkitError):

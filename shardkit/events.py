@@ -26,6 +26,7 @@ __all__ = [
     "Gathered",
     "Listener",
     "Listeners",
+    "Relayed",
     "ReplicaPassedOver",
     "StatementRouted",
     "caller",
@@ -162,6 +163,23 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Relayed:
+    """A relay has delivered what it had claimed on one physical shard.
+
+    Attributes:
+        physical: name of the physical shard.
+        delivered: events whose handler succeeded.
+        failed: events whose handler failed; some may be dead letters now.
+        seconds: from the first handler to the last acknowledgement.
+    """
+
+    physical: str
+    delivered: int
+    failed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class BreakerChanged:
     """The breaker of a server changed its state.
 
@@ -184,7 +202,15 @@ class BreakerChanged:
     retry_after: float | None
 
 
-Event = StatementRouted | Gathered | EndpointFailed | BreakerChanged | ReplicaPassedOver | Committed
+Event = (
+    StatementRouted
+    | Gathered
+    | EndpointFailed
+    | BreakerChanged
+    | ReplicaPassedOver
+    | Committed
+    | Relayed
+)
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""
 

@@ -64,11 +64,12 @@ _WRITTEN = (
 )
 # A commit that does not wait for the disk lies beyond what is flushed. The setting may be local to
 # the transaction, so it is looked at before COMMIT, the position after.
-_COMMIT = (
-    b"SHOW synchronous_commit; COMMIT; SELECT pg_catalog.pg_current_wal_flush_lsn(), "
-    b"pg_catalog.pg_current_wal_insert_lsn(), "
+_SHOW: Final = b"SHOW synchronous_commit"
+_POSITIONS: Final = (
+    b"SELECT pg_catalog.pg_current_wal_flush_lsn(), pg_catalog.pg_current_wal_insert_lsn(), "
     b"pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn())"
 )
+_COMMIT: Final = b"; ".join((_SHOW, b"COMMIT", _POSITIONS))
 _PREPARED: Final = {_REPLAYED: b"shardkit_replayed", _WRITTEN: b"shardkit_written"}
 
 _CONTROL: Final = re.compile(
@@ -227,15 +228,24 @@ class Gated:
         if this.pgconn.transaction_status == TransactionStatus.IDLE:
             return
         self.committed = None
+        told = yield from this._part((_SHOW, _POSITIONS))
+        if told is not None:
+            self._note_committed(*told)
+            return
         this.pgconn.send_query(_COMMIT)
         results = yield from generators.execute(this.pgconn)
         for result in results[:2]:
             if result.status == ExecStatus.FATAL_ERROR:
                 raise psycopg.errors.error_from_result(result, encoding=this.pgconn._encoding)
-        if len(results) == 3 and results[2].status == ExecStatus.TUPLES_OK:
-            flushed, inserted, file = (results[2].get_value(0, i) or b"" for i in range(3))
-            waited = results[0].get_value(0, 0) != b"off"
-            self.committed = Position(int(file[:8], 16), lsn_of(flushed if waited else inserted))
+        if len(results) == 3:
+            self._note_committed(results[0], results[2])
+
+    def _note_committed(self, setting: PGresult, positions: PGresult) -> None:
+        if positions.status != ExecStatus.TUPLES_OK:
+            return
+        flushed, inserted, file = (positions.get_value(0, i) or b"" for i in range(3))
+        waited = setting.get_value(0, 0) != b"off"
+        self.committed = Position(int(file[:8], 16), lsn_of(flushed if waited else inserted))
 
 
 def _sending(cursor: Any, pgq: Any, *, prepare: bool | None, binary: bool | None) -> Any:

@@ -44,8 +44,8 @@ def is_lone_insert(session: Session) -> bool:
 def _listens(session: Session) -> bool:
     """Tell whether listeners of the program may use the connection while a session commits.
 
-    shardkit's own listeners of `before_flush` and `after_flush` add no statement, but for classes
-    with unique columns.
+    shardkit's own listeners add no statement, but for classes with unique columns: that of
+    `before_commit` sends events, and there are none, as the caller knows.
     """
     events: Any = session.dispatch
     return bool(
@@ -53,8 +53,8 @@ def _listens(session: Session) -> bool:
         or events.after_begin
         or len(events.after_flush) > 1
         or events.after_flush_postexec
-        or events.after_transaction_create
-        or events.before_commit
+        or len(events.after_transaction_create) > 1
+        or len(events.before_commit) > 1
         or events.pending_to_persistent
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typing
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
@@ -23,12 +24,14 @@ from sqlalchemy import (
     String,
     Table,
     Uuid,
+    event,
     inspect,
 )
 from sqlalchemy.dialects.postgresql import CITEXT
 from sqlalchemy.orm import Mapped, MappedColumn, Mapper, mapped_column
 from sqlalchemy.types import NullType, TypeEngine
 
+from shardkit.emitting import Announcement, announces
 from shardkit.errors import ConfigurationError
 from shardkit.keys import KeyType
 from shardkit.router import Router
@@ -106,6 +109,8 @@ class Sharded:
             `Range(…)` or `Directory(…)` for numbers, text, UUIDs and bytes.
         __unique__: columns of which no two rows of the cluster have the same value; a tuple of
             `unique_lookup(…)`.
+        __events__: what the outbox announces of its objects, by `after_insert`, `after_update`
+            and `after_delete`.
 
     A class that maps no primary key of its own gets `id`, a `bigint` minted at flush. One that
     does must have the shard key in it: a primary key names one row of the whole cluster.
@@ -114,6 +119,7 @@ class Sharded:
     __shard_key__: ClassVar[str]
     __shard_strategy__: ClassVar[str | Strategy] = "embedded"
     __unique__: ClassVar[tuple[UniqueLookup, ...]] = ()
+    __events__: ClassVar[Sequence[Announcement]] = ()
 
     if TYPE_CHECKING:
         id: Mapped[int]
@@ -130,6 +136,11 @@ class Sharded:
             cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "id": Mapped[int]}
         super().__init_subclass__(**kwargs)
         table = vars(cls).get("__table__")
+        declared = vars(cls).get("__events__", ()) if mapped_above else cls.__events__
+        if table is not None or mapped_above:
+            for announcement in declared:
+                moment = f"after_{announcement.moment}"
+                event.listen(cls, moment, announces(announcement), propagate=True)
         if table is None:
             return
         if mapped_above:

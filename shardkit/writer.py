@@ -22,10 +22,11 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit import gates, parts, writes
+from shardkit import emitting, gates, parts, writes
 from shardkit.checks import connection_error, late_error
 from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
+from shardkit.emitter import EmittingSession
 from shardkit.errors import (
     CrossShardWriteError,
     DeadlineExceededError,
@@ -43,7 +44,6 @@ from shardkit.gates import Position
 from shardkit.lone import is_lone_insert
 from shardkit.placing import Placer, sharding_of_mapper, stored_shard
 from shardkit.relationships import relationships_set_key
-from shardkit.session import ReadSession
 from shardkit.statements import Limits, limits_of
 from shardkit.strategies import Rule
 from shardkit.timeouts import limited
@@ -59,7 +59,7 @@ _Driver = gates.Writer | gates.AsyncWriter
 _FAILED = psycopg.pq.TransactionStatus.INERROR
 
 
-class WriteSession(ReadSession):
+class WriteSession(EmittingSession):
     """A session on the primaries that may write.
 
     A transaction spans as many logical shards as one physical shard holds; a unit of work over
@@ -128,7 +128,7 @@ class WriteSession(ReadSession):
         self._commit_unit()
 
     def _commit_unit(self) -> None:
-        if not self._roots and is_lone_insert(self):
+        if not self._roots and not self._emissions.pending and is_lone_insert(self):
             self._flush_lone()
         else:
             self.flush()
@@ -143,10 +143,10 @@ class WriteSession(ReadSession):
         except DBAPIError as error:
             if error.connection_invalidated and self._written:
                 raise OutcomeUnknownError from error
-            late = late_error(error)
-            if late is None:
+            found = emitting.refusal(error) or late_error(error)
+            if found is None:
                 raise
-            raise late from error
+            raise found from error
 
     def _flush_lone(self) -> None:
         """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
@@ -403,6 +403,7 @@ class WriteSession(ReadSession):
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
         self._written_shards.clear()
+        self._emissions.clear()
         self._streams.abandon()
         self._shard_views.clear()
         self._roots.clear()

@@ -1,1 +1,1 @@
-"""What connects shardkit with other libraries; one module for each."""
+"""Adapters to other libraries, one module for each; nothing here is imported by shardkit."""

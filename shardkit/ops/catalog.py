@@ -2,7 +2,7 @@
 
 Two places hold them. The admin schema `shardkit` exists once on every physical shard: who it
 is, and one ownership row per logical shard it has or had. Each logical shard's schema holds the
-state of its id generator, so that it replicates, moves and fails over with the data.
+state of its id generator and its outbox, so that they replicate, move and fail over with the data.
 
 `shardkit migrate apply` runs these statements with the admin login; they can be run again at
 any time. The application role gets the rights listed here and owns nothing.
@@ -19,6 +19,7 @@ from shardkit.ids import EPOCH_MS
 from shardkit.ops.idfunctions import id_statements
 from shardkit.ops.logfunctions import log_statements
 from shardkit.ops.lookuptable import lookup_statements
+from shardkit.ops.outboxtables import outbox_admin_statements, outbox_statements
 from shardkit.topology import schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
@@ -61,6 +62,7 @@ def admin_statements(
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
         *id_statements(app_role=app_role),
         *log_statements(app_role=app_role),
+        *outbox_admin_statements(app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
@@ -129,6 +131,7 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
             schema, role
         ),
         *lookup_statements(schema, role),
+        *outbox_statements(logical_shard, app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

@@ -1,0 +1,454 @@
+"""The relay: delivers what is in the outboxes to handlers, at least once and in order by key.
+
+One thread for each physical shard claims, has events handled and finishes them; as many relays
+as you like share the work, in one process or in many, and any of them may be killed at any point.
+Writers wake a relay that sleeps, where its connection is direct; everywhere it also looks by
+itself. Claims are `shardkit.batches`, threads and deadlines `shardkit.delivery`.
+Source: docs/outbox.md.
+
+    relay = Relay(cluster)
+
+    @relay.on("follow.added")
+    def add_inverse(event): ...
+
+    relay.run()                       # or: shardkit outbox relay --app module:relay
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self, TypeVar
+
+import psycopg
+from psycopg import sql
+
+from shardkit.batches import Batch, Claims, Taken
+from shardkit.clock import SYSTEM, Clock
+from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.delivery import Failure, Handler, Hands, Job
+from shardkit.errors import ConfigurationError, EndpointUnavailableError
+from shardkit.events import Relayed
+from shardkit.outbox import Backoff
+from shardkit.topology import MAX_LOGICAL_SHARDS, PhysicalShard, schema_name
+
+__all__ = ["Relay"]
+
+_LOG: Final = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[[Any], Any])
+
+_MOVING: Final = (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedTable)
+"""What a statement meets whose logical shard is leaving the server."""
+
+_SHARDS_PER_CLAIM = 16
+_SHARDS_PER_LOOK = 512
+"""Outboxes looked into by one statement; each holds one lock of `max_locks_per_transaction`."""
+
+_CLEANING_PAUSE = 5.0
+"""Seconds between two rounds of cleaning, each of `_SHARDS_PER_CLEANING` logical shards."""
+
+_SHARDS_PER_CLEANING = 32
+_ROWS_PER_CLEANING = 2000
+
+# Row locks on old notes. By the clock of the database.
+_CLEAN = """
+DELETE FROM {effects} WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM {effects} WHERE applied < now() - make_interval(secs => {retention})
+    LIMIT {n}))
+"""
+
+
+class Relay:
+    """Delivers events to handlers.
+
+    Handlers are called at least once for each event; `shardkit.outbox.once` makes an effect that
+    a database holds happen exactly once. What a handler raises, or does not finish before its
+    deadline, is tried again after a pause; meanwhile later events of its key wait and all others
+    go on. After the last attempt, and for a topic without handler, it becomes a dead letter.
+
+    Args:
+        cluster: whose outboxes; handlers bring their own sessions.
+        handlers: by topic; more are added with `on`.
+        batch: events claimed at once on a physical shard.
+        threads: handlers that run at once for each physical shard.
+        lease: seconds after which the events of a relay that is frozen go to another one; those
+            of one that was killed go at once, where connections are direct.
+        deadline: seconds a handler may take.
+        backoff: pauses between attempts, and their number.
+        poll: seconds between looks when nothing notifies.
+        retention: seconds for which notes of effects are kept, at least; longer than an event may
+            lie around before it is delivered again.
+        clock: source of monotonic time.
+
+    Raises:
+        ConfigurationError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster | AsyncCluster,
+        handlers: Mapping[str, Callable[[Any], Any]] | None = None,
+        *,
+        batch: int = 500,
+        threads: int = 1,
+        lease: float = 15.0,
+        deadline: float = 30.0,
+        backoff: Backoff | None = None,
+        poll: float = 0.1,
+        retention: float = 7 * 86_400.0,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        if not (batch >= 1 and 1 <= threads <= 256 and lease >= 0.1 and deadline > 0 and poll > 0):
+            raise ConfigurationError(
+                "a relay needs batch ≥ 1, threads from 1 to 256, lease ≥ 0.1 s, "
+                "deadline and poll above 0 s"
+            )
+        self.cluster = cluster
+        self.handlers = {topic: Handler(call) for topic, call in (handlers or {}).items()}
+        self.batch = batch
+        self.threads = threads
+        self.lease = lease
+        self.deadline = deadline
+        self.backoff = backoff or Backoff()
+        self.poll = poll
+        self.retention = retention
+        self.clock = clock
+        self.step: Callable[[str], None] = lambda _point: None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def on(self, topic: str, *, batch: int = 0) -> Callable[[F], F]:
+        """Make a function the handler of a topic; an `async def` is awaited.
+
+        Args:
+            topic: of the events.
+            batch: give it lists of up to so many events, of one logical shard and in order;
+                when it raises, each is tried alone. 0 gives it one event at a time.
+
+        Raises:
+            ConfigurationError: the topic has a handler already.
+        """
+
+        def register(call: F) -> F:
+            if topic in self.handlers:
+                raise ConfigurationError(f"topic {topic!r} has a handler already")
+            self.handlers[topic] = Handler(call, batch)
+            return call
+
+        return register
+
+    def run(
+        self, stop: threading.Event | None = None, *, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
+        """Deliver until told to stop; what has been begun is finished.
+
+        Args:
+            stop: ends it when set; None leaves that to `stop()`.
+            loop: where handlers that are awaited run; None makes one.
+
+        Raises:
+            HandlerStuckError: too many handlers never ended: start the process anew.
+        """
+        self._run(stop or self._stop, loop=loop, until_empty=False)
+
+    def drain(self) -> int:
+        """Deliver until nothing is due, and return how many events were delivered.
+
+        Leaves what is paused, and what another relay holds.
+
+        Raises:
+            EndpointUnavailableError: a server does not answer (retryable).
+            HandlerStuckError: too many handlers never ended.
+        """
+        return self._run(threading.Event(), loop=None, until_empty=True)
+
+    async def run_async(self, stop: threading.Event | None = None) -> None:
+        """Deliver until told to stop; handlers that are awaited run on this event loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            await asyncio.to_thread(self.run, stop, loop=loop)
+        finally:
+            (stop or self._stop).set()
+
+    def stop(self) -> None:
+        """Have `run` end after what it has begun."""
+        self._stop.set()
+
+    def __enter__(self) -> Self:
+        """Deliver in a thread of its own."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self.run, name="shardkit relay", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(
+        self, stop: threading.Event, *, loop: asyncio.AbstractEventLoop | None, until_empty: bool
+    ) -> int:
+        topology = self.cluster.topology
+        servers = [_Server(self, shard, stop, loop) for shard in topology.physical.values()]
+        work = [s.drain if until_empty else s.serve for s in servers]
+        threads = [
+            threading.Thread(target=_kept, args=pair) for pair in zip(work, servers, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for server in servers:
+            if server.error is not None:
+                raise server.error
+        return sum(server.delivered for server in servers)
+
+
+def _kept(work: Callable[[], None], server: _Server) -> None:
+    """Run the loop of a server and keep what it raises; the others then end too."""
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001 - raised again where `run` was called
+        server.error = error
+        server.stop.set()
+    finally:
+        server.close()
+
+
+class _Server:
+    """The loop of one physical shard."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        shard: PhysicalShard,
+        stop: threading.Event,
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self.relay = relay
+        self.shard = shard
+        self.stop = stop
+        self.error: BaseException | None = None
+        self.delivered = 0
+        self._logical_shards: tuple[int, ...] = ()
+        self._waiting: deque[int] = deque()
+        self._cleaned = 0
+        self._next_cleaning = 0.0
+        self._claims: Claims | None = None
+        self._hands = Hands(
+            relay.handlers,
+            n_threads=relay.threads,
+            deadline=relay.deadline,
+            clock=relay.clock,
+            step=relay.step,
+            loop=loop,
+        )
+        # Where this one begins to look, so that relays do not all want the same.
+        self._from = random.randrange(MAX_LOGICAL_SHARDS)  # noqa: S311  no secret
+
+    def close(self) -> None:
+        self._hands.close()
+        if self._claims is not None:
+            self._claims.close()
+
+    def serve(self) -> None:
+        """Deliver until told to stop."""
+        while not self.stop.is_set():
+            try:
+                claims = self._connected()
+                self._clean(claims)
+                if not self._waiting:
+                    self._look(claims)
+                claimed = 0
+                while self._waiting and not claimed and not self.stop.is_set():
+                    claimed = self._turn(claims)
+                if not claimed:
+                    self._sleep(claims)
+            except (psycopg.Error, EndpointUnavailableError) as error:
+                if not self._is_lost(error):
+                    raise
+                _LOG.warning("relay of %s: %s", self.shard.name, str(error).strip())
+                self.stop.wait(self.relay.poll * (5 + 5 * random.random()))  # noqa: S311
+
+    def drain(self) -> None:
+        """Deliver until nothing is due."""
+        claims = self._connected()
+        claimed = 1
+        while claimed and self._look(claims):
+            claimed = 0
+            while self._waiting and not self.stop.is_set():
+                claimed += self._turn(claims)
+
+    def _connected(self) -> Claims:
+        if self._claims is None:
+            self._claims = Claims(self.shard, lease=self.relay.lease)
+        return self._claims
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Tell whether a server went away, or a logical shard: both may come back."""
+        if self._claims is not None and not self._claims.connection.closed:
+            if isinstance(
+                error, psycopg.errors.InsufficientPrivilege | psycopg.errors.UndefinedTable
+            ):
+                self._logical_shards = self._claims.owned()  # one of them moves
+                return True
+            if not isinstance(error, psycopg.OperationalError):
+                return False
+        if self._claims is not None:
+            self._claims.close()
+            self._claims = None
+        self._waiting.clear()
+        return True
+
+    # -- one turn
+
+    def _look(self, claims: Claims) -> bool:
+        """Look which logical shards have something; True when some have."""
+        shards = self._logical_shards = claims.owned()
+        self._from = (self._from + 1) % max(len(shards), 1)
+        turned = shards[self._from :] + shards[: self._from]
+        self._waiting.clear()
+        for start in range(0, len(turned), _SHARDS_PER_LOOK):
+            self._waiting.extend(claims.waiting(turned[start : start + _SHARDS_PER_LOOK]))
+        return bool(self._waiting)
+
+    def _turn(self, claims: Claims) -> int:
+        """Claim a batch, deliver it, finish it; return how many events were claimed."""
+        relay = self.relay
+        asked = [self._waiting.popleft() for _ in range(min(len(self._waiting), _SHARDS_PER_CLAIM))]
+        batch = claims.take(
+            asked, now=relay.clock.monotonic(), n_shards=len(asked), n_events=relay.batch
+        )
+        relay.step("claimed")
+        if not batch.events:
+            return 0
+        n_claimed = len(batch.events)
+        self._deliver(claims, batch)
+        if n_claimed >= relay.batch:  # there may be more, and some were not reached
+            self._waiting.extend(asked)
+        return n_claimed
+
+    def _deliver(self, claims: Claims, batch: Batch) -> None:
+        relay = self.relay
+        given_up = [t for t in batch.events if t.event.attempts >= relay.backoff.attempts]
+        for taken in given_up:  # each attempt ended with the process, so nobody could say so
+            batch.events.remove(taken)
+            claims.fail(batch, taken, pause=None, reason="every relay ended that handled it")
+        started = renewed = relay.clock.monotonic()
+        jobs = self._hands.start(batch)
+        done: list[Taken] = []
+        failed: list[Failure] = []
+        try:
+            while not all(job.ended.is_set() for job in jobs):
+                self._wait(jobs, renewed + relay.lease / 3)
+                if relay.clock.monotonic() >= renewed + relay.lease / 3:
+                    renewed = relay.clock.monotonic()
+                    done += self._note(claims, batch, jobs, failed, release=False)
+        except BaseException:
+            for job in jobs:  # its handlers must not go on under a claim that nobody extends
+                job.is_stopped = True
+            while not all(job.ended.is_set() for job in jobs):
+                self._wait(jobs, relay.clock.monotonic() + relay.deadline)
+            raise
+        done += self._note(claims, batch, jobs, failed, release=True)
+        relay.step("finished")
+        self.delivered += len(done)
+        listeners = relay.cluster.connections.listeners
+        if listeners:
+            seconds = relay.clock.monotonic() - started
+            listeners.emit(Relayed(self.shard.name, len(done), len(failed), seconds))
+
+    def _wait(self, jobs: list[Job], until: float) -> None:
+        """Wait for the jobs, or until a time, or until a handler is late."""
+        clock = self.relay.clock
+        for job in jobs:
+            while not job.ended.is_set():
+                current = job.current
+                limit = until if current is None else min(until, current[1])
+                if job.ended.wait(max(min(limit - clock.monotonic(), 0.5), 0.001)):
+                    break
+                for each in jobs:
+                    self._hands.end_late(each)
+                if clock.monotonic() >= until:
+                    return
+
+    def _note(
+        self,
+        claims: Claims,
+        batch: Batch,
+        jobs: list[Job],
+        failed: list[Failure],
+        *,
+        release: bool,
+    ) -> list[Taken]:
+        """Write down what has come of a batch since the last time; return what was delivered."""
+        relay, done = self.relay, list[Taken]()
+        for job in jobs:
+            finished, failures = job.results()
+            done += finished
+            for failure in failures:
+                failed.append(failure)
+                pause = relay.backoff.pause(failure.taken.event.attempts + 1, random.random())  # noqa: S311
+                claims.fail(
+                    batch,
+                    failure.taken,
+                    pause=None if failure.is_final else pause,
+                    reason=failure.reason,
+                )
+                relay.step("failed")
+        relay.step("before finish")
+        lost = claims.finish(batch, done, now=relay.clock.monotonic(), release=release)
+        for shard in lost:
+            _LOG.warning("the claim of logical shard %d was taken over", shard)
+        return [taken for taken in done if taken.event.logical_shard not in lost]
+
+    # -- between turns
+
+    def _sleep(self, claims: Claims) -> None:
+        """Wait until a writer notifies or it is time to look again."""
+        relay = self.relay
+        if not claims.is_direct:
+            self.stop.wait(relay.poll)
+            return
+        if not claims.fall_asleep():  # a writer is about to commit, or another relay sleeps
+            self._wake(claims.notified(relay.poll))
+            return
+        try:
+            if self._look(claims):  # committed before anybody knew that this one sleeps
+                # What is there may be paused or another's: not to look all the time.
+                self._wake(claims.notified(relay.poll))
+                return
+            until = relay.clock.monotonic() + 10 * relay.poll
+            while not self.stop.is_set() and relay.clock.monotonic() < until:
+                if found := claims.notified(min(relay.poll, 0.25)):
+                    self._wake(found)
+                    return
+        finally:
+            claims.wake_up()
+
+    def _wake(self, shards: list[int]) -> None:
+        self._waiting.extend(shard for shard in shards if shard not in self._waiting)
+
+    def _clean(self, claims: Claims) -> None:
+        """Delete notes of effects that are older than the retention, a few at a time."""
+        now = self.relay.clock.monotonic()
+        if now < self._next_cleaning or not self._logical_shards:
+            return
+        self._next_cleaning = now + _CLEANING_PAUSE
+        for _ in range(min(_SHARDS_PER_CLEANING, len(self._logical_shards))):
+            shard = self._logical_shards[self._cleaned % len(self._logical_shards)]
+            self._cleaned += 1
+            statement = sql.SQL(_CLEAN).format(
+                effects=sql.Identifier(schema_name(shard), "shardkit_effects"),
+                retention=self.relay.retention,
+                n=_ROWS_PER_CLEANING,
+            )
+            while not self.stop.is_set():
+                if claims.connection.execute(statement).rowcount < _ROWS_PER_CLEANING:
+                    break
