@@ -5,7 +5,7 @@ In one thread, CPU time, interleaved: a call of a function that does nothing, ba
 taken off. The duration told to `succeeded` is given: sessions measure it anyway, for the choice
 of replicas and the concurrency limit. With both readings of the clock added it is
 `timed_success_cost_vs_pybreaker`. In 16 threads, wall time, in turns: calls that wait 10 ms, as a
-round trip does.
+round trip does. What an outage costs is measured on real servers: `benchmarks.outage`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 import pybreaker
 
 from benchmarks.measure import interleaved, report
+from benchmarks.outage import outages
 from shardkit.breaker import Breaker
 from shardkit.limits import ConcurrencyLimit
 
@@ -27,6 +28,8 @@ TARGETS = {
     "success_ns": "≤ 200",
     "concurrency_share": "≥ 0.95",
     "calls_until_open": "≤ 25",
+    "retry_amplification": "≤ 1.12",
+    "healthy_shards_throughput": "≥ 0.97",
 }
 THREADS = 16
 WAIT = 0.01
@@ -48,6 +51,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         "concurrency_share": rates["breaker"] / rates["bare"],
         "pybreaker_concurrency_share": rates["pybreaker"] / rates["bare"],
         "calls_until_open": calls_until_open(),
+        **outages(quick=quick),
     }
     medians = {f"{name}, per call": seconds for name, seconds in costs.items()}
     medians |= {f"{name}, 16 threads, per call": 1 / rate for name, rate in rates.items()}

@@ -3,7 +3,9 @@
 from shardkit import ids, tokens
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.deadlines import deadline
 from shardkit.emitting import after_delete, after_insert, after_update
+from shardkit.guards import background
 from shardkit.models import Reference, Sharded
 from shardkit.placement import LeastLoaded, Pinned, Weighted
 from shardkit.relay import Relay
@@ -34,6 +36,8 @@ __all__ = [
     "after_insert",
     "after_update",
     "all_shards",
+    "background",
+    "deadline",
     "ids",
     "tokens",
     "unique_lookup",

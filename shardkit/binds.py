@@ -8,23 +8,40 @@ schema. A reader's connection that breaks is replaced by one to another endpoint
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session
 
-from shardkit.checks import connection_error
+from shardkit import deadlines
+from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
-from shardkit.errors import EndpointUnavailableError, NoShardKeyError, UnavailableError
+from shardkit.errors import (
+    BreakerOpenError,
+    EndpointUnavailableError,
+    NoShardKeyError,
+    OverloadedError,
+    PoolTimeoutError,
+    UnavailableError,
+)
 from shardkit.events import ReplicaPassedOver
 from shardkit.freshness import Freshness, driver_of
+from shardkit.races import Race
 from shardkit.streams import Streams
 from shardkit.topology import Endpoint, Role
 
 __all__ = ["BoundSession"]
 
+T = TypeVar("T")
+
 _NUMBERS = itertools.count(1)
+
+_SHARE = 0.5
+"""Of the time left, for the connection to a replica, so that another server can be asked."""
 
 
 class BoundSession(Session):
@@ -115,12 +132,13 @@ class BoundSession(Session):
         while True:
             endpoint = replicas.choose(fresh.need(physical), excluding=tried)
             engine = cluster.view(endpoint, self.purpose, logical_shard)
+            is_last = endpoint.role is Role.PRIMARY
             try:
-                connection = cluster.connect(engine, endpoint)
+                with nullcontext() if is_last else deadlines.share(_SHARE):
+                    connection = cluster.connect(engine, endpoint)
             except UnavailableError as error:
-                if isinstance(error, EndpointUnavailableError):
-                    cluster.failed(endpoint, error)
-                if endpoint.role is Role.PRIMARY:
+                may_go_on = self._may_go_on(endpoint, error)
+                if is_last or deadlines.is_over() or not may_go_on:
                     raise
                 tried.add(endpoint)
                 continue
@@ -132,6 +150,10 @@ class BoundSession(Session):
                 connection.close()
                 fresh.leave(physical)
                 continue
+            hedges = cluster.hedges.get(physical)
+            driver.race = None
+            if hedges is not None and endpoint.role is Role.REPLICA:
+                driver.race = Race(self, physical, hedges)
             self._roots[physical] = (endpoint, connection)
             return endpoint, connection
 
@@ -166,27 +188,64 @@ class BoundSession(Session):
         connection.close()
         return endpoint
 
+    # -- races
+
+    def _second(self, physical: str) -> tuple[Endpoint, Connection] | None:
+        """Open a connection to a second replica; None when there is none worth asking."""
+        cluster, fresh = self._cluster, self._fresh
+        replicas = cluster.replica_sets[physical]
+        endpoint = replicas.choose(fresh.need(physical), excluding={self._roots[physical][0]})
+        if endpoint.role is Role.PRIMARY or not cluster.guards[endpoint].breaker.is_closed:
+            return None
+        connection = cluster.connect(cluster.view(endpoint, self.purpose, None), endpoint)
+        driver = driver_of(connection)
+        driver.race = None
+        driver.gate = fresh.second_gate(endpoint, driver)
+        if driver.gate is None:
+            connection.close()
+            return None
+        return endpoint, connection
+
+    def _won(self, physical: str, endpoint: Endpoint, connection: Connection) -> Connection:
+        """Go on with a second replica, which was quicker; return the connection to the first."""
+        _, slow = self._roots[physical]
+        first, second = driver_of(slow), driver_of(connection)
+        second.race, first.race, first.gate = first.race, None, None
+        assert second.gate is not None, "it was opened with one"
+        self._fresh.let_go(physical)
+        self._fresh.keep_gate(physical, second.system, second.gate)
+        self._roots[physical] = (endpoint, connection)
+        return slow
+
     # -- failures
 
     def _execute_internal(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Run a statement, and again on other endpoints.
 
-        Once on another one when its connection broke, and on the primary of each physical shard
-        whose replica could not answer.
+        Once on another one when its connection broke, if the budget allows, and on the primary of
+        each physical shard whose replica could not answer.
         """
+        run = super()._execute_internal
+        if options.get("_parent_execute_state") is not None:
+            return run(statement, *args, **options)  # for the statement that it is a part of
+        return self._elsewhere(partial(run, statement, *args, **options))
+
+    def _elsewhere(self, work: Callable[[], T]) -> T:
+        """Do what reads, and do it again on other endpoints; see `_execute_internal`."""
         is_again = False
         while True:
             try:
-                return super()._execute_internal(statement, *args, **options)
+                return work()
             except DBAPIError as error:
-                if options.get("_parent_execute_state") is not None:
-                    raise  # to the statement that it is a part of
                 if self._leave_refusing():
                     continue
-                if is_again or not error.connection_invalidated or not self._can_retry():
+                lost = error.connection_invalidated
+                if is_again or not lost or not self._can_retry() or deadlines.is_over():
                     self._raise(error)
                 is_again = True
-                self._abandon_broken()
+                broken = self._abandon_broken()
+                if not self._may_retry(broken):
+                    raise connection_error(error, broken[0]) from error
 
     def _leave_refusing(self) -> bool:
         """Leave the replicas that could not answer for their primaries; tell whether any did."""
@@ -207,12 +266,27 @@ class BoundSession(Session):
         """Tell whether a statement may run again by itself after its connection broke."""
         return True
 
-    def _abandon_broken(self) -> None:
+    def _may_go_on(self, endpoint: Endpoint, error: UnavailableError) -> bool:
+        """Note why a server gave no connection; tell whether another one may be asked."""
+        if isinstance(error, BreakerOpenError | OverloadedError | PoolTimeoutError):
+            return True  # the server was not even asked
+        self._cluster.failed(endpoint, error)
+        return endpoint.role is Role.REPLICA and self._may_retry([endpoint])
+
+    def _may_retry(self, broken: Sequence[Endpoint]) -> bool:
+        """Tell whether the budget of servers that failed allows one more attempt for all."""
+        return not broken or self._cluster.guards[broken[0]].budget.spend()
+
+    def _abandon_broken(self) -> list[Endpoint]:
+        """Let go of connections that broke; return their servers."""
+        broken = []
         for physical, (endpoint, connection) in list(self._roots.items()):
             views = [v for root, v in self._shard_views.values() if root is connection]
             if connection.invalidated or any(view.invalidated for view in views):
                 self._cluster.failed(endpoint, _lost(endpoint))
                 self._let_go(physical)
+                broken.append(endpoint)
+        return broken
 
     def _note_lost(self) -> None:
         """Have the connections know what their views lost: a transaction is not to be committed."""
@@ -223,7 +297,10 @@ class BoundSession(Session):
     def _raise(self, error: DBAPIError) -> NoReturn:
         """Raise the shardkit error of a lost connection, or the error itself."""
         if not error.connection_invalidated or not self._roots:
-            raise error
+            late = late_error(error)
+            if late is None:
+                raise error
+            raise late from error
         self._note_lost()
         endpoints = [endpoint for endpoint, _ in self._roots.values()]
         broken = [e for e, root in self._roots.values() if root.invalidated or root.closed]

@@ -16,13 +16,27 @@ import psycopg
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 
-from shardkit.errors import ConfigurationError, EndpointUnavailableError, PoolTimeoutError
+from shardkit import deadlines
+from shardkit.errors import (
+    ConfigurationError,
+    DeadlineExceededError,
+    EndpointUnavailableError,
+    PoolTimeoutError,
+    StatementTimeoutError,
+)
 from shardkit.fingerprints import Fingerprints
 from shardkit.gates import Gated
 from shardkit.ids import EPOCH_MS
 from shardkit.topology import Endpoint, Role, Topology
+from shardkit.waits import WaitedTooLongError
 
-__all__ = ["checks_server", "connection_error", "end_transaction", "replace_if_dead"]
+__all__ = [
+    "checks_server",
+    "connection_error",
+    "end_transaction",
+    "late_error",
+    "replace_if_dead",
+]
 
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
@@ -42,10 +56,16 @@ _REFUSED_LOGIN = re.compile(
 )
 
 
+_CLOSE_TO_IT = 0.1
+"""Seconds before the deadline in which the server's own timeout may be the first to notice."""
+
+
 def connection_error(
     error: Exception, endpoint: Endpoint
-) -> PoolTimeoutError | EndpointUnavailableError | ConfigurationError:
-    """Return the shardkit error for a connection that could not be had."""
+) -> PoolTimeoutError | EndpointUnavailableError | ConfigurationError | DeadlineExceededError:
+    """Return the shardkit error for a connection that could not be had, or that was lost."""
+    if deadlines.is_over():
+        return DeadlineExceededError(endpoint=str(endpoint))
     if isinstance(error, PoolExhaustedError):
         return PoolTimeoutError(endpoint=str(endpoint), hint="raise pool.size or try again")
     cause = error.orig if isinstance(error, DBAPIError) else error
@@ -62,6 +82,35 @@ def connection_error(
             endpoint=str(endpoint), hint="raise default_pool_size of PgBouncer or try again"
         )
     return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
+
+
+def late_error(
+    error: Exception, endpoint: Endpoint | None = None
+) -> DeadlineExceededError | StatementTimeoutError | None:
+    """Return the shardkit error of a statement that was given up in time, or None.
+
+    Its connection may be as good as before.
+
+    Args:
+        error: of the driver, as SQLAlchemy wraps it.
+        endpoint: which server was asked.
+    """
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    where = None if endpoint is None else str(endpoint)
+    found = deadlines.current()
+    if isinstance(cause, psycopg.errors.QueryCanceled):
+        if found is not None and found.left() < _CLOSE_TO_IT:
+            return DeadlineExceededError(endpoint=where)
+        return None
+    if not isinstance(cause, WaitedTooLongError):
+        return None
+    if cause.by_deadline:
+        return DeadlineExceededError(endpoint=where)
+    return StatementTimeoutError(
+        f"no answer within {cause.patience:g} seconds",
+        endpoint=where,
+        hint="raise limits.statement_timeout, or bound the call with shardkit.deadline()",
+    )
 
 
 def checks_server(
@@ -135,7 +184,14 @@ def checks_server(
         driver.is_direct = pid == cast("Any", driver).pgconn.backend_pid
         meets(system)
 
-    return check
+    def check_or_close(connection: Any, record: Any) -> None:
+        try:
+            check(connection, record)
+        except BaseException:  # the pool forgets a connection that it could not finish
+            connection.close()
+            raise
+
+    return check_or_close
 
 
 def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:

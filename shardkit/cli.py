@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import ids, local, locate, lookup, migrate, outbox, reference, twophase
+from shardkit.commands import (
+    ids,
+    local,
+    locate,
+    lookup,
+    migrate,
+    outbox,
+    reference,
+    status,
+    twophase,
+)
 from shardkit.errors import (
     ConfigurationError,
     IdError,
@@ -38,6 +48,7 @@ app.add_typer(reference.app, name="reference")
 app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.command("locate")(locate.locate)
+app.command("status")(status.status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

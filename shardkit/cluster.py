@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from shardkit import config
+from shardkit import config, deadlines, units
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
-from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
+from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.events import Listener
+from shardkit.operations import KEEP
 from shardkit.placement import Placement, Policy, anywhere
 from shardkit.session import ReadSession
 from shardkit.topology import Topology
+from shardkit.units import Near
 from shardkit.writer import WriteSession
 
 __all__ = ["AsyncCluster", "Cluster"]
 
+T = TypeVar("T")
 C = TypeVar("C", Connections, AsyncConnections)
 
 
@@ -40,6 +43,8 @@ class _Opened(Generic[C]):
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        statement_timeout: float = STATEMENT_TIMEOUT,
+        adaptive: bool = False,
         replicas: ReplicasConfig | None = None,
         token_keys: Sequence[str] = (),
     ) -> None:
@@ -49,6 +54,8 @@ class _Opened(Generic[C]):
             pool=pool,
             placement=placement,
             max_rows=_checked_rows(max_rows),
+            statement_timeout=deadlines.positive(statement_timeout, "statement_timeout"),
+            adaptive=adaptive,
             replicas=replicas,
         )
 
@@ -70,6 +77,8 @@ class _Opened(Generic[C]):
             pool=settings.pool,
             placement=placement,
             max_rows=settings.limits.max_rows,
+            statement_timeout=settings.limits.statement_timeout,
+            adaptive=settings.limits.adaptive,
             replicas=settings.replicas,
             token_keys=settings.tokens.secrets(),
         )
@@ -101,6 +110,10 @@ class Cluster(_Opened[Connections]):
             `shardkit.placement`, or a function of the number of logical shards.
         max_rows: rows that a statement over several logical shards may fetch, unless it says
             otherwise with `all_shards(max_rows=…)`.
+        statement_timeout: seconds a session waits for one answer of a server, where no
+            `shardkit.deadline` says less.
+        adaptive: whether each server gets as many sessions at a time as it answers quickly, at
+            most its pool, and sheds the others: `shardkit.background` first.
         replicas: how readers use replicas.
         token_keys: what signs tokens that leave the process, the newest first; for
             `shardkit.contrib.asgi`.
@@ -139,6 +152,51 @@ class Cluster(_Opened[Connections]):
         """
         return ReadSession(self.connections, after=after, max_lag=_checked(max_lag))
 
+    def run(
+        self,
+        fn: Callable[[WriteSession], T],
+        *,
+        operation: str | None = None,
+        near: Near | None = None,
+        fingerprint: str | None = None,
+        keep: float = KEEP,
+    ) -> T:
+        """Run a unit of work in a writer, commit it, and run it again where that is safe.
+
+        It is run again, up to three times in all and while the retry budget of the server and the
+        deadline allow, after errors that are known to have committed nothing: servers that go
+        away, deadlocks, serialization failures, logical shards that have moved. With a name it is
+        also run again after a lost answer to COMMIT, and does its work once however often it is
+        run: a later run returns the result of the first.
+
+        Args:
+            fn: given a fresh session each time; must not commit, nor do what cannot be undone.
+            operation: name of the unit, such as an Idempotency-Key of HTTP.
+            near: goes with `operation`: the id, or `(Model, shard key)`, beside whose rows the
+                record is kept, and what the unit writes must be.
+            fingerprint: goes with `operation`: of what was asked for, such as a hash of the
+                request; the same name with another one is refused.
+            keep: seconds after which the name is forgotten; a day.
+
+        Returns:
+            What `fn` returned; with a name it has to be JSON and comes back as JSON has it.
+
+        Raises:
+            OutcomeUnknownError: the answer to COMMIT was lost, and the unit has no name, or no
+                time or budget was left to settle it.
+            OperationMismatchError: the name was used with another fingerprint.
+            ValueError: `operation` without `near`, a bad name, or a result that is no JSON.
+
+        Source: `shardkit.units`.
+        """
+        return units.run(
+            self.writer,
+            fn,
+            units.named(operation, near, fingerprint, keep),
+            guards=self.connections.guards,
+            clock=self.connections.clock,
+        )
+
     def close(self) -> None:
         """Close every pooled connection; sessions still open keep theirs until they close."""
         self.connections.close()
@@ -175,6 +233,23 @@ class AsyncCluster(_Opened[AsyncConnections]):
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""
         return AsyncReadSession(self.connections, after=after, max_lag=_checked(max_lag))
+
+    async def run(
+        self,
+        fn: Callable[[AsyncWriteSession], Awaitable[T]],
+        *,
+        operation: str | None = None,
+        near: Near | None = None,
+        fingerprint: str | None = None,
+        keep: float = KEEP,
+    ) -> T:
+        """Run a unit of work, a coroutine function; see `Cluster.run`."""
+        return await units.run_async(
+            self.writer,
+            fn,
+            units.named(operation, near, fingerprint, keep),
+            guards=self.connections.guards,
+        )
 
     async def close(self) -> None:
         """Close every pooled connection."""

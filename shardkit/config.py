@@ -17,10 +17,13 @@ A file looks like this (written by `shardkit local up`, or by hand):
 
     [limits]
     max_rows = 300_000                       # rows a statement over logical shards may fetch
+    statement_timeout = 30.0                 # seconds for one answer, where no deadline says less
+    adaptive = false                         # true: shed what a server cannot answer quickly
 
     [replicas]
     region = "eu-west"                       # where this process runs: near replicas go first
     patience = 0.02                          # seconds a replica may wait for what it must have
+    hedge = false                            # true: ask a second replica when one is slow
 
     [tokens]
     keys = ["…"]                             # sign tokens that leave the process, newest first
@@ -90,6 +93,7 @@ from shardkit.topology import (
 
 __all__ = [
     "MAX_ROWS",
+    "STATEMENT_TIMEOUT",
     "AdminLogin",
     "ClusterConfig",
     "Config",
@@ -163,12 +167,24 @@ class PoolConfig(_Table):
 MAX_ROWS = 300_000
 """Rows a statement may fetch from several logical shards. Source: Vitess, max_memory_rows."""
 
+STATEMENT_TIMEOUT = 30.0
+"""Seconds a session waits for one answer: longer than any statement of a service should take,
+shorter than the minutes after which TCP finds that a peer is gone."""
+
 
 class LimitsConfig(_Table):
     """`[limits]`: how far statements may go that do not say it themselves."""
 
     max_rows: Annotated[int, Field(ge=1, le=2**31)] = MAX_ROWS
     """Rows fetched from all servers together, before they are merged."""
+
+    statement_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = (
+        STATEMENT_TIMEOUT
+    )
+    """Seconds a session waits for one answer of a server, where no deadline says less."""
+
+    adaptive: bool = False
+    """Whether the number of sessions at a time on one server follows how quickly it answers."""
 
 
 class ReplicasConfig(_Table):
@@ -180,6 +196,10 @@ class ReplicasConfig(_Table):
     patience: Annotated[float, Field(ge=0, le=10)] = 0.02
     """How long a replica may wait for log that it has not replayed, before the primary is asked.
     Source: `python -m benchmarks stale`."""
+
+    hedge: bool = False
+    """Whether a read that takes longer than 19 of 20 do is asked of a second replica as well. For
+    threads; at most one read of twenty is."""
 
     probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
     """Between two questions to each server about its log."""

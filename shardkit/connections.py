@@ -23,10 +23,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import gates, parallel, scatter
+from shardkit import gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
+from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
@@ -35,11 +35,14 @@ from shardkit.errors import (
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
+from shardkit.guards import guards
+from shardkit.hedging import Hedges
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
+from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
@@ -49,6 +52,13 @@ from shardkit.topology import Endpoint, Role, Topology, schema_name
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
 
 T = TypeVar("T")
+
+# A reader has no transaction to keep a timeout in: the server looks itself whether it is still
+# waited for, so that a query given up by cutting the connection ends within a second.
+_READ_OPTIONS = "-c default_transaction_read_only=on -c client_connection_check_interval=1s"
+
+
+_ADMITTED = "shardkit_guard"
 
 
 # What was committed on another connection, durably, lies before the end of what is flushed.
@@ -92,20 +102,31 @@ class _Core:
         pool: PoolConfig | None = None,
         placement: Placement | Policy = anywhere,
         max_rows: int = MAX_ROWS,
+        statement_timeout: float = STATEMENT_TIMEOUT,
+        adaptive: bool = False,
         replicas: ReplicasConfig | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
         reading = replicas or ReplicasConfig()
         self._pool = pool or PoolConfig()
         self.topology = topology
+        self._patience = statement_timeout
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
+        ceiling = (pool or PoolConfig()).size + (pool or PoolConfig()).overflow
+        self.guards = guards(
+            topology,
+            listeners=self.listeners,
+            ceiling=max(2, ceiling) if adaptive else None,
+            clock=clock,
+        )
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
             name: ReplicaSet(shard, region=reading.here, clock=clock)
             for name, shard in topology.physical.items()
         }
+        self.hedges = {name: Hedges() for name in topology.physical} if reading.hedge else {}
         self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
         self.probes = self._probes_class(
             topology,
@@ -156,6 +177,7 @@ class _Core:
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
+            event.listen(engine, "checkin", _released)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             if purpose is Purpose.READ:
@@ -215,12 +237,36 @@ class _Core:
 
         Raises:
             PoolTimeoutError: none came free in time (retryable).
+            BreakerOpenError: the server failed too often and is left alone (retryable).
+            OverloadedError: the server has enough to do (retryable).
             EndpointUnavailableError: the server refuses connections (retryable).
         """
+        with self.admitted(endpoint) as admitted:
+            try:
+                connection = Connection(engine, _allow_autobegin=False)
+            except (PoolExhaustedError, DBAPIError) as error:
+                raise connection_error(error, endpoint) from error
+            admitted(connection)
+        return connection
+
+    @contextmanager
+    def admitted(self, endpoint: Endpoint) -> Iterator[Callable[[Connection], None]]:
+        """Ask the guard of a server before a connection is checked out inside.
+
+        Yields:
+            What to call with the connection, so that its return is noted.
+        """
+        guard = self.guards[endpoint]
+        guard.admit()
+
+        def note(connection: Connection) -> None:
+            connection.info[_ADMITTED] = guard
+
         try:
-            return Connection(engine, _allow_autobegin=False)
-        except (PoolExhaustedError, DBAPIError) as error:
-            raise connection_error(error, endpoint) from error
+            yield note
+        except BaseException:
+            guard.released()
+            raise
 
     # -- to be provided
 
@@ -311,13 +357,15 @@ class _Core:
         arguments: dict[str, Any] = {
             "connect_timeout": self._pool.connect_timeout,
             "application_name": f"shardkit {purpose.value}",
+            "patience": self._patience,
+            "guard": self.guards[endpoint],
         }
         if purpose is Purpose.WRITE:
             arguments |= self._writing
         # The primary, too, refuses what slips past the session. PgBouncer refuses the option
         # instead; its connections for readers are read-only by its own configuration.
         if purpose is Purpose.READ and pooler is None:
-            arguments["options"] = "-c default_transaction_read_only=on"
+            arguments["options"] = _READ_OPTIONS
         if purpose is Purpose.READ:
             arguments["cursor_factory"] = self._cursor_class
         prepares = self._pool.prepare_statements
@@ -339,11 +387,12 @@ class Connections(_Core):
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
         self.probes.close()
+        races.settle()
         for engine in self._engines.values():
             engine.dispose()
 
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
-        engine = create_engine(url, **options)
+        engine = create_engine(url, poolclass=DeadlinePool, **options)
         event.listen(engine, "do_connect", _connects)
         return engine
 
@@ -358,7 +407,7 @@ class AsyncConnections(_Core):
     _probes_class = AsyncProbes
     _cursor_class = gates.AsyncCursor
     _writing: ClassVar[Mapping[str, Any]] = {
-        "async_creator_fn": gates.AsyncWriter.connect,
+        "async_creator_fn": gates.AsyncWriter.open,
         "cursor_factory": gates.AsyncWriteCursor,
     }
     probes: AsyncProbes
@@ -370,8 +419,8 @@ class AsyncConnections(_Core):
             await greenlet_spawn(engine.dispose)
 
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
-        options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.connect)
-        return create_async_engine(url, **options).sync_engine
+        options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.open)
+        return create_async_engine(url, poolclass=AsyncDeadlinePool, **options).sync_engine
 
     def ask(
         self, physical: str, query: str, parameters: Mapping[str, Any], *, primary: bool
@@ -405,10 +454,18 @@ class AsyncConnections(_Core):
         return await_only(run())
 
 
-def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> parallel.Connection:
+def _released(connection: Any, record: Any) -> None:
+    """Tell the guard that a session gave its connection back."""
+    guard = record.info.pop(_ADMITTED, None)
+    if guard is not None:
+        driver_connection = getattr(connection, "driver_connection", connection)
+        guard.released(None if connection is None else driver_connection.first_answer())
+
+
+def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> gates.Connection:
     writes = options.get("cursor_factory") is gates.WriteCursor
-    made = gates.Writer if writes else gates.Connection
-    return made.connect(*arguments, **options)
+    made: Any = gates.Writer if writes else gates.Connection
+    return made.open(*arguments, **options)  # type: ignore[no-any-return]  # one of the two
 
 
 def _meters(member: Member) -> Callable[[Any, Any], None]:

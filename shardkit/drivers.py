@@ -24,13 +24,13 @@ from psycopg._queries import PostgresQuery
 from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import TransactionStatus
 
-from shardkit import parallel
+from shardkit import waits
 from shardkit.parting import Parting
 
 __all__ = ["AsyncConnection", "AsyncCursor", "Connection", "Cursor"]
 
 
-class Connection(Parting, parallel.Connection):
+class Connection(Parting, waits.Connection):
     """A connection of a thread.
 
     Attributes:
@@ -59,7 +59,7 @@ class Connection(Parting, parallel.Connection):
             yield from super()._start_query()
 
 
-class AsyncConnection(Parting, psycopg.AsyncConnection[Any]):
+class AsyncConnection(Parting, waits.AsyncConnection):
     """A connection of an event loop; see `Connection`."""
 
     is_alone = False
@@ -128,6 +128,9 @@ class _Joining(BaseCursor[Any, Any]):
         server = self._pgconn
         server.enter_pipeline_mode()
         server.send_query_params(connection._get_tx_start_command(), None)
+        bound = connection._servers_bound()
+        if bound is not None:
+            server.send_query_params(bound, None)
         if prep is Prepare.YES:
             self._send_query_prepared(name, pgq, binary=binary)
         else:
@@ -136,6 +139,8 @@ class _Joining(BaseCursor[Any, Any]):
         server.pipeline_sync()
         yield from generators.send(server)
         begun = yield from generators.fetch_many(server)
+        if bound is not None:
+            begun += yield from generators.fetch_many(server)
         results = yield from generators.fetch_many(server)
         yield from generators.fetch_many(server)  # the answer to Sync
         server.exit_pipeline_mode()

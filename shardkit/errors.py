@@ -23,7 +23,8 @@
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
     │   ├── StatementTimeoutError         retryable
-    │   └── ValueBusyError                retryable
+    │   ├── ValueBusyError                retryable
+    │   └── DeadlineExceededError         retryable
     ├── UniqueViolationError
     ├── OutboxError
     │   ├── InvalidEventError
@@ -31,6 +32,7 @@
     │   ├── HandlerTimeoutError
     │   └── HandlerStuckError
     ├── OutcomeUnknownError
+    ├── OperationMismatchError
     ├── StreamEndedError
     ├── GatherError                       retryable
     └── OperationError
@@ -193,6 +195,10 @@ class ValueBusyError(UnavailableError):
     """Another transaction is about to take or give up a unique value; try again."""
 
 
+class DeadlineExceededError(UnavailableError):
+    """The deadline is over; try again with more time, or when the servers are quicker."""
+
+
 class UniqueViolationError(ShardkitError):
     """Another row has the value of a unique column; give another value.
 
@@ -229,6 +235,10 @@ class HandlerStuckError(OutboxError):
 
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
+
+
+class OperationMismatchError(ShardkitError):
+    """An operation of this name has already done something else; give each its own name."""
 
 
 class StreamEndedError(ShardkitError):

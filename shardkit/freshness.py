@@ -127,6 +127,17 @@ class Freshness:
 
     def gate(self, endpoint: Endpoint, driver: Gated) -> Gate | None:
         """Return what a connection is asked, or None when its server may not answer at all."""
+        gate = self.second_gate(endpoint, driver)
+        if gate is not None:
+            self.keep_gate(endpoint.physical, driver.system, gate)
+        return gate
+
+    def keep_gate(self, physical: str, system: int, gate: Gate) -> None:
+        """Note whose answers count for a physical shard."""
+        self._gates[physical] = (system, gate)
+
+    def second_gate(self, endpoint: Endpoint, driver: Gated) -> Gate | None:
+        """Return what a connection is asked whose answers may not count in the end; see `gate`."""
         physical = endpoint.physical
         is_replica = endpoint.role is Role.REPLICA
         replicas = self._knowledge.replica_sets[physical]
@@ -139,7 +150,7 @@ class Freshness:
                 return first
             return self._position(physical, driver.system)  # the bound moves with the time
 
-        gate = Gate(
+        return Gate(
             needed,
             is_replica=is_replica,
             is_silent=lambda: replicas.is_silent(endpoint),
@@ -147,8 +158,6 @@ class Freshness:
             keeps_track=self._token is not None,
             asks=self.is_asked,
         )
-        self._gates[physical] = (driver.system, gate)
-        return gate
 
     def refused(self) -> list[str]:
         """Return the physical shards whose replica could not answer."""

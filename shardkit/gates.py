@@ -28,7 +28,7 @@ from psycopg.abc import PQGen
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from shardkit import drivers, parallel
+from shardkit import drivers, parallel, waits
 
 __all__ = [
     "CANNOT_ANSWER",
@@ -43,6 +43,7 @@ __all__ = [
     "Meter",
     "NotReplayedError",
     "Position",
+    "Racer",
     "SilentError",
     "WriteCursor",
     "Writer",
@@ -76,6 +77,9 @@ _CONTROL: Final = re.compile(
 )
 """Statements that read no rows; several of them may stand in one message."""
 
+_BEGINS: Final = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
+"""What comes after it is for the same server."""
+
 _SUCCESS: Final = frozenset({ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY})
 _GONE: Final = b"26000"  # the prepared statement was deallocated behind our back
 
@@ -98,6 +102,15 @@ CANNOT_ANSWER: Final = (
 )
 
 
+# Nor is it the server's failure when a query was cancelled, for instance one that lost a race.
+_NEUTRAL: Final = (
+    NotReplayedError,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.QueryCanceled,
+)
+
+
 class Meter(Protocol):
     """What is told how long statements take; see `shardkit.replicas.Member`."""
 
@@ -106,6 +119,13 @@ class Meter(Protocol):
 
     def ended(self, began: float, *, failed: bool = False) -> None:
         """Note that it was answered."""
+
+
+class Racer(Protocol):
+    """What runs statements of a connection; see `shardkit.races.Race`."""
+
+    def run(self, cursor: Any, execute: Callable[[Any], object]) -> None:
+        """Run a statement so that a cursor has its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +206,10 @@ class Gated:
         mints: whether the next COMMIT asks for its position.
         committed: the position of that commit, or None.
         replayed: what this server is known to have replayed, or None.
+        race: what asks a second replica when this one is slow, or None; for threads.
     """
 
+    race: Racer | None = None
     gate: Gate | None = None
     meter: Meter | None = None
     system = 0
@@ -308,7 +330,7 @@ class _Cursor:
                 connection.gate.has_refused = connection.gate.is_replica
             if meter is not None:
                 failed = isinstance(error, psycopg.OperationalError)
-                meter.ended(began, failed=failed and not isinstance(error, NotReplayedError))
+                meter.ended(began, failed=failed and not isinstance(error, _NEUTRAL))
             raise
         if meter is not None:
             meter.ended(began)
@@ -360,6 +382,21 @@ class _Cursor:
 class Cursor(_Cursor, psycopg.Cursor[Any]):
     """A cursor of a thread."""
 
+    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        """Run a statement, at the connection's race if it has one and is in no transaction."""
+        race: Racer | None = cast("Gated", self._conn).race
+        if (
+            race is None
+            or parallel.task() is not None
+            or not self._conn.autocommit
+            or self._conn.pgconn.transaction_status != TransactionStatus.IDLE
+            or (isinstance(query, str) and _BEGINS.match(query))
+        ):
+            return super().execute(query, params, **options)
+        run = psycopg.Cursor.execute
+        race.run(self, lambda cursor: run(cursor, query, params, **options))
+        return self
+
 
 class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
@@ -373,12 +410,12 @@ class AsyncWriteCursor(drivers._Joining, _Minting, psycopg.AsyncCursor[Any]):
     """A writer's cursor of an event loop."""
 
 
-class Connection(Gated, parallel.Connection):
-    """A reader's connection of a thread."""
+class Connection(Gated, waits.Connection):
+    """A connection of a thread on which no transaction is begun by itself: a reader's."""
 
 
-class AsyncConnection(Gated, psycopg.AsyncConnection[Any]):
-    """A reader's connection of an event loop."""
+class AsyncConnection(Gated, waits.AsyncConnection):
+    """The same of an event loop."""
 
 
 class Writer(Gated, drivers.Connection):

@@ -20,6 +20,7 @@ from sqlalchemy.engine.result import SimpleResultMetaData, tuplegetter
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
+from shardkit.checks import late_error
 from shardkit.errors import StatementTimeoutError, TooManyRowsError
 from shardkit.gates import CANNOT_ANSWER
 from shardkit.gather import Plan
@@ -198,9 +199,8 @@ class Gathering:
         for name, answer in zip(servers, parallel(tasks), strict=True):
             if isinstance(answer, Exception):
                 # These are about a server; anything else is about the statement.
-                if not isinstance(answer, StatementTimeoutError) and not (
-                    is_lost(answer) or is_refused(answer)
-                ):
+                is_late = isinstance(answer, StatementTimeoutError) or late_error(answer)
+                if not (is_late or is_lost(answer) or is_refused(answer)):
                     raise answer
                 failures[name] = answer
             else:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Insert, event, inspect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import gather, scatter, streams
+from shardkit import deadlines, gather, scatter, streams
 from shardkit.binds import BoundSession
-from shardkit.checks import connection_error
+from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.errors import (
     GatherError,
@@ -30,6 +30,7 @@ from shardkit.errors import (
 )
 from shardkit.events import Gathered, StatementRouted, caller
 from shardkit.identities import identities, select_identities
+from shardkit.parallel import outcome
 from shardkit.placing import sharding_of_mapper
 from shardkit.relationships import refuse_joined_loads
 from shardkit.router import Route, Router, UnknownValuesError
@@ -44,6 +45,9 @@ __all__ = ["ReadSession"]
 T = TypeVar("T")
 
 _NO_LIMITS = Limits()
+
+_SHARE = 0.5
+"""Of the time left, for the connections of a scatter; the rest is for its statement."""
 
 
 class ReadSession(BoundSession):
@@ -231,15 +235,12 @@ class ReadSession(BoundSession):
         Raises:
             EndpointUnavailableError: the server does not answer (retryable).
         """
-        for is_last in (False, True):
-            try:
-                connection = self._connection_to(logical_shard)
-                return connection.exec_driver_sql(query, dict(parameters)).all()
-            except DBAPIError as error:
-                if is_last or not error.connection_invalidated or not self._can_retry():
-                    self._raise(error)
-                self._abandon_broken()
-        raise AssertionError("the second attempt returns or raises")
+
+        def ask() -> Sequence[Sequence[Any]]:
+            connection = self._connection_to(logical_shard)
+            return connection.exec_driver_sql(query, dict(parameters)).all()
+
+        return self._elsewhere(ask)
 
     def _writable(self) -> None:
         raise ReadOnlySessionError
@@ -348,9 +349,13 @@ class ReadSession(BoundSession):
         groups = cluster.group(shards)
         failures = self._asked(state, gathering, groups)
         lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
-        if lost and self._can_retry():
-            self._abandon_broken()
-            failures = self._asked_again(state, gathering, failures, lost)
+        if lost and self._can_retry() and not deadlines.is_over():
+            endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
+            if self._may_retry(self._abandon_broken()):
+                failures = self._asked_again(state, gathering, failures, lost)
+            else:
+                for name in lost:
+                    failures[name] = connection_error(failures[name], endpoints[name])
         refused = self._fresh.refused()
         if self._leave_refusing():
             again = {name: groups[name] for name in refused}
@@ -407,7 +412,7 @@ class ReadSession(BoundSession):
             return found
         if isinstance(error, StatementTimeoutError):
             error.endpoint = str(endpoint)
-        return error
+        return late_error(error, endpoint) or error
 
     def _asked(
         self,
@@ -418,14 +423,31 @@ class ReadSession(BoundSession):
         """Ask servers for their part; return the failure of each that did not answer."""
         failures: dict[str, Exception] = {}
         servers = {}
-        for physical, shards in groups.items():
-            try:
-                servers[physical] = (self._scattering(physical), shards)
-            except UnavailableError as error:
-                failures[physical] = error
+        for physical, found in self._scattering_all(groups):
+            if isinstance(found, Connection):
+                servers[physical] = (found, groups[physical])
+            elif isinstance(found, UnavailableError):
+                failures[physical] = found
+            else:
+                raise found
         if self._cluster.listeners:
             self._tell_routed(state, tuple(sorted(itertools.chain(*groups.values()))))
         return failures | gathering.ask(servers, self._cluster.parallel)
+
+    def _scattering_all(self, groups: Iterable[str]) -> list[tuple[str, Connection | Exception]]:
+        """Return this session's connections to physical shards, or why there is none.
+
+        With a deadline, new ones are opened at the same time, and leave time for the statement: a
+        server that does not answer shall not keep the others from answering.
+        """
+        tasks = [partial(self._scattering, physical) for physical in groups]
+        is_known = deadlines.current() is None or self._roots.keys() >= set(groups)
+        if is_known or self.role is Role.PRIMARY:  # a transaction opens one at a time
+            found = [outcome(task) for task in tasks]
+        else:
+            with deadlines.share(_SHARE):
+                found = self._cluster.parallel(tasks)
+        return list(zip(groups, found, strict=True))
 
     def _asked_again(
         self,

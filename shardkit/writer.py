@@ -25,15 +25,17 @@ from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import emitting, gates, parts, writes
 from shardkit.broadcasts import copy, is_reference, lock
-from shardkit.checks import connection_error
+from shardkit.checks import connection_error, late_error
 from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.emitter import EmittingSession
 from shardkit.errors import (
     CrossShardWriteError,
+    DeadlineExceededError,
     EndpointUnavailableError,
     OutcomeUnknownError,
     ShardKeyChangeError,
+    ShardkitError,
     StatementTimeoutError,
     UnavailableError,
     UnsupportedStatementError,
@@ -51,6 +53,7 @@ from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
 from shardkit.twophase import AtomicCommit
 from shardkit.uniques import Value
+from shardkit.waits import WaitedTooLongError
 
 __all__ = ["WriteSession"]
 
@@ -99,6 +102,7 @@ class WriteSession(EmittingSession):
         self._written: set[str] = set()
         self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
+        self._is_unit = False  # of `Cluster.run`, which commits
         self._token = Token()
         self._drivers: list[_Driver] = []
         self._is_lone = False  # while committing what is one INSERT and nothing else
@@ -139,10 +143,19 @@ class WriteSession(EmittingSession):
         What is one INSERT and nothing else is sent without BEGIN and COMMIT.
 
         Raises:
-            OutcomeUnknownError: the answer to COMMIT was lost, so it may or may not hold.
+            UnsupportedStatementError: `Cluster.run` runs this session and commits itself.
+            OutcomeUnknownError: the answer to COMMIT was lost or late, so it may or may not hold.
+            DeadlineExceededError: no time was left to send COMMIT; nothing holds (retryable).
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
                 PostgreSQL would answer COMMIT with a silent ROLLBACK.
         """
+        if self._is_unit:
+            raise UnsupportedStatementError(
+                "commit() inside cluster.run()", hint="return from the function: run() commits"
+            )
+        self._commit_unit()
+
+    def _commit_unit(self) -> None:
         if not self._roots and not self._emissions.pending and is_lone_insert(self):
             self._flush_lone()
         else:
@@ -152,9 +165,12 @@ class WriteSession(EmittingSession):
             super().commit()
         except Exception as error:
             self.rollback()  # and find out what became of it: `_on_end`
-            if isinstance(error, DBAPIError) and (refusal := emitting.refusal(error)):
-                raise refusal from error
-            raise
+            if not isinstance(error, DBAPIError):
+                raise
+            found = emitting.refusal(error) or late_error(error)
+            if found is None:
+                raise
+            raise found from error
 
     def _refuse_failed(self) -> None:
         if any(root.invalidated for _, root in self._roots.values()) or any(
@@ -169,8 +185,9 @@ class WriteSession(EmittingSession):
         self._is_lone = True
         try:
             self.flush()
-        except EndpointUnavailableError as error:
-            if self._lone_driver is not None and not self._lone_driver.is_alone:
+        except (EndpointUnavailableError, DeadlineExceededError, StatementTimeoutError) as error:
+            driver = self._lone_driver
+            if driver is not None and not driver.is_alone and not _is_undone(driver, error):
                 raise OutcomeUnknownError from error
             raise
         finally:
@@ -489,13 +506,15 @@ class WriteSession(EmittingSession):
     def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
         endpoint = self._cluster.primary_of(physical)
         engine = self._cluster.view(endpoint, self.purpose, logical_shard)
-        try:
-            connection = Session._connection_for_bind(self, engine)
-        except (DBAPIError, PoolExhaustedError) as error:
-            found = connection_error(error, endpoint)
-            if isinstance(found, EndpointUnavailableError):
-                self._cluster.failed(endpoint, found)
-            raise found from error
+        with self._cluster.admitted(endpoint) as admitted:
+            try:
+                connection = Session._connection_for_bind(self, engine)
+            except (DBAPIError, PoolExhaustedError) as error:
+                found = connection_error(error, endpoint)
+                if isinstance(found, EndpointUnavailableError | DeadlineExceededError):
+                    self._cluster.failed(endpoint, found)
+                raise found from error
+            admitted(connection)
         driver = cast("_Driver", connection.connection.driver_connection)
         driver.mints, driver.committed = physical in self._written, None
         driver.is_alone = self._is_lone
@@ -556,6 +575,14 @@ class WriteSession(EmittingSession):
     def _can_retry(self) -> bool:
         """A statement of a transaction is never run again by itself."""
         return False
+
+
+def _is_undone(driver: _Driver, error: ShardkitError) -> bool:
+    """Tell whether the server has said itself that a statement given up has left nothing."""
+    cause = error.__cause__.orig if isinstance(error.__cause__, DBAPIError) else None
+    if isinstance(cause, WaitedTooLongError):
+        return driver.was_undone
+    return isinstance(cause, psycopg.errors.QueryCanceled)
 
 
 @event.listens_for(WriteSession, "before_flush")

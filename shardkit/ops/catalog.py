@@ -141,6 +141,19 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         ).format(schema),
         sql.SQL("REVOKE ALL ON {}.shardkit_directory FROM {}").format(schema, role),
         sql.SQL("GRANT SELECT, INSERT ON {}.shardkit_directory TO {}").format(schema, role),
+        # What `Cluster.run` did under a name, so that it is done once: `shardkit.operations`.
+        sql.SQL(
+            "CREATE TABLE IF NOT EXISTS {}.shardkit_operations ("
+            "operation text PRIMARY KEY, fingerprint text, result text, "
+            "n_runs integer NOT NULL DEFAULT 1, expires_at timestamptz NOT NULL)"
+        ).format(schema),
+        sql.SQL(
+            "CREATE INDEX IF NOT EXISTS shardkit_operations_expires_at "
+            "ON {}.shardkit_operations (expires_at)"
+        ).format(schema),
+        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {}.shardkit_operations TO {}").format(
+            schema, role
+        ),
         *lookup_statements(schema, role),
         *outbox_statements(logical_shard, app_role=app_role),
         sql.SQL(

@@ -92,11 +92,11 @@ def write_and_read(cluster: Cluster, name: str) -> None:
         session.add(user)
         session.commit()
     with cluster.writer() as session:
+        # Its id is minted before the only server connection is in a transaction.
+        session.add(Photo(owner_id=user.id, caption="second"))
         found = session.get_one(User, user.id, with_for_update=True)
         found.name = f"{name}!"
         session.flush()
-        photo = Photo(owner_id=user.id, caption="second")
-        session.add(photo)
         with session.begin_nested():
             session.execute(update(Photo).where(Photo.owner_id == user.id).values(rank=1))
         session.scalars(

@@ -1,0 +1,180 @@
+"""When a failed unit of work may run again: the errors, the budget, the pauses.
+
+The first attempt runs bare. What follows is tenacity's: how long to wait (full jitter), when to
+stop. It also stops when the deadline leaves no time for another attempt, and when the budget of
+the server that failed is spent: then the error of the last attempt is raised, as if nobody had
+tried again. One layer only: what runs inside `Cluster.run` is tried again by nobody else.
+
+Source: Google, "Site Reliability Engineering", chapter 22, retry budgets; Finagle's RetryBudget;
+Brooker, "Exponential Backoff And Jitter" (full jitter); docs/architecture.md, decision 19.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import tenacity
+from sqlalchemy.exc import DBAPIError
+
+from shardkit import deadlines
+from shardkit.clock import SYSTEM, Clock
+from shardkit.errors import DeadlineExceededError, GatherError, ShardkitError
+
+__all__ = ["Attempts", "RetryBudget", "is_transient"]
+
+WINDOW: Final = 10
+"""Seconds over which a budget counts."""
+
+SHARE: Final = 0.1
+"""Attempts after the first, for each success in the window."""
+
+ALWAYS: Final = 1.0
+"""Attempts after the first that each second of the window may have without any success."""
+
+ATTEMPTS: Final = 3
+"""Attempts of one unit of work, the first included. With more, one call that cannot succeed would
+use the budget of many that could."""
+
+_FIRST_PAUSE: Final = 0.02
+_LONGEST_PAUSE: Final = 1.0
+
+_MOVED: Final = frozenset({"42501", "42P01", "3F000", "25006"})
+"""No privilege, no table, no schema, read only: how a server says that a logical shard has moved.
+
+Source: PostgreSQL manual, appendix A; docs/architecture.md, decision 7.
+"""
+
+_AGAIN: Final = frozenset({"40001", "40P01", "57P01", "57P02", "57P03"})
+"""Serialization failure, deadlock, shutdowns; and class 08, lost connections."""
+
+
+class RetryBudget:
+    """How many attempts after the first one server may still get. Thread-safe.
+
+    A tenth of the successes of the last ten seconds, and one a second besides. While everything
+    works, any failure may be tried again; when everything fails, nearly nothing is.
+
+    Args:
+        clock: where the time comes from.
+
+    *Invariant:* over any `WINDOW` seconds at most `SHARE` of the successes plus `ALWAYS` each
+    second is granted.
+    """
+
+    __slots__ = ("_clock", "_lock", "_second", "_spent", "_successes")
+
+    def __init__(self, *, clock: Clock = SYSTEM) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._second = int(clock.monotonic())
+        self._successes = [0] * WINDOW
+        self._spent = [0] * WINDOW
+
+    def succeeded(self) -> None:
+        """Note that a server answered."""
+        second = int(self._clock.monotonic())
+        if second != self._second:
+            self._forget(second)
+        # Threads may lose a count to one another; a share of many can bear it.
+        self._successes[second % WINDOW] += 1
+
+    def spend(self) -> bool:
+        """Take one credit; return whether there was one."""
+        second = int(self._clock.monotonic())
+        if second != self._second:
+            self._forget(second)
+        with self._lock:
+            if sum(self._spent) + 1 > SHARE * sum(self._successes) + ALWAYS * WINDOW:
+                return False
+            self._spent[second % WINDOW] += 1
+            return True
+
+    def _forget(self, second: int) -> None:
+        with self._lock:
+            for past in range(max(self._second + 1, second - WINDOW + 1), second + 1):
+                self._successes[past % WINDOW] = self._spent[past % WINDOW] = 0
+            self._second = max(self._second, second)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether a unit of work that failed before COMMIT was sent may succeed when run again.
+
+    Errors of shardkit that say so, lost connections, deadlocks and serialization failures, servers
+    that shut down, and logical shards that have moved. A spent deadline is not: no time is left.
+    """
+    if isinstance(error, DeadlineExceededError):
+        return False
+    if isinstance(error, GatherError):
+        return not any(isinstance(each, DeadlineExceededError) for each in error.failures.values())
+    if isinstance(error, ShardkitError):
+        return error.retryable
+    if not isinstance(error, DBAPIError):
+        return False
+    code = getattr(error.orig, "sqlstate", None)
+    if code is None:
+        return error.connection_invalidated
+    return code in _MOVED or code in _AGAIN or code.startswith("08")
+
+
+class Attempts:
+    """The attempts of one unit of work, told of each failure.
+
+    Args:
+        is_retryable: whether an error may be tried again at all.
+        spend: takes a credit for an error from the budget of the server it is about; returns
+            whether there was one.
+        limit: attempts, the first included.
+
+    Example:
+        >>> attempts = Attempts(is_transient, lambda _: True)
+        >>> 0 <= attempts.pause(ShardkitError()) <= 0.02
+        Traceback (most recent call last):
+        shardkit.errors.ShardkitError: A shardkit operation failed.
+    """
+
+    def __init__(
+        self,
+        is_retryable: Callable[[BaseException], bool],
+        spend: Callable[[BaseException], bool],
+        *,
+        limit: int = ATTEMPTS,
+    ) -> None:
+        self._is_retryable = is_retryable
+        self._spend = spend
+        self._limit = limit
+        self._state: tenacity.RetryCallState | None = None
+
+    def pause(self, error: BaseException) -> float:
+        """Return how many seconds to wait before the next attempt.
+
+        Raises:
+            BaseException: the error itself: it is not to be tried again, or no longer.
+        """
+        if self._state is None:  # most units succeed at once, and pay nothing for this
+            retrying = tenacity.Retrying(
+                retry=tenacity.retry_if_exception(self._is_retryable),
+                stop=self._is_over,
+                wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
+                reraise=True,
+            )
+            retrying.begin()
+            self._state = tenacity.RetryCallState(retrying, None, (), {})
+        state = self._state
+        state.set_exception((type(error), error, error.__traceback__))
+        found: Any = cast("tenacity.Retrying", state.retry_object).iter(state)
+        state.prepare_for_next_attempt()
+        return float(found)
+
+    def _is_over(self, state: tenacity.RetryCallState) -> bool:
+        """Tell whether this was the last attempt; the credit is asked for last of all."""
+        assert state.outcome is not None, "asked after an attempt"
+        error = state.outcome.exception()
+        assert error is not None, "asked after a failure"
+        found = deadlines.current()
+        return (
+            state.attempt_number >= self._limit
+            or (found is not None and found.left() <= state.upcoming_sleep)
+            or not self._spend(error)
+        )

@@ -1,0 +1,322 @@
+"""No call ends later than its deadline and a quarter of a second, and no query is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import DBAPIError
+
+from shardkit import AsyncCluster, Cluster, all_shards, deadline, ids
+from shardkit.config import PoolConfig
+from shardkit.errors import (
+    DeadlineExceededError,
+    GatherError,
+    OutcomeUnknownError,
+    StatementTimeoutError,
+)
+from shardkit.local import LocalCluster
+from shardkit.testing import wait_until
+from shardkit.topology import Topology, schema_name
+from tests.fixtures.sharded import Settled, admin
+from tests.models import Photo, User
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault]
+
+LATE = 0.25
+NEWEST = select(Photo).order_by(Photo.id.desc()).limit(10).options(all_shards())
+SLOW = select(func.pg_sleep(30))
+
+
+@pytest.fixture
+def thawed(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The servers, none of them frozen afterwards, and none still at work for nobody."""
+    yield local_cluster
+    for server in local_cluster.servers:
+        local_cluster.resume(server.name)
+    wait_until(lambda: at_work(local_cluster) == [], 5.0, "no query is left behind")
+
+
+@pytest.fixture
+def user(cluster: Cluster, settled: Settled) -> User:
+    with cluster.writer() as session:
+        user = User(name="ana", photos=[Photo(caption="dawn")])
+        session.add(user)
+        session.commit()
+    settled()
+    return user
+
+
+def at_work(local: LocalCluster) -> list[str]:
+    """Return the queries of clusters that servers are working on."""
+    found = []
+    for server in local.servers:
+        if server.kind != "postgresql":
+            continue
+        with psycopg.connect(local.superuser_dsn(server.name), autocommit=True) as connection:
+            rows = connection.execute(
+                "SELECT query FROM pg_stat_activity WHERE application_name LIKE 'shardkit %' "
+                "AND state IN ('active', 'idle in transaction')"
+            ).fetchall()
+        found += [f"{server.name}: {query}" for (query,) in rows]
+    return found
+
+
+@contextmanager
+def over_in(seconds: float) -> Iterator[None]:
+    """Check that a block ends in time, and not long before."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        took = time.monotonic() - started
+        assert seconds - 0.05 <= took <= seconds + LATE, f"{took:.3f} s instead of {seconds}"
+
+
+def freeze(local: LocalCluster, user: User, cluster: Cluster, *, replicas: bool = False) -> str:
+    """Freeze the primary of a user's physical shard, or its replicas; return its name."""
+    physical = cluster.topology.shard_map.owner(ids.shard_of(user.id))
+    for server in local.replicas(physical) if replicas else [local.primary(physical)]:
+        local.pause(server.name)
+    return physical
+
+
+def here(user: User) -> dict[str, int]:
+    return {"logical_shard": ids.shard_of(user.id)}
+
+
+@pytest.mark.parametrize("role", ["reader", "writer"])
+def test_a_slow_query_is_cancelled_at_the_deadline_and_its_connection_kept(
+    cluster: Cluster, user: User, thawed: LocalCluster, role: str
+) -> None:
+    with getattr(cluster, role)() as session:
+        assert session.get(User, user.id) is not None
+        before = session.scalar(text("SELECT pg_backend_pid()"), bind_arguments=here(user))
+        with deadline(0.3), over_in(0.3), pytest.raises(DeadlineExceededError) as caught:
+            session.execute(SLOW, bind_arguments=here(user))
+        assert caught.value.retryable
+        session.rollback()
+        after = session.scalar(text("SELECT pg_backend_pid()"), bind_arguments=here(user))
+        assert after == before
+    assert at_work(thawed) == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("role", ["reader", "writer"])
+async def test_the_async_session_keeps_its_deadline_too(
+    cluster: Cluster, user: User, thawed: LocalCluster, cluster_file: Path, role: str
+) -> None:
+    async with AsyncCluster.from_file(cluster_file) as twin, getattr(twin, role)() as session:
+        assert await session.get(User, user.id) is not None
+        async with deadline(0.3):
+            with over_in(0.3), pytest.raises(DeadlineExceededError):
+                await session.execute(SLOW, bind_arguments=here(user))
+        await session.rollback()
+        assert at_work(thawed) == []
+        session.expunge_all()
+        freeze(thawed, user, cluster)
+        freeze(thawed, user, cluster, replicas=True)
+        async with deadline(0.3):
+            with over_in(0.3), pytest.raises(DeadlineExceededError):
+                await session.get(User, user.id)
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_task_leaves_no_query_behind(
+    user: User, thawed: LocalCluster, cluster_file: Path
+) -> None:
+    async with AsyncCluster.from_file(cluster_file) as twin, twin.reader() as session:
+        assert await session.get(User, user.id) is not None
+        with over_in(0.2), pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await session.execute(SLOW, bind_arguments=here(user))
+        assert at_work(thawed) == []
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_a_frozen_primary_is_given_up_at_the_deadline(
+    cluster: Cluster, user: User, thawed: LocalCluster, is_pooled: bool
+) -> None:
+    if not is_pooled:
+        cluster.close()
+    with cluster.writer() as session:
+        if is_pooled:
+            session.get_one(User, user.id).name = "never"
+        freeze(thawed, user, cluster)
+        with deadline(0.3), over_in(0.3), pytest.raises(DeadlineExceededError):
+            session.execute(select(User).where(User.id == user.id))
+    for server in thawed.servers:
+        thawed.resume(server.name)
+    with cluster.writer() as session:
+        assert session.get_one(User, user.id).name == "ana"
+
+
+def test_a_scatter_over_a_frozen_server_ends_at_the_deadline(
+    cluster: Cluster, user: User, thawed: LocalCluster
+) -> None:
+    with cluster.reader(after="the primaries") as session:
+        assert len(session.scalars(NEWEST).all()) == 1
+        physical = freeze(thawed, user, cluster)
+        with deadline(0.3), over_in(0.3), pytest.raises(GatherError) as caught:
+            session.scalars(NEWEST)
+        assert {n: type(e) for n, e in caught.value.failures.items()} == {
+            physical: DeadlineExceededError
+        }
+    # A new connection may take half of the time, so that the others still have the rest.
+    with cluster.reader(after="the primaries") as session, deadline(0.3), over_in(0.15):
+        assert session.scalars(NEWEST.options(all_shards(partial=True))).all() == []
+        assert set(session.failures) == {physical}
+
+
+@pytest.mark.usefixtures("user")
+def test_a_scatter_that_waits_for_locks_is_cancelled_everywhere(
+    cluster: Cluster, topology: Topology, thawed: LocalCluster
+) -> None:
+    with ExitStack() as stack, cluster.reader(after="the primaries") as session:
+        for physical in topology.physical.values():
+            locks = stack.enter_context(admin(physical))
+            schema = schema_name(topology.shard_map.owned_by(physical.name)[0])
+            stack.enter_context(locks.transaction())
+            locks.execute(f"LOCK TABLE {schema}.photos IN ACCESS EXCLUSIVE MODE")
+        with deadline(0.4), over_in(0.4), pytest.raises(GatherError) as caught:
+            session.scalars(NEWEST)
+        assert set(caught.value.failures) == set(cluster.topology.physical)
+        assert at_work(thawed) == []
+
+
+def test_a_commit_that_gets_no_answer_is_unknown_and_not_cancelled(
+    cluster: Cluster, user: User, thawed: LocalCluster
+) -> None:
+    with cluster.writer() as session:
+        session.get_one(User, user.id).name = "perhaps"
+        session.flush()
+        freeze(thawed, user, cluster)
+        with deadline(0.3), over_in(0.3), pytest.raises(OutcomeUnknownError):
+            session.commit()
+    for server in thawed.servers:
+        thawed.resume(server.name)
+
+    def holds() -> bool:
+        with cluster.writer() as session:
+            return session.get_one(User, user.id).name == "perhaps"
+
+    wait_until(holds, 5.0, "the COMMIT that was sent is carried out")
+
+
+def test_commit_is_not_sent_without_time_for_its_answer(cluster: Cluster, user: User) -> None:
+    with cluster.writer() as session:
+        session.get_one(User, user.id).name = "never"
+        session.flush()
+        with deadline(0.01), pytest.raises(DeadlineExceededError):
+            session.commit()
+    with cluster.writer() as session:
+        assert session.get_one(User, user.id).name == "ana"
+
+
+def test_waiting_for_a_pooled_connection_ends_at_the_deadline(
+    topology: Topology, user: User
+) -> None:
+    with (
+        Cluster(topology, pool=PoolConfig(size=1, overflow=0, timeout=30.0)) as small,
+        small.writer() as first,
+        small.writer() as second,
+    ):
+        assert first.get(User, user.id) is not None
+        with deadline(0.3), over_in(0.3), pytest.raises(DeadlineExceededError):
+            second.get(User, user.id)
+
+
+@pytest.mark.anyio
+async def test_waiting_for_a_pooled_connection_ends_for_tasks_too(
+    topology: Topology, user: User
+) -> None:
+    async with (
+        AsyncCluster(topology, pool=PoolConfig(size=1, overflow=0, timeout=30.0)) as small,
+        small.writer() as first,
+        small.writer() as second,
+    ):
+        assert await first.get(User, user.id) is not None
+        with deadline(0.3), over_in(0.3), pytest.raises(DeadlineExceededError):
+            await second.get(User, user.id)
+
+
+def test_the_server_bounds_a_writer_itself_and_nobody_after_it(
+    cluster: Cluster, user: User
+) -> None:
+    show = text("SHOW statement_timeout")
+    with cluster.writer() as session:
+        with deadline(2.0):
+            assert session.scalar(show, bind_arguments=here(user)) in {"2s", "1999ms", "1998ms"}
+            session.rollback()
+        assert session.scalar(show, bind_arguments=here(user)) == "0"
+
+
+def test_without_a_deadline_patience_has_an_end(
+    topology: Topology, user: User, thawed: LocalCluster
+) -> None:
+    with Cluster(topology, statement_timeout=0.3) as hasty, hasty.reader() as session:
+        assert session.get(User, user.id) is not None
+        with over_in(0.3), pytest.raises(StatementTimeoutError, match=r"within 0\.3 seconds"):
+            session.execute(SLOW, bind_arguments=here(user))
+    assert at_work(thawed) == []
+
+
+def test_a_query_cut_off_from_its_reader_is_ended_by_the_server(
+    cluster: Cluster, user: User, thawed: LocalCluster
+) -> None:
+    with cluster.reader() as session:
+        assert session.get(User, user.id) is not None
+        physical = freeze(thawed, user, cluster, replicas=True)
+        with deadline(0.2), over_in(0.2), pytest.raises(DeadlineExceededError):
+            session.execute(SLOW, bind_arguments=here(user))
+    for server in thawed.replicas(physical):
+        thawed.resume(server.name)
+    wait_until(lambda: at_work(thawed) == [], 3.0, "the server sees that nobody waits")
+
+
+def test_a_cancelled_wait_for_a_standby_is_no_success(
+    cluster: Cluster, user: User, thawed: LocalCluster
+) -> None:
+    physical = cluster.topology.shard_map.owner(ids.shard_of(user.id))
+    dsn = thawed.superuser_dsn(thawed.primary(physical).name)
+    with psycopg.connect(dsn, autocommit=True) as superuser:
+        superuser.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        superuser.execute("SELECT pg_reload_conf()")
+        try:
+            waiting: Callable[[], bool] = lambda: bool(  # noqa: E731
+                superuser.execute(
+                    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+                ).fetchall()
+            )
+            with cluster.writer() as session:
+                session.get_one(User, user.id).name = "here only"
+                session.flush()
+                import threading
+
+                cancel = threading.Thread(
+                    target=wait_until, args=(waiting, 5.0, "COMMIT waits for a standby")
+                )
+                cancel.start()
+                with pytest.raises(OutcomeUnknownError):
+                    session.commit()
+                cancel.join()
+        finally:
+            superuser.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            superuser.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
+def test_a_bad_deadline_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="seconds above 0"):
+        deadline(seconds)
+
+
+def test_an_error_of_sql_stays_what_it_is(cluster: Cluster, user: User) -> None:
+    with deadline(5.0), cluster.reader() as session, pytest.raises(DBAPIError, match="division"):
+        session.execute(text("SELECT 1 / 0"), bind_arguments=here(user))

@@ -1,0 +1,165 @@
+"""What is tried again, how often, and how soon."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from shardkit.deadlines import deadline
+from shardkit.errors import (
+    CrossShardWriteError,
+    DeadlineExceededError,
+    EndpointUnavailableError,
+    GatherError,
+    OutcomeUnknownError,
+    PoolTimeoutError,
+)
+from shardkit.retry import ALWAYS, ATTEMPTS, SHARE, WINDOW, Attempts, RetryBudget, is_transient
+from shardkit.testing import FakeClock
+
+GONE = EndpointUnavailableError("gone")
+
+
+def from_server(sqlstate: str) -> DBAPIError:
+    error = psycopg.errors.lookup(sqlstate)("said the server")
+    found = DBAPIError.instance("SELECT", None, error, psycopg.Error)
+    assert isinstance(found, DBAPIError)
+    return found
+
+
+def asking(asked: list[BaseException], *, grant: bool) -> Callable[[BaseException], bool]:
+    """Return a budget that remembers what it was asked for."""
+
+    def spend(error: BaseException) -> bool:
+        asked.append(error)
+        return grant
+
+    return spend
+
+
+def test_without_successes_one_a_second_is_granted() -> None:
+    clock = FakeClock()
+    budget = RetryBudget(clock=clock)
+    assert sum(budget.spend() for _ in range(100)) == WINDOW * ALWAYS
+    clock.advance(WINDOW - 1)
+    assert not budget.spend()
+    clock.advance(1)
+    assert sum(budget.spend() for _ in range(100)) == WINDOW * ALWAYS
+
+
+def test_a_tenth_of_the_successes_is_granted_besides() -> None:
+    clock = FakeClock()
+    budget = RetryBudget(clock=clock)
+    for _ in range(1000):
+        budget.succeeded()
+    assert sum(budget.spend() for _ in range(1000)) == 1000 * SHARE + WINDOW * ALWAYS
+    clock.advance(WINDOW)
+    assert sum(budget.spend() for _ in range(1000)) == WINDOW * ALWAYS, "successes are forgotten"
+
+
+def test_an_hour_of_nothing_is_forgotten_at_once() -> None:
+    clock = FakeClock()
+    budget = RetryBudget(clock=clock)
+    budget.succeeded()
+    clock.advance(3600.5)
+    assert budget.spend()
+
+
+def test_threads_do_not_spend_a_credit_twice() -> None:
+    budget = RetryBudget(clock=FakeClock())
+    granted: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: granted.extend(budget.spend() for _ in range(200)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(granted) == WINDOW * ALWAYS
+
+
+def test_total_failure_is_not_amplified() -> None:
+    """A thousand calls a second, all of which fail, for a minute: three times as many, naively."""
+    clock = FakeClock()
+    budget = RetryBudget(clock=clock)
+    calls, attempts = 60_000, 0
+    for _ in range(calls):
+        clock.advance(0.001)
+        again = Attempts(is_transient, lambda _: budget.spend())
+        attempts += 1
+        try:
+            while True:
+                again.pause(GONE)
+                attempts += 1
+        except EndpointUnavailableError:
+            pass
+    assert calls < attempts <= calls * 1.12
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (GONE, True),
+        (PoolTimeoutError(), True),
+        (DeadlineExceededError(), False),
+        (GatherError({"alpha": GONE}, {}), True),
+        (GatherError({"alpha": GONE, "beta": DeadlineExceededError()}, {}), False),
+        (OutcomeUnknownError(), False),
+        (CrossShardWriteError(), False),
+        (ValueError(), False),
+        (KeyboardInterrupt(), False),
+        *((from_server(code), True) for code in ("40001", "40P01", "57P01", "57P02", "57P03")),
+        *((from_server(code), True) for code in ("08006", "42501", "42P01", "3F000", "25006")),
+        *((from_server(code), False) for code in ("23505", "57014", "22012", "55P03")),
+        (IntegrityError("INSERT", None, psycopg.errors.UniqueViolation()), False),
+    ],
+    ids=repr,
+)
+def test_only_what_may_have_passed_is_tried_again(error: BaseException, expected: bool) -> None:
+    assert is_transient(error) is expected
+
+
+def test_pauses_are_jittered_and_there_is_a_last_attempt() -> None:
+    pauses = []
+    for _ in range(200):
+        attempts = Attempts(is_transient, lambda _: True)
+        mine = [attempts.pause(GONE) for _ in range(ATTEMPTS - 1)]
+        assert mine[0] <= 0.02
+        assert mine[1] <= 0.04
+        pauses += mine
+        with pytest.raises(EndpointUnavailableError) as caught:
+            attempts.pause(GONE)
+        assert caught.value is GONE
+    assert len(set(pauses)) > 300, "no two alike"
+
+
+def test_the_error_of_the_last_attempt_is_raised_when_the_budget_is_spent() -> None:
+    asked: list[BaseException] = []
+    attempts = Attempts(is_transient, asking(asked, grant=False))
+    with pytest.raises(EndpointUnavailableError):
+        attempts.pause(GONE)
+    assert asked == [GONE]
+
+
+def test_no_credit_is_taken_for_what_is_not_tried_again() -> None:
+    asked: list[BaseException] = []
+    attempts = Attempts(is_transient, asking(asked, grant=True))
+    with pytest.raises(CrossShardWriteError):
+        attempts.pause(CrossShardWriteError())
+    assert asked == []
+
+
+def test_no_attempt_begins_without_time_for_it() -> None:
+    clock = FakeClock()
+    asked: list[BaseException] = []
+    attempts = Attempts(is_transient, asking(asked, grant=True))
+    with deadline(1.0, clock=clock):
+        clock.advance(1.0)
+        with pytest.raises(EndpointUnavailableError):
+            attempts.pause(GONE)
+    assert asked == []
