@@ -86,10 +86,16 @@ class Database:
         return hmac.digest(salt, (self._key or "").encode(), "sha256")
 
     @asynccontextmanager
-    async def reader(self) -> AsyncIterator[AsyncReadSession]:
-        """Open a session on replicas that have seen this client's writes."""
+    async def reader(self, *, fresh: bool = True) -> AsyncIterator[AsyncReadSession]:
+        """Open a session on replicas that have seen this client's writes.
+
+        Args:
+            fresh: False takes any replica, also one whose primary is gone: nobody can tell what
+                that one has missed.
+        """
+        after = self._fresh.token if fresh else None
         with deadline(self._timeout):
-            async with self._cluster.reader(after=self._fresh.token) as session:
+            async with self._cluster.reader(after=after) as session:
                 yield session
 
     @asynccontextmanager

@@ -85,7 +85,7 @@ class AccountRepository:
 
 
 async def person_of_name(database: Database, name: str) -> User | None:
-    """Return the user of a name as the primary knows it, or a replica when that does not answer.
+    """Return the user of a name as the primary knows it, or any replica when that is silent.
 
     For what has to be found right after a sign-up somewhere else.
     """
@@ -93,7 +93,7 @@ async def person_of_name(database: Database, name: str) -> User | None:
         async with database.primary() as session:
             return await AccountRepository(session).user_by_name(name)
     except UnavailableError:
-        async with database.reader() as session:
+        async with database.reader(fresh=False) as session:
             return await AccountRepository(session).user_by_name(name)
 
 

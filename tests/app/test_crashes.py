@@ -177,23 +177,38 @@ def test_counts_are_exact_after_kills_of_the_server_and_the_relay(
     end(processes.relay)
 
     expected = {pair for pair, is_there in follows.items() if is_there}
+    done = Done(expected, sum(likes.values()), next(keys) - 1)
+    check(site, people, int(photo), done)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was acknowledged: who follows whom, likes and comments of the photo."""
+
+    follows: set[tuple[int, int]]
+    n_likes: int
+    n_comments: int
+
+
+def check(site: LocalCluster, people: list[int], photo: int, done: Done) -> None:
+    """Compare what is stored, once all is delivered, with what was acknowledged."""
     with Cluster.from_file(site.config_path) as cluster:
         drained(cluster, site)
-        assert forward(cluster) == expected
-        assert inverse(cluster) == expected
+        assert forward(cluster) == done.follows
+        assert inverse(cluster) == done.follows
         with cluster.writer() as session:
             for person in people:
                 user = session.get_one(User, person)
-                assert user.follower_count == sum(pair[1] == person for pair in expected)
-                assert user.following_count == sum(pair[0] == person for pair in expected)
-            statement = select(Comment.body).where(Comment.photo_id == int(photo))
+                assert user.follower_count == sum(pair[1] == person for pair in done.follows)
+                assert user.following_count == sum(pair[0] == person for pair in done.follows)
+            statement = select(Comment.body).where(Comment.photo_id == photo)
             bodies = list(session.scalars(statement))
-        assert len(bodies) == len(set(bodies)) == next(keys) - 1, "one comment for each key"
+        assert len(bodies) == len(set(bodies)) == done.n_comments, "one comment for each key"
         assert run(cluster, dry_run=True) == dict.fromkeys(KINDS, 0)
-    with psycopg.connect(site.superuser_dsn(owner_of(site, int(photo)), "shardkit")) as connection:
-        schema = f"shard_{shard_of(int(photo)):04d}"
+    with psycopg.connect(site.superuser_dsn(owner_of(site, photo), "shardkit")) as connection:
+        schema = f"shard_{shard_of(photo):04d}"
         query = f"SELECT like_count FROM {schema}.photos WHERE id = {photo}"
-        assert connection.execute(query).fetchone() == (sum(likes.values()),)
+        assert connection.execute(query).fetchone() == (done.n_likes,)
 
 
 def shard_of(row_id: int) -> int:

@@ -37,14 +37,14 @@ def three_times(
 def test_every_endpoint_that_changes_something(join: Join, service: Service) -> None:
     ana, ben = join("ana"), join("ben")
     photo = ana.upload(pictures.jpeg(64, 64), "kept").json()["id"]
-    before = {path for path in service.settings.media_folder.rglob("*.jpg")}
+    before = set(service.settings.media_folder.rglob("*.jpg"))
 
     upload = {"file": ("photo.jpg", pictures.jpeg(64, 64)), "caption": (None, "once")}
     made = three_times(ana.http, "POST", "/api/v1/photos", files=upload).json()["id"]
     grid = ana.http.get(f"/api/v1/users/{ana.username}/photos").json()["items"]
     assert [item["id"] for item in grid] == [made, photo]
     assert ana.http.get(f"/api/v1/users/{ana.username}").json()["photo_count"] == 2
-    added = {path for path in service.settings.media_folder.rglob("*.jpg")} - before
+    added = set(service.settings.media_folder.rglob("*.jpg")) - before
     assert len(added) == 4, "the bytes of the repetitions are gone"
 
     here = f"/api/v1/photos/{photo}"
@@ -99,12 +99,12 @@ def test_a_key_is_for_one_request(join: Join) -> None:
     headers = new_key()
     first = ana.http.post(f"{here}/comments", json={"body": "One"}, headers=headers)
     assert first.status_code == 201
-    for verb, path, sent in (
-        ("POST", f"{here}/comments", {"json": {"body": "Two"}}),
-        ("PUT", f"{here}/like", {}),
-        ("PATCH", "/api/v1/me", {"json": {"bio": "x"}}),  # ana's photo is beside her
+    for verb, path, body in (
+        ("POST", f"{here}/comments", {"body": "Two"}),
+        ("PUT", f"{here}/like", None),
+        ("PATCH", "/api/v1/me", {"bio": "x"}),  # ana's photo is beside her
     ):
-        answer = ana.http.request(verb, path, headers=headers, **sent)
+        answer = ana.http.request(verb, path, headers=headers, json=body)
         assert answer.status_code == 422
         assert answer.json()["type"].endswith("idempotency-key-reused")
         assert headers["idempotency-key"] not in answer.text
@@ -144,10 +144,9 @@ def test_a_key_that_is_none_is_refused(join: Join, key: str) -> None:
     assert answer.json()["errors"][0]["field"] == "idempotency-key"
 
 
-@pytest.mark.parametrize("key", ["\xff\xfe", "a b", "'; --", "\t"])
+@pytest.mark.parametrize("key", ["\xff\xfe", "a b", "'; --", "\x85"])
 def test_any_other_text_is_a_key(join: Join, key: str) -> None:
     ana = join("ana")
-    headers = {"idempotency-key": key.encode("latin-1")}
+    headers = {b"idempotency-key": key.encode("latin-1")}
     answers = [ana.http.patch("/api/v1/me", json={"bio": "x"}, headers=headers) for _ in range(2)]
-    assert {answer.status_code for answer in answers} in ({200}, {422})
-    assert len({answer.headers["content-type"] for answer in answers}) == 1
+    assert {answer.status_code for answer in answers} == {200}
