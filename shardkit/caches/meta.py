@@ -133,6 +133,8 @@ def answers_of(
     requests: Sequence[Request], sent: Sequence[int], replies: Sequence[Reply], life: Life
 ) -> list[Answer]:
     """Return the answer to each request."""
+    if len(requests) == 1 == len(sent):
+        return [_answer(requests[0], replies[0], life)]
     if len(sent) == len(requests):
         return [_answer(r, reply, life) for r, reply in zip(requests, replies, strict=True)]
     answers = [Answer(Outcome.DIFFERS) if r.cas is not None else UNKNOWN for r in requests]

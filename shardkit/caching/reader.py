@@ -140,7 +140,8 @@ class Reader(NamedTuple):
         if kind is Kind.ABSENCE:
             if self.floor > 0:  # the session has written the row
                 return self._replace(phase=Phase.LOAD)
-            return self._replace(phase=Phase.DONE, source=Source.CACHE, kind=kind, cas=entry.cas)
+            done = self._replace(phase=Phase.DONE, source=Source.CACHE, kind=kind, cas=entry.cas)
+            return done._replace(payload=entry.payload)  # empty, but in the model
         if kind is Kind.MARKER:
             if len(entry.payload) >= 8:  # see `Writer.replaces`
                 version, payload = uncarried(entry.payload)

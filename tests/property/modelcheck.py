@@ -48,6 +48,9 @@ CLEAN = (
     configuration("evict+crash", readers=1),
     configuration("2evict+crash+expire", readers=1),
     configuration("crash+late", readers=1),
+    configuration("evict+lost", readers=1),
+    configuration("evict+crash+lost", readers=1),
+    configuration("2lost", readers=1),
     configuration("2late", readers=1),
     configuration("rollback+crash", readers=2),
     configuration("restart"),
@@ -65,11 +68,11 @@ CLEAN = (
     configuration("crash", n_keys=2, readers=1),
 )
 UNTIL_RELAY = (
-    # Two faults at once that keep a writer from repairing: old values until the relay has run,
-    # so B and never A or C.
-    configuration("evict+lost", readers=1),
-    configuration("evict+crash+lost", readers=1),
-    configuration("2lost", readers=1),
+    # Three faults at once that keep a writer from repairing: its marker and its last two
+    # operations go. Old values until the relay has run, so B and never A or C.
+    configuration("evict+2lost", writers=1),
+    configuration("3lost", writers=1),
+    configuration("evict+crash+lost+late", writers=1),
 )
 WITHOUT = (
     # What each part of the protocol is for: without it, something old is found.
