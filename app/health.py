@@ -14,7 +14,7 @@ from app.accounts.models import User
 from app.deps import ResourcesDep
 from app.metrics import CONTENT_TYPE, Metrics
 from app.resources import Resources
-from shardkit import AsyncCluster, ids
+from shardkit import AsyncReadSession, deadline, ids
 
 __all__ = ["router"]
 
@@ -28,8 +28,9 @@ class Readiness(BaseModel):
     """What can be reached.
 
     Attributes:
-        status: `ready`, `degraded` (only what is not needed for reading is down), or `down`.
-        parts: `up` or `down` by name: `shard:<physical shard>`, `redis`.
+        status: `ready`, `degraded` (everything can be read, not everything written), or `down`.
+        parts: `up` or `down` by name: `shard:<physical shard>`, whether any of its servers can be
+            read, `primary:<physical shard>`, whether it takes writes, and `redis`.
     """
 
     status: str
@@ -44,7 +45,7 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(resources: ResourcesDep, response: Response) -> Readiness:
-    """Say whether every physical shard and Redis answer; 503 when a shard does not."""
+    """Say whether every physical shard and Redis answer; 503 when a shard cannot be read."""
     parts = await probe(resources)
     lost = [name for name, state in parts.items() if state != "up"]
     if any(name.startswith("shard:") for name in lost):
@@ -64,16 +65,17 @@ async def metrics(found: Annotated[Metrics, Depends(_metrics)]) -> Response:
 
 
 async def probe(resources: Resources) -> dict[str, str]:
-    """Ask every physical shard and Redis at the same time; return `up` or `down` by name."""
+    """Ask everybody at the same time; return `up` or `down` by name."""
     cluster = resources.cluster
     topology = cluster.topology
     first = {
         name: min(topology.shard_map.owned_by(name), default=None) for name in topology.physical
     }
     asked = {
-        f"shard:{name}": _shard_answers(cluster, shard)
+        f"{kind}:{name}": _shard_answers(opened(), shard)
         for name, shard in first.items()
         if shard is not None
+        for kind, opened in (("shard", cluster.reader), ("primary", cluster.writer))
     }
     if resources.redis_url is not None:
         asked["redis"] = _redis_answers(resources.redis_url)
@@ -81,11 +83,12 @@ async def probe(resources: Resources) -> dict[str, str]:
     return {name: "up" if up else "down" for name, up in zip(asked, answers, strict=True)}
 
 
-async def _shard_answers(cluster: AsyncCluster, logical_shard: int) -> bool:
-    """Read a row that never was from one logical shard: a replica or the primary answers."""
+async def _shard_answers(opened: AsyncReadSession, logical_shard: int) -> bool:
+    """Read a row that never was from one logical shard, through a reader or a writer."""
     try:
-        async with asyncio.timeout(PROBE_TIMEOUT), cluster.reader() as session:
-            await session.get(User, ids.compose(0, logical_shard, 0))
+        with deadline(PROBE_TIMEOUT):
+            async with opened as session:
+                await session.get(User, ids.compose(0, logical_shard, 0))
     except Exception:  # noqa: BLE001 - whatever it is, the shard did not answer
         return False
     return True

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
 __all__ = ["KeptProcess"]
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before a process that ended is begun again; each time twice as long."""
+"""Seconds before a process that ended is begun again; twice as long each time that it ends soon."""
+
+SOON = 60.0
+"""Seconds after which a process has not ended soon."""
 
 STOP_TIMEOUT = 10.0
 """Seconds to end by itself, before it is killed."""
@@ -52,7 +56,7 @@ class KeptProcess:
         return subprocess.Popen(self._command, stdin=subprocess.PIPE)  # noqa: S603 - our own
 
     def _keep(self) -> None:
-        pause = FIRST_PAUSE
+        pause, started = FIRST_PAUSE, time.monotonic()
         while not self._stopping.is_set():
             try:
                 code = self._process.wait(0.2)
@@ -60,9 +64,11 @@ class KeptProcess:
                 continue
             if not self._stopping.is_set():
                 self._said(code)
+            if time.monotonic() - started > SOON:
+                pause = FIRST_PAUSE
             if self._stopping.wait(pause):
                 break
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause, started = min(2 * pause, LONGEST_PAUSE), time.monotonic()
             self._process = self._start()
         self._end()
 

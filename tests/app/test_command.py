@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -52,7 +53,7 @@ def test_a_taken_port_is_said_and_the_next_used(app_cluster: LocalCluster) -> No
             process.wait(20)
 
 
-@pytest.mark.parametrize("program", ["app", "app.demo"])
+@pytest.mark.parametrize("program", ["app", "app.demo", "app.workers", "app.repair"])
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -80,8 +81,37 @@ def test_a_wrong_setting_is_named() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_relay_runs_under_shardkits_own_command(app_cluster: LocalCluster) -> None:
+    done = subprocess.run(
+        command("shardkit", "outbox", "relay", "--app", "app.workers:relay", "--drain", "--json"),
+        cwd=FOLDER,
+        env={**os.environ, "APP_CONFIG": str(app_cluster.config_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["delivered"] >= 0
+
+
+def test_the_relay_ends_with_its_parent(app_cluster: LocalCluster) -> None:
+    arguments = ["app.workers", "--config", str(app_cluster.config_path)]
+    attached = subprocess.Popen(
+        command(*arguments, "--attached"), cwd=FOLDER, stdin=subprocess.PIPE
+    )
+    with attached:
+        assert attached.stdin is not None
+        attached.stdin.close()
+        assert attached.wait(30) == 0
+
+
 def test_help_says_what_there_is() -> None:
-    for program, words in (("app", ("--config", "--port")), ("app.demo", ("--people", "--seed"))):
+    for program, words in (
+        ("app", ("--config", "--port")),
+        ("app.demo", ("--people", "--seed")),
+        ("app.workers", ("--config", "--attached")),
+        ("app.repair", ("--dry-run", "--json", "--batch")),
+    ):
         done = subprocess.run(
             command(program, "--help"), cwd=FOLDER, capture_output=True, text=True, check=True
         )

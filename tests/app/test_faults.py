@@ -184,6 +184,9 @@ def test_a_follow_reaches_a_server_that_was_down(
     ana, ben = one_on_each
     primary = app_cluster.primary("beta").name  # replicas go on: ben is found, not written to
     with without(app_cluster, service, primary):
+        ready = ana.http.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+        assert ready.json()["parts"]["primary:beta"] == "down"
         ana.http.put(f"/api/v1/users/{ben.username}/follow").raise_for_status()
         ana.http.cookies.delete("shardkit-token")  # after a minute any replica will do
         profile = ana.http.get(f"/api/v1/users/{ben.username}").json()

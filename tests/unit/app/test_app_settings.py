@@ -22,7 +22,13 @@ def test_pictures_live_beside_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"APP_PORT": "x"}, {"APP_PORT": "70000"}, {"APP_BODY_TIMEOUT": "0"}]
+    "wrong",
+    [
+        {"APP_PORT": "x"},
+        {"APP_PORT": "70000"},
+        {"APP_BODY_TIMEOUT": "0"},
+        {"APP_DATABASE_TIMEOUT": "inf"},
+    ],
 )
 def test_wrong_values_are_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
