@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import gates, parallel, scatter
+from shardkit import fences, gates, parallel, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
@@ -156,6 +156,7 @@ class _Core:
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
+            event.listen(engine, "handle_error", fences.refusal)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             if purpose is Purpose.READ:

@@ -22,6 +22,7 @@
     │   │   └── BreakerOpenError          retryable
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
+    │   ├── ShardFencedError              retryable
     │   ├── StatementTimeoutError         retryable
     │   └── ValueBusyError                retryable
     ├── UniqueViolationError
@@ -183,6 +184,10 @@ class OverloadedError(UnavailableError):
 
 class PoolTimeoutError(UnavailableError):
     """No pooled connection came free in time; try again or raise pool_size."""
+
+
+class ShardFencedError(UnavailableError):
+    """A logical shard does not admit the statement, as when it is moved; try again."""
 
 
 class StatementTimeoutError(UnavailableError):

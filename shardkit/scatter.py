@@ -20,10 +20,11 @@ from sqlalchemy.engine.result import SimpleResultMetaData, tuplegetter
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
-from shardkit.errors import StatementTimeoutError, TooManyRowsError
+from shardkit.errors import ShardFencedError, StatementTimeoutError, TooManyRowsError
 from shardkit.gates import CANNOT_ANSWER
 from shardkit.gather import Plan
 from shardkit.keylists import KeyLists
+from shardkit.schemas import ANY_SCHEMA
 from shardkit.timeouts import limited
 from shardkit.topology import schema_name
 
@@ -44,7 +45,6 @@ __all__ = [
 _OPTION: Final = "shardkit_scatter"
 CURSOR: Final = "shardkit_cursor"
 """The execution option with the `Cursor` of a statement."""
-_ANY_SCHEMA: Final = "shardkit_any_shard"
 _DIALECT: Final[Any] = cast("Any", PGDialect_psycopg)()
 
 
@@ -107,7 +107,7 @@ def of(plan: Plan | None, shards: tuple[int, ...], max_rows: int | None) -> Scat
 
 def view(engine: Engine) -> Engine:
     """Return a view of an engine that runs scattered statements over many schemas."""
-    scattering = engine.execution_options(schema_translate_map={None: _ANY_SCHEMA})
+    scattering = engine.execution_options(schema_translate_map={None: ANY_SCHEMA})
     event.listen(scattering, "before_cursor_execute", _rewrite, retval=True)
     return scattering
 
@@ -121,7 +121,7 @@ def compose(branch: str, scatter: Scatter) -> str:
         scatter: the schemas and the tail.
     """
     union = f" {scatter.union} ".join(
-        scatter.lists.text(branch, shard).replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.")
+        scatter.lists.text(branch, shard).replace(f"{ANY_SCHEMA}.", f"{schema_name(shard)}.")
         for shard in scatter.shards
     )
     return union + scatter.tail
@@ -129,7 +129,7 @@ def compose(branch: str, scatter: Scatter) -> str:
 
 def sql_of(branch: Any, scatter: Scatter) -> str:
     """Return the SQL of one server for people to read; values stay parameters."""
-    schemas = {None: _ANY_SCHEMA}
+    schemas = {None: ANY_SCHEMA}
     compiled = branch.compile(dialect=_DIALECT, schema_translate_map=schemas)
     return compose(compiled.preparer._render_schema_translates(compiled.string, schemas), scatter)
 
@@ -180,7 +180,7 @@ class Gathering:
         servers: Mapping[str, tuple[Connection, tuple[int, ...]]],
         parallel: Callable[[Sequence[Callable[[], Any]]], list[Any]],
     ) -> dict[str, Exception]:
-        """Ask servers at once; return the lost connection or timeout of each that failed.
+        """Ask servers at once; return the lost connection, timeout or fence of each that failed.
 
         Args:
             servers: connection, of an engine made by `view`, and logical shards, by name of the
@@ -198,7 +198,7 @@ class Gathering:
         for name, answer in zip(servers, parallel(tasks), strict=True):
             if isinstance(answer, Exception):
                 # These are about a server; anything else is about the statement.
-                if not isinstance(answer, StatementTimeoutError) and not (
+                if not isinstance(answer, StatementTimeoutError | ShardFencedError) and not (
                     is_lost(answer) or is_refused(answer)
                 ):
                     raise answer

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Insert, event, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import gather, scatter, streams
+from shardkit import fences, gather, scatter, streams
 from shardkit.binds import BoundSession
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections
@@ -23,6 +25,7 @@ from shardkit.errors import (
     NoShardKeyError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
+    ShardFencedError,
     StatementTimeoutError,
     TooManyShardsError,
     UnavailableError,
@@ -358,6 +361,9 @@ class ReadSession(BoundSession):
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
+        for name, error in failures.items():
+            if isinstance(error, ShardFencedError):
+                self._name_fenced(error, plan.branch, name, groups[name])
         if cluster.listeners and len(shards) > 1:
             line = caller()
 
@@ -405,9 +411,17 @@ class ReadSession(BoundSession):
             else:
                 self._cluster.failed(endpoint, found)
             return found
-        if isinstance(error, StatementTimeoutError):
+        if isinstance(error, StatementTimeoutError | ShardFencedError):
             error.endpoint = str(endpoint)
         return error
+
+    def _name_fenced(
+        self, error: ShardFencedError, statement: Any, physical: str, shards: Sequence[int]
+    ) -> None:
+        """Say which logical shard of a server is fenced, if the server still tells."""
+        ask = partial(self._cluster.ask, physical, primary=self.role is Role.PRIMARY)
+        with suppress(UnavailableError, DBAPIError):
+            error.logical_shard = fences.first_fenced(ask, statement, shards)
 
     def _asked(
         self,
