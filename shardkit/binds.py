@@ -16,7 +16,11 @@ from sqlalchemy.orm import Mapper, Session
 
 from shardkit.checks import connection_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
-from shardkit.errors import EndpointUnavailableError, NoShardKeyError, UnavailableError
+from shardkit.errors import (
+    EndpointUnavailableError,
+    NoShardKeyError,
+    UnavailableError,
+)
 from shardkit.events import ReplicaPassedOver
 from shardkit.freshness import Freshness, driver_of
 from shardkit.streams import Streams

@@ -30,11 +30,13 @@ from shardkit.config import MAX_ROWS, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
+    InvalidShardKeyError,
     UnsupportedStatementError,
 )
 from shardkit.events import EndpointFailed, Listeners
 from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
+from shardkit.keys import shown
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
@@ -186,7 +188,17 @@ class _Core:
         return view
 
     def physical_of(self, logical_shard: int) -> str:
-        """Return the name of the physical shard that holds a logical shard."""
+        """Return the name of the physical shard that holds a logical shard.
+
+        Raises:
+            InvalidShardKeyError: there is none of that number.
+        """
+        total = self.router.total
+        if type(logical_shard) is not int or not 0 <= logical_shard < total:
+            raise InvalidShardKeyError(
+                f"{shown(logical_shard)} is not a logical shard",
+                hint=f"logical shards are numbers from 0 to {total - 1}",
+            )
         return self.topology.shard_map.owner(logical_shard)
 
     def primary_of(self, physical: str) -> Endpoint:

@@ -12,6 +12,7 @@
     │   ├── ReadOnlySessionError
     │   ├── TooManyShardsError
     │   ├── TooManyRowsError
+    │   ├── TooManyValuesError
     │   └── UnsupportedStatementError
     ├── IdError
     │   ├── InvalidIdError
@@ -137,6 +138,10 @@ class TooManyShardsError(RoutingError):
 
 class TooManyRowsError(RoutingError):
     """The statement fetches more rows than may be held; add a LIMIT or allow more."""
+
+
+class TooManyValuesError(RoutingError):
+    """The statement carries more values than PostgreSQL takes; pass them as one array."""
 
 
 class UnsupportedStatementError(RoutingError):

@@ -357,11 +357,11 @@ class _Cursor:
             raise NotReplayedError(f"not replayed up to {lsn_text(needed.lsn)} yet")
 
 
-class Cursor(_Cursor, psycopg.Cursor[Any]):
+class Cursor(_Cursor, drivers.Bounded, psycopg.Cursor[Any]):
     """A cursor of a thread."""
 
 
-class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):
+class AsyncCursor(_Cursor, drivers.Bounded, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
 
 

@@ -20,6 +20,7 @@ from sqlalchemy.engine.result import SimpleResultMetaData, tuplegetter
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
+from shardkit.drivers import refuse_many
 from shardkit.errors import ShardFencedError, StatementTimeoutError, TooManyRowsError
 from shardkit.gates import CANNOT_ANSWER
 from shardkit.gather import Plan
@@ -316,6 +317,7 @@ def _rewrite(
     scatter = context.execution_options.get(_OPTION)
     if scatter is None:
         return statement, parameters
+    refuse_many(len(parameters))  # they would be written out for each schema
     text = compose(statement, scatter)
     parameters = {**parameters, **scatter.lists.parameters(scatter.shards)}
     cursor = context.execution_options.get(CURSOR)

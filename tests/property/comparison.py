@@ -32,6 +32,7 @@ def answer_of_shardkit(
     """
     if awaited:
         world.awaited.expunge_all()
+        yield_per = yield_per or statement.get_execution_options().get("yield_per")
         return world.runner.run(_awaited(world, statement, yield_per))
     world.sharded.expunge_all()
     options: dict[str, Any] = {} if yield_per is None else {"yield_per": yield_per}
