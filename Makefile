@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-unit test-oracle lint type format bench uniqueness stale lookup-race outbox-chaos lock clean
+.PHONY: help setup run test test-pooler test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos halves lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -39,6 +39,9 @@ CASES ?= 50000
 test-oracle: setup ## compare 50,000 statements with one server; CASES=n for more or fewer
 	@SHARDKIT_ORACLE_CASES=$(CASES) $(BIN)/python -m pytest tests/property -s $(ARGS)
 
+model-check: setup ## every interleaving of the cache protocol under faults; about ten minutes
+	@$(BIN)/python -m tests.property.modelcheck $(ARGS)
+
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -56,6 +59,9 @@ bench: setup ## every benchmark, with its baseline in the same run
 
 uniqueness: setup ## 20 million ids under forks, kills and clock steps, and no id twice
 	@$(BIN)/python -m benchmarks uniqueness $(ARGS)
+
+halves: setup ## 310 kills in atomic commits over two servers, and no commit half done
+	@$(BIN)/python -m benchmarks halves $(ARGS)
 
 stale: setup ## a million writes, each read at once from replicas, and no read is stale
 	@$(BIN)/python -m benchmarks stale $(ARGS)

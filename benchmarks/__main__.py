@@ -14,7 +14,7 @@ import benchmarks
 SHARED = ("__main__", "measure", "outage", "published")
 """Modules that are no benchmarks."""
 
-LONG = ("chaos", "lookup", "stale", "uniqueness")
+LONG = ("chaos", "halves", "lookup", "stale", "uniqueness")
 """Benchmarks that take minutes, run only when named."""
 
 

@@ -72,6 +72,11 @@ class AsyncWriteSession(AsyncReadSession):
         """After a commit, what a later reader must have seen; an empty string before."""
         return self.sync_session.token
 
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Physical shards that had not answered a commit in two phases; see `WriteSession`."""
+        return self.sync_session.pending
+
     def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
         """Write an event to the outbox, in this transaction. See `WriteSession.emit`."""
         self.sync_session.emit(topic, payload, key=key, near=near)

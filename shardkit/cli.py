@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import ids, local, locate, lookup, migrate, outbox, status
+from shardkit.commands import (
+    ids,
+    local,
+    locate,
+    lookup,
+    migrate,
+    outbox,
+    reference,
+    status,
+    twophase,
+)
 from shardkit.errors import (
     ConfigurationError,
     IdError,
@@ -34,6 +44,8 @@ app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
+app.add_typer(reference.app, name="reference")
+app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)

@@ -127,9 +127,14 @@ class Cluster(_Opened[Connections]):
 
     _connections_class = Connections
 
-    def writer(self) -> WriteSession:
-        """Return a session on the primaries; it writes to one physical shard per transaction."""
-        return WriteSession(self.connections)
+    def writer(self, *, atomic: bool = False) -> WriteSession:
+        """Return a session on the primaries; it writes to one physical shard per transaction.
+
+        Args:
+            atomic: let a transaction write to several: all of it holds, or none
+                (`shardkit.twophase`). Costs round trips, and nothing where only one is written.
+        """
+        return WriteSession(self.connections, atomic=atomic)
 
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> ReadSession:
         """Return a read-only session on replicas.
@@ -221,9 +226,9 @@ class AsyncCluster(_Opened[AsyncConnections]):
 
     _connections_class = AsyncConnections
 
-    def writer(self) -> AsyncWriteSession:
-        """Return a session on the primaries; it writes to one physical shard per transaction."""
-        return AsyncWriteSession(self.connections)
+    def writer(self, *, atomic: bool = False) -> AsyncWriteSession:
+        """Return a session on the primaries; see `Cluster.writer`."""
+        return AsyncWriteSession(self.connections, atomic=atomic)
 
     def reader(self, *, after: str | None = None, max_lag: float | None = None) -> AsyncReadSession:
         """Return a read-only session on replicas; see `Cluster.reader`."""

@@ -36,14 +36,17 @@ class Connection(Parting, waits.Connection):
     Attributes:
         is_alone: whether the next statement is a transaction by itself; it puts this out. To be
             set, either way, whenever a transaction starts.
+        has_committed: whether its transaction is known to hold, though the answer to COMMIT was
+            lost with the connection.
     """
 
     is_alone = False
+    has_committed = False
     _leaves_begin = False
 
     def commit(self) -> None:
         """Commit, unless nothing was begun; see psycopg's `Connection.commit`."""
-        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+        if not self.has_committed and self.pgconn.transaction_status != TransactionStatus.IDLE:
             super().commit()
 
     def rollback(self) -> None:
@@ -60,11 +63,12 @@ class AsyncConnection(Parting, waits.AsyncConnection):
     """A connection of an event loop; see `Connection`."""
 
     is_alone = False
+    has_committed = False
     _leaves_begin = False
 
     async def commit(self) -> None:
         """Commit, unless nothing was begun; see psycopg's `AsyncConnection.commit`."""
-        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+        if not self.has_committed and self.pgconn.transaction_status != TransactionStatus.IDLE:
             await super().commit()
 
     async def rollback(self) -> None:

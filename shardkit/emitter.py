@@ -137,6 +137,7 @@ class EmittingSession(ReadSession):
                 raise InvalidEventError("the object that an event is about was never written")
             groups.setdefault(shard, []).append(event_)
         self._note_written(groups)
+        prepares = self._prepares()
         ids = self._cluster.ids.mint({shard: len(some) for shard, some in groups.items()})
         try:
             for shard in sorted(groups):
@@ -145,7 +146,8 @@ class EmittingSession(ReadSession):
                     shard,
                     groups[shard],
                     ids[shard],
-                    with_commit=with_commit,
+                    with_commit=with_commit and not prepares,
+                    notifies=not prepares,
                 )
         except DBAPIError as error:
             if refusal := emitting.refusal(error):
@@ -165,6 +167,9 @@ class EmittingSession(ReadSession):
     # -- of the writer
 
     def _note_written(self, shards: Iterable[int]) -> None:
+        raise NotImplementedError
+
+    def _prepares(self) -> bool:
         raise NotImplementedError
 
     def _named(self, rule: Rule, key: Any) -> int:

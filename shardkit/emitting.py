@@ -211,6 +211,7 @@ def send(
     ids: Sequence[int],
     *,
     with_commit: bool,
+    notifies: bool = True,
 ) -> None:
     """Store events in the outbox of a logical shard, in the transaction of a connection.
 
@@ -220,6 +221,8 @@ def send(
         events: in the order in which they were emitted.
         ids: one for each.
         with_commit: whether they may be sent together with COMMIT.
+        notifies: whether a relay that sleeps is woken; what is to be prepared must not, so that
+            the relay finds those events when it looks again by itself.
 
     Raises:
         sqlalchemy.exc.DBAPIError: of which some are a `refusal`.
@@ -240,7 +243,7 @@ def send(
             [event.topic for event in events],
             [event.payload for event in events],
         )
-    statement = _statement(template, shard)
+    statement = _statement(template, shard, notifies=notifies)
     driver: Any = connection.connection.driver_connection
     if not (with_commit and driver.say_last(statement, parameters)):
         connection.exec_driver_sql(statement, parameters)
@@ -267,16 +270,17 @@ def mark_effects(
     return {row[0] for row in found}
 
 
-_TEXTS: dict[tuple[str, int], str] = {}
+_TEXTS: dict[tuple[str, int, bool], str] = {}
 
 
-def _statement(template: str, shard: int) -> str:
-    text = _TEXTS.get((template, shard))
+def _statement(template: str, shard: int, *, notifies: bool) -> str:
+    text = _TEXTS.get((template, shard, notifies))
     if text is None:
-        text = _TEXTS[template, shard] = template.format(
+        woken = _WOKEN if notifies else "0"
+        text = _TEXTS[template, shard, notifies] = template.format(
             schema=schema_name(shard),
             place=_PLACE.format(shift=EPOCH_SHIFT, shard=shard),
-            woken=_WOKEN.format(sleeping=SLEEPING, channel=CHANNEL, shard=shard),
+            woken=woken.format(sleeping=SLEEPING, channel=CHANNEL, shard=shard),
         )
     return text
 

@@ -29,6 +29,7 @@ __all__ = [
     "Relayed",
     "ReplicaPassedOver",
     "StatementRouted",
+    "TwoPhaseStep",
     "caller",
 ]
 
@@ -202,6 +203,29 @@ class BreakerChanged:
     retry_after: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class TwoPhaseStep:
+    """A commit over several physical shards reached a step.
+
+    Attributes:
+        session: number of the session, unique in the process.
+        transaction: 32 hexadecimal digits, in the name of everything it prepares.
+        step: `preparing`, `prepared`, `deciding` (the coordinator is about to commit),
+            `decided`, then `finished`, or `pending` where a participant did not answer; or
+            `abandoned` after an error.
+        coordinator: name of the physical shard that decides.
+        participants: names of the others.
+        pending: those that have not committed their part yet; the resolver will.
+    """
+
+    session: int
+    transaction: str
+    step: str
+    coordinator: str
+    participants: tuple[str, ...]
+    pending: tuple[str, ...]
+
+
 Event = (
     StatementRouted
     | Gathered
@@ -210,6 +234,7 @@ Event = (
     | ReplicaPassedOver
     | Committed
     | Relayed
+    | TwoPhaseStep
 )
 Listener = Callable[[Event], None]
 """Called with each event. Must be quick and must not use the session that emits it."""

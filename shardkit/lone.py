@@ -54,7 +54,7 @@ def _listens(session: Session) -> bool:
         or len(events.after_flush) > 1
         or events.after_flush_postexec
         or len(events.after_transaction_create) > 1
-        or len(events.before_commit) > 1
+        or len(events.before_commit) > 2
         or events.pending_to_persistent
     )
 
@@ -68,6 +68,8 @@ def _related(mapper: Mapper[Any]) -> frozenset[str] | None:
     connection.
     """
     if len(mapper.tables) != 1 or lookups_of(mapper.tables[0]):
+        return None
+    if mapper.tables[0].schema is not None:  # a reference table
         return None
     if any(relationship.lazy in ("dynamic", "write_only") for relationship in mapper.relationships):
         return None

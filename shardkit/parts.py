@@ -59,7 +59,7 @@ def refuse_unwritable(statement: Any, params: Params) -> None:
     if base_sharding(statement.table) is None:
         raise UnsupportedStatementError(
             f"{statement.table} is not a sharded table, and its rows would change on one server",
-            hint="reference tables cannot be written through a session yet",
+            hint="reference tables are written by objects, in cluster.writer(atomic=True)",
         )
     if isinstance(params, list | tuple) and not params:
         raise UnsupportedStatementError(

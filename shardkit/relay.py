@@ -26,15 +26,18 @@ from typing import Any, Final, Self, TypeVar
 
 import psycopg
 from psycopg import sql
+from sqlalchemy.exc import SQLAlchemyError
 
 from shardkit.batches import Batch, Claims, Taken
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.connections import Connections
 from shardkit.delivery import Failure, Handler, Hands, Job
-from shardkit.errors import ConfigurationError, EndpointUnavailableError
+from shardkit.errors import ConfigurationError, EndpointUnavailableError, ShardkitError
 from shardkit.events import Relayed
 from shardkit.outbox import Backoff
-from shardkit.topology import MAX_LOGICAL_SHARDS, PhysicalShard, schema_name
+from shardkit.topology import MAX_LOGICAL_SHARDS, PhysicalShard, Topology, schema_name
+from shardkit.twophase import resolve
 
 __all__ = ["Relay"]
 
@@ -50,6 +53,9 @@ _SHARDS_PER_LOOK = 512
 
 _CLEANING_PAUSE = 5.0
 """Seconds between two rounds of cleaning, each of `_SHARDS_PER_CLEANING` logical shards."""
+
+_RESOLVING_PAUSE = 1.0
+"""Seconds between two looks for commits over several servers that nobody ends."""
 
 _SHARDS_PER_CLEANING = 32
 _ROWS_PER_CLEANING = 2000
@@ -200,6 +206,8 @@ class Relay:
         threads = [
             threading.Thread(target=_kept, args=pair) for pair in zip(work, servers, strict=True)
         ]
+        if not until_empty:
+            threads.append(threading.Thread(target=_resolve, args=(topology, stop)))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -208,6 +216,25 @@ class Relay:
             if server.error is not None:
                 raise server.error
         return sum(server.delivered for server in servers)
+
+
+def _resolve(topology: Topology, stop: threading.Event) -> None:
+    """End what commits over several servers have left in doubt, now and then, until told to stop.
+
+    With connections of its own: a relay of an asyncio cluster has no loop in this thread.
+    """
+    servers = Connections(topology)
+    try:
+        while not stop.wait(_RESOLVING_PAUSE):
+            try:
+                done = resolve(servers, topology.physical)
+            except (ShardkitError, SQLAlchemyError) as error:
+                _LOG.warning("what is in doubt stays so: %s", error)
+            else:
+                for settled in done.settled:
+                    _LOG.info("%s ended: %s", settled.gid, settled.outcome)
+    finally:
+        servers.close()
 
 
 def _kept(work: Callable[[], None], server: _Server) -> None:

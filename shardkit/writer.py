@@ -6,11 +6,12 @@ would write to two is refused before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 import psycopg
-from sqlalchemy import Connection, Engine, Insert, event, insert, update
+from sqlalchemy import Connection, Engine, Insert, Table, event, insert, update
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 from sqlalchemy.orm import (
@@ -23,6 +24,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import emitting, gates, parts, writes
+from shardkit.broadcasts import copy, is_reference, lock
 from shardkit.checks import connection_error, late_error
 from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
@@ -49,6 +51,7 @@ from shardkit.strategies import Rule
 from shardkit.timeouts import limited
 from shardkit.tokens import Token, joined, mint
 from shardkit.topology import Endpoint, Role
+from shardkit.twophase import AtomicCommit
 from shardkit.uniques import Value
 from shardkit.waits import WaitedTooLongError
 
@@ -66,14 +69,36 @@ class WriteSession(EmittingSession):
     two physical shards is refused before anything is written. Reads see the session's own
     writes. Objects stay usable after commit: nothing is expired.
 
+    Args:
+        connections: of the cluster.
+        atomic: whether a unit of work may write to several physical shards, in two phases.
+        **options: as for SQLAlchemy's `Session`.
+
+    Attributes:
+        pending: after a commit in two phases, the physical shards that had not answered yet:
+            what was written there holds, and is seen as soon as the resolver gets through.
+
     Made by `Cluster.writer`.
     """
 
     role: ClassVar[Role] = Role.PRIMARY
     purpose: ClassVar[Purpose] = Purpose.WRITE
 
-    def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
+    def __init__(
+        self,
+        connections: Connections | AsyncConnections,
+        *,
+        atomic: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(connections, **options)
+        self._atomic = atomic
+        self._atomic_commit: AtomicCommit | None = None
+        self._broadcast: dict[int, tuple[InstanceState[Any], Any]] = {}  # of this flush
+        self._is_broadcasting = False  # whether this transaction holds the lock
+        self._is_two_phase = False  # the commit under way, or the last one
+        self._is_committing = False  # from the last flush until COMMIT is answered
+        self.pending: tuple[str, ...] = ()
         self._written: set[str] = set()
         self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
@@ -104,10 +129,13 @@ class WriteSession(EmittingSession):
         """
         try:
             Session.flush(self, objects)
+            if self._broadcast and len(self._cluster.physical) > 1:
+                self._copy_broadcast()
         except DBAPIError as error:
             self._raise(error)
         finally:
             self._placed.clear()
+            self._broadcast.clear()
 
     def commit(self) -> None:
         """Flush and commit.
@@ -132,21 +160,24 @@ class WriteSession(EmittingSession):
             self._flush_lone()
         else:
             self.flush()
+        self._refuse_failed()
+        try:
+            super().commit()
+        except Exception as error:
+            self.rollback()  # and find out what became of it: `_on_end`
+            if isinstance(error, DBAPIError):
+                found = emitting.refusal(error) or late_error(error)
+                if found is not None:
+                    raise found from error
+            raise
+
+    def _refuse_failed(self) -> None:
         if any(root.invalidated for _, root in self._roots.values()) or any(
             driver.pgconn.transaction_status == _FAILED for driver in self._drivers
         ):
             raise PendingRollbackError(
                 "a statement of this transaction failed; call rollback() and begin again"
             )
-        try:
-            super().commit()
-        except DBAPIError as error:
-            if error.connection_invalidated and self._written:
-                raise OutcomeUnknownError from error
-            found = emitting.refusal(error) or late_error(error)
-            if found is None:
-                raise
-            raise found from error
 
     def _flush_lone(self) -> None:
         """Flush what the server commits by itself, so that a lost answer is a lost outcome."""
@@ -184,8 +215,57 @@ class WriteSession(EmittingSession):
                 if shard is not None:
                     placed[id(obj)] = shard
         if placed:
-            self._note_written(placed.values())
+            self._note_written(placed.values(), self._described)
             self._claims.flush(self)
+        changed = (obj for obj in self.dirty if self.is_modified(obj))
+        if any(
+            is_reference(instance_state(o).mapper.local_table)
+            for o in (*self.new, *changed, *self.deleted)
+        ):
+            self._begin_broadcast()
+
+    def _begin_broadcast(self) -> None:
+        """Take the turn of this transaction to write reference tables, if it has not yet.
+
+        Raises:
+            CrossShardWriteError: the session is not atomic, and there are several physical shards.
+            StatementTimeoutError: another broadcast takes too long (retryable).
+        """
+        servers = sorted(self._cluster.physical)
+        if len(servers) > 1 and not self._atomic:
+            raise CrossShardWriteError(
+                f"reference tables are written on {', '.join(servers)} together",
+                hint="use cluster.writer(atomic=True)",
+            )
+        if len(servers) > 1 and not self._is_broadcasting:
+            self._is_broadcasting = True
+            lock([self._scattering(physical) for physical in servers])
+        self._note_written(range(self._cluster.router.total))  # a token is for every reader of it
+        self._written |= set(servers)
+
+    def _copy_broadcast(self) -> None:
+        """Copy what was flushed on the home to the other servers."""
+        home, *others = sorted(self._cluster.physical)
+        changed: dict[Table, set[Any]] = {}
+        for state, before in self._broadcast.values():
+            keys = {before, state.identity} - {None}
+            for table in state.mapper.tables:
+                assert isinstance(table, Table)
+                changed.setdefault(table, set()).update(keys)
+        copy(self._scattering(home), [self._scattering(physical) for physical in others], changed)
+
+    def _described(self) -> dict[str, list[str]]:
+        """Return the objects of the unit of work by the physical shard they are written to."""
+        described: dict[str, list[str]] = {}
+        for obj in (*self.new, *self.dirty, *self.deleted):
+            shard = self._placed.get(id(obj))
+            if shard is not None:
+                identity = instance_state(obj).identity or instance_state(
+                    obj
+                ).mapper.primary_key_from_instance(obj)
+                name = f"{type(obj).__name__} {', '.join(map(str, identity))}"
+                described.setdefault(self._cluster.physical_of(shard), []).append(name)
+        return described
 
     def _stored_shard(self, obj: Any) -> int | None:
         return self._decided(lambda router: stored_shard(obj, router))
@@ -193,33 +273,56 @@ class WriteSession(EmittingSession):
     def _named(self, rule: Rule, key: Any) -> int:
         return self._decided(lambda router: router.shard(rule, key))
 
-    def _note_written(self, shards: Iterable[int]) -> None:
+    def _note_written(
+        self, shards: Iterable[int], described: Callable[[], dict[str, list[str]]] = dict
+    ) -> None:
         noted = set(shards)
-        self._written = self._refuse_several(noted)
+        self._written = self._allowed(noted, described)
         self._written_shards |= noted
         for physical in self._written:
             if physical in self._roots:  # COMMIT asks for its position
                 driver_of(self._roots[physical][1]).mints = True
 
-    def _refuse_several(self, shards: Iterable[int]) -> set[str]:
-        """Return the physical shards written to, with those of `shards`: one at most."""
+    def _prepares(self) -> bool:
+        """Tell whether the transaction will be prepared: it has written to several servers."""
+        return len(self._written) > 1
+
+    def _allowed(
+        self, shards: Iterable[int], described: Callable[[], dict[str, list[str]]] = dict
+    ) -> set[str]:
+        """Return the physical shards written to, with those of `shards`.
+
+        Raises:
+            CrossShardWriteError: they are several, and the session is not atomic.
+        """
         together = {self._cluster.physical_of(shard) for shard in shards} | self._written
-        if len(together) > 1:
+        if len(together) > 1 and not self._atomic:
+            names = described()
+            what = "; ".join(
+                f"{physical} ({_shortened(names[physical])})" if physical in names else physical
+                for physical in sorted(together)
+            )
             raise CrossShardWriteError(
-                f"the unit of work would write to {', '.join(sorted(together))}",
-                hint="keep rows that change together under one shard key, or commit in between",
+                f"the unit of work would write to {what}",
+                hint="keep rows that change together under one shard key, or use "
+                "cluster.writer(atomic=True), or session.emit() an event for what may follow later",
             )
         return together
 
     def connection_callable(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         """Return the connection of an object's logical shard; called by SQLAlchemy at flush."""
+        if is_reference(instance_state(instance).mapper.local_table):
+            self._begin_broadcast()
+            state = instance_state(instance)
+            self._broadcast.setdefault(id(state), (state, state.identity))
+            return self._scattering(min(self._cluster.physical))
         shard = self._placed.get(id(instance))
         if shard is None:  # the flush itself found it, through a relationship
             shard = self._stored_shard(instance)
             if shard is None:
                 raise UnsupportedStatementError(
                     f"{type(instance).__name__} is not a sharded class, so it lives nowhere",
-                    hint="reference tables cannot be written through a session yet",
+                    hint="derive it from Sharded or Reference",
                 )
             self._note_written((shard,))
         state = instance_state(instance)
@@ -310,7 +413,7 @@ class WriteSession(EmittingSession):
                 assign=True,
             )
             # Before ids are minted and anything is written.
-            self._refuse_several(shards)
+            self._allowed(shards)
             return parts.inserts(statement, params, shards, cluster.ids.mint)
         if isinstance(params, list | tuple):
             mapper = state.bind_mapper if writes.is_bulk(state) else None
@@ -372,6 +475,31 @@ class WriteSession(EmittingSession):
     def _writable(self) -> None:
         return
 
+    def _before_commit(self) -> None:
+        """Do what has to be done between the last write and COMMIT.
+
+        The order is that of promises: everything written is flushed first; what must hold with it
+        joins its transactions (events: `EmittingSession`, called before); then, over several
+        servers, all of it is prepared and decided. The rest of a decided commit cannot fail any
+        more: see `_on_commit`.
+        """
+        if self._atomic_commit is not None:
+            raise PendingRollbackError("this commit failed before; call rollback() and begin again")
+        self.flush()  # SQLAlchemy's own flush comes later
+        self._refuse_failed()
+        self._is_committing = True
+        # A unit of work without net changes opens no connection.
+        roots = {name: self._roots[name][1] for name in self._written if name in self._roots}
+        self._is_two_phase = len(roots) > 1
+        if not self._is_two_phase:
+            return
+        self._atomic_commit = AtomicCommit(self._cluster, roots, self._number)
+        try:
+            self._atomic_commit.prepare()
+            self._atomic_commit.decide()
+        except DBAPIError as error:
+            self._raise(error)
+
     # -- connections
 
     def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
@@ -402,6 +530,7 @@ class WriteSession(EmittingSession):
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
         self._written.clear()
+        self._is_broadcasting = False
         self._written_shards.clear()
         self._emissions.clear()
         self._streams.abandon()
@@ -432,10 +561,11 @@ class WriteSession(EmittingSession):
         """Return the server and the end of its log, which what was committed lies before."""
         if physical in self._written:
             root = self._roots.get(physical)
-            driver = None if root is None else driver_of(root[1])
-            if driver is None or driver.committed is None or not driver.system:
+            driver = None if root is None or root[1].invalidated else driver_of(root[1])
+            if driver is not None and driver.committed is not None and driver.system:
+                return driver.system, driver.committed
+            if not self._is_two_phase or physical in self.pending:
                 return None
-            return driver.system, driver.committed
         try:
             return self._cluster.written(physical)
         except (UnavailableError, DBAPIError):
@@ -460,12 +590,29 @@ def _on_flush(session: Session, _context: UOWTransaction, _objects: Any) -> None
     session._prepare_flush()
 
 
+def _shortened(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+@event.listens_for(WriteSession, "before_commit")
+def _on_before_commit(session: Session) -> None:
+    assert isinstance(session, WriteSession)
+    if not session.in_nested_transaction():
+        session._before_commit()
+
+
 @event.listens_for(WriteSession, "after_commit")
 def _on_commit(session: Session) -> None:
     """Make the token, also where `with session.begin()` commits and `commit` is not called."""
     assert isinstance(session, WriteSession)
     if session.in_nested_transaction():
         return
+    session._is_committing = False
+    session.pending = ()
+    if session._atomic_commit is not None:
+        session._atomic_commit.finish()
+        session.pending = session._atomic_commit.pending
+        session._atomic_commit = None
     session._claims.committed()
     if session._written:
         session._token = session._minted()
@@ -477,12 +624,31 @@ def _on_commit(session: Session) -> None:
 
 @event.listens_for(WriteSession, "after_transaction_end")
 def _on_end(session: Session, transaction: SessionTransaction) -> None:
+    """Let go of a transaction that ended, and say so where nobody knows how.
+
+    Raises:
+        OutcomeUnknownError: COMMIT was lost with its connection. Also `with session.begin()`
+            comes here while that error is under way, and so raises this one.
+    """
     assert isinstance(session, WriteSession)
-    if transaction.parent is None:
-        session._ended()
-        session._claims.settle()
-    else:
+    if transaction.nested:  # a lock taken inside ends with what is rolled back
+        session._is_broadcasting = False
+    if transaction.parent is not None:
         session._streams.abandon(transaction)
+        return
+    was_committing, session._is_committing = session._is_committing, False
+    was_written = bool(session._written)
+    session._ended()
+    if session._atomic_commit is not None:  # it did not commit, or nobody knows
+        abandoned, session._atomic_commit = session._atomic_commit, None
+        abandoned.abandon()
+        session._claims.settle()
+        return
+    session._claims.settle()
+    error = sys.exc_info()[1]
+    is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    if was_committing and was_written and is_lost:
+        raise OutcomeUnknownError from error
 
 
 @event.listens_for(WriteSession, "after_flush")

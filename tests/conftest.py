@@ -1,6 +1,7 @@
 """The plugins of the test suite; nothing else."""
 
 pytest_plugins = [
+    "tests.fixtures.caches",
     "tests.fixtures.proxies",
     "tests.fixtures.servers",
     "tests.fixtures.service",

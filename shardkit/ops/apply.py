@@ -25,8 +25,8 @@ from shardkit.errors import (
     TryAgainError,
 )
 from shardkit.ops.direct import connect
-from shardkit.ops.ledger import admin_script, rules_script, shard_script
-from shardkit.ops.plan import MigrationPlan, PhysicalPlan
+from shardkit.ops.ledger import admin_script, reference_script, rules_script, shard_script
+from shardkit.ops.plan import MigrationPlan, PhysicalPlan, ShardWork
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology, schema_name
 
@@ -179,7 +179,12 @@ class _PhysicalRun:
         self._app_role = self._shard.primary.url.username or ""
         self._admin = plan.admin
         self._rules = plan.rules
-        self._queue = deque(plan.work)
+        self._rounds = plan.rounds
+        self._last = {
+            work.logical_shard: n for n, (_, part) in enumerate(plan.rounds) for work in part
+        }
+        self._round = 0
+        self._queue: deque[ShardWork] = deque()
         self._first = connection
         self._limits = limits
         self._on_done = on_done
@@ -203,14 +208,37 @@ class _PhysicalRun:
                 self._transaction(self._first, script, None)
             if self._rules:
                 self._transaction(self._first, rules_script(self._rules), None)
-            n_more = min(self._limits.connections, len(self._queue)) - 1
-            with ThreadPoolExecutor(max(1, n_more)) as pool:
-                futures = [pool.submit(self._drain_alone) for _ in range(n_more)]
-                self._drain(self._first)
-            for future in futures:
-                future.result()
+            for number, (revision, work) in enumerate(self._rounds):
+                self._round = number
+                if revision is not None:
+                    self._change_reference(revision)
+                self._queue = deque(w for w in work if w.logical_shard not in self.laggards)
+                self._drain_all()
+                if self._stop.is_set():
+                    return
         except ShardkitError as error:
             self.failed = error
+
+    def _change_reference(self, revision: Revision) -> None:
+        """Run a revision's part about reference tables, once on this server.
+
+        Raises:
+            TryAgainError: logical shards lack what stands before it.
+        """
+        if self.laggards:
+            raise TryAgainError(
+                f"revision {revision.id} of reference tables waits for logical shards left behind",
+                hint=str(next(iter(self.laggards.values()))),
+            )
+        self._transaction(self._first, reference_script(revision), None, (revision,))
+
+    def _drain_all(self) -> None:
+        n_more = min(self._limits.connections, len(self._queue)) - 1
+        with ThreadPoolExecutor(max(1, n_more)) as pool:
+            futures = [pool.submit(self._drain_alone) for _ in range(n_more)]
+            self._drain(self._first)
+        for future in futures:
+            future.result()
 
     def _drain_alone(self) -> None:
         try:
@@ -241,8 +269,9 @@ class _PhysicalRun:
             except ShardkitError as error:
                 self.laggards[number] = error
             else:
-                self.done.append(number)
-                self._on_done(self.name, number)
+                if self._last[number] == self._round:
+                    self.done.append(number)
+                    self._on_done(self.name, number)
 
     def _transaction(
         self,
@@ -300,7 +329,8 @@ class _PhysicalRun:
     ) -> str:
         """Return which revision fails, by trying them one at a time and rolling back."""
         if logical_shard is None:
-            return "the admin schema"
+            about = f"revision {revisions[0].id} of reference tables" if revisions else ""
+            return about or "the admin schema"
         if len(revisions) == 1:
             return f"revision {revisions[0].id}"
         name = "the objects of shardkit itself"

@@ -47,6 +47,19 @@ CREATE TABLE IF NOT EXISTS shardkit.placement (
     table_name text PRIMARY KEY,
     rule text NOT NULL
 );
+CREATE TABLE IF NOT EXISTS shardkit.decisions (
+    transaction text PRIMARY KEY CHECK (transaction ~ '^[0-9a-f]{32}$'),
+    outcome text NOT NULL CHECK (outcome IN ('commit', 'abort')),
+    participants text[] NOT NULL DEFAULT '{}',
+    decided timestamptz NOT NULL DEFAULT clock_timestamp(),
+    asked timestamptz
+);
+CREATE TABLE IF NOT EXISTS shardkit.reference_version (
+    revision text PRIMARY KEY,
+    checksum text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE SCHEMA IF NOT EXISTS reference;
 """
 
 
@@ -60,6 +73,17 @@ def admin_statements(
         sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
         sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
+        # How transactions over several physical shards ended: shardkit.twophase.
+        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON shardkit.decisions TO {}").format(role),
+        # Reference tables, the same on every physical shard: shardkit.broadcasts.
+        sql.SQL("GRANT USAGE ON SCHEMA reference TO {}").format(role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference "
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
+        ).format(role),
+        sql.SQL(
+            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference GRANT USAGE ON SEQUENCES TO {}"
+        ).format(role),
         *id_statements(app_role=app_role),
         *log_statements(app_role=app_role),
         *outbox_admin_statements(app_role=app_role),

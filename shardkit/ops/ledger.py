@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from shardkit.models import REFERENCE_SCHEMA
 from shardkit.ops.catalog import admin_statements, logical_shard_statements, rule_statements
 from shardkit.ops.revisions import Revision
 from shardkit.topology import PhysicalShard, schema_name
@@ -28,6 +29,7 @@ __all__ = [
     "admin_script",
     "logical_shard_digest",
     "read",
+    "reference_script",
     "rules_script",
     "shard_script",
 ]
@@ -69,6 +71,7 @@ class Ledger:
         ownership: rows by logical shard.
         applied: checksum by revision, by logical shard; no entry before the first.
         rules: how the rows of tables are placed, as far as it was recorded, by table.
+        reference: checksum by revision of what was done to reference tables.
     """
 
     identity: Identity | None = None
@@ -77,15 +80,17 @@ class Ledger:
     ownership: Mapping[int, Ownership] = field(default_factory=dict)
     applied: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
+    reference: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(connection: psycopg.Connection[Any]) -> Ledger:
-    """Return the ledger of one physical shard, in five queries whatever its size."""
+    """Return the ledger of one physical shard, in six queries whatever its size."""
     # AccessShareLock on catalogues only.
     used = connection.execute(
         "SELECT to_regclass('shardkit.identity') IS NOT NULL, "
         "obj_description(to_regnamespace('shardkit'), 'pg_namespace'), pg_is_in_recovery(), "
-        "to_regclass('shardkit.placement') IS NOT NULL"
+        "to_regclass('shardkit.placement') IS NOT NULL, "
+        "to_regclass('shardkit.reference_version') IS NOT NULL"
     ).fetchone()
     if used is None or not used[0]:
         return Ledger(is_replica=bool(used and used[2]))
@@ -113,6 +118,11 @@ def read(connection: psycopg.Connection[Any]) -> Ledger:
     rules: dict[str, str] = {}
     if used[3]:
         rules.update(connection.execute("SELECT table_name, rule FROM shardkit.placement"))
+    reference: dict[str, str] = {}
+    if used[4]:
+        reference.update(
+            connection.execute("SELECT revision, checksum FROM shardkit.reference_version")
+        )
     return Ledger(
         identity=Identity(*row) if row else None,
         is_replica=used[2],
@@ -120,6 +130,19 @@ def read(connection: psycopg.Connection[Any]) -> Ledger:
         ownership={n: Ownership(epoch, state, to) for n, epoch, state, to, _ in owned},
         applied=applied,
         rules=rules,
+        reference=reference,
+    )
+
+
+def reference_script(revision: Revision) -> str:
+    """Return the SQL of a revision about reference tables, without BEGIN and COMMIT."""
+    done = sql.SQL("INSERT INTO shardkit.reference_version (revision, checksum) VALUES ({}, {})")
+    return _text(
+        [
+            sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(REFERENCE_SCHEMA)),
+            *(sql.SQL(text) for text in revision.reference),
+            done.format(revision.id, revision.checksum),
+        ]
     )
 
 

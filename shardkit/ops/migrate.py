@@ -79,6 +79,7 @@ class PhysicalStatus:
         pending: number of logical shards by revision they lack.
         laggards: logical shards that lack something, ascending.
         error: why nothing is known, or None.
+        reference: revisions whose part about reference tables is missing, in order.
         unrecorded: tables of which it is not recorded how their rows are placed, so that no
             cluster checks it; empty, too, when the models are not known.
     """
@@ -90,6 +91,7 @@ class PhysicalStatus:
     laggards: tuple[int, ...] = ()
     error: ShardkitError | None = None
     unrecorded: tuple[str, ...] = ()
+    reference: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class MigrationStatus:
     @property
     def is_current(self) -> bool:
         """Whether every logical shard has every revision."""
-        return not any(shard.laggards or shard.error for shard in self.physical)
+        return not any(shard.laggards or shard.error or shard.reference for shard in self.physical)
 
 
 def load_revisions(location: str, *, folder: Path) -> tuple[Revision, ...]:
@@ -256,6 +258,7 @@ def status(
                     sorted([work.logical_shard for work in physical.work] + [*physical.waiting])
                 ),
                 unrecorded=tuple(sorted(physical.rules)),
+                reference=tuple(revision.id for revision in physical.reference),
             )
         )
     return MigrationStatus(revisions[-1].id if revisions else None, tuple(entries))

@@ -59,6 +59,8 @@ class PhysicalPlan:
         waiting: why a logical shard is left alone for now, by number.
         error: why the whole physical shard is left alone, or None.
         rules: how the rows of tables are placed, where that is not recorded yet, by table.
+        reference: revisions whose part about reference tables is missing, in order.
+        order: every known revision, oldest first.
     """
 
     physical: str
@@ -68,6 +70,35 @@ class PhysicalPlan:
     waiting: Mapping[int, str] = field(default_factory=dict)
     error: ShardkitError | None = None
     rules: Mapping[str, str] = field(default_factory=dict)
+    reference: tuple[Revision, ...] = ()
+    order: tuple[Revision, ...] = ()
+
+    @property
+    def rounds(self) -> tuple[tuple[Revision | None, tuple[ShardWork, ...]], ...]:
+        """What is done one after the other: a revision of reference tables, then logical shards.
+
+        Everything before a revision is done everywhere before its reference tables change, so
+        that rows may refer to them from the next one on, and no longer before they are dropped.
+        """
+        heads: list[Revision | None] = [None, *self.reference]
+        parts: list[list[ShardWork]] = [[] for _ in heads]
+        for work in self.work:
+            starts = [self._start(work, head) for head in heads]
+            ends = [*starts[1:], len(work.revisions)]
+            own, is_new = work.own, work.is_new
+            for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                if start < end or own:
+                    some = work.revisions[start:end]
+                    parts[n].append(ShardWork(work.logical_shard, own, is_new, some))
+                    own = False
+        return tuple((head, tuple(part)) for head, part in zip(heads, parts, strict=True))
+
+    def _start(self, work: ShardWork, head: Revision | None) -> int:
+        """Return the position of the first revision of a logical shard from another one on."""
+        if head is None:
+            return 0
+        position = {revision.id: n for n, revision in enumerate(self.order)}
+        return sum(position[revision.id] < position[head.id] for revision in work.revisions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +122,7 @@ class MigrationPlan:
     def pending(self) -> tuple[Revision, ...]:
         """Revisions some logical shard lacks, oldest first."""
         ids = {r.id for plan in self.physical for work in plan.work for r in work.revisions}
+        ids |= {r.id for plan in self.physical for r in plan.reference}
         return tuple(revision for revision in self.revisions if revision.id in ids)
 
 
@@ -134,7 +166,8 @@ def decide(
                 topology, name, found, owners=owners, revisions=revisions, uncertain=uncertain
             )
             new = {table: rule for table, rule in rules.items() if table not in found.rules}
-            plans.append(replace(planned, rules=new))
+            reference = tuple(r for r in revisions if r.reference and r.id not in found.reference)
+            plans.append(replace(planned, rules=new, reference=reference, order=tuple(revisions)))
     return MigrationPlan(tuple(revisions), tuple(plans))
 
 
@@ -203,6 +236,13 @@ def _check_rules(name: str, ledger: Ledger, rules: Mapping[str, str]) -> None:
 
 def _check_revisions(name: str, ledger: Ledger, revisions: Sequence[Revision]) -> None:
     expected = {revision.id: revision.checksum for revision in revisions}
+    for revision, checksum in ledger.reference.items():
+        if checksum != expected.get(revision):
+            raise RefusedError(
+                f"revision {revision} of reference tables was edited, or is unknown here, after "
+                f"it was applied on {name!r}",
+                hint="restore its file and write the change as a new revision",
+            )
     for number, applied in ledger.applied.items():
         if ledger.ownership[number].state == "retired":
             continue

@@ -40,7 +40,8 @@ class Revision:
         id: Alembic's identifier.
         summary: first line of the revision's docstring.
         path: the file it came from.
-        statements: the SQL of `upgrade()`, in order; possibly empty (a merge).
+        statements: the SQL of `upgrade()` for every logical shard, in order; possibly empty.
+        reference: that about reference tables, for every physical shard, in order.
         checksum: digest of the statements, white space apart; kept in the ledger.
     """
 
@@ -49,6 +50,20 @@ class Revision:
     path: Path
     statements: tuple[str, ...]
     checksum: str
+    reference: tuple[str, ...] = ()
+
+
+# What a statement works on, where that is a table or an index of a table in the schema of
+# reference tables. Other statements may refer to those.
+_ON_REFERENCE = re.compile(
+    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*"
+    r"(?:CREATE\s+(?:UNIQUE\s+)?INDEX\s[^(]*?\sON\s+(?:ONLY\s+)?"
+    r"|(?:CREATE|ALTER|DROP|COMMENT\s+ON)\s+(?:TABLE|INDEX|SEQUENCE|COLUMN|VIEW|TYPE)\s+"
+    r"(?:IF\s+(?:NOT\s+)?EXISTS\s+)?(?:ONLY\s+)?"
+    r"|CREATE\s+TYPE\s+|INSERT\s+INTO\s+|UPDATE\s+(?:ONLY\s+)?|DELETE\s+FROM\s+(?:ONLY\s+)?"
+    r'|TRUNCATE\s+(?:TABLE\s+)?)(?:reference|"reference")\s*\.',
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def locate(location: str, *, folder: Path) -> Path:
@@ -169,9 +184,14 @@ def _render(script: Script) -> Revision:
         id=script.revision,
         summary=(script.doc or "").strip().splitlines()[0] if script.doc else "",
         path=Path(script.path),
-        statements=tuple(text.strip().rstrip(";") for text in statements),
+        statements=tuple(_plain(text) for text in statements if not _ON_REFERENCE.match(text)),
         checksum=checksum(statements),
+        reference=tuple(_plain(text) for text in statements if _ON_REFERENCE.match(text)),
     )
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(";")
 
 
 def checksum(statements: list[str] | tuple[str, ...]) -> str:

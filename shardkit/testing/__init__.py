@@ -277,20 +277,11 @@ def _creation(
     )
     yield catalog.rule_statements(rules_of(metadata))
     tables = metadata.sorted_tables
-    yield list(_reference([t for t in tables if t.schema == REFERENCE_SCHEMA], role))
+    yield [ddl for t in tables if t.schema == REFERENCE_SCHEMA for ddl in _ddl(t)]
     sharded = [ddl for t in tables if t.schema is None for ddl in _ddl(t)]
     for number in topology.shard_map.owned_by(shard.name):
         path = sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(schema_name(number)))
         yield [*catalog.logical_shard_statements(number, app_role=role), path, *sharded]
-
-
-def _reference(tables: Iterable[Table], role: str) -> Iterator[sql.SQL | sql.Composed]:
-    schema, grantee = sql.Identifier(REFERENCE_SCHEMA), sql.Identifier(role)
-    yield sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema)
-    yield sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(schema, grantee)
-    for table in tables:
-        yield from _ddl(table)
-    yield sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA {} TO {}").format(schema, grantee)
 
 
 def _ddl(table: Table) -> Iterator[sql.SQL]:

@@ -251,3 +251,62 @@ def done(site: Site, revision: str) -> list[int]:
     """Return the logical shards that have a revision."""
     both: Callable[[str], dict[int, list[str]]] = site.ledger
     return [n for p in ("alpha", "beta") for n, has in both(p).items() if revision in has]
+
+
+REFERENCE = (
+    'op.create_table("kinds", sa.Column("id", sa.Integer, primary_key=True), '
+    'sa.Column("name", sa.Text, nullable=False), schema="reference")\n'
+    '    op.create_index("kinds_name", "kinds", ["name"], unique=True, schema="reference")\n'
+    "    op.execute(\"INSERT INTO reference.kinds VALUES (1, 'one')\")\n"
+    '    op.add_column("t", sa.Column("kind", sa.Integer, sa.ForeignKey("reference.kinds.id")))'
+)
+UNTIE = 'op.drop_column("t", "kind")'
+DROP = 'op.drop_table("kinds", schema="reference")'
+
+
+def test_reference_tables_are_made_once_on_each_server_before_rows_refer_to_them(
+    site: Site,
+) -> None:
+    site.apply()
+    site.write("r2", REFERENCE, "r1")
+    assert plan(site.topology, site.revisions()).physical[0].reference[0].id == "r2"
+    assert status(site.topology, site.revisions()).physical[1].reference == ("r2",)
+    assert site.apply().error is None
+    assert status(site.topology, site.revisions()).is_current
+    for physical, shard in (("alpha", 0), ("beta", 7)):
+        with site.app(physical) as connection:
+            connection.execute("INSERT INTO reference.kinds VALUES (2, 'two')")
+            connection.execute(f"INSERT INTO shard_{shard:04d}.t VALUES (1, 2)".encode())
+            with pytest.raises(psycopg.errors.ForeignKeyViolation):
+                connection.execute(f"INSERT INTO shard_{shard:04d}.t VALUES (2, 3)".encode())
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute("DELETE FROM shardkit.reference_version")
+    assert site.apply().plan.n_work == 0
+
+
+def test_reference_tables_come_and_go_in_the_order_of_revisions(site: Site) -> None:
+    """All of it at once, as on a new server, and as it came."""
+    for revision, text, before in (
+        ("r2", REFERENCE, "r1"), ("r3", COLUMN, "r2"), ("r4", UNTIE, "r3"), ("r5", DROP, "r4"),
+    ):  # fmt: skip
+        site.write(revision, text, before)
+    outcome = site.apply()
+    assert outcome.error is None
+    assert outcome.done == {"alpha": ALPHA, "beta": BETA}, "each once"
+    assert site.ledger("beta") == {n: ["r1", "r2", "r3", "r4", "r5"] for n in BETA}
+    with site.app("beta") as connection:
+        found = connection.execute("SELECT to_regclass('reference.kinds')").fetchone()
+        assert found == (None,)
+
+
+def test_a_wrong_reference_revision_is_named_and_an_edited_one_refused(site: Site) -> None:
+    site.write("r2", 'op.execute("INSERT INTO reference.nothing VALUES (1)")', "r1")
+    error = site.apply().error
+    assert isinstance(error, MigrationError)
+    assert "revision r2 of reference tables" in str(error)
+    assert site.ledger("alpha") == {n: ["r1"] for n in ALPHA}, "what stands before is done"
+    site.write("r2", REFERENCE, "r1")
+    assert site.apply().error is None
+    site.write("r2", REFERENCE.replace("'one'", "'two'"), "r1")
+    with pytest.raises(RefusedError, match="edited"):
+        site.apply()

@@ -131,3 +131,32 @@ def test_a_location_that_leads_nowhere_is_a_configuration_error(
 ) -> None:
     with pytest.raises(ConfigurationError, match=r"migrations\.location"):
         locate(location, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("statement", "is_about"),
+    [
+        ("CREATE TABLE reference.kinds (id int)", True),
+        ('CREATE TABLE IF NOT EXISTS "reference".kinds (id int)', True),
+        ("CREATE UNIQUE INDEX kinds_name ON reference.kinds (name)", True),
+        ("-- why\nALTER TABLE ONLY reference.kinds ADD name text", True),
+        ("COMMENT ON COLUMN reference.kinds.name IS 'x'", True),
+        ("INSERT INTO reference.kinds VALUES (1)", True),
+        ("DROP INDEX reference.kinds_name", True),
+        ("CREATE TABLE t (kind int REFERENCES reference.kinds (id))", False),
+        ("ALTER TABLE t ADD FOREIGN KEY(kind) REFERENCES reference.kinds (id)", False),
+        ("INSERT INTO t SELECT id FROM reference.kinds", False),
+        ("CREATE INDEX i ON t (kind)", False),
+        ("UPDATE t SET a = 'reference.kinds'", False),
+    ],
+)
+def test_statements_about_reference_tables_are_kept_apart(
+    tmp_path: Path, statement: str, is_about: bool
+) -> None:
+    (tmp_path / "r1.py").write_text(
+        f"from alembic import op\nrevision = 'r1'\ndown_revision = None\n"
+        f"def upgrade():\n    op.execute({statement!r})\n"
+    )
+    (tmp_path / "script.py.mako").write_text("")
+    [revision] = load(tmp_path)
+    assert (bool(revision.reference), bool(revision.statements)) == (is_about, not is_about)

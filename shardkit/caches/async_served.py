@@ -1,0 +1,151 @@
+"""Runs batches on real servers, from asyncio: the twin of `served`.
+
+One object may serve several event loops; each has connections of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from shardkit.caches.backend import DEADLINE, Place
+from shardkit.caches.nodes import Batch, Node, Nodes
+from shardkit.caching.operations import Answer, Request
+
+__all__ = ["AsyncServedCache", "AsyncServerConnection"]
+
+
+class AsyncServerConnection(Protocol):
+    """A connection to one server. What it raises for the server's sake is an `OSError`.
+
+    Attributes:
+        is_used: whether it has carried a call before.
+    """
+
+    is_used: bool
+
+    async def exchange(self, requests: Sequence[Request]) -> list[Answer]:
+        """Send requests and read the replies; connect first if it is not connected."""
+
+    def shut(self) -> None:
+        """Close it at once; a later `exchange` connects anew."""
+
+
+class _Pool:
+    def __init__(self, size: int) -> None:
+        self.free: deque[AsyncServerConnection] = deque()
+        self.slots = asyncio.Semaphore(size)
+
+
+class AsyncServedCache:
+    """A backend over servers; see `shardkit.caches.backend.AsyncBackend`.
+
+    Args:
+        nodes: the servers.
+        connect: makes a connection to one; opens nothing yet.
+        deadline: seconds a call may take.
+        connections: most connections to each server from each event loop.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        connect: Callable[[Node], AsyncServerConnection],
+        *,
+        deadline: float = DEADLINE,
+        connections: int = 32,
+    ) -> None:
+        self.nodes = nodes
+        self._connect = connect
+        self._connections = connections
+        self._seconds = deadline
+        self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Node, _Pool]]
+        self._pools = WeakKeyDictionary()
+
+    @property
+    def has_gutter(self) -> bool:
+        """Whether there is a gutter to repair, too."""
+        return bool(self.nodes.gutter)
+
+    @property
+    def dirty(self) -> frozenset[str]:
+        """Names of the servers that nobody reads for now."""
+        return self.nodes.dirty
+
+    def home(self, key: str) -> str:
+        """Return the name of the server that a key belongs to."""
+        return self.nodes.home(key).name
+
+    async def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
+        """Carry out requests on different keys; answer them in their order."""
+        batches, answers = self.nodes.plan(requests, place)
+        if len(batches) == 1:
+            await self._exchange(batches[0], answers)
+        elif batches:
+            async with asyncio.TaskGroup() as group:
+                for batch in batches:
+                    group.create_task(self._exchange(batch, answers))
+        return answers
+
+    def readmit(self, name: str) -> bool:
+        """Read a server again: everything it missed has been repaired there."""
+        return self.nodes.readmit(name)
+
+    async def close(self) -> None:
+        """Close every connection of this event loop; later calls open new ones."""
+        pools = self._pools.pop(asyncio.get_running_loop(), {})
+        for pool in pools.values():
+            while pool.free:
+                pool.free.pop().shut()
+        await asyncio.sleep(0)  # transports close in the next turn of the loop
+
+    def _pool(self, node: Node) -> _Pool:
+        pools = self._pools.setdefault(asyncio.get_running_loop(), {})
+        pool = pools.get(node)
+        if pool is None:
+            pool = pools[node] = _Pool(self._connections)
+        return pool
+
+    async def _exchange(self, batch: Batch, answers: list[Answer]) -> None:
+        pool = self._pool(batch.node)
+        connection: AsyncServerConnection | None = None
+        answered: list[Answer] | None = None
+        has_slot = False
+        try:
+            async with asyncio.timeout(self._seconds):
+                await pool.slots.acquire()
+                has_slot = True
+                connection = pool.free.pop() if pool.free else self._connect(batch.node)
+                try:
+                    answered = await connection.exchange(batch.requests)
+                except ConnectionError:
+                    # As in `served`: an idle connection may have been closed by a restart.
+                    if not connection.is_used:
+                        raise
+                    connection.shut()
+                    connection.is_used = False
+                    answered = await connection.exchange(batch.requests)
+        except OSError as error:
+            if connection is None:  # none came free in time: no fault of the server
+                self.nodes.abandoned(batch)
+            else:
+                self.nodes.failed(batch, error)
+        except BaseException:
+            self.nodes.abandoned(batch)
+            raise
+        finally:
+            if connection is not None:
+                if answered is None:
+                    connection.shut()
+                else:
+                    connection.is_used = True
+                    pool.free.append(connection)
+            if has_slot:
+                pool.slots.release()
+        if answered is not None:
+            self.nodes.succeeded(batch)
+            for index, answer in zip(batch.at, answered, strict=True):
+                answers[index] = answer

@@ -1,0 +1,110 @@
+"""What every cache backend can do, for sessions and for the relay.
+
+`run` carries out a batch of requests, on different keys, in one round trip per server, in no
+more than the backend's deadline, and answers each in its place. A server that is left alone or
+does not answer makes its requests `UNKNOWN` and fails nothing else.
+
+A server that missed a marker or a delete because it was left alone is *dirty*: it may hold old
+values, and nobody reads it, until somebody who knows says `readmit`: the relay, after it has
+repaired there (`Place.HOME`) every change since; or `flush`, which empties it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Final, Protocol, runtime_checkable
+
+from shardkit.caching.operations import Answer, Op, Request
+
+__all__ = ["DEADLINE", "GUTTER_LIFE", "AsyncBackend", "Backend", "Place", "is_write"]
+
+DEADLINE: Final = 0.05
+"""Seconds after which a call goes on without its cache."""
+
+GUTTER_LIFE: Final = 10.0
+"""Longest life of what stands in the gutter, in seconds."""
+
+
+class Place(Enum):
+    """Where a key is looked for.
+
+    `USUAL`: on its server, or in the gutter while that one is left alone. The relay repairs at
+    `HOME`, its server even if dirty, and in the `GUTTER`.
+    """
+
+    USUAL = "usual"
+    HOME = "home"
+    GUTTER = "gutter"
+
+
+def is_write(request: Request) -> bool:
+    """Tell whether a server that misses a request may be left with something old.
+
+    Writers and repairs end with one of these when they cannot reach it; readers never do.
+    """
+    return request.op is Op.PUT or request.op is Op.DELETE
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Cache servers, called from threads. Fork-safe and thread-safe."""
+
+    def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
+        """Carry out requests on different keys; answer them in their order."""
+
+    @property
+    def has_gutter(self) -> bool:
+        """Whether there is a gutter to repair, too."""
+
+    @property
+    def dirty(self) -> frozenset[str]:
+        """Names of the servers that nobody reads for now."""
+
+    def home(self, key: str) -> str:
+        """Return the name of the server that a key belongs to."""
+
+    def readmit(self, name: str) -> bool:
+        """Read a server again: everything it missed has been repaired there.
+
+        Returns:
+            Whether it is read now; False for one that has to be emptied (`flush`).
+        """
+
+    def flush(self, name: str) -> bool:
+        """Empty a server and read it again; return whether it answered."""
+
+    def close(self) -> None:
+        """Close every connection; later calls open new ones."""
+
+
+@runtime_checkable
+class AsyncBackend(Protocol):
+    """The same for asyncio; one object may serve several event loops."""
+
+    async def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
+        """Carry out requests on different keys; answer them in their order."""
+
+    @property
+    def has_gutter(self) -> bool:
+        """Whether there is a gutter to repair, too."""
+
+    @property
+    def dirty(self) -> frozenset[str]:
+        """Names of the servers that nobody reads for now."""
+
+    def home(self, key: str) -> str:
+        """Return the name of the server that a key belongs to."""
+
+    def readmit(self, name: str) -> bool:
+        """Read a server again: everything it missed has been repaired there.
+
+        Returns:
+            Whether it is read now; False for one that has to be emptied (`flush`).
+        """
+
+    async def flush(self, name: str) -> bool:
+        """Empty a server and read it again; return whether it answered."""
+
+    async def close(self) -> None:
+        """Close every connection of this event loop; later calls open new ones."""

@@ -1,0 +1,299 @@
+"""Runs batches on real servers, from threads: what Memcached and Redis have in common.
+
+All requests to all servers of a call are sent before the first reply is read, so servers work in
+parallel without threads. A connection whose replies were not all read is closed, whatever
+interrupted it. Nothing waits longer than the deadline of the call, for a connection neither.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from shardkit.caches.backend import DEADLINE, Place
+from shardkit.caches.nodes import Batch, Node, Nodes
+from shardkit.caching.operations import Answer, Request
+from shardkit.clock import SYSTEM, Clock
+from shardkit.forks import ForkSafeLock
+
+__all__ = ["Deadline", "ServedCache", "ServerConnection"]
+
+
+class Deadline:
+    """When a call is over. `left` raises `TimeoutError` from then on."""
+
+    __slots__ = ("_at", "_now")
+
+    def __init__(self, seconds: float, now: Callable[[], float]) -> None:
+        self._now = now
+        self._at = now() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left, more than 0."""
+        left = self._at - self._now()
+        if left <= 0:
+            raise TimeoutError("the deadline of the call has passed")
+        return left
+
+
+class ServerConnection(Protocol):
+    """A connection to one server. What it raises for the server's sake is an `OSError`.
+
+    Attributes:
+        is_used: whether it has carried a call before.
+    """
+
+    is_used: bool
+
+    def send(self, requests: Sequence[Request], deadline: Deadline) -> None:
+        """Send requests; connect first if it is not connected."""
+
+    def receive(self, requests: Sequence[Request], deadline: Deadline) -> list[Answer]:
+        """Read the replies to what was sent."""
+
+    def shut(self) -> None:
+        """Close it; a later `send` connects anew."""
+
+
+class _Pool:
+    """Connections to one server; at most so many, the last one used first.
+
+    A free place is None. Taking and giving back one is an atomic step of a deque; the lock is for
+    those who have to wait (a semaphore would cost a tenth of a hit).
+    """
+
+    def __init__(self, connect: Callable[[], ServerConnection], size: int) -> None:
+        self._connect = connect
+        self._size = size
+        self._guard = ForkSafeLock(self._forget)
+        self._free: deque[ServerConnection | None] = deque([None] * size)
+        self._freed = threading.Condition()
+        self._waiting = 0
+
+    def _forget(self) -> None:
+        """Run in a forked child: what is open belongs to the parent."""
+        free, self._free = self._free, deque([None] * self._size)
+        self._freed, self._waiting = threading.Condition(), 0
+        for connection in free:
+            if connection is not None:
+                connection.shut()  # closes the child's copy only
+
+    def acquire(self, deadline: Deadline) -> ServerConnection:
+        """Return a connection; `TimeoutError` when none came free in time."""
+        try:
+            connection = self._free.pop()
+        except IndexError:
+            connection = self._wait(deadline)
+        if connection is not None:
+            return connection
+        try:
+            return self._connect()
+        except BaseException:
+            self._give(None)
+            raise
+
+    def _wait(self, deadline: Deadline) -> ServerConnection | None:
+        with self._freed:
+            self._waiting += 1
+            try:
+                while True:
+                    try:
+                        return self._free.pop()
+                    except IndexError:
+                        self._freed.wait(deadline.left())
+            finally:
+                self._waiting -= 1
+
+    def release(self, connection: ServerConnection, *, keep: bool) -> None:
+        if keep:
+            connection.is_used = True
+            self._give(connection)
+        else:
+            try:
+                connection.shut()
+            finally:
+                self._give(None)
+
+    def _give(self, connection: ServerConnection | None) -> None:
+        self._free.append(connection)
+        if self._waiting:
+            with self._freed:
+                self._freed.notify()
+
+    def close(self) -> None:
+        """Close the connections that are free."""
+        for _ in range(self._size):
+            try:
+                connection = self._free.popleft()
+            except IndexError:
+                return
+            if connection is not None:
+                connection.shut()
+            self._give(None)
+
+
+class ServedCache:
+    """A backend over servers; see `shardkit.caches.backend.Backend`.
+
+    Args:
+        nodes: the servers.
+        connect: makes a connection to one; opens nothing yet.
+        deadline: seconds a call may take.
+        connections: most connections to each server.
+        clock: source of time.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        connect: Callable[[Node], ServerConnection],
+        *,
+        deadline: float = DEADLINE,
+        connections: int = 32,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self.nodes = nodes
+        self._connect = connect
+        self._connections = connections
+        self._seconds = deadline
+        self._now = clock.monotonic
+        self._pools: dict[Node, _Pool] = {}
+
+    @property
+    def has_gutter(self) -> bool:
+        """Whether there is a gutter to repair, too."""
+        return bool(self.nodes.gutter)
+
+    @property
+    def dirty(self) -> frozenset[str]:
+        """Names of the servers that nobody reads for now."""
+        return self.nodes.dirty
+
+    def home(self, key: str) -> str:
+        """Return the name of the server that a key belongs to."""
+        return self.nodes.home(key).name
+
+    def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
+        """Carry out requests on different keys; answer them in their order."""
+        batches, answers = self.nodes.plan(requests, place)
+        deadline = Deadline(self._seconds, self._now)
+        if len(batches) == 1:  # nearly always
+            exchange = _Exchange(self.nodes, batches[0], deadline)
+            try:
+                if exchange.begin(self._pool(batches[0].node)):
+                    exchange.finish(answers)
+            except BaseException:
+                exchange.abandon()
+                raise
+            return answers
+        waiting: deque[_Exchange] = deque()
+        try:
+            for batch in batches:
+                waiting.append(exchange := _Exchange(self.nodes, batch, deadline))
+                if not exchange.begin(self._pool(batch.node)):
+                    waiting.pop()
+            while waiting:
+                waiting[0].finish(answers)
+                waiting.popleft()
+        finally:
+            for exchange in waiting:  # interrupted: nobody will read these replies
+                exchange.abandon()
+        return answers
+
+    def readmit(self, name: str) -> bool:
+        """Read a server again: everything it missed has been repaired there."""
+        return self.nodes.readmit(name)
+
+    def close(self) -> None:
+        """Close every connection; later calls open new ones."""
+        for pool in list(self._pools.values()):
+            pool.close()
+
+    def _pool(self, node: Node) -> _Pool:
+        pool = self._pools.get(node)
+        if pool is None:
+            made = _Pool(lambda: self._connect(node), self._connections)
+            pool = self._pools.setdefault(node, made)
+        return pool
+
+
+class _Exchange:
+    """One batch on its way: requests sent, replies to be read."""
+
+    __slots__ = ("_batch", "_connection", "_deadline", "_nodes", "_pool")
+
+    def __init__(self, nodes: Nodes, batch: Batch, deadline: Deadline) -> None:
+        self._nodes = nodes
+        self._batch = batch
+        self._deadline = deadline
+        self._pool: _Pool | None = None
+        self._connection: ServerConnection | None = None
+
+    def begin(self, pool: _Pool) -> bool:
+        """Send the requests; return whether there are replies to read."""
+        try:
+            connection = pool.acquire(self._deadline)
+        except TimeoutError:  # this program's own limit: no fault of the server
+            self._nodes.abandoned(self._batch)
+            return False
+        self._pool, self._connection = pool, connection
+        try:
+            connection.send(self._batch.requests, self._deadline)
+        except OSError as error:
+            if not self._sent_again(connection, error):
+                return self._failed(error)
+        return True
+
+    def finish(self, answers: list[Answer]) -> None:
+        """Read the replies and put the answers in their places."""
+        batch, connection = self._batch, self._connection
+        assert connection is not None
+        assert self._pool is not None
+        try:
+            try:
+                answered = connection.receive(batch.requests, self._deadline)
+            except ConnectionError as error:
+                if not self._sent_again(connection, error):
+                    raise
+                answered = connection.receive(batch.requests, self._deadline)
+        except OSError as error:
+            self._failed(error)
+            return
+        self._connection = None
+        self._pool.release(connection, keep=True)
+        self._nodes.succeeded(batch)
+        for index, answer in zip(batch.at, answered, strict=True):
+            answers[index] = answer
+
+    def abandon(self) -> None:
+        """Close the connection: its replies will not be read."""
+        self._nodes.abandoned(self._batch)
+        if self._connection is not None and self._pool is not None:
+            self._pool.release(self._connection, keep=False)
+            self._connection = None
+
+    def _sent_again(self, connection: ServerConnection, error: OSError) -> bool:
+        """Send everything on a new connection, once, if this one may just have been idle too long.
+
+        A server that was restarted has closed idle connections. What it did before, it did before
+        it closed them, and every operation may be done twice: the second time it differs.
+        """
+        if not connection.is_used or isinstance(error, TimeoutError):
+            return False
+        connection.shut()
+        connection.is_used = False
+        try:
+            connection.send(self._batch.requests, self._deadline)
+        except OSError:
+            return False
+        return True
+
+    def _failed(self, error: OSError) -> bool:
+        assert self._connection is not None
+        assert self._pool is not None
+        self._pool.release(self._connection, keep=False)
+        self._connection = None
+        self._nodes.failed(self._batch, error)
+        return False

@@ -1,0 +1,45 @@
+"""Every interleaving of the cache protocol, in its smaller forms; `make model-check` has the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.property.cachemodel import Configuration
+from tests.property.cachesearch import search
+from tests.property.modelcheck import COLUMNS, EXPECTED, QUICK, WITHOUT, configuration
+
+BROKEN = [
+    (protocol, column, wanted)
+    for protocol, cells in EXPECTED.items()
+    for column, wanted in zip(COLUMNS, cells, strict=True)
+    if protocol not in {"P8", "P9"}
+]
+
+
+@pytest.mark.parametrize(("protocol", "column", "wanted"), BROKEN)
+def test_well_known_protocols_fail_where_they_are_known_to(
+    protocol: str, column: str, wanted: str
+) -> None:
+    result = search(configuration(column, protocol=protocol), wanted="AB")
+    assert result.verdict == wanted, result.found
+
+
+@pytest.mark.parametrize("each", QUICK, ids=str)
+def test_nothing_old_is_ever_shown(each: Configuration) -> None:
+    result = search(each)
+    assert result.is_whole
+    assert result.states > 2000
+    if result.found:
+        pytest.fail("\n".join(next(iter(search(each, traced=True).found.values()))))
+
+
+@pytest.mark.parametrize(("each", "wanted"), WITHOUT, ids=str)
+def test_every_part_is_needed(each: Configuration, wanted: str) -> None:
+    assert search(each, wanted=wanted).verdict == wanted
+
+
+def test_a_violation_is_shown_as_the_steps_that_lead_to_it() -> None:
+    steps = search(configuration("crash", protocol="P5"), wanted="A", traced=True).found["A"]
+    assert steps[-1] == "and so it stays"
+    (crashed,) = [step for step in steps if step.endswith("crashes")]
+    assert steps.index(crashed.replace("crashes", "commits")) < steps.index(crashed)
