@@ -79,7 +79,7 @@ def amplification(topology: Topology, *, calls: int) -> dict[str, float]:
                 attempts += 1
                 return writer()
 
-            cluster.writer = counted  # type: ignore[assignment,method-assign]  # counts what run() opens
+            cluster.writer = counted  # type: ignore[method-assign,assignment]  # counts what run() opens
             for _ in range(calls):
                 try:
                     cluster.run(work)

@@ -165,11 +165,12 @@ class WriteSession(EmittingSession):
             super().commit()
         except Exception as error:
             self.rollback()  # and find out what became of it: `_on_end`
-            if isinstance(error, DBAPIError):
-                found = emitting.refusal(error) or late_error(error)
-                if found is not None:
-                    raise found from error
-            raise
+            if not isinstance(error, DBAPIError):
+                raise
+            found = emitting.refusal(error) or late_error(error)
+            if found is None:
+                raise
+            raise found from error
 
     def _refuse_failed(self) -> None:
         if any(root.invalidated for _, root in self._roots.values()) or any(

@@ -31,6 +31,9 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(autouse=True)
 def settled_afterwards(cluster: Cluster) -> Iterator[None]:
     """Nothing may stay prepared: a test that leaves something fails."""
+    for shard in cluster.topology.physical.values():
+        with admin(shard) as connection:  # decisions of tests that killed those who forget them
+            connection.execute("DELETE FROM shardkit.decisions")
     yield
     assert prepared(cluster) == []
 
