@@ -1,19 +1,53 @@
-"""The cluster as one client sees it: its reads include its own writes.
+"""The cluster as one client sees it: its reads include its own writes, its retries count once.
 
-Services take a `Database` and open sessions on it; the endpoint layer makes one per request
-with what the client must see, which its writes add to. Services commit themselves, because a
-follow is two transactions in a fixed order on two shards.
+Services take a `Database`; the endpoint layer makes one per request, with what the client must see,
+which its writes add to, and with the Idempotency-Key it sent. Nothing waits for longer than the
+limit: readers, and units of work with all their attempts.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
-from shardkit import AsyncCluster, AsyncReadSession, AsyncWriteSession
+from shardkit import (
+    AsyncCluster,
+    AsyncReadSession,
+    AsyncWriteSession,
+    deadline,
+    tokens,
+)
 from shardkit.contrib.asgi import Freshness
 
-__all__ = ["Database"]
+__all__ = ["TIMEOUT", "Database", "Request"]
+
+T = TypeVar("T")
+
+TIMEOUT: Final = 5.0
+"""Seconds that a unit of reads or writes may take, unless settings say otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for, so that the same key cannot be used for something else.
+
+    Attributes:
+        who: whose keys they are: a user id, or the name that somebody logs in by.
+        what: the kind of request and its arguments; JSON.
+    """
+
+    who: int | str
+    what: tuple[Any, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from other requests."""
+        return hashlib.sha256(json.dumps(self.what).encode()).hexdigest()
 
 
 class Database:
@@ -22,24 +56,100 @@ class Database:
     Args:
         cluster: the cluster.
         fresh: what the client must see; None for nobody in particular.
+        key: the Idempotency-Key of the request, or None.
+        timeout: seconds that a unit of reads or writes may take.
     """
 
-    def __init__(self, cluster: AsyncCluster, fresh: Freshness | None = None) -> None:
+    def __init__(
+        self,
+        cluster: AsyncCluster,
+        fresh: Freshness | None = None,
+        *,
+        key: str | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
         self._cluster = cluster
         self._fresh = fresh or Freshness(None)
+        self._key = key
+        self._timeout = timeout
 
-    def reader(self) -> AbstractAsyncContextManager[AsyncReadSession]:
-        """Return a session on replicas that have seen this client's writes."""
-        return self._cluster.reader(after=self._fresh.token)
+    @property
+    def has_key(self) -> bool:
+        """Whether the request may be the repetition of an earlier one."""
+        return self._key is not None
 
-    def primary(self) -> AbstractAsyncContextManager[AsyncWriteSession]:
-        """Return a session on primaries for a read that must be the truth; nothing to commit."""
-        return self._cluster.writer()
+    def secret(self, salt: bytes) -> bytes:
+        """Return a secret that a repetition of the request gets too, and nobody else.
+
+        Only the salt is kept: without the client's key it says nothing.
+        """
+        return hmac.digest(salt, (self._key or "").encode(), "sha256")
+
+    @asynccontextmanager
+    async def reader(self, *, fresh: bool = True) -> AsyncIterator[AsyncReadSession]:
+        """Open a session on replicas that have seen this client's writes.
+
+        Args:
+            fresh: False takes any replica, also one whose primary is gone: nobody can tell what
+                that one has missed.
+        """
+        after = self._fresh.token if fresh else None
+        with deadline(self._timeout):
+            async with self._cluster.reader(after=after) as session:
+                yield session
+
+    @asynccontextmanager
+    async def primary(self) -> AsyncIterator[AsyncWriteSession]:
+        """Open a session on primaries for a read that must be the truth; nothing to commit."""
+        with deadline(self._timeout):
+            async with self._cluster.writer() as session:
+                yield session
 
     @asynccontextmanager
     async def writer(self) -> AsyncIterator[AsyncWriteSession]:
-        """Open a session on primaries; what it commits its reads then see."""
-        async with self._cluster.writer() as session:
-            yield session
-            token = session.token
+        """Open a session on primaries; what it commits its reads then see.
+
+        For what needs no key, since it does the same however often it is done.
+        """
+        with deadline(self._timeout):
+            async with self._cluster.writer() as session:
+                yield session
+                token = session.token
         self._fresh.saw(token)
+
+    async def run(
+        self, request: Request, work: Callable[[AsyncWriteSession], Awaitable[T]], *, near: int
+    ) -> T:
+        """Run a unit of work and commit it: once for each key, if the client sent one.
+
+        Args:
+            request: what is asked for.
+            work: given a session, perhaps several times; does not commit, and returns JSON.
+            near: id beside whose rows it works, where the record of the key is kept.
+
+        Returns:
+            What `work` returned; of the first request with the key, if this is not the first.
+
+        Raises:
+            OperationMismatchError: the key came with another request before.
+            OutcomeUnknownError: whether it was committed is not known.
+        """
+        sessions: list[AsyncWriteSession] = []
+
+        async def unit(session: AsyncWriteSession) -> T:
+            sessions.append(session)
+            return await work(session)
+
+        with deadline(self._timeout):
+            if self._key is None:
+                result = await self._cluster.run(unit)
+            else:
+                name = hashlib.sha256(f"{request.who}\0{self._key}".encode()).hexdigest()
+                result = await self._cluster.run(
+                    unit, operation=name, near=near, fingerprint=request.fingerprint
+                )
+        token = sessions[-1].token if sessions else ""
+        if self._key is not None and not token:  # committed by an earlier attempt or request
+            token = tokens.ASK_PRIMARIES
+        self._fresh.saw(token)
+        return result

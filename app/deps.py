@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, cast
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 
 from app.accounts.service import AccountService, LogIn, SessionLimits, Viewer
 from app.database import Database
@@ -21,6 +21,7 @@ __all__ = [
     "Accounts",
     "Feed",
     "Graph",
+    "Keyed",
     "MaybeViewer",
     "Photos",
     "SignedIn",
@@ -39,8 +40,30 @@ async def get_resources(request: Request) -> Resources:
 async def get_database(request: Request) -> Database:
     """Return the client's database; the middleware hands its token back to the client."""
     resources = await get_resources(request)
-    return Database(resources.cluster, fresh_of(request.scope))
+    return Database(
+        resources.cluster,
+        fresh_of(request.scope),
+        key=request.headers.get("idempotency-key") if request.method != "GET" else None,
+        timeout=resources.settings.database_timeout,
+    )
 
+
+async def check_key(
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            description="a random text of your own; within a day, a repetition with the same one "
+            "does nothing more and gets the answer of the first",
+        ),
+    ] = None,
+) -> None:
+    """Refuse an Idempotency-Key that cannot be one; `get_database` takes it from the request."""
+
+
+Keyed = Depends(check_key)
+"""Put on endpoints that change something."""
 
 ResourcesDep = Annotated[Resources, Depends(get_resources)]
 DatabaseDep = Annotated[Database, Depends(get_database)]

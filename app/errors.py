@@ -38,6 +38,7 @@ from shardkit.errors import (
     GatherError,
     InvalidIdError,
     InvalidShardKeyError,
+    OperationMismatchError,
     OutcomeUnknownError,
     UnavailableError,
 )
@@ -208,6 +209,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     BusyError: (503, "busy", "Busy"),
     InvalidIdError: (404, "not-found", "Not found"),
     InvalidShardKeyError: (404, "not-found", "Not found"),
+    OperationMismatchError: (422, "idempotency-key-reused", "Idempotency key reused"),
     OutcomeUnknownError: (504, "outcome-unknown", "Outcome unknown"),
     UnavailableError: (503, "unavailable", "Temporarily unavailable"),
     GatherError: (503, "unavailable", "Temporarily unavailable"),
@@ -254,6 +256,8 @@ def _detail(error: Exception, title: str) -> str:
         return error.message
     if isinstance(error, InvalidIdError | InvalidShardKeyError):
         return "There is nothing here."
+    if isinstance(error, OperationMismatchError):
+        return "This Idempotency-Key came with another request before; use each for one request."
     if isinstance(error, OutcomeUnknownError):
         return "It may or may not have been saved; look before you try again."
     return f"{title}: a server does not answer; try again in a moment."

@@ -30,12 +30,19 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="items per page")]
 
 
 class Page(BaseModel, Generic[T]):
-    """Some items and where the rest begins."""
+    """Some items and where the rest begins.
+
+    Attributes:
+        partial: whether items may be missing because a server did not answer.
+    """
 
     items: Sequence[T]
     next_cursor: Annotated[
         IdText | None, Field(description="send as `cursor` for the next page; null at the end")
     ] = None
+    partial: Annotated[
+        bool, Field(description="items may be missing here; read the page again in a moment")
+    ] = False
 
 
 def cut(rows: Sequence[T], n: int, id_of: Callable[[T], int]) -> tuple[Sequence[T], int | None]:

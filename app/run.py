@@ -1,7 +1,8 @@
 """Everything on one machine, from nothing: `make run`, or `python -m app.run`.
 
 Starts the embedded cluster, brings every logical shard to the newest revision, loads a demo and
-serves the application, with a progress bar for each step and a table of what runs where. Ends on
+serves the application, with a progress bar for each step and a table of what runs where; the relay
+runs beside it, as a process of its own. Ends on
 Ctrl-C, SIGTERM or SIGHUP and takes every server with it. May be killed and started again. For
 trying shardkit and for development; a service of your own runs `python -m app`.
 """
@@ -26,6 +27,7 @@ from rich.table import Table
 import app.demo.__main__
 from app.__main__ import listen
 from app.main import create_app
+from app.processes import KeptProcess
 from app.settings import Settings
 from shardkit import Cluster
 from shardkit.errors import ConfigurationError, RefusedError, ShardkitError
@@ -56,9 +58,10 @@ def main(
     try:
         with interruptible(), cluster(directory) as config:
             migrated(config)
-            if people:
-                app.demo.__main__.main(config=config, people=people)
-            serve(config, host, port)
+            with relay(config):
+                if people:
+                    app.demo.__main__.main(config=config, people=people)
+                serve(config, host, port)
     except KeyboardInterrupt:
         console.print("stopped")
     except ShardkitError as error:
@@ -148,6 +151,19 @@ def migrated(config: Path) -> None:
         else f"schema: all {n_logical_shards} logical shards are at {revisions[-1].id}",
         markup=False,
     )
+
+
+@contextmanager
+def relay(config: Path) -> Iterator[None]:
+    """Keep the relay running in a process of its own."""
+
+    def said(code: int) -> None:
+        console.print(f"the relay ended with {code} and is started again", markup=False)
+
+    command = [sys.executable, "-m", "app.workers", "--attached", "--config", str(config)]
+    with KeptProcess(command, said) as process:
+        console.print(f"relay: process {process.pid}", markup=False)
+        yield
 
 
 def serve(config: Path, host: str, port: int) -> None:

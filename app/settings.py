@@ -8,6 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.database import TIMEOUT
+
 __all__ = ["Settings"]
 
 PREFIX = "APP_"
@@ -31,6 +33,7 @@ class Settings(BaseModel):
         session_absolute: a log-in older than this ends.
         fresh_reads: how long after a write a client's reads see it for certain.
         max_followees: people one account may follow.
+        database_timeout: until the reads or the writes of one step must have ended.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +52,7 @@ class Settings(BaseModel):
     session_absolute: Annotated[float, Field(gt=0)] = 90 * 86_400.0
     fresh_reads: Annotated[float, Field(gt=0)] = 60.0
     max_followees: Annotated[int, Field(gt=0)] = 5000
+    database_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = TIMEOUT
 
     @classmethod
     def read(cls, environment: Mapping[str, str], **given: object) -> Self:

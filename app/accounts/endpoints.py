@@ -16,7 +16,7 @@ from app.accounts.schemas import (
 )
 from app.accounts.service import LogIn
 from app.addresses import API
-from app.deps import Accounts, MaybeViewer, SignedIn, begin_login, end_login
+from app.deps import Accounts, Keyed, MaybeViewer, SignedIn, begin_login, end_login
 
 __all__ = ["router"]
 
@@ -25,7 +25,7 @@ router = APIRouter(prefix=API, tags=["accounts"])
 Everywhere = Annotated[bool, Query(description="end all log-ins, not only this one")]
 
 
-@router.post("/users", status_code=status.HTTP_201_CREATED)
+@router.post("/users", status_code=status.HTTP_201_CREATED, dependencies=[Keyed])
 async def sign_up(
     wanted: SignUp, request: Request, response: Response, accounts: Accounts
 ) -> SessionOut:
@@ -33,7 +33,7 @@ async def sign_up(
     return _begin(request, response, await accounts.sign_up(wanted))
 
 
-@router.post("/sessions", status_code=status.HTTP_201_CREATED)
+@router.post("/sessions", status_code=status.HTTP_201_CREATED, dependencies=[Keyed])
 async def log_in(
     given: Credentials, request: Request, response: Response, accounts: Accounts
 ) -> SessionOut:
@@ -41,7 +41,7 @@ async def log_in(
     return _begin(request, response, await accounts.log_in(given))
 
 
-@router.delete("/sessions/current", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete("/sessions/current", status_code=status.HTTP_204_NO_CONTENT, dependencies=[Keyed])
 async def log_out(
     viewer: SignedIn,
     request: Request,
@@ -60,7 +60,7 @@ async def me(viewer: SignedIn) -> ViewerOut:
     return viewer.out()
 
 
-@router.patch("/me")
+@router.patch("/me", dependencies=[Keyed])
 async def edit(viewer: SignedIn, patch: ProfilePatch, accounts: Accounts) -> ViewerOut:
     """Change one's own profile."""
     return await accounts.edit(viewer, patch)

@@ -17,8 +17,8 @@ class User(Sharded, Base):
     """A person; the id places the row, and everything of the person beside it.
 
     *Invariant:* no two users of the whole cluster have one username, in its canonical form.
-    `following_count` and `follower_count` change in the transaction that inserts
-    or deletes the edge they count.
+    Each count changes in the transaction that inserts or deletes the row it counts, under a lock
+    on this row: photos, forward edges (`following_count`) and inverse edges (`follower_count`).
     """
 
     __tablename__ = "users"

@@ -9,10 +9,13 @@ from sqlalchemy import delete, select, update
 
 from app.accounts.models import LoginSession, User
 from app.accounts.usernames import canonical
+from app.database import Database
 from app.errors import NotFoundError
-from shardkit import AsyncReadSession, AsyncWriteSession, all_shards
+from app.partial import answered, answered_or_none
+from shardkit import AsyncReadSession, AsyncWriteSession
+from shardkit.errors import UnavailableError
 
-__all__ = ["AccountRepository"]
+__all__ = ["AccountRepository", "person_of_name"]
 
 
 class AccountRepository:
@@ -42,24 +45,56 @@ class AccountRepository:
             username = canonical(name)
         except ValueError:
             return None
-        return (await self._session.scalars(select(User).where(User.username == username))).first()
+        here = self._session
+        try:
+            return (await here.scalars(select(User).where(User.username == username))).first()
+        except UnavailableError:
+            if isinstance(here, AsyncWriteSession):
+                raise
+            return await self._searched(username)
+
+    async def _searched(self, username: str) -> User | None:
+        """Look for a name everywhere: its lookup row is on a server that does not answer.
+
+        Raises:
+            UnavailableError: it was not found, and may be where nobody answers (retryable).
+        """
+        # Asked so, the router does not take the lookup, and PostgreSQL takes the index.
+        statement = select(User).where(User.username.between(username, username))
+        found = await answered(self._session, statement)
+        if not found:
+            raise UnavailableError("the name may be on a server that does not answer")
+        user: User = found[0]
+        return user
 
     async def users(self, user_ids: Iterable[int]) -> dict[int, User]:
-        """Return users by id; ids of nobody are missing. One statement per physical shard."""
+        """Return users by id; ids of nobody, and of who does not answer, are missing."""
         wanted = set(user_ids)
         if not wanted:
             return {}
-        found = await self._session.scalars(select(User).where(User.id.in_(wanted)))
+        found = await answered_or_none(self._session, select(User).where(User.id.in_(wanted)))
         return {user.id: user for user in found}
 
     async def newest(self, n: int) -> Sequence[User]:
         """Return the newest users of all shards, newest first."""
-        statement = select(User).order_by(User.id.desc()).limit(n).options(all_shards())
-        return (await self._session.scalars(statement)).all()
+        return await answered(self._session, select(User).order_by(User.id.desc()).limit(n))
 
     async def login(self, login_id: int) -> LoginSession | None:
         """Return a log-in, or None."""
         return await self._session.get(LoginSession, login_id)
+
+
+async def person_of_name(database: Database, name: str) -> User | None:
+    """Return the user of a name as the primary knows it, or any replica when that is silent.
+
+    For what has to be found right after a sign-up somewhere else.
+    """
+    try:
+        async with database.primary() as session:
+            return await AccountRepository(session).user_by_name(name)
+    except UnavailableError:
+        async with database.reader(fresh=False) as session:
+            return await AccountRepository(session).user_by_name(name)
 
 
 async def touch_login(session: AsyncWriteSession, login: LoginSession, now: dt.datetime) -> None:

@@ -12,10 +12,16 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from app.accounts.models import LoginSession, User
 from app.accounts.passwords import Passwords
-from app.accounts.repository import AccountRepository, delete_logins, touch_login
+from app.accounts.repository import (
+    AccountRepository,
+    delete_logins,
+    person_of_name,
+    touch_login,
+)
 from app.accounts.schemas import (
     Credentials,
     PersonOut,
@@ -25,11 +31,17 @@ from app.accounts.schemas import (
     ViewerOut,
 )
 from app.clock import Clock
-from app.database import Database
+from app.database import Database, Request
 from app.errors import NotFoundError, SignInFailedError, UsernameTakenError
 from app.graph.repository import GraphRepository
 from app.ids import parse_id
-from shardkit.errors import InvalidIdError, InvalidShardKeyError, UniqueViolationError
+from shardkit import AsyncWriteSession
+from shardkit.errors import (
+    InvalidIdError,
+    InvalidShardKeyError,
+    OutcomeUnknownError,
+    UniqueViolationError,
+)
 
 __all__ = ["AccountService", "LogIn", "SessionLimits", "Viewer"]
 
@@ -118,12 +130,26 @@ class AccountService:
     async def sign_up(self, wanted: SignUp) -> LogIn:
         """Create an account and log it in.
 
+        A name that has been given to the same person meanwhile, in an earlier try of the same
+        request, is theirs: they know the password.
+
         Raises:
             UsernameTakenError: somebody has the name.
         """
+        what = ("sign up", wanted.username, wanted.display_name)
         password_hash = await self._passwords.hash(wanted.password)
-        user = await self.create(wanted.username, wanted.display_name, password_hash)
-        return await self._begin(user)
+        try:
+            user = await self.create(wanted.username, wanted.display_name, password_hash)
+        except (UsernameTakenError, OutcomeUnknownError):
+            if not self._database.has_key:
+                raise
+            found = await person_of_name(self._database, wanted.username)
+            if found is None or not await self._passwords.verify(
+                found.password_hash, wanted.password
+            ):
+                raise
+            user = found
+        return await self._begin(user, what)
 
     async def create(
         self, username: str, display_name: str, password_hash: str, bio: str = ""
@@ -154,12 +180,11 @@ class AccountService:
         Raises:
             SignInFailedError: the name or the password is wrong; both look and last the same.
         """
-        async with self._database.primary() as session:
-            user = await AccountRepository(session).user_by_name(given.username)
+        user = await person_of_name(self._database, given.username)
         encoded = None if user is None else user.password_hash
         if not await self._passwords.verify(encoded, given.password) or user is None:
             raise SignInFailedError
-        return await self._begin(user)
+        return await self._begin(user, ("log in", user.username))
 
     async def log_out(self, viewer: Viewer, *, everywhere: bool = False) -> None:
         """End this log-in, or all of the person."""
@@ -207,16 +232,20 @@ class AccountService:
             user = await AccountRepository(session).user_by_name(name)
             if user is None:
                 raise NotFoundError("There is no such person.")
-            followed = viewer is not None and await GraphRepository(session).follows(
-                viewer.id, user.id
-            )
+            n_followers, followed = user.follower_count, False
+            if viewer is not None and viewer.id != user.id:
+                graph = GraphRepository(session)
+                followed = await graph.follows(viewer.id, user.id)
+                n_followers, is_counted = await graph.counted(viewer.id, user.id)
+                # The relay may not have been there yet; who has just followed sees it counted.
+                n_followers += followed - is_counted
         return ProfileOut(
             id=user.id,
             username=user.username,
             display_name=user.display_name,
             bio=user.bio,
             photo_count=user.photo_count,
-            follower_count=user.follower_count,
+            follower_count=n_followers,
             following_count=user.following_count,
             created_at=user.created_at,
             followed_by_me=followed,
@@ -225,14 +254,17 @@ class AccountService:
 
     async def edit(self, viewer: Viewer, patch: ProfilePatch) -> ViewerOut:
         """Change the viewer's profile and return it."""
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> dict[str, Any]:
             user = await AccountRepository(session).user(viewer.id)
             if patch.display_name is not None:
                 user.display_name = patch.display_name or user.username
             if patch.bio is not None:
                 user.bio = patch.bio
-            await session.commit()
-            return _viewer(user, viewer.login_id).out()
+            return _viewer(user, viewer.login_id).out().model_dump(mode="json")
+
+        request = Request(viewer.id, ("edit", patch.model_dump(exclude_unset=True)))
+        return ViewerOut.model_validate(await self._database.run(request, work, near=viewer.id))
 
     async def newest(self, n: int) -> Sequence[PersonOut]:
         """Return people who joined last, newest first."""
@@ -240,21 +272,35 @@ class AccountService:
             users = await AccountRepository(session).newest(n)
         return [person_out(user) for user in users]
 
-    async def _begin(self, user: User) -> LogIn:
-        now = self._clock()
-        secret = secrets.token_urlsafe(SECRET_BYTES)
-        login = LoginSession(
-            user_id=user.id,
-            token_hash=_digest(secret),
-            created_at=now,
-            last_seen_at=now,
-            expires_at=now + self._limits.absolute,
-        )
-        async with self._database.writer() as session:
+    async def _begin(self, user: User, what: tuple[str, ...]) -> LogIn:
+        """Begin a log-in; a repetition of the request gets the same one.
+
+        The record of the request keeps what the secret is made of together with the client's
+        key, not the secret.
+        """
+
+        async def work(session: AsyncWriteSession) -> tuple[str, str, str]:
+            now = self._clock()
+            salt = secrets.token_bytes(SECRET_BYTES)
+            login = LoginSession(
+                user_id=user.id,
+                token_hash=_digest(self._database.secret(salt).hex()),
+                created_at=now,
+                last_seen_at=now,
+                expires_at=now + self._limits.absolute,
+            )
             await delete_logins(session, user.id, expired_at=now)
             session.add(login)
-            await session.commit()
-        return LogIn(_viewer(user, login.id), f"{login.id}.{secret}", login.expires_at)
+            await session.flush()
+            return str(login.id), salt.hex(), login.expires_at.isoformat()
+
+        login_id, salt, expires = await self._database.run(
+            Request(user.id, what), work, near=user.id
+        )
+        secret = self._database.secret(bytes.fromhex(salt)).hex()
+        return LogIn(
+            _viewer(user, int(login_id)), f"{login_id}.{secret}", dt.datetime.fromisoformat(expires)
+        )
 
 
 def person_out(user: User) -> PersonOut:

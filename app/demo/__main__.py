@@ -22,6 +22,8 @@ from app.demo.load import DemoCounts, DemoLoader
 from app.deps import session_limits
 from app.resources import Resources, open_resources
 from app.settings import Settings
+from app.workers import relay_of
+from shardkit import Cluster
 from shardkit.errors import ConfigurationError, ShardkitError
 
 __all__ = ["PASSWORD", "load_demo", "main"]
@@ -84,7 +86,7 @@ async def load_demo(
         max_workers=min(4, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
     )
     try:
-        return await DemoLoader(
+        added = await DemoLoader(
             wanted,
             database=database,
             accounts=accounts,
@@ -95,9 +97,12 @@ async def load_demo(
         ).run(await resources.passwords.hash(PASSWORD))
     finally:
         workers.shutdown(cancel_futures=True)
+    with Cluster.from_file(resources.settings.config) as cluster:  # if no relay runs: here it is
+        await asyncio.to_thread(relay_of(cluster).drain)
+    return added
 
 
-STEPS = ("people", "photos", "follows", "followers", "likes and comments")
+STEPS = ("people", "photos", "follows", "likes and comments")
 
 
 async def _run(settings: Settings, wanted: plan.DemoPlan, console: Console) -> DemoCounts:

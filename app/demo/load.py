@@ -1,8 +1,8 @@
 """Loads the demo into a cluster, skipping what is there already.
 
 Called by `python -m app.demo` and by tests. Rows are grouped so that a transaction stays on one
-logical shard: the photos and their likes and comments by owner, each side of the follows by the
-person it belongs to. Interrupting it at any point is safe: a rerun adds what is missing.
+logical shard: the photos and their likes and comments by owner, the follows by follower; the relay
+writes their other side. Interrupting it at any point is safe: a rerun adds what is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from app.clock import Clock
 from app.database import Database
 from app.demo.plan import DemoPlan
 from app.demo.scenes import draw
-from app.graph.models import Follow, Follower
+from app.graph.models import Follow
 from app.photos.images import SIZES
 from app.photos.models import Comment, Like, Photo
 from app.photos.store import BlobStore
@@ -178,11 +178,6 @@ class DemoLoader:
         self._times.insert(at, (photo.id, photo.created_at))
 
     async def _follows(self) -> None:
-        inverse: dict[int, list[int]] = {}
-        for follower, followees in self._plan.follows.items():
-            for followee in followees:
-                inverse.setdefault(followee, []).append(follower)
-
         async def forward(number: int) -> None:
             me, others = self._user_ids[number], self._ids(self._plan.follows[number])
             async with self._database.writer() as session:
@@ -199,23 +194,7 @@ class DemoLoader:
                 await session.commit()
                 self._added.follows += len(missing)
 
-        async def backward(number: int) -> None:
-            me, others = self._user_ids[number], self._ids(inverse[number])
-            async with self._database.writer() as session:
-                statement = select(Follower.follower_id).where(Follower.followee_id == me)
-                missing = others - set(await session.scalars(statement))
-                if not missing:
-                    return
-                session.add_all(
-                    Follower(followee_id=me, follower_id=other, created_at=self._now)
-                    for other in sorted(missing)
-                )
-                user = await session.get_one(User, me, with_for_update=True)
-                user.follower_count += len(missing)
-                await session.commit()
-
         await self._each("follows", self._plan.follows, forward)
-        await self._each("followers", inverse, backward)
 
     async def _reactions(self) -> None:
         by_owner: dict[int, list[int]] = {}

@@ -1,7 +1,8 @@
 """The home feed, read when asked for: newest photos of oneself and of whom one follows.
 
 Called by the API and the pages. Nothing is fanned out: one statement per physical shard reads
-the newest rows of all its owners, and shardkit merges them.
+the newest rows of all its owners, and shardkit merges them. When a server does not answer, the
+photos of the others are shown, and the page says that it is not whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from app.graph.repository import GraphRepository
 from app.paging import Page, cut
 from app.photos.repository import PhotoRepository
 from app.photos.schemas import PhotoOut
-from app.photos.service import describe
+from app.photos.service import photo_page
 
 __all__ = ["FeedService"]
 
@@ -35,11 +36,11 @@ class FeedService:
             owners = await GraphRepository(session).followee_ids(viewer.id, self._max_followees)
             rows = await PhotoRepository(session).of_owners([*owners, viewer.id], before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
+            return await photo_page(session, photos, viewer, cursor)
 
     async def newest(self, viewer: Viewer | None, before: int | None, n: int) -> Page[PhotoOut]:
         """Return a page of everybody's photos, newest first; reads every shard."""
         async with self._database.reader() as session:
             rows = await PhotoRepository(session).of_everybody(before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
+            return await photo_page(session, photos, viewer, cursor)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, status
 
 from app.accounts.schemas import PersonOut
 from app.addresses import API
-from app.deps import Graph, SignedIn
+from app.deps import Graph, Keyed, SignedIn
 from app.paging import Cursor, Limit, Page
 
 __all__ = ["router"]
@@ -14,13 +14,17 @@ __all__ = ["router"]
 router = APIRouter(prefix=API, tags=["graph"])
 
 
-@router.put("/users/{username}/follow", status_code=status.HTTP_204_NO_CONTENT)
+@router.put(
+    "/users/{username}/follow", status_code=status.HTTP_204_NO_CONTENT, dependencies=[Keyed]
+)
 async def follow(username: str, viewer: SignedIn, graph: Graph) -> None:
     """Follow a person."""
     await graph.follow(viewer, username)
 
 
-@router.delete("/users/{username}/follow", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete(
+    "/users/{username}/follow", status_code=status.HTTP_204_NO_CONTENT, dependencies=[Keyed]
+)
 async def unfollow(username: str, viewer: SignedIn, graph: Graph) -> None:
     """Unfollow a person."""
     await graph.unfollow(viewer, username)

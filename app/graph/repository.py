@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 
 from app.accounts.models import User
 from app.graph.models import Follow, Follower
 from shardkit import AsyncReadSession, AsyncWriteSession
 
-__all__ = ["GraphRepository", "add_follow", "add_follower", "remove_follow", "remove_follower"]
+__all__ = ["GraphRepository", "add_follow", "remove_follow"]
 
 
 class GraphRepository:
@@ -27,6 +27,17 @@ class GraphRepository:
     async def follows(self, follower_id: int, followee_id: int) -> bool:
         """Tell whether one person follows another."""
         return await self._session.get(Follow, (follower_id, followee_id)) is not None
+
+    async def counted(self, follower_id: int, followee_id: int) -> tuple[int, bool]:
+        """Return how many follow a person, and whether a certain one is among those counted."""
+        edge = and_(Follower.followee_id == User.id, Follower.follower_id == follower_id)
+        statement = (
+            select(User.follower_count, Follower.follower_id)
+            .join_from(User, Follower, edge, isouter=True)
+            .where(User.id == followee_id)
+        )
+        n, found = (await self._session.execute(statement)).one()
+        return n, found is not None
 
     async def followee_ids(self, follower_id: int, n: int) -> list[int]:
         """Return whom a person follows, at most `n`, in no order."""
@@ -66,26 +77,9 @@ async def add_follow(
         follower.following_count += 1
 
 
-async def add_follower(
-    session: AsyncWriteSession, followee: User, follower_id: int, now: dt.datetime
-) -> None:
-    """Insert the inverse edge and count it, unless it is there; `followee` is locked."""
-    if await session.get(Follower, (followee.id, follower_id)) is None:
-        session.add(Follower(followee_id=followee.id, follower_id=follower_id, created_at=now))
-        followee.follower_count += 1
-
-
 async def remove_follow(session: AsyncWriteSession, follower: User, followee_id: int) -> None:
     """Delete the forward edge and count it, if it is there; `follower` is locked."""
     edge = await session.get(Follow, (follower.id, followee_id))
     if edge is not None:
         await session.delete(edge)
         follower.following_count -= 1
-
-
-async def remove_follower(session: AsyncWriteSession, followee: User, follower_id: int) -> None:
-    """Delete the inverse edge and count it, if it is there; `followee` is locked."""
-    edge = await session.get(Follower, (followee.id, follower_id))
-    if edge is not None:
-        await session.delete(edge)
-        followee.follower_count -= 1

@@ -1,8 +1,8 @@
 """Follow and unfollow, and the lists of both directions.
 
-Called by the API and the pages. An edge is two rows on two shards: the forward one commits
-first and is the truth, the inverse follows in its own transaction. Both steps are idempotent,
-so a repeated request repairs an edge that a crash left one-sided.
+Called by the API and the pages. An edge is two rows on two shards. The forward one is written
+here, with its count and the event that announces it, in one transaction on the follower's shard;
+it is the truth. The relay has `app.graph.inverse` write the other one.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.accounts.models import User
-from app.accounts.repository import AccountRepository
+from app.accounts.repository import AccountRepository, person_of_name
 from app.accounts.schemas import PersonOut
 from app.accounts.service import Viewer, person_out
 from app.clock import Clock
-from app.database import Database
+from app.database import Database, Request
 from app.errors import FollowLimitError, InvalidInputError, NotFoundError
-from app.graph.repository import (
-    GraphRepository,
-    add_follow,
-    add_follower,
-    remove_follow,
-    remove_follower,
-)
+from app.graph.repository import GraphRepository, add_follow, remove_follow
 from app.paging import Page, cut
+from app.partial import is_partial
 from shardkit import AsyncWriteSession
 
 __all__ = ["GraphService"]
@@ -54,18 +49,17 @@ class GraphService:
         followee = await self._person(name)
         if followee.id == viewer.id:
             raise InvalidInputError("username", "You cannot follow yourself.")
-        now = self._clock()
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> None:
             follower = await _locked(session, viewer.id)
             if follower.following_count >= self._max_followees and not (
                 await GraphRepository(session).follows(viewer.id, followee.id)
             ):
                 raise FollowLimitError
-            await add_follow(session, follower, followee.id, now)
-            await session.commit()
-        async with self._database.writer() as session:
-            await add_follower(session, await _locked(session, followee.id), viewer.id, now)
-            await session.commit()
+            await add_follow(session, follower, followee.id, self._clock())
+
+        request = Request(viewer.id, ("follow", followee.id))
+        await self._database.run(request, work, near=viewer.id)
         return person_out(followee)
 
     async def unfollow(self, viewer: Viewer, name: str) -> PersonOut:
@@ -75,12 +69,12 @@ class GraphService:
             NotFoundError: nobody has the name.
         """
         followee = await self._person(name)
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> None:
             await remove_follow(session, await _locked(session, viewer.id), followee.id)
-            await session.commit()
-        async with self._database.writer() as session:
-            await remove_follower(session, await _locked(session, followee.id), viewer.id)
-            await session.commit()
+
+        request = Request(viewer.id, ("unfollow", followee.id))
+        await self._database.run(request, work, near=viewer.id)
         return person_out(followee)
 
     async def followers(self, name: str, before: int | None, n: int) -> Page[PersonOut]:
@@ -118,12 +112,12 @@ class GraphService:
             read = graph.followers if inverse else graph.following
             ids, cursor = cut(await read(user.id, before, n + 1), n, lambda user_id: user_id)
             users = await accounts.users(ids)
+            partial = is_partial(session)
         people = [person_out(users[user_id]) for user_id in ids if user_id in users]
-        return Page[PersonOut](items=people, next_cursor=cursor)
+        return Page[PersonOut](items=people, next_cursor=cursor, partial=partial)
 
     async def _person(self, name: str) -> User:
-        async with self._database.primary() as session:
-            user = await AccountRepository(session).user_by_name(name)
+        user = await person_of_name(self._database, name)
         if user is None:
             raise NotFoundError("There is no such person.")
         return user

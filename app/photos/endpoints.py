@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Response, UploadFile, status
 
 from app.addresses import API, MEDIA
-from app.deps import Accounts, MaybeViewer, Photos, SignedIn
+from app.deps import Accounts, Keyed, MaybeViewer, Photos, SignedIn
 from app.ids import Id
 from app.paging import Cursor, Limit, Page
 from app.photos.schemas import Caption, CommentIn, CommentOut, LikesOut, PhotoOut
@@ -18,7 +18,7 @@ router = APIRouter(prefix=API, tags=["photos"])
 media = APIRouter(prefix=MEDIA, include_in_schema=False)
 
 
-@router.post("/photos", status_code=status.HTTP_201_CREATED)
+@router.post("/photos", status_code=status.HTTP_201_CREATED, dependencies=[Keyed])
 async def upload(
     viewer: SignedIn,
     photos: Photos,
@@ -35,7 +35,7 @@ async def photo(photo_id: Id, viewer: MaybeViewer, photos: Photos) -> PhotoOut:
     return await photos.photo(photo_id, viewer)
 
 
-@router.delete("/photos/{photo_id}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete("/photos/{photo_id}", status_code=status.HTTP_204_NO_CONTENT, dependencies=[Keyed])
 async def delete(photo_id: Id, viewer: SignedIn, photos: Photos) -> None:
     """Delete one's own photo with everything under it."""
     await photos.delete(viewer, photo_id)
@@ -56,13 +56,13 @@ async def grid(
     return await photos.grid(owner.id, viewer, cursor, limit)
 
 
-@router.put("/photos/{photo_id}/like")
+@router.put("/photos/{photo_id}/like", dependencies=[Keyed])
 async def like(photo_id: Id, viewer: SignedIn, photos: Photos) -> LikesOut:
     """Like a photo."""
     return await photos.like(viewer, photo_id)
 
 
-@router.delete("/photos/{photo_id}/like")
+@router.delete("/photos/{photo_id}/like", dependencies=[Keyed])
 async def unlike(photo_id: Id, viewer: SignedIn, photos: Photos) -> LikesOut:
     """Take a like back."""
     return await photos.unlike(viewer, photo_id)
@@ -76,13 +76,19 @@ async def comments(
     return await photos.comments(photo_id, cursor, limit)
 
 
-@router.post("/photos/{photo_id}/comments", status_code=status.HTTP_201_CREATED)
+@router.post(
+    "/photos/{photo_id}/comments", status_code=status.HTTP_201_CREATED, dependencies=[Keyed]
+)
 async def comment(photo_id: Id, given: CommentIn, viewer: SignedIn, photos: Photos) -> CommentOut:
     """Write a comment."""
     return await photos.comment(viewer, photo_id, given)
 
 
-@router.delete("/photos/{photo_id}/comments/{comment_id}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete(
+    "/photos/{photo_id}/comments/{comment_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    dependencies=[Keyed],
+)
 async def delete_comment(photo_id: Id, comment_id: Id, viewer: SignedIn, photos: Photos) -> None:
     """Delete one's own comment, or any under one's own photo."""
     await photos.delete_comment(viewer, photo_id, comment_id)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select
 
 from app.errors import NotFoundError
+from app.partial import answered, answered_or_none
 from app.photos.models import Comment, Like, Photo
-from shardkit import AsyncReadSession, AsyncWriteSession, all_shards
+from shardkit import AsyncReadSession, AsyncWriteSession
 
 __all__ = ["PhotoRepository", "delete_photo", "locked_photo"]
 
@@ -37,19 +38,18 @@ class PhotoRepository:
     async def of_owners(
         self, owner_ids: Sequence[int], before: int | None, n: int
     ) -> Sequence[Photo]:
-        """Return the newest photos of some people below an id, newest first."""
+        """Return the newest photos of some people below an id, newest first, of who answers."""
         statement = select(Photo).where(Photo.owner_id.in_(owner_ids))
         if before is not None:
             statement = statement.where(Photo.id < before)
-        return (await self._session.scalars(statement.order_by(Photo.id.desc()).limit(n))).all()
+        return await answered(self._session, statement.order_by(Photo.id.desc()).limit(n))
 
     async def of_everybody(self, before: int | None, n: int) -> Sequence[Photo]:
-        """Return the newest photos of all shards below an id, newest first."""
+        """Return the newest photos of all shards below an id, newest first, of who answers."""
         statement = select(Photo)
         if before is not None:
             statement = statement.where(Photo.id < before)
-        statement = statement.order_by(Photo.id.desc()).limit(n).options(all_shards())
-        return (await self._session.scalars(statement)).all()
+        return await answered(self._session, statement.order_by(Photo.id.desc()).limit(n))
 
     async def liked_among(self, user_id: int, photo_ids: Sequence[int]) -> set[int]:
         """Return which of some photos a person likes."""
@@ -58,7 +58,7 @@ class PhotoRepository:
         statement = select(Like.photo_id).where(
             Like.photo_id.in_(photo_ids), Like.user_id == user_id
         )
-        return set(await self._session.scalars(statement))
+        return set(await answered_or_none(self._session, statement))
 
     async def comments(self, photo_id: int, after: int | None, n: int) -> Sequence[Comment]:
         """Return comments of a photo above an id, oldest first."""

@@ -6,25 +6,29 @@ crash leaves at worst bytes nobody points to, never a photo without its picture.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from app.accounts.models import User
 from app.accounts.repository import AccountRepository
 from app.accounts.service import Viewer, person_out
 from app.addresses import MEDIA
 from app.clock import Clock
-from app.database import Database
+from app.database import Database, Request
 from app.errors import ForbiddenError, NotFoundError
 from app.paging import Page, cut
+from app.partial import is_partial
 from app.photos.images import SIZES, ImageWorkers
 from app.photos.models import Comment, Like, Photo
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
 from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
 from app.photos.store import BlobStore
-from shardkit import AsyncReadSession
+from shardkit import AsyncReadSession, AsyncWriteSession
+from shardkit.errors import OutcomeUnknownError
 
-__all__ = ["PhotoService", "describe", "image_url", "images_of"]
+__all__ = ["PhotoService", "describe", "image_url", "images_of", "photo_page"]
 
 KEY_BYTES = 16
 """Random bytes of a blob key: nobody guesses the address of a picture."""
@@ -58,29 +62,38 @@ class PhotoService:
         prepared = await self._workers.prepare(data)
         key = secrets.token_hex(KEY_BYTES)
         await self._blobs.put(key, prepared.sizes)
-        photo = Photo(
-            owner_id=viewer.id,
-            caption=caption,
-            width=prepared.width,
-            height=prepared.height,
-            blob_key=key,
-            like_count=0,
-            comment_count=0,
-            created_at=self._clock(),
-        )
-        async with self._database.writer() as session:
-            try:
-                owner = await session.get(User, viewer.id, with_for_update=True)
-                if owner is None:
-                    raise NotFoundError("There is no such person.")
-                session.add(photo)
-                owner.photo_count += 1
-                await session.flush()
-            except BaseException:
-                await self._blobs.delete(key)  # nothing can be committed any more
-                raise
-            await session.commit()
-            return _photo_out(photo, owner, liked=False)
+
+        async def work(session: AsyncWriteSession) -> dict[str, Any]:
+            owner = await session.get(User, viewer.id, with_for_update=True)
+            if owner is None:
+                raise NotFoundError("There is no such person.")
+            photo = Photo(
+                owner_id=viewer.id,
+                caption=caption,
+                width=prepared.width,
+                height=prepared.height,
+                blob_key=key,
+                like_count=0,
+                comment_count=0,
+                created_at=self._clock(),
+            )
+            session.add(photo)
+            owner.photo_count += 1
+            await session.flush()
+            return _photo_out(photo, owner, liked=False).model_dump(mode="json")
+
+        digest = hashlib.sha256(data).hexdigest()
+        request = Request(viewer.id, ("upload", digest, caption))
+        try:
+            answer = await self._database.run(request, work, near=viewer.id)
+        except Exception as error:
+            if not isinstance(error, OutcomeUnknownError):  # nothing was committed
+                await self._blobs.delete(key)
+            raise
+        photo = PhotoOut.model_validate(answer)
+        if photo.images != images_of(key):  # a repetition: the first one's are kept
+            await self._blobs.delete(key)
+        return photo
 
     async def delete(self, viewer: Viewer, photo_id: int) -> None:
         """Delete one's own photo with everything under it.
@@ -89,7 +102,8 @@ class PhotoService:
             NotFoundError: there is no such photo.
             ForbiddenError: it is somebody else's.
         """
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> str:
             photo = await locked_photo(session, photo_id)
             if photo.owner_id != viewer.id:
                 raise ForbiddenError("This photo belongs to somebody else.")
@@ -97,8 +111,10 @@ class PhotoService:
             owner = await session.get(User, photo.owner_id, with_for_update=True)
             if owner is not None:
                 owner.photo_count -= 1
-            await session.commit()
-        await self._blobs.delete(photo.blob_key)
+            return photo.blob_key
+
+        request = Request(viewer.id, ("delete photo", photo_id))
+        await self._blobs.delete(await self._database.run(request, work, near=photo_id))
 
     async def photo(self, photo_id: int, viewer: Viewer | None) -> PhotoOut:
         """Return a photo as a viewer sees it.
@@ -118,7 +134,7 @@ class PhotoService:
         async with self._database.reader() as session:
             rows = await PhotoRepository(session).of_owners([owner_id], before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
-            return Page[PhotoOut](items=await describe(session, photos, viewer), next_cursor=cursor)
+            return await photo_page(session, photos, viewer, cursor)
 
     async def like(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Like a photo; liking twice is liking once.
@@ -126,13 +142,17 @@ class PhotoService:
         Raises:
             NotFoundError: there is no such photo.
         """
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> int:
             photo = await locked_photo(session, photo_id)
             if await session.get(Like, (photo_id, viewer.id)) is None:
                 session.add(Like(photo_id=photo_id, user_id=viewer.id, created_at=self._clock()))
                 photo.like_count += 1
-            await session.commit()
-        return LikesOut(photo_id=photo_id, like_count=photo.like_count, liked_by_me=True)
+            return photo.like_count
+
+        request = Request(viewer.id, ("like", photo_id))
+        n_likes = await self._database.run(request, work, near=photo_id)
+        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=True)
 
     async def unlike(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Take a like back; doing so twice is doing so once.
@@ -140,14 +160,18 @@ class PhotoService:
         Raises:
             NotFoundError: there is no such photo.
         """
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> int:
             photo = await locked_photo(session, photo_id)
             like = await session.get(Like, (photo_id, viewer.id))
             if like is not None:
                 await session.delete(like)
                 photo.like_count -= 1
-            await session.commit()
-        return LikesOut(photo_id=photo_id, like_count=photo.like_count, liked_by_me=False)
+            return photo.like_count
+
+        request = Request(viewer.id, ("unlike", photo_id))
+        n_likes = await self._database.run(request, work, near=photo_id)
+        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=False)
 
     async def comment(self, viewer: Viewer, photo_id: int, given: CommentIn) -> CommentOut:
         """Write a comment under a photo.
@@ -155,21 +179,25 @@ class PhotoService:
         Raises:
             NotFoundError: there is no such photo.
         """
-        comment = Comment(
-            photo_id=photo_id, author_id=viewer.id, body=given.body, created_at=self._clock()
-        )
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> dict[str, Any]:
             photo = await locked_photo(session, photo_id)
+            comment = Comment(
+                photo_id=photo_id, author_id=viewer.id, body=given.body, created_at=self._clock()
+            )
             session.add(comment)
             photo.comment_count += 1
-            await session.commit()
-        return CommentOut(
-            id=comment.id,
-            photo_id=photo_id,
-            author=viewer.out(),
-            body=comment.body,
-            created_at=comment.created_at,
-        )
+            await session.flush()
+            return CommentOut(
+                id=comment.id,
+                photo_id=photo_id,
+                author=viewer.out(),
+                body=comment.body,
+                created_at=comment.created_at,
+            ).model_dump(mode="json")
+
+        request = Request(viewer.id, ("comment", photo_id, given.body))
+        return CommentOut.model_validate(await self._database.run(request, work, near=photo_id))
 
     async def delete_comment(self, viewer: Viewer, photo_id: int, comment_id: int) -> None:
         """Delete one's own comment, or any comment under one's own photo.
@@ -178,7 +206,8 @@ class PhotoService:
             NotFoundError: there is no such comment under this photo.
             ForbiddenError: it is somebody else's.
         """
-        async with self._database.writer() as session:
+
+        async def work(session: AsyncWriteSession) -> None:
             photo = await locked_photo(session, photo_id)
             comment = await session.get(Comment, comment_id)
             if comment is None or comment.photo_id != photo_id:
@@ -187,7 +216,9 @@ class PhotoService:
                 raise ForbiddenError("This comment belongs to somebody else.")
             await session.delete(comment)
             photo.comment_count -= 1
-            await session.commit()
+
+        request = Request(viewer.id, ("delete comment", photo_id, comment_id))
+        await self._database.run(request, work, near=photo_id)
 
     async def comments(self, photo_id: int, after: int | None, n: int) -> Page[CommentOut]:
         """Return a page of the comments under a photo, oldest first.
@@ -201,6 +232,7 @@ class PhotoService:
             rows = await repository.comments(photo_id, after, n + 1)
             comments, cursor = cut(rows, n, lambda comment: comment.id)
             authors = await AccountRepository(session).users(c.author_id for c in comments)
+            partial = is_partial(session)
         shown = [
             CommentOut(
                 id=comment.id,
@@ -212,7 +244,7 @@ class PhotoService:
             for comment in comments
             if comment.author_id in authors
         ]
-        return Page[CommentOut](items=shown, next_cursor=cursor)
+        return Page[CommentOut](items=shown, next_cursor=cursor, partial=partial)
 
     async def picture(self, key: str, size: int) -> bytes:
         """Return the bytes of one size.
@@ -240,6 +272,14 @@ async def describe(
         for photo in photos
         if photo.owner_id in owners
     ]
+
+
+async def photo_page(
+    session: AsyncReadSession, photos: Sequence[Photo], viewer: Viewer | None, cursor: int | None
+) -> Page[PhotoOut]:
+    """Return a page of photos; it says so when servers did not answer."""
+    items = await describe(session, photos, viewer)
+    return Page[PhotoOut](items=items, next_cursor=cursor, partial=is_partial(session))
 
 
 def image_url(blob_key: str, size: int) -> str:

@@ -9,6 +9,7 @@ from app.demo import plan
 from app.demo.__main__ import PASSWORD, load_demo
 from app.demo.load import DemoCounts
 from app.resources import open_resources
+from shardkit.testing import wait_until
 from tests.fixtures.service import Service
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
@@ -40,7 +41,14 @@ def test_the_account_to_try_has_a_full_feed(service: Service) -> None:
         assert len(feed) > 5
         assert feed == sorted(feed, key=lambda item: int(item["id"]), reverse=True)
         assert feed == sorted(feed, key=lambda item: item["created_at"], reverse=True)
-        profile = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}").json()
+        here = f"/api/v1/users/{plan.DEMO_USERNAME}"
+        n_expected = sum(0 in followees for followees in plan.make(6, 3).follows.values())
+        wait_until(
+            lambda: client.get(here).json()["follower_count"] == n_expected,
+            10.0,
+            "the relay has been there",
+        )
+        profile = client.get(here).json()
         grid = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}/photos").json()["items"]
         assert profile["photo_count"] == len(grid)
         followers = client.get(f"/api/v1/users/{plan.DEMO_USERNAME}/followers").json()["items"]

@@ -8,6 +8,7 @@ import httpx
 import pytest
 import pyvips
 
+from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.service import PASSWORD, Person, Service
 
@@ -35,7 +36,11 @@ def test_a_day_in_the_life(join: Join, service: Service) -> None:
             assert max(decoded.width, decoded.height) == int(size)
 
     # Before following the feed is empty, after it newest first.
-    assert ben.http.get("/api/v1/feed").json() == {"items": [], "next_cursor": None}
+    assert ben.http.get("/api/v1/feed").json() == {
+        "items": [],
+        "next_cursor": None,
+        "partial": False,
+    }
     for _ in range(2):
         assert ben.http.put(f"/api/v1/users/{ana.username}/follow").status_code == 204
     feed = ben.http.get("/api/v1/feed").json()
@@ -44,8 +49,8 @@ def test_a_day_in_the_life(join: Join, service: Service) -> None:
     assert profile["follower_count"] == 1
     assert profile["photo_count"] == 3
     assert profile["followed_by_me"] is True
-    followers = ben.http.get(f"/api/v1/users/{ana.username}/followers").json()
-    assert [person["username"] for person in followers["items"]] == [ben.username]
+    wait_until(lambda: followers_of(ana) == [ben.username], 10.0, "the relay adds the other edge")
+    assert ana.http.get(f"/api/v1/users/{ana.username}").json()["follower_count"] == 1
     following = ben.http.get(f"/api/v1/users/{ben.username}/following").json()
     assert [person["username"] for person in following["items"]] == [ana.username]
 
@@ -80,6 +85,13 @@ def test_a_day_in_the_life(join: Join, service: Service) -> None:
         assert ben.http.delete(f"/api/v1/users/{ana.username}/follow").status_code == 204
     assert ben.http.get("/api/v1/feed").json()["items"] == []
     assert ben.http.get(f"/api/v1/users/{ana.username}").json()["follower_count"] == 0
+    wait_until(lambda: followers_of(ana) == [], 10.0, "the relay removes the other edge")
+    assert ana.http.get(f"/api/v1/users/{ana.username}").json()["follower_count"] == 0
+
+
+def followers_of(person: Person) -> list[str]:
+    answer = person.http.get(f"/api/v1/users/{person.username}/followers")
+    return [item["username"] for item in answer.json()["items"]]
 
 
 def test_feed_pages_have_no_gaps_and_no_repeats(join: Join) -> None:

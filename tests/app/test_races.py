@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.service import PASSWORD, Person, Service
 
@@ -60,10 +61,13 @@ def test_follows_count_every_pair_once(join: Join) -> None:
 
     assert at_once([follow(fan) for fan in fans * 5]) == {204: 20}
 
+    def followers() -> set[str]:
+        found = star.http.get(f"/api/v1/users/{star.username}/followers").json()["items"]
+        return {person["id"] for person in found}
+
+    wait_until(lambda: followers() == {fan.id for fan in fans}, 10.0, "the relay has been there")
     profile = star.http.get(f"/api/v1/users/{star.username}").json()
     assert profile["follower_count"] == len(fans)
-    followers = star.http.get(f"/api/v1/users/{star.username}/followers").json()["items"]
-    assert {person["id"] for person in followers} == {fan.id for fan in fans}
     for fan in fans:
         assert fan.http.get(f"/api/v1/users/{fan.username}").json()["following_count"] == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -26,8 +27,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     stop_cluster(directory, delete_data=True)
 
 
-def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start it and return its address, once it serves."""
+def started(folder: Path) -> tuple[subprocess.Popen[str], str, int]:
+    """Start it and return its address and its relay's process, once it serves."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-u", "-m", "app.run", "--dir", str(folder)),
@@ -41,7 +42,9 @@ def started(folder: Path) -> tuple[subprocess.Popen[str], str]:
     for line in process.stdout or ():
         said.append(line)
         if match := re.match(r"serving (http://\S+)", line):
-            return process, match[1]
+            relay = re.search(r"^relay: process (\d+)$", "".join(said), re.MULTILINE)
+            assert relay is not None
+            return process, match[1], int(relay[1])
     process.wait()
     raise AssertionError("".join(said))
 
@@ -50,17 +53,28 @@ def n_running(folder: Path) -> int:
     return sum(server.pid is not None for server in read_status(folder).servers)
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.fault
 def test_it_serves_and_every_end_takes_the_servers_with_it(folder: Path) -> None:
-    first, address = started(folder)
+    first, address, relay = started(folder)
     with urllib.request.urlopen(address + "readyz", timeout=10) as answer:
         assert answer.status == 200
     assert n_running(folder) >= 7
     first.kill()
     first.communicate(timeout=30)
     wait_until(lambda: n_running(folder) == 0, 30.0, "a killed run leaves no server")
+    wait_until(lambda: not is_running(relay), 30.0, "nor its relay")
 
-    second, address = started(folder)
+    second, address, relay = started(folder)
+    os.kill(relay, signal.SIGKILL)
+    assert second.stdout is not None
+    assert second.stdout.readline() == "the relay ended with -9 and is started again\n"
     with urllib.request.urlopen(address, timeout=10) as answer:
         assert answer.status == 200
     second.send_signal(signal.SIGINT)

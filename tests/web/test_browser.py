@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
+from shardkit.local import LocalCluster
 from tests.fixtures import pictures
-from tests.fixtures.service import PASSWORD, Service
+from tests.fixtures.outages import home_of, servers_of, without
+from tests.fixtures.service import PASSWORD, Person, Service
 
 pytestmark = [pytest.mark.web, pytest.mark.integration]
 
@@ -163,3 +165,42 @@ def test_pages_work_on_a_phone_with_a_keyboard(visit: Callable[..., Page], tmp_p
     page.goto("/u/web.cleo")
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+
+
+def test_a_feed_that_is_not_whole_says_so(
+    visit: Callable[..., Page],
+    join: Callable[[str], Person],
+    app_cluster: LocalCluster,
+    service: Service,
+) -> None:
+    found: dict[str, Person] = {}
+    for _ in range(64):
+        person = join("web")
+        found.setdefault(home_of(person), person)
+        if len(found) == 2:
+            break
+    reader, author = found["alpha"], found["beta"]
+    author.upload(pictures.jpeg(), "Over there").raise_for_status()
+    reader.upload(pictures.jpeg(), "Over here").raise_for_status()
+    reader.http.put(f"/api/v1/users/{author.username}/follow").raise_for_status()
+
+    page = visit()
+    session = {"name": "session", "value": reader.http.cookies["session"], "url": service.url}
+    page.context.add_cookies([session])  # type: ignore[list-item]
+    page.goto("/")
+    expect(page.locator("article.card")).to_have_count(2)
+    expect(page.locator("[data-partial]")).to_have_count(0)
+    with without(app_cluster, service, *reversed(servers_of(app_cluster, "beta"))):
+        page.goto("/")
+        expect(page.locator("article.card")).to_have_count(1)
+        note = page.get_by_role("status")
+        expect(note).to_contain_text("Some photos are missing here.")
+        assert note.bounding_box() is not None
+        if folder := os.environ.get("SCREENSHOTS"):
+            for path, name in (("/", "feed"), ("/explore", "explore")):
+                page.goto(path)
+                page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+            page.goto("/")
+    page.get_by_role("link", name="Try again").click()
+    expect(page.locator("article.card")).to_have_count(2)
+    expect(page.locator("[data-partial]")).to_have_count(0)

@@ -1,0 +1,89 @@
+"""Work that follows a write: the relay with the service's handlers, as a process of its own.
+
+    python -m app.workers --config shardkit.toml
+    shardkit outbox relay --app app.workers:relay     # the same; `APP_CONFIG` names the file
+
+As many as you like, anywhere; any of them may be killed. `make run` keeps one running.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from app.graph import inverse
+from app.graph.models import FOLLOW_CHANGED
+from app.settings import Settings
+from shardkit import Cluster, Relay
+from shardkit.errors import ConfigurationError, HandlerStuckError
+from shardkit.outbox import Event
+
+__all__ = ["main", "relay_of"]
+
+BATCH = 50
+"""Follows applied at once: so many rows of people may be locked for a moment."""
+
+THREADS = 2
+
+
+def relay_of(cluster: Cluster) -> Relay:
+    """Return a relay that does everything the service's events ask for."""
+    relay = Relay(cluster, threads=THREADS)
+
+    @relay.on(FOLLOW_CHANGED, batch=BATCH)
+    def follows(events: list[Event]) -> None:
+        inverse.apply(cluster, events)
+
+    return relay
+
+
+def __getattr__(name: str) -> Relay:
+    """Make `relay` when it is asked for: an import opens nothing."""
+    if name != "relay":
+        raise AttributeError(name)
+    return relay_of(Cluster.from_file(Settings.read(os.environ).config))
+
+
+def main(
+    config: Annotated[Path | None, typer.Option(help="the cluster's shardkit.toml")] = None,
+    *,
+    attached: Annotated[
+        bool, typer.Option("--attached", help="end when standard input does")
+    ] = False,
+) -> None:
+    """Deliver events until SIGTERM or Ctrl-C; what has been begun is finished first."""
+    try:
+        settings = Settings.read(os.environ, config=config)
+        cluster = Cluster.from_file(settings.config)
+    except (ConfigurationError, ValidationError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    with cluster:
+        relay = relay_of(cluster)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: relay.stop())
+        if attached:
+            threading.Thread(target=_stop_at_end, args=[relay], daemon=True).start()
+        try:
+            relay.run()
+        except HandlerStuckError as error:
+            typer.echo(f"error: {error}", err=True)
+            os._exit(1)  # threads that never end would keep the process
+
+
+def _stop_at_end(relay: Relay) -> None:
+    """Stop when the process that holds the other end of standard input is gone."""
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    relay.stop()
+
+
+if __name__ == "__main__":
+    typer.run(main)
