@@ -3,7 +3,7 @@
 The cost: one row by the ORM from a replica, plain and with a token that the replica has to be
 asked about, in turns; both in new sessions. Round trips are counted by a proxy on the wire. The
 share: two replicas, one behind a link that makes it ten times slower; round robin in the same run
-gives each one half.
+gives each one half. The tail: `benchmarks.hedging`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ from typing import Any
 from sqlalchemy import create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session
 
+from benchmarks import hedging
 from benchmarks.measure import interleaved, report, servers
 from shardkit import Cluster, Sharded, ids, tokens
 from shardkit.config import load
 from shardkit.testing import FaultProxy, create_tables, reroute, wait_until
 from shardkit.topology import Endpoint, Role, Topology, schema_name
 
-PEERS = ("sqlalchemy.orm.Session on the replica", "round robin over the replicas")
+PEERS = (
+    "sqlalchemy.orm.Session on the replica",
+    "round robin over the replicas",
+    "a reader without hedging",
+)
 TARGETS = {
     "gated_vs_plain_read": "≤ 1.6",
     "extra_round_trips": "≤ 0",
     "slow_replica_share": "≤ 0.08",
+    **hedging.TARGETS,
 }
 KEY = ids.compose(1, 3, 0)
 NUMBERS = itertools.count()
@@ -55,6 +61,9 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         figures, medians = cost(topology, 1_000 if quick else 10_000)
         figures |= round_trips(topology)
         figures |= shares(topology, 1_000 if quick else 5_000)
+    # Servers of its own, which stumble.
+    hedged, tails = hedging.figures(quick=quick)
+    figures, medians = figures | hedged, medians | tails
     report("replicas", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)
 
 

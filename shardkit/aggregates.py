@@ -8,8 +8,9 @@ ORDER BY are applied to the joined groups. What does not distribute over a union
 from __future__ import annotations
 
 import decimal
+import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,7 +19,6 @@ from sqlalchemy import (
     BindParameter,
     BooleanClauseList,
     Integer,
-    Label,
     Numeric,
     Select,
     UnaryExpression,
@@ -29,6 +29,8 @@ from sqlalchemy.sql.elements import ColumnElement, False_, Grouping, Null, True_
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import iterate
 
+from shardkit.arrays import COLLECTING, Call, call_of, list_of
+from shardkit.existences import Existence, existences_of
 from shardkit.ordering import (
     EQUATABLE_TYPES,
     Combine,
@@ -42,9 +44,10 @@ from shardkit.ordering import (
     refused,
     same,
 )
+from shardkit.shapes import unlabelled
 from shardkit.statements import Params
 
-__all__ = ["ROW_FUNCTIONS", "Aggregation", "aggregation", "is_aggregate", "unlabelled"]
+__all__ = ["ROW_FUNCTIONS", "Aggregation", "aggregation", "is_aggregate"]
 
 # Functions of one row. Any other may be an aggregate, which does not distribute over a union.
 ROW_FUNCTIONS = frozenset((
@@ -74,14 +77,13 @@ class Aggregation:
 
 def is_aggregate(element: Any) -> bool:
     """Tell whether an expression is an aggregate that can be merged."""
-    return isinstance(element, FunctionElement) and element.name.lower() in _FOLDS
+    return _aggregate(element) is not None
 
 
-def unlabelled(column: Any) -> Any:
-    """Return an expression without label and parentheses."""
-    while isinstance(column, Label | Grouping):
-        column = column.element
-    return column
+def _aggregate(element: Any) -> Call | None:
+    """Return the call of an aggregate that can be merged, or None for anything else."""
+    call = call_of(element)
+    return call if call is not None and call.name in _FOLDS.keys() | COLLECTING else None
 
 
 def aggregation(
@@ -99,16 +101,14 @@ def aggregation(
     Raises:
         UnsupportedStatementError: it cannot be merged exactly.
     """
-    columns = _Columns([unlabelled(column) for column in statement._raw_columns])
+    columns = _Columns([unlabelled(column) for column in statement._raw_columns], params)
+    existences = existences_of(statement)
     grouped = [unlabelled(clause) for clause in statement._group_by_clauses]
     keys = [columns.position(clause) for clause in grouped]
+    for i, existence in existences.items():
+        columns.folds[i] = _found(i, existence)
     for i, column in enumerate(columns.asked):
-        if not isinstance(column, ColumnElement):
-            raise refused("whole entities beside aggregates", "select their columns")
-        if is_aggregate(column):
-            columns.fold(i, column)
-        elif i not in keys:
-            raise refused(f"column {column} outside GROUP BY")
+        columns.show(i, column, is_grouped=i in keys)
     for clause in grouped:
         if not isinstance(clause.type, EQUATABLE_TYPES):
             raise refused(f"GROUP BY {clause} of type {clause.type}")
@@ -144,6 +144,7 @@ class _Columns:
     """The columns of the branch: those asked for, and those added to compute with."""
 
     asked: list[Any]
+    params: Params
     added: list[ColumnElement[Any]] = field(default_factory=list)
     folds: dict[int, Fold] = field(default_factory=dict)
 
@@ -165,42 +166,72 @@ class _Columns:
             self.fold(position, expression)
         return position
 
-    def fold(self, position: int, function: Any) -> None:
+    def show(self, position: int, column: Any, *, is_grouped: bool) -> None:
+        """Say how the whole value of a column that was asked for is had."""
+        if not isinstance(column, ColumnElement):
+            raise refused("whole entities beside aggregates", "select their columns")
+        if is_aggregate(column):
+            self.fold(position, column)
+        elif not is_grouped and position not in self.folds:
+            raise refused(f"column {column} outside GROUP BY")
+
+    def fold(self, position: int, aggregate: Any) -> None:
         """Say how the partial values of an aggregate are joined."""
-        _refuse_undistributed(function)
-        name = function.name.lower()
-        if name != "avg":
-            join = _FOLDS[name]
+        call = call_of(aggregate)
+        assert call is not None, "the caller has looked"
+        _refuse_undistributed(call)
+        if call.name in COLLECTING:
+            whole = list_of(call, lambda parameter: _value(parameter, self.params))
+            places = [self.position(part) for part in whole.parts]
+            self.folds[position] = lambda rows: whole.join([row[i] for i in places] for row in rows)
+            return
+        if call.name != "avg":
+            join = _FOLDS[call.name]
             self.folds[position] = lambda rows: join(row[position] for row in rows)
             return
-        (argument,) = function.clauses
+        (argument,) = call.arguments
         # The sum of floats depends on the order of adding, in its last digits.
         if not isinstance(argument.type, Integer | Numeric):
             raise refused(f"avg of type {argument.type}", "cast it to Numeric")
-        total, count = self.position(func.sum(argument)), self.position(func.count(argument))
+        total, count = (
+            self.position(call.like(made)) for made in (func.sum(argument), func.count(argument))
+        )
         self.folds[position] = lambda rows: _average(
             _sum(row[total] for row in rows), _sum(row[count] for row in rows)
         )
 
 
-def _refuse_undistributed(function: Any) -> None:
-    for part in iterate(function.clauses):
+def _found(position: int, existence: Existence) -> Fold:
+    return lambda rows: existence.whole(row[position] for row in rows)
+
+
+def _refuse_undistributed(call: Call) -> None:
+    for part in itertools.chain.from_iterable(map(iterate, call.expressions)):
         if isinstance(part, FunctionElement) and part.name.lower() not in ROW_FUNCTIONS:
-            raise refused(f"{part.name}() inside {function.name}()")
-        if isinstance(part, UnaryExpression) and part.operator is operators.distinct_op:
-            raise refused(f"{function.name}(DISTINCT …) over several logical shards")
-    name = function.name.lower()
-    if name in ("min", "max"):
-        for argument in function.clauses:
+            raise refused(f"{part.name}() inside {call.name}()")
+        if call.name not in COLLECTING and (
+            isinstance(part, UnaryExpression) and part.operator is operators.distinct_op
+        ):
+            raise refused(f"{call.name}(DISTINCT …) over several logical shards")
+    if call.order and call.name not in COLLECTING:
+        raise refused(f"ORDER BY inside {call.name}()", "leave it out; it changes nothing")
+    if call.name in ("min", "max"):
+        for argument in call.arguments:
             refuse_unordered(argument)
-    if name == "sum" and not isinstance(function.type, Integer | Numeric):
-        raise refused(f"sum of type {function.type}", "cast it to Numeric")
+    if call.name == "sum" and not isinstance(call.function.type, Integer | Numeric):
+        raise refused(f"sum of type {call.function.type}", "cast it to Numeric")
+
+
+def _refuse_incomparable(expression: Any) -> None:
+    """Refuse what server and client may compare differently."""
+    call = _aggregate(expression)
+    if call is None or call.name in {"min", "max", *COLLECTING}:
+        refuse_unordered(expression)
 
 
 def _sort_key(clause: Any, columns: _Columns) -> SortKey:
     expression, descending, nulls_first = direction(clause)
-    if not is_aggregate(expression) or expression.name.lower() in ("min", "max"):
-        refuse_unordered(expression)
+    _refuse_incomparable(expression)
     return SortKey(columns.value(expression), descending, nulls_first)
 
 
@@ -314,17 +345,20 @@ def _predicate(clause: Any, columns: _Columns, params: Params) -> Test:
     raise refused(f"HAVING {clause}", "compare aggregates and grouped columns with values")
 
 
+def _value(parameter: BindParameter[Any], params: Params) -> Any:
+    given = params if isinstance(params, Mapping) else {}
+    return given.get(parameter.key, parameter.effective_value)
+
+
 def _operand(clause: Any, columns: _Columns, params: Params) -> Callable[[Row], Any]:
     clause = unlabelled(clause)
     if isinstance(clause, BindParameter):
-        given = params if isinstance(params, dict) else {}
-        value = given.get(clause.key, clause.effective_value)
+        value = _value(clause, params)
         return lambda _: value
     if isinstance(clause, True_ | False_):
         truth = isinstance(clause, True_)
         return lambda _: truth
-    if not is_aggregate(clause) or clause.name.lower() in ("min", "max"):
-        refuse_unordered(clause)
+    _refuse_incomparable(clause)
     position = columns.value(clause)
     return lambda row: row[position]
 

@@ -23,13 +23,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import gates, parallel, races, scatter
+from shardkit import fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
 from shardkit.directories import Directories
 from shardkit.errors import (
     EndpointUnavailableError,
+    InvalidShardKeyError,
     UnsupportedStatementError,
 )
 from shardkit.events import EndpointFailed, Listeners
@@ -37,6 +38,7 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
 from shardkit.guards import guards
 from shardkit.hedging import Hedges
+from shardkit.keys import shown
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
@@ -178,6 +180,7 @@ class _Core:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
             event.listen(engine, "checkin", _released)
+            event.listen(engine, "handle_error", fences.refusal)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             if purpose is Purpose.READ:
@@ -207,7 +210,17 @@ class _Core:
         return view
 
     def physical_of(self, logical_shard: int) -> str:
-        """Return the name of the physical shard that holds a logical shard."""
+        """Return the name of the physical shard that holds a logical shard.
+
+        Raises:
+            InvalidShardKeyError: there is none of that number.
+        """
+        total = self.router.total
+        if type(logical_shard) is not int or not 0 <= logical_shard < total:
+            raise InvalidShardKeyError(
+                f"{shown(logical_shard)} is not a logical shard",
+                hint=f"logical shards are numbers from 0 to {total - 1}",
+            )
         return self.topology.shard_map.owner(logical_shard)
 
     def primary_of(self, physical: str) -> Endpoint:

@@ -14,7 +14,7 @@ Source: PostgreSQL's documentation, libpq, "Pipeline Mode"; `python -m benchmark
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import generators
@@ -25,9 +25,13 @@ from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import TransactionStatus
 
 from shardkit import waits
+from shardkit.errors import TooManyValuesError
 from shardkit.parting import Parting
 
-__all__ = ["AsyncConnection", "AsyncCursor", "Connection", "Cursor"]
+__all__ = ["AsyncConnection", "AsyncCursor", "Bounded", "Connection", "Cursor", "refuse_many"]
+
+_MOST_VALUES: Final = 65_535
+"""Source: PostgreSQL manual, 53.7, message Bind: their number is an Int16, read unsigned."""
 
 
 class Connection(Parting, waits.Connection):
@@ -81,7 +85,29 @@ class AsyncConnection(Parting, waits.AsyncConnection):
             yield from super()._start_query()
 
 
-class _Joining(BaseCursor[Any, Any]):
+def refuse_many(n_values: int) -> None:
+    """Refuse a statement that carries more values than PostgreSQL takes.
+
+    Raises:
+        TooManyValuesError: it does.
+    """
+    if n_values > _MOST_VALUES:
+        raise TooManyValuesError(
+            f"{n_values:,} values in one statement; PostgreSQL takes {_MOST_VALUES:,}",
+            hint="pass a list as one value: column == any_(literal(values, ARRAY(type)))",
+        )
+
+
+class Bounded(BaseCursor[Any, Any]):
+    """A cursor that refuses what the protocol cannot carry, before anything of it is sent."""
+
+    def _convert_query(self, query: Query, params: Params | None = None) -> PostgresQuery:
+        converted = super()._convert_query(query, params)
+        refuse_many(len(converted.params or ()))
+        return converted
+
+
+class _Joining(Bounded):
     """A cursor that sends BEGIN with the first statement of a transaction."""
 
     def _execute_gen(

@@ -12,6 +12,7 @@
     │   ├── ReadOnlySessionError
     │   ├── TooManyShardsError
     │   ├── TooManyRowsError
+    │   ├── TooManyValuesError
     │   └── UnsupportedStatementError
     ├── IdError
     │   ├── InvalidIdError
@@ -22,6 +23,7 @@
     │   │   └── BreakerOpenError          retryable
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
+    │   ├── ShardFencedError              retryable
     │   ├── StatementTimeoutError         retryable
     │   ├── ValueBusyError                retryable
     │   └── DeadlineExceededError         retryable
@@ -140,6 +142,10 @@ class TooManyRowsError(RoutingError):
     """The statement fetches more rows than may be held; add a LIMIT or allow more."""
 
 
+class TooManyValuesError(RoutingError):
+    """The statement carries more values than PostgreSQL takes; pass them as one array."""
+
+
 class UnsupportedStatementError(RoutingError):
     """The statement cannot be answered exactly over several logical shards."""
 
@@ -185,6 +191,10 @@ class OverloadedError(UnavailableError):
 
 class PoolTimeoutError(UnavailableError):
     """No pooled connection came free in time; try again or raise pool_size."""
+
+
+class ShardFencedError(UnavailableError):
+    """A logical shard does not admit the statement, as when it is moved; try again."""
 
 
 class StatementTimeoutError(UnavailableError):

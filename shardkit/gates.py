@@ -379,7 +379,7 @@ class _Cursor:
             raise NotReplayedError(f"not replayed up to {lsn_text(needed.lsn)} yet")
 
 
-class Cursor(_Cursor, psycopg.Cursor[Any]):
+class Cursor(_Cursor, drivers.Bounded, psycopg.Cursor[Any]):
     """A cursor of a thread."""
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
@@ -398,7 +398,7 @@ class Cursor(_Cursor, psycopg.Cursor[Any]):
         return self
 
 
-class AsyncCursor(_Cursor, psycopg.AsyncCursor[Any]):
+class AsyncCursor(_Cursor, drivers.Bounded, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
 
 

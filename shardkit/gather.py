@@ -8,7 +8,7 @@ the rows one unsharded server would have given. It refuses whatever it cannot co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -18,7 +18,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CTE, AliasedReturnsRows, FromClause, SelectBase
 from sqlalchemy.sql.visitors import iterate
 
-from shardkit.aggregates import ROW_FUNCTIONS, aggregation, is_aggregate, unlabelled
+from shardkit.aggregates import ROW_FUNCTIONS, aggregation, is_aggregate
+from shardkit.existences import existences_of
 from shardkit.keylists import KeyLists, split
 from shardkit.ordering import (
     EQUATABLE_TYPES,
@@ -36,7 +37,7 @@ from shardkit.ordering import (
     same,
 )
 from shardkit.router import Router
-from shardkit.shapes import sources_of
+from shardkit.shapes import sources_of, unlabelled
 from shardkit.statements import Params
 
 __all__ = ["Plan", "plan", "plan_of_one"]
@@ -91,19 +92,28 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     """
     if not isinstance(statement, Select):
         raise refused(f"{type(statement).__name__} over several logical shards")
-    _refuse_unmergeable(statement)
-    limit, offset = (
-        count_of(clause, params) for clause in (statement._limit_clause, statement._offset_clause)
-    )
-    bare, lists = split(statement.order_by(None).limit(None).offset(None), params, router)
     columns = statement._raw_columns
+    existences = existences_of(statement)
+    _refuse_unmergeable(statement, [c for i, c in enumerate(columns) if i not in existences])
+    limit, offset = _counts(statement, params)
+    bare, lists = split(statement.order_by(None).limit(None).offset(None), params, router)
+    if existences and not _has_aggregates(statement) and sources_of(statement):
+        raise refused("rows beside EXISTS of other rows", "ask for it by itself")
+    for i, existence in existences.items():
+        _refuse_inexact(existence.query, params)
+        query, more = split(existence.query, params, router, first=len(lists.values))
+        if more.values:
+            lists = KeyLists({**lists.values, **more.values})
+            bare = bare._generate()
+            bare._raw_columns = [*bare._raw_columns]
+            bare._raw_columns[i] = existence.column(query, columns[i])
     is_orm = statement._propagate_attrs.get("compile_state_plugin") == "orm"
     n_columns = (
         sum(_width(column) for column in columns)
         if is_orm
         else len(list(statement.selected_columns))
     )
-    if _has_aggregates(statement):
+    if existences or _has_aggregates(statement):
         whole = aggregation(statement, bare, params, limit, offset)
         adds = whole.branch is not bare
         return Plan(whole.branch, "UNION ALL", "", whole.combine, n_columns, adds, lists, None)
@@ -133,6 +143,11 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     if not statement._distinct or _is_ordered_whole(statement):
         merge = merging(sort, limit, offset, once=statement._distinct)
     return Plan(branch, union, text, combine, n_columns, bool(sort), lists, n_rows, merge)
+
+
+def _counts(statement: Select[Any], params: Params) -> tuple[int | None, int | None]:
+    """Return LIMIT and OFFSET."""
+    return count_of(statement._limit_clause, params), count_of(statement._offset_clause, params)
 
 
 def _has_aggregates(statement: Select[Any]) -> bool:
@@ -169,7 +184,29 @@ def _width(column: Any) -> int:
 # -- what can be merged
 
 
-def _refuse_unmergeable(statement: Select[Any]) -> None:
+def _refuse_inexact(query: Select[Any], params: Params) -> None:
+    """Refuse a query that may have a row though no logical shard has one, or the other way round.
+
+    GROUP BY makes a group of any row, and LIMIT leaves one unless it leaves none.
+    """
+    shown = [c for c in query._raw_columns if not _is_constant(unlabelled(c))]
+    _refuse_unmergeable(query, shown)
+    _, offset = _counts(query, params)
+    if offset:
+        raise refused("EXISTS of rows after an OFFSET")
+    if query._having_criteria:
+        raise refused("EXISTS of groups that HAVING chooses", "select the groups, with LIMIT 1")
+
+
+def _is_constant(column: Any) -> bool:
+    """Tell whether a column is `*`, or the `1` that is written where nothing is read."""
+    is_text = isinstance(column, TextClause) or getattr(column, "is_literal", False)
+    text = str(column.text if isinstance(column, TextClause) else getattr(column, "name", ""))
+    return is_text and (text == "*" or text.isdecimal())
+
+
+def _refuse_unmergeable(statement: Select[Any], columns: Sequence[Any]) -> None:
+    """Refuse what is not merged, in a statement or in the columns given of it."""
     reasons = {
         "DISTINCT beside aggregates over several logical shards": (
             statement._distinct and _has_aggregates(statement)
@@ -206,7 +243,7 @@ def _refuse_unmergeable(statement: Select[Any]) -> None:
                 isinstance(part, AliasedReturnsRows) and isinstance(part.element, SelectBase)
             ):
                 raise refused("a subquery in FROM over several logical shards")
-    for column in statement._raw_columns:
+    for column in columns:
         inner = unlabelled(column)
         if not isinstance(inner, Column | Table) and not is_aggregate(inner):
             _refuse_beyond_row(inner, statement)
@@ -227,7 +264,8 @@ def _refuse_beyond_row(expression: Any, statement: Select[Any]) -> None:
         if isinstance(part, FunctionElement) and part.name.lower() not in ROW_FUNCTIONS:
             raise refused(
                 f"{part.name}() over several logical shards",
-                "count, sum, avg, min, max, bool_and and bool_or alone in their column are merged",
+                "count, sum, avg, min, max, bool_and, bool_or, array_agg and string_agg alone in "
+                "their columns are merged",
             )
         if isinstance(part, TextClause) or getattr(part, "is_literal", False):
             raise refused(f"the SQL text {part} over several logical shards", "name columns")

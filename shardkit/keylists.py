@@ -79,11 +79,17 @@ def _rule(column: Any) -> Rule | None:
     return sharding.placing.get(column.name) if sharding else None
 
 
-def split(statement: S, params: Params, router: Router) -> tuple[S, KeyLists]:
+def split(statement: S, params: Params, router: Router, *, first: int = 0) -> tuple[S, KeyLists]:
     """Return the statement with split key lists, and the lists.
 
     A condition that every row meets and that compares a placing column with a list of values is
     split: the rows of a logical shard can only match keys that name it. Others stay as they are.
+
+    Args:
+        statement: what is asked.
+        params: the values passed with it.
+        router: places the keys.
+        first: number of the first list, when the statement stands inside another one.
 
     Raises:
         InvalidShardKeyError: a key cannot place a row.
@@ -116,7 +122,7 @@ def split(statement: S, params: Params, router: Router) -> tuple[S, KeyLists]:
             by_shard.setdefault(router.shard(rule, row[place]), []).append(row)
         binds = []
         for i, part in enumerate(columns):
-            name = _NAME.format(len(lists))
+            name = _NAME.format(first + len(lists))
             lists[name] = {shard: [row[i] for row in mine] for shard, mine in by_shard.items()}
             binds.append(bindparam(name, [], type_=ARRAY(part.type)))
         if not isinstance(column, Tuple):

@@ -17,7 +17,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 
 from shardkit.clock import SYSTEM, Clock
@@ -239,17 +238,18 @@ class ReplicaSet:
         first = int(self._chance() * len(members))
         second = int(self._chance() * (len(members) - 1))
         one, other = members[first], members[second + (second >= first)]
-        known = [m for m in members if m.latency() is not None]
-        usual = median(m.latency() or 0.0 for m in known) if known else 0.0
-        if self._cost(other, usual) < self._cost(one, usual):
+        if self._cost(other) < self._cost(one):
             one, other = other, one
         share = one.share(_RAMP)
         return one if share == 1.0 or self._chance() < share else other
 
     @staticmethod
-    def _cost(member: Member, usual: float) -> float:
+    def _cost(member: Member) -> float:
+        """Return what one more statement costs; one nobody knows is tried, by one at a time."""
         latency = member.latency()
-        return (usual if latency is None else latency) * (member.under_way + 1)
+        if latency is None:
+            return math.inf if member.under_way else 0.0
+        return latency * (member.under_way + 1)
 
     def _claim(self, member: Member) -> None:
         """Let only this reader try a replica whose pause is over, until it has answered."""

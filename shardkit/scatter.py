@@ -21,10 +21,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import ORMExecuteState
 
 from shardkit.checks import late_error
-from shardkit.errors import StatementTimeoutError, TooManyRowsError
+from shardkit.drivers import refuse_many
+from shardkit.errors import ShardFencedError, StatementTimeoutError, TooManyRowsError
 from shardkit.gates import CANNOT_ANSWER
 from shardkit.gather import Plan
 from shardkit.keylists import KeyLists
+from shardkit.schemas import ANY_SCHEMA
 from shardkit.timeouts import limited
 from shardkit.topology import schema_name
 
@@ -45,7 +47,6 @@ __all__ = [
 _OPTION: Final = "shardkit_scatter"
 CURSOR: Final = "shardkit_cursor"
 """The execution option with the `Cursor` of a statement."""
-_ANY_SCHEMA: Final = "shardkit_any_shard"
 _DIALECT: Final[Any] = cast("Any", PGDialect_psycopg)()
 
 
@@ -108,7 +109,7 @@ def of(plan: Plan | None, shards: tuple[int, ...], max_rows: int | None) -> Scat
 
 def view(engine: Engine) -> Engine:
     """Return a view of an engine that runs scattered statements over many schemas."""
-    scattering = engine.execution_options(schema_translate_map={None: _ANY_SCHEMA})
+    scattering = engine.execution_options(schema_translate_map={None: ANY_SCHEMA})
     event.listen(scattering, "before_cursor_execute", _rewrite, retval=True)
     return scattering
 
@@ -122,7 +123,7 @@ def compose(branch: str, scatter: Scatter) -> str:
         scatter: the schemas and the tail.
     """
     union = f" {scatter.union} ".join(
-        scatter.lists.text(branch, shard).replace(f"{_ANY_SCHEMA}.", f"{schema_name(shard)}.")
+        scatter.lists.text(branch, shard).replace(f"{ANY_SCHEMA}.", f"{schema_name(shard)}.")
         for shard in scatter.shards
     )
     return union + scatter.tail
@@ -130,7 +131,7 @@ def compose(branch: str, scatter: Scatter) -> str:
 
 def sql_of(branch: Any, scatter: Scatter) -> str:
     """Return the SQL of one server for people to read; values stay parameters."""
-    schemas = {None: _ANY_SCHEMA}
+    schemas = {None: ANY_SCHEMA}
     compiled = branch.compile(dialect=_DIALECT, schema_translate_map=schemas)
     return compose(compiled.preparer._render_schema_translates(compiled.string, schemas), scatter)
 
@@ -181,7 +182,7 @@ class Gathering:
         servers: Mapping[str, tuple[Connection, tuple[int, ...]]],
         parallel: Callable[[Sequence[Callable[[], Any]]], list[Any]],
     ) -> dict[str, Exception]:
-        """Ask servers at once; return the lost connection or timeout of each that failed.
+        """Ask servers at once; return the lost connection, timeout or fence of each that failed.
 
         Args:
             servers: connection, of an engine made by `view`, and logical shards, by name of the
@@ -199,7 +200,9 @@ class Gathering:
         for name, answer in zip(servers, parallel(tasks), strict=True):
             if isinstance(answer, Exception):
                 # These are about a server; anything else is about the statement.
-                is_late = isinstance(answer, StatementTimeoutError) or late_error(answer)
+                is_late = isinstance(
+                    answer, StatementTimeoutError | ShardFencedError
+                ) or late_error(answer)
                 if not (is_late or is_lost(answer) or is_refused(answer)):
                     raise answer
                 failures[name] = answer
@@ -316,6 +319,7 @@ def _rewrite(
     scatter = context.execution_options.get(_OPTION)
     if scatter is None:
         return statement, parameters
+    refuse_many(len(parameters))  # they would be written out for each schema
     text = compose(statement, scatter)
     parameters = {**parameters, **scatter.lists.parameters(scatter.shards)}
     cursor = context.execution_options.get(CURSOR)

@@ -6,11 +6,14 @@ runs, by a regular expression. Here that is one replacement of text, as good as 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.dialects.postgresql.psycopg import PGIdentifierPreparer_psycopg
 
-__all__ = ["SchemaPreparer"]
+__all__ = ["ANY_SCHEMA", "SchemaPreparer"]
+
+ANY_SCHEMA: Final = "shardkit_any_shard"
+"""Stands for the schema of a logical shard in the branch of a scatter; a full stop follows it."""
 
 
 class SchemaPreparer(PGIdentifierPreparer_psycopg):

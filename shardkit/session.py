@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection, Insert, event, inspect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import deadlines, gather, scatter, streams
+from shardkit import deadlines, fences, gather, scatter, streams
 from shardkit.binds import BoundSession
 from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections
@@ -23,6 +25,7 @@ from shardkit.errors import (
     NoShardKeyError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
+    ShardFencedError,
     StatementTimeoutError,
     TooManyShardsError,
     UnavailableError,
@@ -348,14 +351,7 @@ class ReadSession(BoundSession):
         started = cluster.clock.monotonic()
         groups = cluster.group(shards)
         failures = self._asked(state, gathering, groups)
-        lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
-        if lost and self._can_retry() and not deadlines.is_over():
-            endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
-            if self._may_retry(self._abandon_broken()):
-                failures = self._asked_again(state, gathering, failures, lost)
-            else:
-                for name in lost:
-                    failures[name] = connection_error(failures[name], endpoints[name])
+        failures = self._asked_where_lost(state, gathering, groups, failures)
         refused = self._fresh.refused()
         if self._leave_refusing():
             again = {name: groups[name] for name in refused}
@@ -363,6 +359,7 @@ class ReadSession(BoundSession):
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
+        self._name_fenced(failures, plan.branch, groups)
         if cluster.listeners and len(shards) > 1:
             line = caller()
 
@@ -410,9 +407,36 @@ class ReadSession(BoundSession):
             else:
                 self._cluster.failed(endpoint, found)
             return found
-        if isinstance(error, StatementTimeoutError):
+        if isinstance(error, StatementTimeoutError | ShardFencedError):
             error.endpoint = str(endpoint)
         return late_error(error, endpoint) or error
+
+    def _name_fenced(
+        self, failures: Mapping[str, Exception], statement: Any, groups: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Say which logical shards of servers are fenced, if the servers still tell."""
+        for physical, error in failures.items():
+            if isinstance(error, ShardFencedError):
+                ask = partial(self._cluster.ask, physical, primary=self.role is Role.PRIMARY)
+                with suppress(UnavailableError, DBAPIError):
+                    error.logical_shard = fences.first_fenced(ask, statement, groups[physical])
+
+    def _asked_where_lost(
+        self,
+        state: ORMExecuteState,
+        gathering: scatter.Gathering,
+        groups: Mapping[str, tuple[int, ...]],
+        failures: dict[str, Exception],
+    ) -> dict[str, Exception]:
+        """Ask other endpoints where connections were lost; return the failures that are left."""
+        lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
+        if not lost or not self._can_retry() or deadlines.is_over():
+            return failures
+        endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
+        if self._may_retry(self._abandon_broken()):
+            return self._asked_again(state, gathering, failures, lost)
+        located = {name: connection_error(failures[name], endpoints[name]) for name in lost}
+        return {**failures, **located}
 
     def _asked(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BindParameter, Column, Over, Select, Table, Tuple
+from sqlalchemy import BindParameter, Column, Label, Over, Select, Table, Tuple
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
@@ -40,6 +40,7 @@ __all__ = [
     "sources_of",
     "tuples_of",
     "ungrouped",
+    "unlabelled",
 ]
 
 
@@ -170,6 +171,13 @@ def ungrouped(source: Any) -> Any:
     while isinstance(source, FromGrouping):
         source = source.element
     return source
+
+
+def unlabelled(column: Any) -> Any:
+    """Return an expression without label and parentheses."""
+    while isinstance(column, Label | Grouping):
+        column = column.element
+    return column
 
 
 def mapped_expressions(column: Any) -> Iterable[Any]:

@@ -47,10 +47,10 @@ class Embedded:
         Raises:
             InvalidShardKeyError: it is no id, or carries a shard that does not exist.
         """
-        if type(key) is not int or not 0 <= key <= ids.MAX_ID:
+        if type(key) is not int or not 0 < key <= ids.MAX_ID:
             raise InvalidShardKeyError(
                 f"{shown(key)} is not an id, so it cannot place a row",
-                hint="ids are whole numbers from 0 to 2^63 - 1; hash other keys",
+                hint="ids are whole numbers from 1 to 2^63 - 1; hash other keys",
             )
         shard = (key >> ids.SEQUENCE_BITS) & ids.SHARD_MASK
         if shard >= total:

@@ -40,6 +40,7 @@ from sqlalchemy.sql.selectable import (
 from sqlalchemy.sql.visitors import ExternallyTraversible
 
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
+from shardkit.existences import existences_of
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
 from shardkit.router import Router, UnknownValuesError
 from shardkit.shapes import (
@@ -148,6 +149,9 @@ class Walk:
         # Whether each row of the outermost query shows a row of a sharded table. Other rows are
         # found on every shard.
         self.is_anchored = True
+        # The questions that the outermost query asks about other rows, and whether it only asks.
+        self.apart: list[Walk] = []
+        self.only_asks = False
 
     def answer(self) -> frozenset[int] | None:
         """Return the logical shards of what was walked; see `shardkit.statements.shards_of`.
@@ -155,6 +159,18 @@ class Walk:
         Raises:
             UnknownValuesError: only unique values can tell, which have to be looked up.
         """
+        shards = frozenset() if self.only_asks else self._shards_known()
+        for walk in self.apart:
+            theirs = walk.answer()
+            shards = None if shards is None or theirs is None else shards | theirs
+        if not (self.is_anchored or self.only_asks) and (shards is None or len(shards) > 1):
+            raise UnsupportedStatementError(
+                "rows without one of a sharded table would be found on every logical shard",
+                hint="start from a sharded table, or filter on one shard key",
+            )
+        return shards
+
+    def _shards_known(self) -> frozenset[int] | None:
         try:
             shards = self._shards()
         except UnsupportedStatementError:
@@ -163,11 +179,6 @@ class Walk:
             raise
         if shards is None and self.wanted:
             raise UnknownValuesError(self.wanted)
-        if not self.is_anchored and (shards is None or len(shards) > 1):
-            raise UnsupportedStatementError(
-                "rows without one of a sharded table would be found on every logical shard",
-                hint="start from a sharded table, or filter on one shard key",
-            )
         return shards
 
     def _shards(self) -> frozenset[int] | None:
@@ -256,12 +267,15 @@ class Walk:
         outermost = not self.frames
         self.frames.append(frame)
         self.sources(frame)
+        columns = select._raw_columns
         if outermost:
             self.is_anchored = any(self._has_sharded_rows(source) for source in frame.froms)
+            columns = self._asked(select)
+            self.only_asks = not columns and not frame.froms
         if equal_to is not None:
             self.join(equal_to, self.placing(select._raw_columns[0]))
-        self.elements(select._raw_columns)
-        for column in select._raw_columns:
+        self.elements(columns)
+        for column in columns:
             self.elements(mapped_expressions(column))
         for clause in select._where_criteria:
             self.criterion(clause)
@@ -271,6 +285,15 @@ class Walk:
         self.elements(select._distinct_on)
         self.elements(clause for clause in extensions(select) if clause is not None)
         self.frames.pop()
+
+    def _asked(self, select: Select[Any]) -> list[Any]:
+        """Walk the questions of the outermost query by themselves; return the other columns."""
+        existences = existences_of(select)
+        for existence in existences.values():
+            walk = Walk(self.router, self.params)
+            walk.query(existence.query, asfrom=True)
+            self.apart.append(walk)
+        return [column for i, column in enumerate(select._raw_columns) if i not in existences]
 
     # -- FROM
 

@@ -209,6 +209,42 @@ def test_a_commit_that_gets_no_answer_is_unknown_and_not_cancelled(
     wait_until(holds, 5.0, "the COMMIT that was sent is carried out")
 
 
+@pytest.fixture
+def lone(cluster: Cluster, user: User) -> User:
+    """A new object whose commit is one INSERT; its id is minted and a connection is open."""
+    shard = ids.shard_of(user.id)
+    ((given,),) = cluster.connections.ids.mint({shard: 1}).values()
+    with cluster.writer() as session:
+        assert session.get(User, user.id) is not None
+    return User(id=given, name="alone")
+
+
+def test_a_lone_insert_is_cancelled_and_known_to_have_left_nothing(
+    cluster: Cluster, lone: User, thawed: LocalCluster
+) -> None:
+    physical = cluster.topology.physical[cluster.topology.shard_map.owner(ids.shard_of(lone.id))]
+    with admin(physical) as locks, cluster.writer() as session:
+        session.add(lone)
+        with locks.transaction():
+            locks.execute(f"LOCK TABLE {schema_name(ids.shard_of(lone.id))}.users IN SHARE MODE")
+            with deadline(0.3), over_in(0.3), pytest.raises(DeadlineExceededError):
+                session.commit()
+            found = [query for query in at_work(thawed) if "INSERT" in query]
+            assert found == []
+    with cluster.writer() as session:
+        assert session.get(User, lone.id) is None
+
+
+def test_a_lone_insert_that_gets_no_answer_is_unknown(
+    cluster: Cluster, lone: User, thawed: LocalCluster
+) -> None:
+    with cluster.writer() as session:
+        session.add(lone)
+        freeze(thawed, lone, cluster)
+        with deadline(0.3), over_in(0.3), pytest.raises(OutcomeUnknownError):
+            session.commit()
+
+
 def test_commit_is_not_sent_without_time_for_its_answer(cluster: Cluster, user: User) -> None:
     with cluster.writer() as session:
         session.get_one(User, user.id).name = "never"
@@ -306,6 +342,38 @@ def test_a_cancelled_wait_for_a_standby_is_no_success(
                 with pytest.raises(OutcomeUnknownError):
                     session.commit()
                 cancel.join()
+        finally:
+            superuser.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            superuser.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize("is_lone", [False, True])
+def test_row_7_without_its_standby_a_commit_is_unknown_at_the_deadline(
+    cluster: Cluster, lone: User, thawed: LocalCluster, is_lone: bool
+) -> None:
+    """It is on the primary's disk and nowhere else; cancelling the wait would call it a success."""
+    physical = cluster.topology.shard_map.owner(ids.shard_of(lone.id))
+    dsn = thawed.superuser_dsn(thawed.primary(physical).name)
+    with psycopg.connect(dsn, autocommit=True) as superuser:
+        superuser.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        superuser.execute("SELECT pg_reload_conf()")
+        try:
+            with cluster.writer() as session:
+                wait_until(
+                    lambda: (
+                        session.scalar(
+                            text("SHOW synchronous_standby_names"), bind_arguments=here(lone)
+                        )
+                        == "nobody"
+                    ),
+                    5.0,
+                    "the server has read its settings",
+                )
+                if is_lone:
+                    session.rollback()
+                session.add(lone)
+                with deadline(0.3), over_in(0.3), pytest.raises(OutcomeUnknownError):
+                    session.commit()
         finally:
             superuser.execute("ALTER SYSTEM RESET synchronous_standby_names")
             superuser.execute("SELECT pg_reload_conf()")

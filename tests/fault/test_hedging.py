@@ -106,3 +106,15 @@ def test_writers_and_transactions_are_not_hedged(hedging: Cluster, user: User) -
     with hedging.reader() as session:
         assert session.execute(slow).one()[1] == "ana"
     assert spent == [True], "the budget is asked once, and its refusal leaves the first alone"
+
+
+def test_a_stream_keeps_to_the_server_of_its_cursor(hedging: Cluster, user: User) -> None:
+    spent: list[bool] = []
+    for hedges in hedging.connections.hedges.values():
+        hedges.spend = lambda: not spent.append(True)  # type: ignore[func-returns-value,method-assign]
+    slow = select(func.pg_sleep(0.3), Photo.caption).where(Photo.owner_id == user.id)
+    with hedging.reader() as session:
+        streamed = session.execute(slow.execution_options(yield_per=1))
+        found = [caption for _, caption in streamed]
+    assert found == ["dawn"]
+    assert spent == [], "a cursor is in a transaction, of which no other server knows"

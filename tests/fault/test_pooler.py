@@ -6,7 +6,7 @@ clients share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import URL, insert, select, update
 
-from shardkit import AsyncCluster, Cluster, all_shards
+from shardkit import AsyncCluster, Cluster, ReadSession, all_shards, deadline
 from shardkit.clock import SYSTEM
 from shardkit.config import PoolConfig, load
 from shardkit.errors import ConfigurationError, PoolTimeoutError, UnavailableError
@@ -194,6 +194,38 @@ def test_row_20_a_killed_pooler_comes_back(pooled: Pooled) -> None:
             return True
 
         wait_until(works, 5.0, "the pools are made anew")
+
+
+def test_row_21_a_frozen_pooler_holds_nobody_beyond_the_deadline(pooled: Pooled) -> None:
+    with Cluster(pooled.topology, pool=PoolConfig(timeout=2)) as cluster:
+        with cluster.writer() as session:
+            user = User(name="frozen")
+            session.add(user)
+            session.commit()
+        names = ("pgbouncer_alpha", "pgbouncer_beta")
+        for name in names:
+            pooled.local.pause(name)
+        try:
+            purpose: Callable[[], ReadSession]
+            for purpose in (cluster.writer, cluster.reader):
+                for _ in range(3):
+                    begun = SYSTEM.monotonic()
+                    with deadline(0.3), purpose() as asking, pytest.raises(UnavailableError) as e:
+                        asking.get(User, user.id)
+                    assert e.value.retryable
+                    assert SYSTEM.monotonic() - begun < 0.3 + 0.25
+        finally:
+            for name in names:
+                pooled.local.resume(name)
+
+        def works() -> bool:
+            try:
+                with cluster.writer() as session:
+                    return session.get_one(User, user.id).name == "frozen"
+            except UnavailableError:
+                return False
+
+        wait_until(works, 15.0, "the breaker probes, and the pooler answers again")
 
 
 def test_row_22_an_exhausted_pooler_is_a_bounded_wait(pooled: Pooled) -> None:

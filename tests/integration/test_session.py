@@ -284,7 +284,9 @@ def test_a_write_over_two_physical_shards_writes_nothing(topology: Topology) -> 
     with placed(topology, 0, 40) as cluster:
         with cluster.writer() as session:
             session.add_all([User(name="left"), User(name="right")])
-            with pytest.raises(CrossShardWriteError, match=r"alpha \(User \d+\); beta \(User \d+\)"):
+            with pytest.raises(
+                CrossShardWriteError, match=r"alpha \(User \d+\); beta \(User \d+\)"
+            ):
                 session.commit()
         with cluster.reader(after=ASK_PRIMARIES) as reader:
             count = select(func.count()).select_from(User).options(all_shards())

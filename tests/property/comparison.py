@@ -32,6 +32,7 @@ def answer_of_shardkit(
     """
     if awaited:
         world.awaited.expunge_all()
+        yield_per = yield_per or statement.get_execution_options().get("yield_per")
         return world.runner.run(_awaited(world, statement, yield_per))
     world.sharded.expunge_all()
     options: dict[str, Any] = {} if yield_per is None else {"yield_per": yield_per}
@@ -43,7 +44,8 @@ async def _awaited(world: World, statement: Any, yield_per: int | None) -> Answe
         return _read(await world.awaited.execute(statement))
     options = {"yield_per": yield_per}
     stream = await world.awaited.stream(statement, execution_options=options)
-    return list(stream.keys()), [tuple(_text(item) for item in row) async for row in stream]
+    names = list(stream.keys())
+    return names, [_texts(names, row) async for row in stream]
 
 
 def wide(statement: Any) -> Any:
@@ -61,7 +63,19 @@ def assert_alike(found: Answer, expected: Answer, *, is_ordered: bool) -> None:
 
 
 def _read(result: Any) -> Answer:
-    return list(result.keys()), [tuple(_text(item) for item in row) for row in result]
+    names = list(result.keys())
+    return names, [_texts(names, row) for row in result]
+
+
+def _texts(names: list[str], row: Any) -> tuple[str, ...]:
+    """Return a row as text; of a column that is a bag, in whatever order it was collected."""
+    bags = [name.startswith("bag") for name in names]
+    if not any(bags):  # columns of one name have one name only
+        return tuple(map(_text, row))
+    return tuple(
+        repr(sorted(map(repr, item))) if is_bag and item is not None else _text(item)
+        for is_bag, item in zip(bags, row, strict=True)
+    )
 
 
 def _text(item: Any) -> str:

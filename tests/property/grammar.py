@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     Integer,
+    String,
     and_,
     exists,
     func,
@@ -23,12 +24,13 @@ from sqlalchemy import (
     union,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
 from sqlalchemy.orm import aliased, join, outerjoin
 
 from tests.property.parts import (
     Dice,
     columns_of,
+    direction,
     finished,
     limited,
     model_of,
@@ -222,9 +224,13 @@ def _reference(d: Dice) -> Made:
 
 def _subquery(d: Dice) -> Made:
     scope = [d.entity()]
-    if d.chance(10):
-        inner = _subselect(d, [d.schema.root], 1)
-        return select(d.pick(exists(inner), _counted(inner))), False
+    if d.chance(25):
+        inner, other = _subselect(d, [d.schema.root], 1), _subselect(d, [d.schema.root], 0)
+        asked = d.pick(exists(inner), _counted(inner), ~exists(inner))
+        if d.chance(40):
+            return select(asked, d.pick(exists(other), ~exists(other)).label("other")), False
+        number = func.sum(d.quantity(scope))
+        return _narrowed(d, select(*d.pick((asked,), (asked, number))), scope), False
     if d.chance(30):
         scope.append(d.beside(scope))
     statement = select(*_columns(d, scope))
@@ -329,7 +335,10 @@ def _aggregate(d: Dice) -> Made:
             func.count(), func.count(column), func.sum(d.quantity(scope)), func.min(number),
             func.max(number), func.count(column.distinct()), func.avg(d.quantity(scope)),
             func.bool_and(number > 2), func.bool_or(number == 2), func.avg(number * -3),
+            _collected(d, scope),
         )  # fmt: skip
+        if d.chance(25):
+            made = made.filter(_condition(d, scope, 1))
         chosen.append(made.label(f"a{i}") if d.chance(50) else made)
     statement = select(*chosen).select_from(scope[0])
     if len(scope) == 2:
@@ -343,6 +352,18 @@ def _aggregate(d: Dice) -> Made:
         some = [chosen[-1].desc()] if d.chance(50) else []
         return limited(d, statement.order_by(*some, *last)), True
     return statement, False
+
+
+def _collected(d: Dice, scope: Sequence[Any]) -> Any:
+    """Return an array_agg or string_agg that has an order."""
+    if d.chance(20):
+        made = func.string_agg(d.column(scope, String), d.pick("", ", "))
+    elif d.chance(20):
+        column = d.column(scope)
+        return func.array_agg(aggregate_order_by(column.distinct(), direction(d, column)))
+    else:
+        made = func.array_agg(d.column(scope))
+    return made.aggregate_order_by(*total_order(d, scope))
 
 
 def having(d: Dice, scope: Sequence[Any], grouped: Sequence[Any]) -> Any:

@@ -21,6 +21,7 @@ from tests.property.worlds import World
 __all__ = [
     "Dice",
     "columns_of",
+    "direction",
     "finished",
     "limited",
     "model_of",

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Double, Integer, func, literal, select, text, true, union_all
+from sqlalchemy import Double, Integer, exists, func, literal, select, text, true, union_all
 from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
 from sqlalchemy.orm import aliased
 
 from shardkit import all_shards
 from tests.property.grammar import Made
-from tests.property.parts import Dice, columns_of, pairs, selected, total_order
+from tests.property.parts import (
+    Dice,
+    columns_of,
+    model_of,
+    pairs,
+    selected,
+    simple_condition,
+    total_order,
+)
 from tests.property.supported import ANSWERED, Shape, co_located, confined
 
 __all__ = ["REFUSED", "SHAPES"]
@@ -41,11 +49,28 @@ def _floats(d: Dice, several: bool) -> Made:
     ), False
 
 
-def _collected(d: Dice, several: bool) -> Made:
+def _packed(d: Dice, several: bool) -> Made:
     one = d.entity()
-    made: Any = func.array_agg(aggregate_order_by(d.column([one], Integer), *total_order(d, [one])))
+    made: Any = func.json_agg(aggregate_order_by(d.column([one], Integer), *total_order(d, [one])))
     return confined(
         d, select(made.label("x")).select_from(one), one, several=several, lists=0
+    ), False
+
+
+def _beside_existence(d: Dice, several: bool) -> Made:
+    one, other = d.entity(), aliased(d.pick(*d.schema.models))
+    if several:
+        found = exists().where(simple_condition(d, [other]))
+        return confined(d, select(*selected(d, [one]), found), one, several=True, lists=0), False
+    found = exists().where(d.pick(*pairs(one, aliased(model_of(one)))))
+    return confined(d, select(*selected(d, [one]), found), one, several=False), False
+
+
+def _existing_groups(d: Dice, several: bool) -> Made:
+    one = d.entity()
+    groups = select(one.n).group_by(one.n).having(func.count() > d.upto(3))
+    return select(exists(confined(d, groups, one, several=several, lists=0))).options(
+        *([all_shards()] if several else [])
     ), False
 
 
@@ -143,7 +168,11 @@ REFUSED: Final[tuple[Shape, ...]] = (
           remark="select the distinct values and count them"),
     Shape("`sum`, `avg` of floats", _floats, several=False,
           remark="the last digits depend on the order of adding; cast to `Numeric`"),
-    Shape("other aggregates", _collected, several=False, remark="`array_agg`, `string_agg`, …"),
+    Shape("rows beside `EXISTS` of other rows", _beside_existence, several=False,
+          remark="ask for it by itself"),
+    Shape("`EXISTS` as a column, of groups that `HAVING` chooses", _existing_groups, several=False,
+          remark="also after an `OFFSET`"),
+    Shape("other aggregates", _packed, several=False, remark="`json_agg`, `stddev`, …"),
     Shape("expressions of aggregates", _computed, several=False, remark="compute in the client"),
     Shape("window functions", _window, several=False),
     Shape("`DISTINCT ON`", _distinct_on, several=False),

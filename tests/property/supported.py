@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     Boolean,
+    Double,
     Integer,
     Numeric,
     String,
@@ -20,12 +21,15 @@ from sqlalchemy import (
     exists,
     func,
     inspect,
+    literal,
+    literal_column,
     not_,
     or_,
     select,
     true,
     tuple_,
 )
+from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import aliased
 
 from shardkit import all_shards
@@ -33,6 +37,7 @@ from tests.property.grammar import Made, having
 from tests.property.parts import (
     Dice,
     columns_of,
+    direction,
     finished,
     limited,
     model_of,
@@ -275,6 +280,90 @@ def _distinct(d: Dice, several: bool) -> Made:
     return limited(d, statement.order_by(*[d.pick(c.asc(), c.desc()) for c in sortable])), True
 
 
+def _existence(d: Dice, several: bool) -> Made:
+    asked = []
+    for i in range(1 + d.upto(1)):
+        one = d.entity()
+        inner: Any = select(d.pick(*columns_of(one), one, literal_column("1")))
+        if d.chance(30):
+            other, on = co_located(d, one)
+            inner = inner.select_from(one).join(other, on, isouter=d.chance(40))
+        inner = confined(d, _filtered(d, inner, [one]).select_from(one), one, several=several)
+        if d.chance(20):
+            inner = d.pick(
+                inner.limit(d.upto(1)), inner.with_only_columns(one.n).group_by(one.n),
+                inner.with_only_columns(func.count(one.n)), inner.distinct(),
+            )  # fmt: skip
+        found = d.pick(exists(inner), inner.exists(), ~exists(inner))
+        asked.append(found.label(f"x{i}") if d.chance(50) else found)
+        if not several:
+            break
+    if d.chance(25):
+        one = d.entity()
+        other = aliased(one)
+        counted = select(*_aggregates(d, [other])).select_from(other)
+        if several:
+            return confined(d, counted.add_columns(*asked), other, several=True), False
+    statement = select(*asked)
+    return (statement.options(all_shards()) if several else statement), False
+
+
+def _collected(d: Dice, several: bool) -> Made:
+    one = d.entity()
+    order = total_order(d, [one])
+    anything = d.column([one])
+    made: list[Any] = [
+        func.array_agg(anything).aggregate_order_by(*order),
+        func.array_agg(aggregate_order_by(d.pick(*columns_of(one)), *order)),
+        func.array_agg(d.column([one])).aggregate_order_by(*order).filter(
+            simple_condition(d, [one], 1)),
+        func.string_agg(one.label, d.pick("", ", ")).aggregate_order_by(*order),
+        func.string_agg(one.label, aggregate_order_by(literal("/"), *order)).filter(
+            simple_condition(d, [one], 1)),
+    ]  # fmt: skip
+    chosen = [column.label(f"a{i}") for i, column in enumerate(d.some(made, least=1))]
+    bag = func.array_agg(d.pick(*columns_of(one)))
+    exact = [c for c in columns_of(one) if not isinstance(c.type, Numeric | Double)]
+    some = d.pick(*exact)
+    sortable = some.collate("C") if isinstance(some.type, String) else some
+    once: Any = func.array_agg(some.distinct())
+    if d.chance(50):
+        once = func.array_agg(sortable.distinct()).aggregate_order_by(direction(d, some))
+    chosen += [c.label(f"bag{i}") for i, c in enumerate(d.some([bag, once]))]
+    grouped = [d.pick(*exact)] if d.chance(50) else []
+    statement = select(*grouped, *chosen).select_from(one).group_by(*grouped)
+    return confined(d, _filtered(d, statement, [one]), one, several=several), False
+
+
+def _filter_of_aggregates(d: Dice, several: bool) -> Made:
+    one = d.entity()
+    made = [a.element.filter(simple_condition(d, [one], 1)) for a in _aggregates(d, [one])]
+    chosen = [a.label(f"a{i}") for i, a in enumerate(made)]
+    statement = confined(d, select(*chosen).select_from(one), one, several=several)
+    return (statement.having(d.pick(*made).is_not(None)) if d.chance(20) else statement), False
+
+
+def _between(d: Dice, several: bool) -> Made:
+    one = d.entity()
+    column = d.key(one)
+    values = [d.value(column), d.value(column)]
+    condition = column.between(*values, symmetric=d.chance(20))
+    statement = select(*selected(d, [one])).where(condition if d.chance(80) else ~condition)
+    return _chosen(d, statement, [one], several=several)
+
+
+def _stream(d: Dice, several: bool) -> Made:
+    scope = [d.entity()]
+    if d.chance(30):
+        other, on = co_located(d, scope[0])
+        scope.append(other)
+        statement = select(*selected(d, scope)).select_from(scope[0]).join(other, on)
+    else:
+        statement = select(*selected(d, scope))
+    made, is_ordered = _chosen(d, statement, scope, several=several)
+    return made.execution_options(yield_per=1 + d.upto(4)), is_ordered
+
+
 def _aggregates(d: Dice, scope: Sequence[Any]) -> list[Any]:
     number, anything = d.column(scope, Integer, Numeric), d.column(scope)
     sortable = d.column(scope, Integer, Numeric)
@@ -352,6 +441,13 @@ ANSWERED: Final[tuple[Shape, ...]] = (
     Shape("`DISTINCT`", _distinct, remark="`ORDER BY` what is selected"),
     Shape("`count`, `sum`, `avg`, `min`, `max`, `bool_and`, `bool_or`", _whole,
           remark="alone in their columns; sums of exact numbers, `min` and `max` not of text"),
+    Shape("`EXISTS`, `NOT EXISTS` as columns, of any rows", _existence,
+          remark="alone or beside aggregates; no `GROUP BY` around, inside no `HAVING`, `OFFSET`"),
+    Shape("`array_agg`, `string_agg`", _collected,
+          remark="`ORDER BY` as above; without, in no defined order; `DISTINCT`"),
+    Shape("aggregates with `FILTER`", _filter_of_aggregates),
+    Shape("`BETWEEN` on the shard key", _between),
+    Shape("`yield_per`", _stream, remark="rows as they come, see below"),
     Shape("`GROUP BY`, `HAVING`", _group, remark="`HAVING` compares aggregates and groups"),
 )  # fmt: skip
 """Shapes that are answered on any number of logical shards."""

@@ -102,6 +102,7 @@ def opened(local: LocalCluster, seed: int, number: int) -> Iterator[World]:
     engine = create_engine(first.admin_url, isolation_level="AUTOCOMMIT").execution_options(
         schema_translate_map={None: "single"}
     )
+    engine.dialect.supports_server_side_cursors = False  # nothing is in a transaction here
     _fill_single(engine, schema, rows)
     with ExitStack() as stack:
         stack.callback(engine.dispose)

@@ -13,13 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import (
+    ARRAY,
     JSON,
     DateTime,
+    Enum,
     Float,
     Integer,
     Numeric,
     cast,
     distinct,
+    exists,
     func,
     literal_column,
     select,
@@ -44,12 +47,17 @@ likes = select(Like.photo_id).cte()
 tags = cast(Photo.caption, JSON)
 per_owner = select(Photo.owner_id).subquery()
 
+
+def in_order(element: Any, *order: Any) -> Any:
+    return func.array_agg(element).aggregate_order_by(*order)
+
+
 REFUSED: list[tuple[str, Any, str]] = [
     ("for update", select(Photo).with_for_update(), "FOR UPDATE"),
     ("fetch", select(Photo).fetch(3), "FETCH"),
     ("text order", select(Photo).order_by(Photo.caption), "collat"),
     ("text min", select(func.min(Photo.caption)), "collat"),
-    ("unknown function", select(func.array_agg(Photo.id)), "array_agg"),
+    ("unknown function", select(func.json_agg(Photo.id)), "json_agg"),
     ("aggregate in an expression", select(func.count() + 1).select_from(Photo), "count"),
     ("count distinct", select(func.count(distinct(Photo.rank))), "DISTINCT"),
     ("window", select(func.count().over()).select_from(Photo), "window"),
@@ -78,6 +86,46 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("CTE behind in", select(Photo).where(Photo.id.in_(select(likes.c.photo_id))), "CTE"),
     ("group by JSON", select(tags, func.count()).select_from(Photo).group_by(tags), "JSON"),
     ("negative limit", select(Photo).limit(-1), "LIMIT"),
+    ("exists after an offset", select(exists(select(Photo.id).offset(1))), "OFFSET"),
+    (
+        "exists of chosen groups",
+        select(exists(select(Photo.rank).group_by(Photo.rank).having(func.count() > 1))),
+        "HAVING",
+    ),
+    ("exists of a subquery", select(exists(select(per_owner))), "subquery"),
+    ("exists of a CTE", select(exists(select(likes))), "CTE"),
+    ("rows beside exists", select(Photo.id, exists(select(User.id))), "beside EXISTS"),
+    ("exists of other rows", select(exists(select(User.id))).select_from(Photo), "beside EXISTS"),
+    ("list of lists", select(func.array_agg(cast(Photo.caption, ARRAY(Integer)))), "array_agg of"),
+    (
+        "list of enums",
+        select(func.array_agg(cast(Photo.caption, Enum("a", name="e")))),
+        "array_agg",
+    ),
+    ("list in text order", select(in_order(Photo.rank, Photo.caption)), "collat"),
+    (
+        "list sorted by lists",
+        select(in_order(Photo.rank, Photo.id)).order_by(in_order(Photo.rank, Photo.id)),
+        "ORDER BY",
+    ),
+    (
+        "list compared",
+        select(func.count()).select_from(Photo).having(func.array_agg(Photo.id) == [1]),
+        "ORDER BY",
+    ),
+    ("list of an aggregate", select(func.array_agg(func.unnest(Photo.rank))), "unnest"),
+    (
+        "distinct list in another order",
+        select(func.array_agg(distinct(Photo.rank)).aggregate_order_by(Photo.id)),
+        "something else",
+    ),
+    ("separator of the row", select(func.string_agg(Photo.caption, Photo.caption)), "separator"),
+    ("sum in an order", select(func.sum(Photo.rank).aggregate_order_by(Photo.id)), "ORDER BY"),
+    (
+        "filter by an aggregate",
+        select(func.sum(Photo.rank).filter(func.count(Photo.id) > 1)),
+        "count",
+    ),
 ]
 
 
@@ -234,3 +282,62 @@ def test_an_average_is_made_of_sums_and_counts() -> None:
     made = plan(select(func.avg(Photo.rank)), None)
     ((average, *_),) = made.combine([(None, 1, 1), (None, 1, 2), (None, None, 0)])
     assert str(average) == "0.66666666666666666667"
+
+
+def test_exists_is_true_where_any_logical_shard_has_a_row_and_not_exists_where_none_has() -> None:
+    made = plan(select(exists(select(User.id)), ~exists().where(Photo.rank > 1)), None)
+    assert made.combine([(False, True), (False, True)]) == [(False, True)]
+    assert made.combine([(False, True), (True, False)]) == [(True, False)]
+    twice = plan(select((~~exists(select(User.id))).label("x")).limit(0), None)
+    assert twice.combine([(True,), (False,)]) == []
+
+
+def test_keys_that_exists_asks_for_are_split_too() -> None:
+    a, b, c = compose(1, 4, 0), compose(1, 5, 0), compose(2, 5, 0)
+    found = exists(select(User.id).where(User.id.in_([a, b]))).label("found")
+    number = func.count(Photo.id).filter(Photo.rank > 1)
+    made = plan(select(number, found).where(Photo.owner_id.in_([c, b])), None)
+    assert made.lists.parameters((4, 5)) == {
+        "shardkit_keys_0_4": [], "shardkit_keys_0_5": [c, b],
+        "shardkit_keys_1_4": [a], "shardkit_keys_1_5": [b],
+    }  # fmt: skip
+    assert str(made.branch).count(" AS found") == 1
+    assert made.combine([(2, False), (3, True)]) == [(5, True)]
+
+
+def test_lists_are_merged_in_order_with_nulls_and_ties_by_logical_shard() -> None:
+    made = plan(select(in_order(Photo.caption, Photo.rank.desc())), None)
+    first = (["b", None, "d"], [None, 7, 1], "shard_0002.")
+    second = (["a", "c"], [7, 3], "shard_0001.")
+    empty = (None, None, "shard_0000.")
+    ((whole, *_),) = made.combine([first, second, empty])
+    assert whole == ["b", "a", None, "c", "d"]
+    assert [row[0] for row in made.combine([empty])] == [None]
+
+
+def test_lists_without_an_order_are_those_of_one_logical_shard_after_another() -> None:
+    made = plan(select(Photo.rank, func.array_agg(Photo.caption)).group_by(Photo.rank), None)
+    rows: list[Any] = [(1, ["b", None], "shard_0010."), (2, ["x"], "shard_0010."),
+                       (1, ["a"], "shard_0002.")]  # fmt: skip
+    assert [row[:2] for row in made.combine(rows)] == [(1, ["a", "b", None]), (2, ["x"])]
+
+
+def test_distinct_lists_have_each_element_once() -> None:
+    once = func.array_agg(distinct(Photo.rank)).aggregate_order_by(Photo.rank.desc())
+    made = plan(select(once), None)
+    rows: list[Any] = [([None, 3, 1], "shard_0000."), ([3, 2], "shard_0001.")]
+    assert [row[0] for row in made.combine(rows)] == [[None, 3, 2, 1]]
+
+
+def test_texts_are_joined_without_nulls() -> None:
+    text = func.string_agg(Photo.caption, ", ").aggregate_order_by(Photo.id)
+    made = plan(select(text), None)
+    rows: list[Any] = [("b", ["b", None], [2, 5], "shard_0000."), ("a", ["a"], [1], "shard_0001.")]
+    assert [row[0] for row in made.combine(rows)] == ["a, b"]
+    nothing: list[Any] = [(None, [None], [1], "shard_0000."), (None, None, None, "shard_0001.")]
+    assert [row[0] for row in made.combine(nothing)] == [None]
+
+
+def test_a_filter_goes_with_every_part_of_an_average() -> None:
+    made = plan(select(func.avg(Photo.rank).filter(Photo.id > 5)), None)
+    assert str(made.branch).count("FILTER (WHERE photos.id > ") == 3

@@ -57,6 +57,18 @@ def test_reads_spread_over_the_replicas() -> None:
     assert {members.choose() for _ in range(200)} == set(members.replicas)
 
 
+def test_a_replica_that_nobody_knows_yet_is_tried_while_the_time_goes_on() -> None:
+    class Going(FakeClock):
+        def monotonic(self) -> float:
+            self.advance(1e-7)
+            return super().monotonic()
+
+    clock = Going()
+    members = replica_set(2, clock)
+    reads = Counter(read(members, clock, lambda _: 0.001) for _ in range(100))
+    assert set(reads) == set(members.replicas)
+
+
 def test_a_slow_replica_is_read_seldom_and_not_forgotten() -> None:
     clock = FakeClock()
     members = replica_set(2, clock)

@@ -73,6 +73,13 @@ ROUTED: list[tuple[str, Any, set[int] | None]] = [
     ("tuples without the key", select(Photo).where(
         tuple_(Photo.rank, Photo.caption).in_([(1, "x")])), None),
     ("no tuples", select(Like).where(tuple_(Like.photo_id, Like.user_id).in_([])), {0}),
+    ("exists of all", select(exists(select(User.id))), None),
+    ("not exists of a key", select(~exists().where(Photo.owner_id == A)), {1}),
+    ("exists of several", select(select(Photo).where(Photo.owner_id == A).exists(),
+                                 exists(select(User.id).where(User.id.in_([B, C])))), {1, 2, 3}),
+    ("exists beside aggregates", select(func.count(Photo.id), exists(
+        select(User.id).where(User.id == B))).where(Photo.owner_id == A), {1, 2}),
+    ("exists of reference rows", select(exists(select(Country.code))), {0}),
     ("tuples not in", select(Like).where(
         tuple_(Like.photo_id, Like.user_id).not_in([(A, 1)])), None),
     ("any", select(Photo).where(Photo.owner_id == any_(literal([A, B], ARRAY(BigInteger)))),
@@ -212,7 +219,19 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
         User.id == A), UnsupportedStatementError),
     ("outer join with a confined subquery", select(ranks.c.rank).select_from(ranks).outerjoin(
         ranks_of_a, ranks_of_a.c.owner_id == ranks.c.owner_id), UnsupportedStatementError),
-    ("nothing but exists", select(exists(select(User.id))), UnsupportedStatementError),
+    ("a row found on every shard by exists", select(exists(select(Country.code).where(
+        exists().where(User.name == Country.code)))), UnsupportedStatementError),
+    ("exists beside a value", select(exists(select(User.id)), 1), UnsupportedStatementError),
+    ("exists under a condition", select(exists(select(User.id))).where(
+        exists(select(Photo.id))), UnsupportedStatementError),
+    ("exists of a join elsewhere", select(exists(select(User.id).join(
+        Photo, Photo.caption == User.name))), UnsupportedStatementError),
+    ("exists of each group", select(Photo.rank, exists(select(User.id))).group_by(Photo.rank),
+     UnsupportedStatementError),
+    ("either of two", select(exists(select(Photo.id)) | exists(select(User.id))),
+     UnsupportedStatementError),
+    ("exists of nothing", select(exists(select(1))), NoShardKeyError),
+    ("exists of a bad key", select(exists().where(Photo.owner_id == "5")), InvalidShardKeyError),
     ("outer join from a reference table", select(Country).outerjoin(
         User, User.name == Country.code), UnsupportedStatementError),
     ("reference table with exists", select(Country).where(
@@ -288,5 +307,5 @@ def test_values_and_parameters_of_an_insert_count_together() -> None:
 
 
 def test_a_list_of_a_hundred_thousand_keys_is_routed() -> None:
-    keys = [compose(i, i % 64, 0) for i in range(100_000)]
+    keys = [compose(i + 1, i % 64, 0) for i in range(100_000)]
     assert where(select(Photo).where(Photo.owner_id.in_(keys))) == set(range(64))
