@@ -23,7 +23,7 @@ from app.graph.models import FOLLOW_CHANGED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
-from shardkit.outbox import Event
+from shardkit.outbox import Backoff, Event
 
 __all__ = ["main", "relay_of"]
 
@@ -32,10 +32,13 @@ BATCH = 50
 
 THREADS = 2
 
+BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
+"""Tried for some six hours: a server that is down that long must not leave dead letters behind."""
+
 
 def relay_of(cluster: Cluster) -> Relay:
     """Return a relay that does everything the service's events ask for."""
-    relay = Relay(cluster, threads=THREADS)
+    relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
 
     @relay.on(FOLLOW_CHANGED, batch=BATCH)
     def follows(events: list[Event]) -> None:

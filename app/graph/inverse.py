@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from app.accounts.models import User
+from app.database import TIMEOUT
 from app.graph.models import Follower
-from shardkit import Cluster, WriteSession, ids
+from shardkit import Cluster, WriteSession, deadline, ids
+from shardkit.errors import UnavailableError
 from shardkit.outbox import Event
 
 __all__ = ["apply"]
@@ -44,20 +46,31 @@ class _Change:
 def apply(cluster: Cluster, events: Sequence[Event]) -> None:
     """Apply events, in one transaction for each physical shard that they concern.
 
+    A server that does not answer keeps nothing from the others.
+
     Args:
         cluster: where the inverse edges are.
         events: those of a pair in order.
+
+    Raises:
+        UnavailableError: a server does not answer; what others have was applied (retryable).
     """
     shard_map = cluster.topology.shard_map
     concerned: dict[str, list[Event]] = defaultdict(list)
     for event in events:
         shard = ids.shard_of(_Change.read(event).followee_id)
         concerned[shard_map.owner(shard)].append(event)
+    failed: UnavailableError | None = None
     for some in concerned.values():
-        with cluster.writer() as session:
-            if changes := _not_applied(session, some):
-                _write(session, changes)
-                session.commit()
+        try:
+            with deadline(TIMEOUT), cluster.writer() as session:
+                if changes := _not_applied(session, some):
+                    _write(session, changes)
+                    session.commit()
+        except UnavailableError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _not_applied(session: WriteSession, events: Sequence[Event]) -> list[_Change]:
