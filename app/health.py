@@ -88,7 +88,7 @@ async def _shard_answers(opened: AsyncReadSession, logical_shard: int) -> bool:
     try:
         with deadline(PROBE_TIMEOUT):
             async with opened as session:
-                await session.get(User, ids.compose(1, logical_shard, 0))
+                await session.get(User, ids.compose(0, logical_shard, 1))
     except Exception:  # noqa: BLE001 - whatever it is, the shard did not answer
         return False
     return True
