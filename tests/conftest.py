@@ -6,6 +6,7 @@ pytest_plugins = [
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.sharded",
+    "tests.fixtures.signals",
     "tests.fixtures.site",
     "tests.fixtures.skips",
     "tests.fixtures.sockets",
