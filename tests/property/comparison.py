@@ -45,6 +45,10 @@ async def _awaited(world: World, statement: Any, yield_per: int | None) -> Answe
     options = {"yield_per": yield_per}
     stream = await world.awaited.stream(statement, execution_options=options)
     names = list(stream.keys())
+    if len(names) == 1:
+        # SQLAlchemy 2.1 takes a row that is one absent object for the end of an answer that is
+        # read row by row, from one server as well (docs/statements.md): in parts it does not.
+        return names, [_texts(names, row) async for part in stream.partitions() for row in part]
     return names, [_texts(names, row) async for row in stream]
 
 
