@@ -38,6 +38,8 @@ __all__ = [
     "replace_if_dead",
 ]
 
+_IDLE = psycopg.pq.TransactionStatus.IDLE
+
 # Takes no lock; one round trip for each connection opened, none for each use.
 _CHECK = """
 SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
@@ -216,9 +218,5 @@ def end_transaction(connection: Any, _record: Any, state: Any) -> None:
     Sessions that are closed leave nothing; this is for those that are forgotten.
     """
     driver = getattr(connection, "driver_connection", connection)
-    if (
-        state.asyncio_safe
-        and not driver.closed
-        and driver.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
-    ):
+    if state.asyncio_safe and not driver.closed and driver.pgconn.transaction_status != _IDLE:
         connection.rollback()

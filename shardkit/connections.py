@@ -179,7 +179,8 @@ class _Core:
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
-            event.listen(engine, "checkin", _released)
+            if self.guards[endpoint].limit is not None:
+                event.listen(engine, "checkin", _released)
             event.listen(engine, "handle_error", fences.refusal)
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
@@ -254,32 +255,29 @@ class _Core:
             OverloadedError: the server has enough to do (retryable).
             EndpointUnavailableError: the server refuses connections (retryable).
         """
-        with self.admitted(endpoint) as admitted:
-            try:
-                connection = Connection(engine, _allow_autobegin=False)
-            except (PoolExhaustedError, DBAPIError) as error:
-                raise connection_error(error, endpoint) from error
-            admitted(connection)
-        return connection
+        try:
+            return self.admitted(endpoint, lambda: Connection(engine, _allow_autobegin=False))
+        except (PoolExhaustedError, DBAPIError) as error:
+            raise connection_error(error, endpoint) from error
 
-    @contextmanager
-    def admitted(self, endpoint: Endpoint) -> Iterator[Callable[[Connection], None]]:
-        """Ask the guard of a server before a connection is checked out inside.
+    def admitted(self, endpoint: Endpoint, check_out: Callable[[], Connection]) -> Connection:
+        """Check a connection out if the guard of its server allows.
 
-        Yields:
-            What to call with the connection, so that its return is noted.
+        Raises:
+            BreakerOpenError: the server failed too often and is left alone (retryable).
+            OverloadedError: the server has enough to do (retryable).
         """
         guard = self.guards[endpoint]
         guard.admit()
-
-        def note(connection: Connection) -> None:
-            connection.info[_ADMITTED] = guard
-
+        if guard.limit is None:
+            return check_out()
         try:
-            yield note
+            connection = check_out()
+            connection.info[_ADMITTED] = guard  # whoever returns it tells the limit
         except BaseException:
             guard.released()
             raise
+        return connection
 
     # -- to be provided
 

@@ -30,7 +30,7 @@ from sqlalchemy import (
     Uuid,
 )
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import CollationClause, ColumnElement
+from sqlalchemy.sql.elements import CollationClause, ColumnElement, Grouping
 
 from shardkit.errors import UnsupportedStatementError
 from shardkit.statements import Params
@@ -89,8 +89,12 @@ def alike(one: Any, other: Any) -> bool:
     """Tell whether two expressions are the same one, by structure."""
     if not isinstance(one, ColumnElement) or not isinstance(other, ColumnElement):
         return False
+    while isinstance(one, Grouping):  # parentheses, as `collate(…).nulls_first()` adds
+        one = one.element
+    while isinstance(other, Grouping):
+        other = other.element
     try:
-        return one.compare(other)
+        return bool(one.compare(other))
     except AttributeError:  # SQLAlchemy stumbles over expressions of two different aliases
         return False
 

@@ -506,15 +506,15 @@ class WriteSession(EmittingSession):
     def _open(self, physical: str, logical_shard: int | None) -> tuple[Endpoint, Connection]:
         endpoint = self._cluster.primary_of(physical)
         engine = self._cluster.view(endpoint, self.purpose, logical_shard)
-        with self._cluster.admitted(endpoint) as admitted:
-            try:
-                connection = Session._connection_for_bind(self, engine)
-            except (DBAPIError, PoolExhaustedError) as error:
-                found = connection_error(error, endpoint)
-                if isinstance(found, EndpointUnavailableError | DeadlineExceededError):
-                    self._cluster.failed(endpoint, found)
-                raise found from error
-            admitted(connection)
+        try:
+            connection = self._cluster.admitted(
+                endpoint, lambda: Session._connection_for_bind(self, engine)
+            )
+        except (DBAPIError, PoolExhaustedError) as error:
+            found = connection_error(error, endpoint)
+            if isinstance(found, EndpointUnavailableError | DeadlineExceededError):
+                self._cluster.failed(endpoint, found)
+            raise found from error
         driver = cast("_Driver", connection.connection.driver_connection)
         driver.mints, driver.committed = physical in self._written, None
         driver.is_alone = self._is_lone

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Float,
     Integer,
     Numeric,
+    String,
     cast,
     distinct,
     exists,
@@ -30,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import INTERVAL, distinct_on
 
-from shardkit import gather
+from shardkit import gather, ordering
 from shardkit.errors import UnsupportedStatementError
 from shardkit.ids import compose
 from shardkit.router import Router
@@ -341,3 +342,13 @@ def test_texts_are_joined_without_nulls() -> None:
 def test_a_filter_goes_with_every_part_of_an_average() -> None:
     made = plan(select(func.avg(Photo.rank).filter(Photo.id > 5)), None)
     assert str(made.branch).count("FILTER (WHERE photos.id > ") == 3
+
+
+def test_parentheses_make_no_other_order() -> None:
+    """`collate(…).nulls_first()` puts some around what DISTINCT names without."""
+    column = literal_column("name", String()).collate("C")
+    term, _, nulls_first = ordering.direction(column.nulls_first())
+    assert nulls_first
+    assert ordering.alike(term, column)
+    assert ordering.alike(column, term)
+    assert not ordering.alike(term, literal_column("name", String()).collate("POSIX"))
