@@ -24,7 +24,7 @@ test: ## every test, on real servers; installs what they need when root on Debia
 
 # Of what goes through it, a part that runs every kind of statement; the rest knows its servers.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
-	tests/integration/test_limits.py tests/integration/test_drivers.py tests/fault/test_endpoints.py
+	tests/integration/test_limits.py tests/integration/test_drivers.py tests/fault/test_pooler.py
 
 test-pooler: ## the tests of sessions, through PgBouncer
 	@$(PYTHON) scripts/setup.py --system
