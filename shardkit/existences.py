@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Exists, Label, Select, UnaryExpression, exists
 from sqlalchemy.sql import operators
@@ -32,6 +32,13 @@ class Existence:
 
     query: Select[Any]
     is_negated: bool
+
+    @property
+    def judged(self) -> Select[Any]:
+        """What has to be exact of the query: equal rows may count once or more often."""
+        query: Any = self.query._generate()
+        query._distinct, query._distinct_on = False, ()
+        return cast("Select[Any]", query)
 
     def whole(self, parts: Iterable[bool]) -> bool:
         """Return the answer that the answers of all logical shards make."""

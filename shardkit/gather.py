@@ -100,7 +100,7 @@ def plan(statement: Any, params: Params, router: Router) -> Plan:
     if existences and not _has_aggregates(statement) and sources_of(statement):
         raise refused("rows beside EXISTS of other rows", "ask for it by itself")
     for i, existence in existences.items():
-        _refuse_inexact(existence.query, params)
+        _refuse_inexact(existence.judged, params)
         query, more = split(existence.query, params, router, first=len(lists.values))
         if more.values:
             lists = KeyLists({**lists.values, **more.values})

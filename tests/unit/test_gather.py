@@ -352,3 +352,8 @@ def test_parentheses_make_no_other_order() -> None:
     assert ordering.alike(term, column)
     assert ordering.alike(column, term)
     assert not ordering.alike(term, literal_column("name", String()).collate("POSIX"))
+
+
+def test_equal_rows_make_no_other_existence() -> None:
+    inner = select(literal_column("1")).distinct().where(Photo.rank == 1)
+    plan(select(exists(inner)), None)
