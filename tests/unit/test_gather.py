@@ -355,5 +355,5 @@ def test_parentheses_make_no_other_order() -> None:
 
 
 def test_equal_rows_make_no_other_existence() -> None:
-    inner = select(literal_column("1")).distinct().where(Photo.rank == 1)
+    inner: Any = select(literal_column("1")).distinct().where(Photo.rank == 1)
     plan(select(exists(inner)), None)
