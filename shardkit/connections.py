@@ -125,7 +125,7 @@ class _Core:
         )
         self.router = Router(topology.n_logical_shards)
         self.replica_sets = {
-            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            name: ReplicaSet(shard, region=reading.here, patience=reading.patience, clock=clock)
             for name, shard in topology.physical.items()
         }
         self.hedges = {name: Hedges() for name in topology.physical} if reading.hedge else {}
