@@ -10,6 +10,8 @@ import psycopg
 import pytest
 import redis
 from psycopg.conninfo import make_conninfo
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from shardkit import Cluster
 from shardkit.clock import SYSTEM
@@ -276,7 +278,10 @@ def test_redis_and_memcached_have_messages_too(local_cluster: LocalCluster) -> N
     server = local_cluster.server("redis")
     with (
         FaultProxy(server.host, server.port, protocol="tcp") as proxy,
-        redis.Redis(proxy.host, proxy.port, socket_timeout=2.0) as client,
+        redis.Redis(proxy.host, proxy.port, socket_timeout=20.0) as client,
+        redis.Redis(
+            proxy.host, proxy.port, socket_timeout=0.2, retry=Retry(NoBackoff(), 1)
+        ) as hasty,
     ):
         client.set("proxy", "here")
         proxy.forget()
@@ -284,7 +289,7 @@ def test_redis_and_memcached_have_messages_too(local_cluster: LocalCluster) -> N
         assert proxy.counts.round_trips == 1
         proxy.on("GET", Fault.BLACK_HOLE, times=None, when=When.AFTER)  # the client retries
         with pytest.raises(redis.TimeoutError):
-            client.get("proxy")
+            hasty.get("proxy")
         client.delete("proxy")
     server = next(s for s in local_cluster.servers if s.kind is ServerKind.MEMCACHED)
     with FaultProxy(server.host, server.port, protocol="tcp") as proxy:
