@@ -20,6 +20,7 @@ from shardkit.local import LocalCluster
 from shardkit.local.server import ServerKind
 from shardkit.testing import Fault, FaultProxy, Way, When, wait_until
 from shardkit.topology import Topology
+from tests.fixtures.pauses import within
 from tests.fixtures.proxies import Proxied
 from tests.models import User
 
@@ -92,9 +93,11 @@ def test_counts_are_those_of_the_conversation(proxy: FaultProxy, connection: Con
 
 def test_latency_is_added_to_each_turn(proxy: FaultProxy, connection: Connection) -> None:
     proxy.shape(latency=0.1, jitter=0.02)
-    assert 0.2 <= seconds(lambda: connection.execute("SELECT 1")) < 0.6
+    with within(0.6):
+        assert seconds(lambda: connection.execute("SELECT 1")) >= 0.2
     proxy.heal()
-    assert seconds(lambda: connection.execute("SELECT 1")) < 0.1
+    with within(0.1):
+        connection.execute("SELECT 1")
 
 
 def test_a_thin_link_in_small_pieces_loses_no_byte(
@@ -103,9 +106,12 @@ def test_a_thin_link_in_small_pieces_loses_no_byte(
     text = "x" * 200_000
     proxy.shape(Way.TO_CLIENT, bandwidth=400_000, slice_bytes=1000)
     found: list[object] = []
-    took = seconds(lambda: found.extend(connection.execute("SELECT %s", [text]).fetchone() or ()))
+    with within(3.0):
+        took = seconds(
+            lambda: found.extend(connection.execute("SELECT %s", [text]).fetchone() or ())
+        )
     assert found == [text]
-    assert 0.4 < took < 3.0
+    assert took > 0.4
     proxy.heal()
     proxy.shape(slice_bytes=1)
     assert connection.execute("SELECT 1").fetchone() == (1,)
