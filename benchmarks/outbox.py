@@ -27,10 +27,10 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from benchmarks.measure import connect, database, interleaved, report, servers
-from shardkit import Cluster, Sharded, ids
+from shardkit import Cluster, Sharded, WriteSession, ids
 from shardkit.batches import Claims
 from shardkit.config import load
-from shardkit.outbox import Event
+from shardkit.outbox import Event, once
 from shardkit.relay import Relay
 from shardkit.topology import PhysicalShard, Topology, schema_name
 
@@ -134,14 +134,19 @@ def relay_rates(topology: Topology, numbers: list[range]) -> dict[str, float]:
                 session.commit()
 
         @relay.on("one")
-        def one(event: Event) -> None:
+        @once(cluster.writer, near=lambda _event: OWNER)
+        def one(session: WriteSession, event: Event) -> None:
+            session.add(Effect(owner_id=OWNER, number=event.payload))
+
+        @relay.on("own")
+        def own(event: Event) -> None:
             with cluster.writer() as session:
                 if session.once(event, near=OWNER):
                     session.add(Effect(owner_id=OWNER, number=event.payload))
                     session.commit()
 
         found = {}
-        for topic, some in zip(("many", "one"), numbers, strict=True):
+        for topic, some in zip(("many", "one", "own"), numbers, strict=True):
             fill(cluster, topic, some)
             found[topic] = rate(relay.drain, len(some))
     return found

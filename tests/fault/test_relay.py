@@ -13,10 +13,10 @@ import pytest
 from benchmarks.chaos import Base as ChaosBase
 from benchmarks.chaos import Trial, run
 from benchmarks.measure import database
-from shardkit import Cluster, ids
+from shardkit import Cluster, WriteSession, ids
 from shardkit.config import load
 from shardkit.local import LocalCluster
-from shardkit.outbox import Backoff, Event
+from shardkit.outbox import Backoff, Event, once
 from shardkit.relay import Relay
 from shardkit.testing import wait_until
 from shardkit.topology import Topology
@@ -30,9 +30,18 @@ FAR = ids.compose(1, 40, 0)
 STEPS = ["claimed", "before handler", "in effect", "after handler", "before finish", "finished"]
 
 
-def relay_of(cluster: Cluster) -> Relay:
+def relay_of(cluster: Cluster, *, together: bool) -> Relay:
     """Return a relay whose effect, on the other server, is one row for each event, in order."""
     relay = Relay(cluster, backoff=Backoff(0.0, 0.0, attempts=5))
+
+    def shared(session: WriteSession, event: Event) -> None:
+        session.add(Photo(owner_id=FAR, rank=event.payload))
+        session.flush()
+        relay.step("in effect")
+
+    if together:
+        relay.on("t")(once(cluster.writer, near=lambda _event: FAR)(shared))
+        return relay
 
     @relay.on("t")
     def handler(event: Event) -> None:
@@ -46,7 +55,7 @@ def relay_of(cluster: Cluster) -> Relay:
     return relay
 
 
-def work(config: Path, step: str, after: int) -> None:
+def work(config: Path, step: str, after: int, together: bool) -> None:
     """Deliver, and die at a step when it is reached for the given time."""
     reached = []
 
@@ -57,7 +66,7 @@ def work(config: Path, step: str, after: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     with Cluster.from_file(config) as cluster:
-        relay = relay_of(cluster)
+        relay = relay_of(cluster, together=together)
         relay.step = die
         relay.drain()
 
@@ -69,9 +78,10 @@ def emit(cluster: Cluster, payloads: range) -> None:
             session.commit()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_relay_killed_at_a_step_leaves_its_work_to_the_next(
-    cluster: Cluster, cluster_file: Path, step: str
+    cluster: Cluster, cluster_file: Path, step: str, *, together: bool
 ) -> None:
     context = multiprocessing.get_context("forkserver")
     with cluster.writer() as session:
@@ -79,11 +89,13 @@ def test_a_relay_killed_at_a_step_leaves_its_work_to_the_next(
         session.commit()
     emit(cluster, range(5))
     after = 3 if step in {"before handler", "in effect", "after handler"} else 1
-    process = context.Process(target=work, args=(cluster_file, step, after))
+    if together and step == "after handler":
+        after = 1  # it is reached when the transaction of all has been committed
+    process = context.Process(target=work, args=(cluster_file, step, after, together))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    relay = relay_of(cluster)
+    relay = relay_of(cluster, together=together)
 
     def is_empty() -> bool:
         relay.drain()
