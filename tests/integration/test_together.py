@@ -13,6 +13,7 @@ from shardkit import Cluster, WriteSession, ids
 from shardkit.events import Committed
 from shardkit.outbox import Backoff, Event, Once, once
 from shardkit.relay import Relay
+from shardkit.testing import wait_until
 from tests.fixtures.sharded import admin
 from tests.models import Photo, Reading, User
 
@@ -225,6 +226,10 @@ def test_what_takes_too_long_is_committed_and_the_rest_left(cluster: Cluster) ->
     assert (readings(cluster), notes(cluster)) == (dict.fromkeys(range(3), 0), 3)
 
 
+def hands() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name == "shardkit relay"]
+
+
 def test_a_handler_that_hangs_keeps_no_effect_of_others(cluster: Cluster) -> None:
     release = threading.Event()
 
@@ -240,6 +245,7 @@ def test_a_handler_that_hangs_keeps_no_effect_of_others(cluster: Cluster) -> Non
         found = set(readings(cluster))
     finally:
         release.set()
+        wait_until(lambda: not hands(), 30.0, "the threads that were left to themselves end")
     assert delivered == 4
     assert found == {0, 1, 3, 4}
 
