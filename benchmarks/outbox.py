@@ -11,8 +11,8 @@ that opens a transaction for each event itself), one-row polling (SELECT … FOR
 LIMIT 1, effect, DELETE, COMMIT), and procrastinate's own worker with one job at a time or ten,
 whichever is quicker, and statistics that are up to date. shardkit's effects happen exactly
 once; so do those of one-row polling; procrastinate's may happen twice after a crash.
-`claim_of_a_million`: milliseconds of a claim from a backlog of 1,000,000 events of which nobody has made statistics,
-and `hundredth_claim` after a hundred batches have left.
+`claim_of_a_million`: milliseconds of a claim from a backlog of 1,000,000 events of which nobody has
+made statistics, and `hundredth_claim` after a hundred batches have left.
 """
 
 from __future__ import annotations
