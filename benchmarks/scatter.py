@@ -22,9 +22,9 @@ from shardkit.topology import Topology, schema_name
 
 PEERS = ("sqlalchemy.ext.horizontal_shard.ShardedSession", "one PostgreSQL table")
 TARGETS = {
-    "scatter64_speedup": "≥ 50",
-    "scatter1024_speedup": "≥ 100",
-    "scatter64_vs_single_table": "≤ 6",
+    "scatter64_speedup": "≥ 100",
+    "scatter1024_speedup": "≥ 150",
+    "scatter64_vs_single_table": "≤ 3",
 }
 CURVE = (16, 64, 256, 1024, 4096)
 MOST_PEERS = 1024

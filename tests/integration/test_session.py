@@ -548,11 +548,12 @@ async def test_the_async_twin_says_the_same_words(cluster_file: Path, settled: S
             captions = [photo.caption for photo in await session.scalars(newest)]
             assert captions == expected
             assert session.route(newest).kind == "all"
-            assert session.sync_session.is_at_rest
+            resting = [session.sync_session.is_at_rest]
             stream = await session.stream_scalars(newest.execution_options(yield_per=1))
-            assert not session.sync_session.is_at_rest
+            resting.append(session.sync_session.is_at_rest)
             await stream.close()
-            assert session.sync_session.is_at_rest
+            resting.append(session.sync_session.is_at_rest)
+            assert resting == [True, False, True]
             with pytest.raises(ScatterNotAllowedError):
                 await session.scalars(select(Photo))
             session.add(User(name="no"))
