@@ -128,7 +128,7 @@ class _Core:
         self.everything = tuple(range(topology.n_logical_shards))
         self.plans = Plans()
         self.replica_sets = {
-            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            name: ReplicaSet(shard, region=reading.here, patience=reading.patience, clock=clock)
             for name, shard in topology.physical.items()
         }
         self.hedges = {name: Hedges() for name in topology.physical} if reading.hedge else {}

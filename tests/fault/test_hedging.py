@@ -14,6 +14,7 @@ from shardkit.config import ReplicasConfig
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until
 from shardkit.topology import Endpoint, Role, Topology
+from tests.fixtures.pauses import within
 from tests.fixtures.sharded import Settled
 from tests.models import Photo, User
 
@@ -57,9 +58,8 @@ def test_a_frozen_replica_is_overtaken_and_the_session_goes_on_with_the_other(
             session.expunge_all()
             frozen = server_of(local_cluster, first)
             local_cluster.pause(frozen)
-            started = time.monotonic()
-            assert session.get_one(User, user.id).name == "ana"
-            assert time.monotonic() - started < 0.5
+            with within(0.5):
+                assert session.get_one(User, user.id).name == "ana"
             second = session.endpoint_of(physical)
             assert second is not None
             assert second != first
@@ -77,9 +77,9 @@ def test_the_query_of_the_loser_is_cancelled(
     physical = hedging.topology.shard_map.owner(ids.shard_of(user.id))
     slow = select(func.pg_sleep(1), User.name).where(User.id == user.id)
     started = time.monotonic()
-    with hedging.reader() as session:
+    with within(1.9), hedging.reader() as session:
         assert session.execute(slow).one()[1] == "ana", "both are slow, and the first one wins"
-    assert 1.0 <= time.monotonic() - started < 1.9
+    assert time.monotonic() - started >= 1.0
 
     def at_rest() -> bool:
         for server in local_cluster.replicas(physical):
