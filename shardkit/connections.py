@@ -44,6 +44,7 @@ from shardkit.loads import loads
 from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
+from shardkit.plans import Plans
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
@@ -124,6 +125,8 @@ class _Core:
             clock=clock,
         )
         self.router = Router(topology.n_logical_shards)
+        self.everything = tuple(range(topology.n_logical_shards))
+        self.plans = Plans()
         self.replica_sets = {
             name: ReplicaSet(shard, region=reading.here, patience=reading.patience, clock=clock)
             for name, shard in topology.physical.items()
