@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from shardkit.commands import (
+    doctor,
     ids,
     local,
     locate,
@@ -49,6 +50,7 @@ app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
