@@ -20,6 +20,7 @@ from shardkit.commands import (
     lookup,
     migrate,
     outbox,
+    pgbouncer,
     reference,
     status,
     twophase,
@@ -48,6 +49,7 @@ app.add_typer(ids.app, name="ids")
 app.add_typer(reference.app, name="reference")
 app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
+app.add_typer(pgbouncer.app, name="pgbouncer")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
