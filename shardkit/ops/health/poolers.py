@@ -16,6 +16,8 @@ __all__ = ["CHECKS"]
 _CARRIES = (1, 21)
 """First version that carries prepared statements from one server connection to another."""
 
+_CANCELS_SAFELY = (1, 20)
+
 _TRACKS_SAFELY = (1, 25, 1)
 """Version in which CVE-2025-12819 is fixed: search_path as a tracked parameter ran as SQL."""
 
@@ -65,6 +67,20 @@ def pooler_newer(facts: Facts) -> Iterator[Problem]:
         if pooler.version >= _CARRIES > pooler.told and facts.expected.prepares is None:
             yield Problem(
                 pooler.where, f"is {_dotted(pooler.version)}, shardkit.toml does not say so"
+            )
+
+
+@check(Severity.WARNING, "upgrade PgBouncer to 1.20 or newer, and have it restarted when it ends")
+def pooler_cancels(facts: Facts) -> Iterator[Problem]:
+    """A PgBouncer that ends, with all connections, when a client gives up while it cancels.
+
+    Seen with 1.18.0, a frozen server and a deadline: "bad client state: 0".
+    Source: issue 801 and pull request 846 of pgbouncer/pgbouncer.
+    """
+    for pooler in facts.poolers:
+        if pooler.version < _CANCELS_SAFELY:
+            yield Problem(
+                pooler.where, f"is {_dotted(pooler.version)}: a cancelled query may end it"
             )
 
 
@@ -216,7 +232,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 CHECKS = (
-    pooler_silent, pool_mode, pooler_version, pooler_newer, pooler_prepares, pooler_room,
-    pooler_starves, pooler_clients, pooler_tracks_path, pooler_ignores, pooler_resets,
+    pooler_silent, pool_mode, pooler_version, pooler_newer, pooler_cancels, pooler_prepares,
+    pooler_room, pooler_starves, pooler_clients, pooler_tracks_path, pooler_ignores, pooler_resets,
     pooler_trusts, pooler_waits, pooler_plain_text, readers_write, leads_astray, twophase_refused,
 )  # fmt: skip

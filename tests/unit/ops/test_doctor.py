@@ -327,6 +327,7 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
     "pool-mode": (on_database(mode="session"), on_database(mode="statement")),
     "pooler-version": (on_pooler(version=(1, 18, 0)), expecting(on_pooler(version=(1, 20), told=()), prepares=True)),
     "pooler-newer": on_pooler(told=(1, 18)),
+    "pooler-cancels": on_pooler(version=(1, 19, 1), told=()),
     "pooler-prepares": pooler_setting(max_prepared_statements="0"),
     "pooler-room": (on_database(size=198), on_pooler(databases=CLEAN.poolers[0].databases * 10)),
     "pooler-starves": on_database(size=1),
