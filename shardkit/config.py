@@ -32,6 +32,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
     location = "app:migrations"              # package:folder, or a path from this file's folder
     models = "app.models:Base"               # optional: record how the models place their rows
 
+    [pgbouncer]
+    processes = 8                            # for `shardkit pgbouncer render`: docs/pgbouncer.md
+
     [[physical]]
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"

@@ -36,6 +36,7 @@ __all__ = [
     "placed",
     "render",
     "shares",
+    "tls_settings",
     "write",
 ]
 
@@ -167,7 +168,7 @@ def _rendered(
         max_clients=max(100, clients * expected.processes * 5 // 4),
         auth_user=options.auth_user,
         auth_query=options.auth_query if options.auth_user else "",
-        settings={**_tls(options), **options.settings},
+        settings={**tls_settings(options), **options.settings},
     )
     silent = tuple(_address(each.url) for each in seen if each.server is None)
     passwords = _passwords(shard, options, logins)
@@ -272,7 +273,8 @@ def _passwords(
     return {name: known[name] for name in wanted}
 
 
-def _tls(options: PgBouncerConfig) -> dict[str, str]:
+def tls_settings(options: PgBouncerConfig) -> dict[str, str]:
+    """Return the settings of TLS: required of clients, and servers verified, where it is set up."""
     found = {
         "client_tls_sslmode": "require" if options.client_tls_cert else "",
         "client_tls_cert_file": options.client_tls_cert,

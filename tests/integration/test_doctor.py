@@ -408,3 +408,26 @@ def test_more_processes_need_more_connections(patient: Patient) -> None:
     found = examine(patient.config, patient.topology, timeout=PATIENCE, processes=1000)
     names = {finding.check for finding in found.findings}
     assert names & {"connections", "pooler-clients"}
+
+
+@pytest.mark.usefixtures("well")
+def test_models_that_cannot_be_loaded_are_a_finding(patient: Patient) -> None:
+    migrations = patient.config.migrations.model_copy(update={"models": "no_such_module:Base"})
+    config = patient.config.model_copy(update={"migrations": migrations})
+    found = examine(config, patient.topology, timeout=PATIENCE)
+    (finding,) = (each for each in found.findings if each.check == "not-looked-at")
+    assert finding.where == "unique columns"
+    assert "no_such_module" in finding.message
+
+
+@pytest.mark.usefixtures("well")
+def test_a_wrong_password_is_a_finding_and_is_not_shown(patient: Patient) -> None:
+    shards = {
+        name: replace(shard, admin_url=shard.admin_url.set(password="wr0ng"))
+        for name, shard in patient.topology.physical.items()
+    }
+    topology = Topology(patient.topology.name, shards, patient.topology.shard_map)
+    found = [each for each in patient.findings(topology) if each.check == "unreachable"]
+    assert {each.where for each in found} == {str(each) for each in topology.endpoints}
+    assert all("the admin login" in each.message for each in found)
+    assert not any("wr0ng" in str(each) for each in patient.findings(topology))

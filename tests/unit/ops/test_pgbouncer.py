@@ -12,7 +12,17 @@ from shardkit.config import PgBouncerConfig
 from shardkit.errors import ConfigurationError
 from shardkit.ops.health.facts import Expected, Server
 from shardkit.ops.pgbouncer import PooledDatabase, PoolerSettings, render_ini, render_userlist
-from shardkit.ops.poolers import Rendered, Seen, changed, demands, names, placed, shares, write
+from shardkit.ops.poolers import (
+    Rendered,
+    Seen,
+    changed,
+    demands,
+    names,
+    placed,
+    shares,
+    tls_settings,
+    write,
+)
 from shardkit.topology import Endpoint, PhysicalShard, Pooler, Role, ShardMap, Topology
 
 ADMIN = make_url("postgresql://admin:b@10.0.0.1:5432/shop")
@@ -94,6 +104,20 @@ def test_verifiers_may_be_asked_for() -> None:
     found = read(render_ini(settings(auth_user="asker", auth_query="SELECT 1")))
     assert found["pgbouncer"]["auth_user"] == "asker"
     assert found["pgbouncer"]["auth_query"] == "SELECT 1"
+
+
+def test_tls_is_required_and_verified_where_there_are_certificates() -> None:
+    options = PgBouncerConfig(
+        client_tls_cert="/tls/a.crt", client_tls_key="/tls/a.key", server_tls_ca="/tls/ca.crt"
+    )
+    own = read(render_ini(settings(settings=tls_settings(options))))["pgbouncer"]
+    assert own["client_tls_sslmode"] == "require"
+    assert own["client_tls_cert_file"] == "/tls/a.crt"
+    assert own["client_tls_key_file"] == "/tls/a.key"
+    assert own["server_tls_sslmode"] == "verify-full"
+    assert own["server_tls_ca_file"] == "/tls/ca.crt"
+    assert "client_tls_ca_file" not in own
+    assert tls_settings(PgBouncerConfig()) == {}
 
 
 def test_hostile_names_stay_names() -> None:
