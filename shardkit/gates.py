@@ -462,6 +462,7 @@ def _pipelined(
     """
     server = connection.pgconn
     server.enter_pipeline_mode()
+    found: list[list[PGresult]] = []
     try:
         n_before = 0
         if needed is not None:
@@ -479,7 +480,6 @@ def _pipelined(
             _ask(connection, _WRITTEN, None)
         server.pipeline_sync()
         yield from generators.send(server)
-        found: list[list[PGresult]] = []
         n_syncs = 2 if gate is _COMMITTING else 1
         while n_syncs:
             results = yield from generators.fetch_many(server)
@@ -488,9 +488,12 @@ def _pipelined(
             else:
                 found.append(results)
         server.exit_pipeline_mode()
-    except BaseException:
+    except BaseException as error:
+        said = [r for results in found for r in results if r.status == ExecStatus.FATAL_ERROR]
         if server.status == ConnStatus.OK:
             server.finish()  # half a conversation is left on it
+        if said and isinstance(error, psycopg.OperationalError):  # before the other side hung up
+            raise psycopg.errors.error_from_result(said[0]) from None
         raise
     before = found[n_before - 1][0] if n_before else None
     after = found[-1][0] if len(found) > n_after else None

@@ -25,7 +25,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from shardkit import emitting, gates, parts, writes
 from shardkit.broadcasts import copy, is_reference, lock
-from shardkit.checks import connection_error, late_error
+from shardkit.checks import connection_error, is_unsent, late_error
 from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.emitter import EmittingSession
@@ -34,6 +34,7 @@ from shardkit.errors import (
     DeadlineExceededError,
     EndpointUnavailableError,
     OutcomeUnknownError,
+    PoolTimeoutError,
     ShardKeyChangeError,
     ShardkitError,
     StatementTimeoutError,
@@ -512,7 +513,8 @@ class WriteSession(EmittingSession):
             )
         except (DBAPIError, PoolExhaustedError) as error:
             found = connection_error(error, endpoint)
-            if isinstance(found, EndpointUnavailableError | DeadlineExceededError):
+            is_poolers = isinstance(found, PoolTimeoutError) and isinstance(error, DBAPIError)
+            if is_poolers or isinstance(found, EndpointUnavailableError | DeadlineExceededError):
                 self._cluster.failed(endpoint, found)
             raise found from error
         driver = cast("_Driver", connection.connection.driver_connection)
@@ -578,11 +580,11 @@ class WriteSession(EmittingSession):
 
 
 def _is_undone(driver: _Driver, error: ShardkitError) -> bool:
-    """Tell whether the server has said itself that a statement given up has left nothing."""
+    """Tell whether the server, or its pooler, said itself that a lost statement left nothing."""
     cause = error.__cause__.orig if isinstance(error.__cause__, DBAPIError) else None
     if isinstance(cause, WaitedTooLongError):
         return driver.was_undone
-    return isinstance(cause, psycopg.errors.QueryCanceled)
+    return isinstance(cause, psycopg.errors.QueryCanceled) or is_unsent(cause)
 
 
 @event.listens_for(WriteSession, "before_flush")
