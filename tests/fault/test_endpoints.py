@@ -412,7 +412,7 @@ def test_a_server_lost_in_the_middle_of_a_stream_is_named(
         session.add(User(id=ids.compose(1, there, 0), name="bo", photos=photos))
         session.commit()
     every = select(Photo.id).order_by(Photo.id).options(all_shards())
-    with cluster.reader(max_lag=1.0) as session:
+    with cluster.reader(after=ASK_PRIMARIES) as session:
         stream = session.scalars(every, execution_options={"yield_per": 5})
         next(stream)
         healed.kill_server(healed.primary(other).name)
