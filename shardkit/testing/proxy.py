@@ -135,9 +135,11 @@ class FaultProxy:
         jitter: float = 0.0,
         bandwidth: float | None = None,
         slice_bytes: int | None = None,
+        stumbles: float = 0.0,
+        stumble: float = 0.0,
     ) -> None:
         """Delay bytes from now on, in both directions or in the named ones; see `Shape`."""
-        shape = Shape(latency, jitter, bandwidth, slice_bytes)
+        shape = Shape(latency, jitter, bandwidth, slice_bytes, stumbles, stumble)
         self._do(lambda: self.shapes.update(dict.fromkeys(ways or BOTH, shape)))
 
     def black_hole(self, *ways: Way) -> None:
@@ -313,7 +315,8 @@ class FaultProxy:
     def delay(self, way: Way) -> float:
         """Return how many seconds a piece is to be under way."""
         shape = self.shapes[way]
-        return shape.latency + self._random.uniform(0, shape.jitter)
+        late = shape.stumble if self._random.random() < shape.stumbles else 0.0
+        return shape.latency + self._random.uniform(0, shape.jitter) + late
 
     def watching(self, message: Message) -> Trigger | None:
         """Return the trigger that a message sets off, if any; every trigger counts it."""

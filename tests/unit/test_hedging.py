@@ -16,13 +16,13 @@ def test_nothing_is_hedged_before_the_tail_is_known() -> None:
     assert hedges.delay == 0.010
 
 
-def test_the_delay_is_what_nineteen_of_twenty_reads_take() -> None:
+def test_the_delay_is_what_97_of_100_reads_take() -> None:
     hedges = Hedges()
     for number in range(400):
         hedges.answered(0.010 if number % 20 else 1.0)
     assert hedges.delay == 1.0
     for number in range(400):
-        hedges.answered(0.010 if number % 25 else 1.0)
+        hedges.answered(0.010 if number % 50 else 1.0)
     assert hedges.delay == 0.010
 
 
@@ -33,7 +33,7 @@ def test_quick_reads_are_given_a_floor() -> None:
     assert hedges.delay == FLOOR
 
 
-def test_at_most_one_read_of_twenty_is_hedged() -> None:
+def test_at_most_five_reads_of_a_hundred_are_hedged() -> None:
     hedges, chance = Hedges(), random.Random(7)
     asked = granted = 0
     for _ in range(20_000):
