@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from shardkit.testing.faults import BOTH, Counts, Fault, Shape, Trigger, Way, When
 from shardkit.testing.link import Link
@@ -39,6 +39,18 @@ T = TypeVar("T")
 _REMEMBERED = 10_000
 _CALL_TIMEOUT = 20.0
 _LOOPBACK = "127.0.0.1"
+
+
+class Address(Protocol):
+    """Where a link listens, be it in this process or another."""
+
+    @property
+    def host(self) -> str:
+        """Name or number of the machine."""
+
+    @property
+    def port(self) -> int:
+        """TCP port."""
 
 
 class FaultProxy:
@@ -324,7 +336,7 @@ class FaultProxy:
         return hit[0] if hit else None
 
 
-def reroute(topology: Topology, proxies: Mapping[Endpoint, FaultProxy]) -> Topology:
+def reroute(topology: Topology, proxies: Mapping[Endpoint, Address]) -> Topology:
     """Return a topology in which some endpoints are reached through proxies, readers included.
 
     Admin logins still go straight to their servers.
