@@ -57,7 +57,7 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
 
     theirs = {*dir(Session), *vars(Session())}
     meant = {
-        "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "close", "commit",
+        "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "close", "commit", "connection",
         "connection_callable", "flush", "get", "get_bind", "rollback",
     }  # fmt: skip
     classes = (BoundSession, ReadSession, EmittingSession, WriteSession)

@@ -165,7 +165,7 @@ def test_a_transaction_waits_for_another_one_with_events_of_its_key_and_no_other
 
     with cluster.writer() as first, ThreadPoolExecutor(1) as pool:
         first.emit("t", "first", key=ANA)
-        first._send_events(with_commit=False)
+        first._events.send(with_commit=False)
         commit(ANA + 1, "another key")
         second = pool.submit(commit, ANA, "second")
         wait_until(lambda: waits_for_lock(cluster), 10.0, "the second one waits")

@@ -57,7 +57,7 @@ SAID = [
 def test_what_a_pooler_says_is_told_apart(text: str, meaning: Farewell) -> None:
     error = lost(text)
     assert farewell(text) is meaning
-    found = connection_error(error, HERE)
+    found: errors.ShardkitError = connection_error(error, HERE)
     kinds = {
         Farewell.NO_SERVER_IN_TIME: errors.PoolTimeoutError,
         Farewell.LOGIN_REFUSED: errors.ConfigurationError,
@@ -75,14 +75,14 @@ def test_what_a_pooler_says_is_told_apart(text: str, meaning: Farewell) -> None:
 )
 def test_other_words_say_nothing_of_a_pooler(text: str) -> None:
     assert farewell(text) is None
-    found = connection_error(lost(text), HERE)
-    assert type(found) is errors.EndpointUnavailableError
+    found: errors.ShardkitError = connection_error(lost(text), HERE)
+    assert isinstance(found, errors.EndpointUnavailableError)
     assert found.retry_after is None
     assert not is_unsent(lost(text))
 
 
 def test_the_programs_own_pool_is_no_failure_of_a_server() -> None:
     found = connection_error(sa.TimeoutError("QueuePool limit"), HERE)
-    assert type(found) is errors.PoolTimeoutError
+    assert isinstance(found, errors.PoolTimeoutError)
     assert found.retry_after is None
     assert not is_failure(found)
