@@ -257,7 +257,8 @@ def test_a_plan_is_decided_once_and_answers_anew(
 
     def last(session: Session, n: int) -> list[str]:
         # Not by id: those of two logical shards may be of the same millisecond.
-        statement = select(Photo).order_by(Photo.caption.desc()).limit(n).options(all_shards())
+        by_name = Photo.caption.collate("C").desc()
+        statement = select(Photo).order_by(by_name).limit(n).options(all_shards())
         return [photo.caption for photo in session.scalars(statement)]
 
     with placed(topology, 0, 40) as cluster, cluster.writer() as session:  # alpha, beta
