@@ -73,9 +73,13 @@ _COMMIT: Final = b"; ".join((_SHOW, b"COMMIT", _POSITIONS))
 _PREPARED: Final = {_REPLAYED: b"shardkit_replayed", _WRITTEN: b"shardkit_written"}
 
 _CONTROL: Final = re.compile(
-    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE)\b", re.IGNORECASE
+    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE|FETCH|CLOSE)\b",
+    re.IGNORECASE,
 )
-"""Statements that read no rows; several of them may stand in one message."""
+"""Statements that see no more rows than before; several of them may stand in one message.
+
+A cursor has the snapshot of its DECLARE, which was let through: what its replica is asked to have
+replayed may have grown since, as `max_lag` does, and says nothing about the rest of its rows."""
 
 _BEGINS: Final = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
 """What comes after it is for the same server."""
