@@ -73,6 +73,15 @@ class BoundSession(Session):
         # What failed the running statement; None for what cannot be told.
         self._avoided: frozenset[Endpoint | None] = frozenset()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have SQLAlchemy collect the listeners of the class now.
+
+        It does so for the first object of a class and without a lock: a thread that makes the
+        second one meanwhile would run statements that nobody routes.
+        """
+        super().__init_subclass__(**options)
+        assert cls.__new__(cls).dispatch
+
     def close(self) -> None:
         """Return the connections to their pools; the session can be used again."""
         super().close()
