@@ -80,7 +80,7 @@ class BoundSession(Session):
         second one meanwhile would run statements that nobody routes.
         """
         super().__init_subclass__(**options)
-        assert cls.__new__(cls).dispatch
+        _ = cls.__new__(cls).dispatch
 
     def close(self) -> None:
         """Return the connections to their pools; the session can be used again."""

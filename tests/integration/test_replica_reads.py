@@ -350,9 +350,9 @@ def test_a_stream_goes_on_with_what_it_began_with(
     cluster: Cluster, local_cluster: LocalCluster, settled: Settled
 ) -> None:
     """Its snapshot was new enough when it was taken, and grows no younger."""
-    with cluster.writer() as session:
-        session.add_all(Photo(owner_id=KEY, caption=f"{n}") for n in range(50))
-        session.commit()
+    with cluster.writer() as writer:
+        writer.add_all(Photo(owner_id=KEY, caption=f"{n}") for n in range(50))
+        writer.commit()
     settled()
     captions = select(Photo.caption).where(Photo.owner_id == KEY).order_by(Photo.id)
 
