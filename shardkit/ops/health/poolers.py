@@ -177,7 +177,7 @@ def pooler_trusts(facts: Facts) -> Iterator[Problem]:
             yield Problem(pooler.where, f"auth_type is {found}")
 
 
-@check(Severity.WARNING, "query_wait_timeout = 5, and RELOAD")
+@check(Severity.WARNING, "query_wait_timeout = 2, and RELOAD")
 def pooler_waits(facts: Facts) -> Iterator[Problem]:
     """Clients wait for a server connection longer than for anything else."""
     for pooler in facts.poolers:
