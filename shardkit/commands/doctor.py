@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardkit.commands.options import ConfigOption, JsonOption
 from shardkit.commands.output import console
 from shardkit.config import default_file, load
-from shardkit.ops.doctor import Diagnosis, examine
-from shardkit.ops.health.findings import Severity
+
+if TYPE_CHECKING:
+    from shardkit.ops.doctor import Diagnosis
 
 __all__ = ["doctor"]
 
-_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
 def doctor(
@@ -35,6 +36,9 @@ def doctor(
 
     Exits with 1 when there is an error; warnings and notes exit with 0.
     """
+    from shardkit.ops.doctor import examine
+    from shardkit.ops.health.findings import Severity
+
     settings, topology = load(config or default_file())
     found = examine(settings, topology, timeout=timeout, processes=processes)
     if as_json:
@@ -55,6 +59,8 @@ def doctor(
 
 def _print(found: Diagnosis) -> None:
     from rich.text import Text
+
+    from shardkit.ops.health.findings import Severity
 
     out = console()
     for finding in found.findings:
