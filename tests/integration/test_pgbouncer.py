@@ -93,6 +93,14 @@ class Pooled:
             return False
         return True
 
+    def leads_to(self, server: str, database: str = "shardkit") -> bool:
+        """Return whether a new client is led to a server."""
+        try:
+            with self.connect(database) as client:
+                return asked(client, "SELECT current_setting('cluster_name')") == server
+        except psycopg.OperationalError:
+            return False
+
     def connect(self, database: str = "shardkit", *, is_admin: bool = False) -> psycopg.Connection:
         """Connect as a client."""
         _, topology = load(self.local.config_path)
@@ -205,11 +213,16 @@ def test_pgbouncer_runs_with_the_files_and_keeps_its_clients_over_a_failover(
         assert len(document["alpha"]["silent"]) == 1
         assert pooled.render() == 0
         pooled.command("RELOAD")
-        # The same connections: what they ask for is elsewhere now.
+        # PgBouncer refuses who asks until it has reached the new server.
+        wait_until(lambda: pooled.leads_to("alpha_1"), PATIENCE, "the name leads elsewhere")
+        # The same connections as before: what they ask for is elsewhere now.
         assert asked(client, name) == "alpha_1"
         assert asked(client, "SELECT pg_is_in_recovery()") is False
         local.rebuild_server("alpha_0")
         assert pooled.render("--check") == 0, "the roles are as they were rendered"
+        wait_until(
+            lambda: pooled.leads_to("alpha_0", "shardkit_1"), PATIENCE, "the replica is back"
+        )
         assert asked(reader, "SELECT pg_is_in_recovery()") is True
         assert asked(reader, name) == "alpha_0"
 
