@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 
-from shardkit.caches.backend import DEADLINE, Place
-from shardkit.caches.nodes import Batch, Node, Nodes
+from shardkit.caches.backend import Place
+from shardkit.caches.node import Batch, Node
+from shardkit.caches.nodes import Nodes
+from shardkit.caches.serving import Given, Serving
 from shardkit.caching.operations import Answer, Request
-from shardkit.clock import SYSTEM, Clock
 from shardkit.forks import ForkSafeLock
 
 __all__ = ["Deadline", "ServedCache", "ServerConnection"]
@@ -134,51 +135,35 @@ class _Pool:
             self._give(None)
 
 
-class ServedCache:
+class ServedCache(Serving):
     """A backend over servers; see `shardkit.caches.backend.Backend`.
 
     Args:
-        nodes: the servers.
+        servers: their names.
         connect: makes a connection to one; opens nothing yet.
-        deadline: seconds a call may take.
-        connections: most connections to each server.
-        clock: source of time.
+        options: see `serving.Options`.
     """
 
     def __init__(
         self,
-        nodes: Nodes,
+        servers: Sequence[str],
         connect: Callable[[Node], ServerConnection],
-        *,
-        deadline: float = DEADLINE,
-        connections: int = 32,
-        clock: Clock = SYSTEM,
+        **options: Unpack[Given],
     ) -> None:
-        self.nodes = nodes
+        super().__init__(servers, **options)
         self._connect = connect
-        self._connections = connections
-        self._seconds = deadline
-        self._now = clock.monotonic
         self._pools: dict[Node, _Pool] = {}
-
-    @property
-    def has_gutter(self) -> bool:
-        """Whether there is a gutter to repair, too."""
-        return bool(self.nodes.gutter)
-
-    @property
-    def dirty(self) -> frozenset[str]:
-        """Names of the servers that nobody reads for now."""
-        return self.nodes.dirty
-
-    def home(self, key: str) -> str:
-        """Return the name of the server that a key belongs to."""
-        return self.nodes.home(key).name
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys; answer them in their order."""
         batches, answers = self.nodes.plan(requests, place)
-        deadline = Deadline(self._seconds, self._now)
+        self._carry(batches, answers, Deadline(self.seconds, self.now))
+        if len(answers) > len(requests):
+            answers.pop()
+        return answers
+
+    def _carry(self, batches: Sequence[Batch], answers: list[Answer], deadline: Deadline) -> None:
+        """Send batches, all before the first reply is read, and put the answers in their places."""
         if len(batches) == 1:  # nearly always
             exchange = _Exchange(self.nodes, batches[0], deadline)
             try:
@@ -187,7 +172,7 @@ class ServedCache:
             except BaseException:
                 exchange.abandon()
                 raise
-            return answers
+            return
         waiting: deque[_Exchange] = deque()
         try:
             for batch in batches:
@@ -200,11 +185,6 @@ class ServedCache:
         finally:
             for exchange in waiting:  # interrupted: nobody will read these replies
                 exchange.abandon()
-        return answers
-
-    def readmit(self, name: str) -> bool:
-        """Read a server again: everything it missed has been repaired there."""
-        return self.nodes.readmit(name)
 
     def close(self) -> None:
         """Close every connection; later calls open new ones."""
@@ -214,7 +194,7 @@ class ServedCache:
     def _pool(self, node: Node) -> _Pool:
         pool = self._pools.get(node)
         if pool is None:
-            made = _Pool(lambda: self._connect(node), self._connections)
+            made = _Pool(lambda: self._connect(node), self.connections)
             pool = self._pools.setdefault(node, made)
         return pool
 
@@ -263,7 +243,7 @@ class _Exchange:
             return
         self._connection = None
         self._pool.release(connection, keep=True)
-        self._nodes.succeeded(batch)
+        self._nodes.succeeded(batch, answered)
         for index, answer in zip(batch.at, answered, strict=True):
             answers[index] = answer
 

@@ -17,12 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkit.caches.meta import ProtocolViolation, Replies
-from shardkit.caches.nodes import Nodes
 from shardkit.caches.ring import Ring
 from shardkit.caching.entries import decode, encode
 from shardkit.caching.floors import SessionFloor
 from shardkit.caching.keys import LONGEST_KEY, cache_key, schema_hash
-from shardkit.caching.operations import Kind, Op, Request
+from shardkit.caching.operations import Kind
 from shardkit.caching.rows import decode_row, encode_row
 from shardkit.testing import FakeClock
 
@@ -166,19 +165,6 @@ def test_a_ring_shares_evenly_and_moves_little() -> None:
     moved = [each for each in keys if larger.owner(each) != ring.owner(each)]
     assert all(larger.owner(each) == 6 for each in moved)
     assert 0.05 < len(moved) / len(keys) < 0.25
-
-
-def test_only_what_leaves_something_old_makes_a_server_dirty() -> None:
-    told: list[str] = []
-    nodes = Nodes(["a:1"], on_dirty=told.append)
-    nodes.homes[0].breaker.open()
-    for op in (Op.LEASE, Op.READ, Op.STORE, Op.REMOVE):
-        assert nodes.plan([Request(op, "k", 1)])[0] == []
-    assert not nodes.dirty
-    assert nodes.plan([Request(Op.DELETE, "k")])[0] == []
-    assert nodes.dirty == {"a:1"}
-    assert nodes.plan([Request(Op.PUT, "k"), Request(Op.PUT, "l")])[0] == []
-    assert told == ["a:1"]
 
 
 STREAM = (
