@@ -22,8 +22,8 @@ from shardkit.windows import BreakerRules
 __all__ = ["MOST_MISSED", "RETURN_HOLD", "SWEEP", "Batch", "Node"]
 
 RETURN_HOLD: Final = 2.0
-"""Seconds that a server which was left alone answers before it is read: twice as long as a relay
-leaves it alone (`CACHE_RULES.longest_open`), for the relay has to have been there before."""
+"""Seconds that a server which was left alone answers before it is read: much longer than a relay
+leaves it alone (`serving.RELAY_OPTIONS`), for the relay has to have been there before."""
 
 MOST_MISSED: Final = 100_000
 """Keys that a server may have missed; beyond, it has to be emptied."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from dataclasses import replace
+from typing import Final, TypedDict
 
 from shardkit.caches.backend import DEADLINE
 from shardkit.caches.node import RETURN_HOLD
@@ -11,7 +12,7 @@ from shardkit.caches.nodes import CACHE_RULES, Nodes, Owners
 from shardkit.clock import SYSTEM, Clock
 from shardkit.windows import BreakerRules
 
-__all__ = ["Given", "Options", "Serving"]
+__all__ = ["RELAY_OPTIONS", "Given", "Options", "Serving"]
 
 
 class Options(TypedDict, total=False):
@@ -34,6 +35,14 @@ class Options(TypedDict, total=False):
     clock: Clock
     hold: float
     on_dirty: Callable[[str], None] | None
+
+
+RELAY_OPTIONS: Final[Options] = {
+    "deadline": 0.2,
+    "rules": replace(CACHE_RULES, open_time=0.1, longest_open=0.25),
+}
+"""For relays: nobody waits for them, and what they have not repaired others may be shown. So they
+wait longer for a server that is slow, and try one that was gone sooner, than those who read it."""
 
 
 class Given(Options, total=False):
