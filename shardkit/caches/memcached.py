@@ -19,6 +19,7 @@ from shardkit.caches.meta import (
     answers_of,
     hello,
     life_of,
+    quick_answer,
     render,
 )
 from shardkit.caches.node import Node
@@ -76,16 +77,26 @@ class _Connection(Client):  # type: ignore[misc]  # ships no types
             self.sock.sendall(data)
 
     def receive(self, requests: Sequence[Request], deadline: Deadline) -> list[Answer]:
-        replies = self._replies(len(self._sent), deadline)
         assert self.life is not None
+        data = b""
+        if len(self._sent) == 1 == len(requests):  # a hit, mostly, in one piece: a third quicker
+            assert self.sock is not None
+            data = self.sock.recv(_PIECE)  # waits no longer than `send` has said
+            if (answer := quick_answer(data, self.life)) is not None:
+                return [answer]
+            if not data:
+                raise ConnectionResetError("the server closed the connection")
+        replies = self._replies(len(self._sent), deadline, data)
         return answers_of(requests, self._sent, replies.replies, self.life)
 
     def shut(self) -> None:
         self.life = None
         self.close()
 
-    def _replies(self, n: int, deadline: Deadline) -> Replies:
+    def _replies(self, n: int, deadline: Deadline, data: bytes = b"") -> Replies:
         replies = Replies(n)
+        if data:
+            replies.feed(data)
         sock = self.sock
         assert sock is not None
         while not replies.is_complete:

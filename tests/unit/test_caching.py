@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit.caches.meta import ProtocolViolation, Replies
+from shardkit.caches.meta import Life, ProtocolViolation, Replies, answers_of, quick_answer
 from shardkit.caches.ring import Ring
 from shardkit.caching.entries import decode, encode
 from shardkit.caching.floors import SessionFloor
 from shardkit.caching.keys import LONGEST_KEY, cache_key, schema_hash
-from shardkit.caching.operations import Kind
+from shardkit.caching.operations import Kind, Op, Request
 from shardkit.caching.rows import decode_row, encode_row
 from shardkit.testing import FakeClock
 
@@ -170,6 +170,30 @@ def test_a_ring_shares_evenly_and_moves_little() -> None:
 STREAM = (
     b"VA 5 c17 W\r\nVA \r\n\r\nHD c18\r\nEN\r\nNF\r\nEX\r\nSERVER_ERROR out of memory c1\r\nHD\r\n"
 )
+
+
+PIECES = st.sampled_from(
+    [b"VA ", b"5", b"0", b"14", b" c17", b" c", b" W", b" Z", b"\r\n", b"EN", b"hello", b"x",
+     encode(Kind.ABSENCE, 0, b""), b"9" * 30, b" ", b"VA 5 c17\r\nhello\r\n",
+     b"VA 14 c3\r\n" + encode(Kind.ABSENCE, 0, b"") + b"\r\n"]
+)  # fmt: skip
+
+
+@given(st.lists(PIECES, max_size=7).map(b"".join))
+def test_the_quick_way_says_what_the_long_way_says(data: bytes) -> None:
+    life = Life("a:1", b"life")
+    quick = quick_answer(data, life)
+    if quick is not None:
+        replies = Replies(1)
+        replies.feed(data)
+        assert [quick] == answers_of([Request(Op.LEASE, "k")], [0], replies.replies, life)
+
+
+def test_a_hit_goes_the_quick_way() -> None:
+    data = encode(Kind.VALUE, 7, b"row")
+    found = quick_answer(b"VA %d c17\r\n%b\r\n" % (len(data), data), Life("a:1", b"life"))
+    assert found is not None
+    assert (found.version, found.payload, found.cas) == (7, b"row", (("a:1", b"life"), 17))
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=6))
