@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Column, Table
+from sqlalchemy import Column, Table, bindparam, select
 from sqlalchemy.orm import Mapper
 
 from shardkit.cacheable import VERSION, cacheable_columns
@@ -40,6 +40,7 @@ class CachePlan:
         schema: `schema_hash` of them.
         key_indexes: where the values of the primary key stand among them, in its own order.
         version_index: where the version stands.
+        one_row: reads the row of the primary key `key_0`, `key_1` and so on.
         loads_alone: whether loading an object is reading its row and no more; objects of other
             classes, with relationships that are loaded eagerly, are not made of cached rows.
 
@@ -59,6 +60,7 @@ class CachePlan:
         "loads_alone",
         "mapper",
         "name",
+        "one_row",
         "schema",
         "table",
         "ttl",
@@ -88,6 +90,8 @@ class CachePlan:
         self.key_indexes = tuple(places[column] for column in mapper.primary_key)
         self._key_types = tuple(column.type.python_type for column in mapper.primary_key)
         self._single = len(self.key_indexes) == 1
+        by_key = [c == bindparam(f"key_{n}") for n, c in enumerate(mapper.primary_key)]
+        self.one_row = select(*self.columns).where(*by_key)
         self.version_index = self.attributes.index(VERSION)
         codecs = list(enumerate(self._codecs))
         self._plain = tuple((i, codec.plain) for i, codec in codecs if codec.plain is not None)

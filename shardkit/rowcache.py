@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from sqlalchemy.orm import Mapper
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.util import await_only
 
 from shardkit.cached import CachePlan, plan_of
+from shardkit.cachereads import CacheReads, Found
 from shardkit.caches.backend import AsyncBackend, Backend, Place
 from shardkit.caches.opening import async_backend, backend
 from shardkit.caching.floors import SessionFloor
 from shardkit.caching.operations import Answer, Request
 from shardkit.caching.tally import CacheCounts, Tally
 from shardkit.clock import SYSTEM, Clock
+from shardkit.flights import AsyncFlights, Flights
 from shardkit.forks import ForkSafeLock
 from shardkit.sections import CacheConfig
 from shardkit.topology import Topology
@@ -44,6 +46,8 @@ class Rows:
     """
 
     backend: Any
+    _flights: Flights[Found]
+    _reads: CacheReads | None = None
 
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         self.config = config
@@ -79,6 +83,17 @@ class Rows:
         epoch = self._source.topology.shard_map.epochs[logical_shard]
         return plan.key(self._generation, epoch, logical_shard, identity)
 
+    def reads(self, primaries: Callable[[], Session]) -> CacheReads:
+        """Return what reads through this cache, for all sessions.
+
+        Args:
+            primaries: opens a session that asks primaries, each statement by itself; whose does
+                not matter.
+        """
+        if self._reads is None:
+            self._reads = CacheReads(self, primaries, self._flights)
+        return self._reads
+
     # -- what this process has written
 
     def raise_floor(self, key: str, version: int) -> None:
@@ -112,6 +127,7 @@ class RowCache(Rows):
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
         self.backend = backend(config)
+        self._flights = Flights()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys, in the backend's deadline."""
@@ -134,6 +150,7 @@ class AsyncRowCache(Rows):
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
         self.backend = async_backend(config)
+        self._flights = AsyncFlights()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys, in the backend's deadline."""
