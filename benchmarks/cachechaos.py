@@ -5,7 +5,9 @@ started again, empty; one is behind a link that loses, delays, refuses and reset
 killed at any moment, and on purpose between COMMIT and store. Entries live an hour, so what is
 not repaired stays. Readers check every answer of the cache against what the database had
 committed a second before they began (a process asks it all the time), and against what had been
-acknowledged.
+acknowledged. A server that was gone missed what was written meanwhile: a process that never
+noticed may be shown that until a relay has been there; so of it a second is counted from its
+return, and what was shown before is reported by itself.
 
 Beside it, in the same servers, of the same rows, under the same kills: plain cache-aside. It must
 be caught, or the judge sees nothing.
@@ -42,6 +44,7 @@ BOUND: Final = 1.0
 
 WANTED: Final = 10_000_000
 N_ROWS: Final = 3000
+_FAR: Final = 2  # the server behind the link
 PEERS = ("cache-aside",)
 TARGETS = {
     "late_reads": "≤ 0", "mixed_up_reads": "≤ 0", "aside_late_reads": "≥ 1",
@@ -97,6 +100,7 @@ class Outcome:
         return {
             "checked_reads": counts["checked"],
             "late_reads": counts["late"],
+            "late_reads_of_a_server_just_back": counts["returning"],
             "mixed_up_reads": counts["mixed"],
             "older_than_acknowledged": counts["older"],
             "share_from_the_cache": counts["checked"]
@@ -199,9 +203,11 @@ def run(
             (gutter.name,),
             N_ROWS,
             context.Array("q", N_ROWS, lock=False),
+            context.Array("d", 3, lock=False),
             context.Array("q", N_ROWS, lock=False),
             context.Array("q", n * len(CHECKED), lock=False),
             context.Event(),
+            bound,
             seed,
         )
         roles = [relay, *[write] * writers, *[read] * readers]
@@ -301,10 +307,12 @@ def _trouble(shared: Shared, mortal: Server, proxy: FaultProxy, outcome: Outcome
             mortal.start()
             outcome.restarts += 1
         else:
+            shared.returned[_FAR] = math.inf
             rng.choice(faults)()
             outcome.link_faults += 1
             shared.stop.wait(rng.choice((0.05, 0.2, 0.6, 2.0)))
             proxy.heal()
+            shared.returned[_FAR] = time.monotonic()
     proxy.heal()
 
 

@@ -50,9 +50,20 @@ KILLED_AFTER_COMMIT: Final = 0.02
 ASIDE_EVERY: Final = 8
 """One batch of so many is read by cache-aside."""
 
-CHECKED: Final = ("checked", "late", "older", "mixed", "loaded", "aside", "aside_late", "written")
+CHECKED: Final = (
+    "checked",
+    "late",
+    "returning",
+    "older",
+    "mixed",
+    "loaded",
+    "aside",
+    "aside_late",
+    "written",
+)
 """Counters: reads that a cache answered; of these, those shown something older than what was
-committed the bound before they began; than what was acknowledged before; another row's; rows read
+committed the bound before they began; the same, by a server that had been gone and was back for
+less than the bound; than what was acknowledged before; another row's; rows read
 from the database; the first two of cache-aside; writes acknowledged."""
 
 
@@ -66,9 +77,11 @@ class Shared:
         gutter: of them.
         n_rows: ids 0 to this.
         floors: version of each row that was committed the bound ago.
+        returned: of each server, when it was last reachable again; infinite while it is not.
         acknowledged: highest version of each row whose writer was told.
         counters: `CHECKED`, for each process.
         stop: set at the end.
+        bound: seconds after a commit from which nothing older may be shown.
         seed: of what is drawn.
     """
 
@@ -77,10 +90,12 @@ class Shared:
     gutter: tuple[str, ...]
     n_rows: int
     floors: Any
+    returned: Any
     acknowledged: Any
     counters: Any
     stop: Any
-    seed: int = 0
+    bound: float
+    seed: int
 
     def cache(self, **more: Any) -> Memcached:
         """Return a backend of one's own."""
@@ -161,12 +176,13 @@ def _writes(shared: Shared, process: int, rng: random.Random) -> None:
 def read(shared: Shared, process: int) -> None:
     """Read and check until the end."""
     rng = random.Random(shared.seed * 7 + process)  # noqa: S311  repeatable
-    cache, aside = shared.cache(), Aside(shared)
+    cache, aside, homes = shared.cache(), Aside(shared), Ring(shared.servers)
     n = 0
     with psycopg.connect(shared.dsn, autocommit=True) as database:
         while not shared.stop.is_set():
             n += 1
             ids = rng.sample(range(shared.n_rows), BATCH)
+            began, returned = time.monotonic(), list(shared.returned)
             floors = [shared.floors[row] for row in ids]
             told = [shared.acknowledged[row] for row in ids]
             if n % ASIDE_EVERY == 0:
@@ -179,17 +195,21 @@ def read(shared: Shared, process: int) -> None:
             machines = [Reader(key_of(row), lives=LIVES, patience=PATIENCE) for row in ids]
             machines = _loaded(cache, drive(cache, machines), ids, database)
             shared.count(process, "loaded", sum(m.source is Source.DATABASE for m in machines))
-            checked = late_ones = older = mixed = 0
+            servers = {n for n, at in enumerate(returned) if began < at + shared.bound}
+            checked = late_ones = returning = older = mixed = 0
             for row, machine, floor, acknowledged in zip(ids, machines, floors, told, strict=True):
                 if machine.source is not Source.CACHE:
                     continue
                 values = decode_row(machine.payload, 3)
                 checked += 1
                 mixed += values is None or values[:2] != [row, machine.version]
-                late_ones += machine.version < floor
+                if machine.version < floor:
+                    is_back = homes.owner(machine.key) in servers
+                    late_ones, returning = late_ones + (not is_back), returning + is_back
                 older += machine.version < acknowledged
             for name, count in (
-                ("checked", checked), ("late", late_ones), ("older", older), ("mixed", mixed)
+                ("checked", checked), ("late", late_ones), ("returning", returning),
+                ("older", older), ("mixed", mixed),
             ):  # fmt: skip
                 shared.count(process, name, count)
 
@@ -216,7 +236,8 @@ class Aside:
         self._clients = [Client(split_address(name), **options) for name in shared.servers]
 
     def forget(self, row: int) -> None:
-        self._do(row, "delete", f"aside:{row}", noreply=False)
+        with suppress(OSError, MemcacheError):
+            self._clients[self._ring.owner(f"aside:{row}")].delete(f"aside:{row}", noreply=False)
 
     def read(self, ids: Sequence[int], database: psycopg.Connection[Any]) -> list[int]:
         """Return the versions that are shown."""
@@ -229,14 +250,15 @@ class Aside:
                 answer = self._clients[client].get_many([f"aside:{row}" for row in rows])
                 found |= {int(k.split(":")[1]): int(v.split(b" ")[0]) for k, v in answer.items()}
         if missing := [row for row in ids if row not in found]:
+            loaded: dict[int, dict[str, str]] = {}
             for row, version, body in database.execute(LOAD, [missing]):
-                self._do(row, "set", f"aside:{row}", f"{version} {body}", 3600, noreply=False)
+                value = {f"aside:{row}": f"{version} {body}"}
+                loaded.setdefault(self._ring.owner(f"aside:{row}"), {}).update(value)
                 found[row] = version
+            for client, values in loaded.items():
+                with suppress(OSError, MemcacheError):
+                    self._clients[client].set_many(values, 3600, noreply=False)
         return [found[row] for row in ids]
-
-    def _do(self, row: int, name: str, *arguments: Any, **more: Any) -> None:
-        with suppress(OSError, MemcacheError):
-            getattr(self._clients[self._ring.owner(f"aside:{row}")], name)(*arguments, **more)
 
 
 # -- the relay

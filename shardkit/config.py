@@ -70,7 +70,7 @@ import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from sqlalchemy import URL, make_url
@@ -118,6 +118,10 @@ __all__ = [
 DRIVER = "postgresql+psycopg"
 
 
+_SERVED: Final = frozenset({"memcached", "redis", "redis-cluster"})
+"""Kinds of cache that have servers."""
+
+
 class Config(Section):
     """The whole file, validated."""
 
@@ -136,7 +140,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _has_a_cache(self) -> Self:
         kind = self.cache.backend
-        if kind in {"memcached", "redis"} and not self.cache.nodes and kind not in self.services:
+        if kind in _SERVED and not self.cache.nodes and kind not in self.services:
             raise ValueError(
                 f"cache.nodes: where is {kind}? Name its servers here, or one under [services]"
             )
@@ -150,7 +154,7 @@ class Config(Section):
     def found_cache(self) -> CacheConfig:
         """`[cache]` with its servers: those of `[services]` when it names none."""
         kind = self.cache.backend
-        if kind in {"memcached", "redis"} and not self.cache.nodes:
+        if kind in _SERVED and not self.cache.nodes:
             return CacheConfig.model_validate(
                 {**self.cache.model_dump(), "nodes": (self.services[kind],)}
             )

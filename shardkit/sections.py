@@ -226,11 +226,12 @@ class PhysicalConfig(Section):
 class CacheConfig(Section):
     """`[cache]`: where rows of classes with `__cache_ttl__` are cached; durations in seconds."""
 
-    backend: Literal["memcached", "redis", "memory", "none"] = "none"
+    backend: Literal["memcached", "redis", "redis-cluster", "memory", "none"] = "none"
     """`memory` is this process alone, for tests: other processes would not see what it writes."""
 
     nodes: tuple[str, ...] = Field(default=(), strict=False, repr=False)
-    """The servers: `host:port` of a Memcached, `redis://host:port/0` of a Redis. The same in every
+    """The servers: `host:port` of a Memcached, `redis://host:port/0` of a Redis; of a Redis Cluster
+    some of them, its others are found. The same in every
     process, and never shortened: a server that is gone keeps its place. The one of `[services]`
     when it is left out."""
 
@@ -256,7 +257,7 @@ class CacheConfig(Section):
 
     @model_validator(mode="after")
     def _names_servers(self) -> Self:
-        has_servers = self.backend in {"memcached", "redis"}
+        has_servers = self.backend in {"memcached", "redis", "redis-cluster"}
         if not has_servers and (self.nodes or self.gutter):
             raise ValueError(
                 f"nodes: the backend {self.backend!r} has no servers; "
@@ -272,7 +273,7 @@ class CacheConfig(Section):
 
     def _check(self, key: str, name: str) -> None:
         is_url = "://" in name
-        if self.backend == "redis" and not name.startswith(("redis://", "rediss://")):
+        if self.backend.startswith("redis") and not name.startswith(("redis://", "rediss://")):
             raise ValueError(f"{key}: {name!r} is no Redis; write redis://host:port/0")
         if self.backend == "memcached":
             _, _, port = name.rpartition(":")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final, Unpack
 from weakref import WeakValueDictionary
 
 from shardkit.caches.async_memcached import AsyncMemcached
@@ -10,34 +12,43 @@ from shardkit.caches.memcached import Memcached
 from shardkit.caches.memory import AsyncMemoryCache, MemoryCache
 from shardkit.caches.null import AsyncNullCache, NullCache
 from shardkit.caches.redis import AsyncRedis, Redis
+from shardkit.caches.redis_cluster import AsyncRedisCluster, RedisCluster
+from shardkit.caches.serving import Options
 from shardkit.sections import CacheConfig
 
 __all__ = ["async_backend", "backend"]
 
+_SERVED: Final[dict[str, tuple[Callable[..., Backend], Callable[..., AsyncBackend]]]] = {
+    "memcached": (Memcached, AsyncMemcached),
+    "redis": (Redis, AsyncRedis),
+    "redis-cluster": (RedisCluster, AsyncRedisCluster),
+}
 
-def backend(config: CacheConfig) -> Backend:
-    """Return the backend for threads."""
-    if config.backend in {"memcached", "redis"}:
-        made = Memcached if config.backend == "memcached" else Redis
-        return made(
-            config.nodes,
-            gutter=config.gutter,
-            deadline=config.timeout,
-            connections=config.connections,
-        )
+
+def _options(config: CacheConfig) -> Options:
+    return {
+        "gutter": config.gutter,
+        "deadline": config.timeout,
+        "connections": config.connections,
+    }
+
+
+def backend(config: CacheConfig, **more: Unpack[Options]) -> Backend:
+    """Return the backend for threads.
+
+    Args:
+        config: `[cache]`.
+        more: options in place of those that are configured, as `RELAY_OPTIONS`.
+    """
+    if made := _SERVED.get(config.backend):
+        return made[0](config.nodes, **(_options(config) | more))
     return _memory() if config.backend == "memory" else NullCache()
 
 
-def async_backend(config: CacheConfig) -> AsyncBackend:
-    """Return the backend for asyncio."""
-    if config.backend in {"memcached", "redis"}:
-        made = AsyncMemcached if config.backend == "memcached" else AsyncRedis
-        return made(
-            config.nodes,
-            gutter=config.gutter,
-            deadline=config.timeout,
-            connections=config.connections,
-        )
+def async_backend(config: CacheConfig, **more: Unpack[Options]) -> AsyncBackend:
+    """Return the backend for asyncio; the arguments are those of `backend`."""
+    if made := _SERVED.get(config.backend):
+        return made[1](config.nodes, **(_options(config) | more))
     return AsyncMemoryCache(_memory()) if config.backend == "memory" else AsyncNullCache()
 
 

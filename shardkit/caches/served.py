@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, Unpack
+from typing import Final, Protocol, Unpack
 
 from shardkit.caches.backend import Place
 from shardkit.caches.node import Batch, Node
@@ -22,6 +22,10 @@ from shardkit.forks import ForkSafeLock
 __all__ = ["Deadline", "ServedCache", "ServerConnection"]
 
 
+_MOMENT: Final = 0.01
+"""Seconds to read a reply that has arrived while another server was waited for."""
+
+
 class Deadline:
     """When a call is over. `left` raises `TimeoutError` from then on."""
 
@@ -30,6 +34,10 @@ class Deadline:
     def __init__(self, seconds: float, now: Callable[[], float]) -> None:
         self._now = now
         self._at = now() + seconds
+
+    def is_after(self, other: Deadline) -> bool:
+        """Tell which is later."""
+        return self._at > other._at
 
     def left(self) -> float:
         """Return the seconds that are left, more than 0."""
@@ -80,6 +88,14 @@ class _Pool:
         for connection in free:
             if connection is not None:
                 connection.shut()  # closes the child's copy only
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the next connection is open already, as far as anybody knows."""
+        try:
+            return self._free[-1] is not None
+        except IndexError:
+            return False
 
     def acquire(self, deadline: Deadline) -> ServerConnection:
         """Return a connection; `TimeoutError` when none came free in time."""
@@ -174,17 +190,25 @@ class ServedCache(Serving):
                 raise
             return
         waiting: deque[_Exchange] = deque()
+        # A server that does not answer must not cost the others theirs: of a server that stands
+        # still, connecting takes all the time there is. So connections that are open come first,
+        # and whoever comes after the deadline is still given a moment: its reply is here by now.
+        planned = deque(sorted(batches, key=lambda batch: not self._pool(batch.node).is_warm))
         try:
-            for batch in batches:
-                waiting.append(exchange := _Exchange(self.nodes, batch, deadline))
-                if not exchange.begin(self._pool(batch.node)):
+            while planned:
+                waiting.append(exchange := _Exchange(self.nodes, planned[0], deadline))
+                planned.popleft()
+                if not exchange.begin(self._pool(exchange.node)):
                     waiting.pop()
             while waiting:
+                waiting[0].waits_from(self.now(), Deadline(_MOMENT, self.now))
                 waiting[0].finish(answers)
                 waiting.popleft()
         finally:
             for exchange in waiting:  # interrupted: nobody will read these replies
                 exchange.abandon()
+            for batch in planned:
+                self.nodes.abandoned(batch)
 
     def close(self) -> None:
         """Close every connection; later calls open new ones."""
@@ -246,6 +270,17 @@ class _Exchange:
         self._nodes.succeeded(batch, answered)
         for index, answer in zip(batch.at, answered, strict=True):
             answers[index] = answer
+
+    @property
+    def node(self) -> Node:
+        """The server."""
+        return self._batch.node
+
+    def waits_from(self, now: float, at_least: Deadline) -> None:
+        """Count its time from now on: until now others were waited for."""
+        self._batch.began = now
+        if at_least.is_after(self._deadline):
+            self._deadline = at_least
 
     def abandon(self) -> None:
         """Close the connection: its replies will not be read."""

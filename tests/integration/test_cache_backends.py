@@ -337,8 +337,11 @@ def test_a_frozen_server_costs_the_deadline_and_no_more(
     kind: str, mode: str, cache_server: NewServer, open_cache: Open
 ) -> None:
     server = cache_server(kind)
+    keep(open_cache(kind, mode, [server.server]), "k", 1, b"v")
     backend = open_cache(kind, mode, [server.server], deadline=0.05)
-    keep(backend, "k", 1, b"v")
+    wait_until(
+        lambda: one(backend, lease("k")).payload == b"v", timeout=10, what="it is reached in time"
+    )
     server.freeze()
     for _ in range(5):
         began = time.monotonic()
@@ -349,6 +352,24 @@ def test_a_frozen_server_costs_the_deadline_and_no_more(
     wait_until(
         lambda: one(backend, lease("k")).payload == b"v", timeout=10, what="it is read again"
     )
+
+
+def test_a_frozen_server_costs_the_others_nothing(
+    kind: str, mode: str, cache_server: NewServer, open_cache: Open
+) -> None:
+    frozen, *others = (cache_server(kind) for _ in range(3))
+    backend = open_cache(kind, mode, [each.server for each in (frozen, *others)], deadline=0.5)
+    keys = [f"k{n}" for n in range(60)]
+    marked = backend.run([put(key, 1) for key in keys])
+    backend.run([store(k, m.cas, 1, b"v") for k, m in zip(keys, marked, strict=True)])
+    backend.run([lease(key) for key in keys])  # scripts are loaded now
+    frozen.freeze()
+    for _ in range(6):
+        found = backend.run([lease(key) for key in keys])
+        for key, answer in zip(keys, found, strict=True):
+            is_frozen = backend.home(key) == backend.nodes.homes[0].name
+            assert answer.payload == (b"" if is_frozen else b"v")
+    assert [node.breaker.is_closed for node in backend.nodes.homes] == [False, True, True]
 
 
 def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(

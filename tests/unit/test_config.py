@@ -106,7 +106,7 @@ BAD = [
     ("misspelt pool key", "[services]", "[pool]\nsise = 3\n[services]",
      "pool.sise: unknown key; did you mean 'size'"),
     ("a cache of no known kind", "[services]", '[cache]\nbackend = "varnish"\n[services]',
-     "cache.backend: Input should be 'memcached', 'redis', 'memory' or 'none'"),
+     "cache.backend: Input should be 'memcached', 'redis', 'redis-cluster', 'memory' or 'none'"),
     ("a cache nowhere", "[services]", '[cache]\nbackend = "memcached"\n[services]',
      "cache.nodes: where is memcached? Name its servers here, or one under [services]"),
     ("a cache that may take long", "[services]",
