@@ -8,6 +8,7 @@ behind what the cache would have shown.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -27,7 +28,7 @@ from shardkit.flights import Flights
 if TYPE_CHECKING:  # which makes this
     from shardkit.rowcache import Rows
 
-__all__ = ["ELSEWHERE", "CacheReads", "Found", "Where"]
+__all__ = ["ELSEWHERE", "CacheReads", "Found", "Reading", "Where"]
 
 Where = tuple[int, tuple[Any, ...]]
 """Logical shard and primary key of a row."""
@@ -69,6 +70,10 @@ class CacheReads:
         self._primaries = primaries
         self._flights = flights
 
+    def reading(self, plan: CachePlan) -> Reading:
+        """Return one read of rows of a class, apart from those of others."""
+        return Reading(self._rows, plan, self._primaries)
+
     def one(
         self, plan: CachePlan, shard: int, identity: tuple[Any, ...]
     ) -> tuple[Found, CacheCounts | None]:
@@ -84,7 +89,7 @@ class CacheReads:
         """
         rows = self._rows
         key = rows.key(plan, shard, identity)
-        reading = _Reading(rows, plan, self._primaries)
+        reading = self.reading(plan)
         found, is_shared = self._flights.fetch(
             key, lambda: reading.one(key, (shard, identity)), deadlines.left(MARKER_LIFE)
         )
@@ -108,7 +113,7 @@ class CacheReads:
             plan: of their class.
             wanted: where they are, each once.
         """
-        reading = _Reading(self._rows, plan, self._primaries)
+        reading = self.reading(plan)
         found = reading.many(wanted)
         self._rows.tally.add(reading.counts)
         return found, reading.counts
@@ -122,22 +127,21 @@ def _own(plan: CachePlan, found: Found) -> Found:
     return ELSEWHERE if values is None else found._replace(values=values)
 
 
-class _Reading:
+class Reading:
     """One read: of one row, or of many in step.
 
     Attributes:
-        counts: what happened.
         is_plain_hit: whether that was one hit and nothing else.
     """
 
     __slots__ = (
+        "_counted",
         "_found",
         "_machines",
         "_plan",
         "_primaries",
         "_rows",
         "_wanted",
-        "counts",
         "is_plain_hit",
     )
 
@@ -148,8 +152,13 @@ class _Reading:
         self._machines: dict[str, Reader] = {}
         self._wanted: dict[str, Where] = {}
         self._found: dict[str, Found] = {}
-        self.counts = CacheCounts()
+        self._counted: Counter[str] = Counter()
         self.is_plain_hit = False
+
+    @property
+    def counts(self) -> CacheCounts:
+        """What happened so far."""
+        return CacheCounts(**self._counted)
 
     def one(self, key: str, where: Where) -> Found:
         """Return one row."""
@@ -191,7 +200,7 @@ class _Reading:
                 return
             if any(m.must_load for m in self._machines.values()):
                 continue
-            self._count(waits=len(self._machines))
+            self._counted["waits"] += len(self._machines)
             self._rows.pause(deadlines.left(max(m.pause for m in self._machines.values())))
             if deadlines.is_over():  # whoever reads the database is told so
                 self._give_up()
@@ -211,19 +220,19 @@ class _Reading:
             before = self._machines[key]
             self._machines[key] = before.advance(answer)
             if before.phase is Phase.FILL:
-                self._count(fills=answer.outcome is Outcome.DONE)
+                self._counted["fills"] += answer.outcome is Outcome.DONE
             self._heard(key, answer, is_asked=before.phase is Phase.ASK)
 
     def _heard(self, key: str, answer: Answer, *, is_asked: bool = True) -> None:
         """Note what a server answered a machine that has advanced."""
         machine = self._machines[key]
         if answer.outcome is Outcome.UNKNOWN:
-            self._count(unanswered=1)
+            self._counted["unanswered"] += 1
             if is_asked:  # as if there were no cache
-                self._settle(key, ELSEWHERE, misses=1)
+                self._settle(key, ELSEWHERE, "misses")
                 return
         if is_asked and answer.kind is Kind.GARBAGE:
-            self._count(garbage=1)
+            self._counted["garbage"] += 1
         if machine.phase is not Phase.DONE:
             return
         if key in self._found:  # loaded, and stored by now
@@ -231,10 +240,10 @@ class _Reading:
             return
         found = self._hit(self._wanted[key], machine)
         if found is None:
-            self._count(garbage=1)
+            self._counted["garbage"] += 1
             self._machines[key] = machine.rejected()
         else:
-            self._settle(key, found, hits=1)
+            self._settle(key, found, "hits")
 
     def _hit(self, where: Where, machine: Reader) -> Found | None:
         """Return the row that the cache had, or None when it had none of this row."""
@@ -251,7 +260,7 @@ class _Reading:
         loading = [key for key, machine in self._machines.items() if machine.must_load]
         if not loading:
             return
-        self._count(misses=len(loading))
+        self._counted["misses"] += len(loading)
         try:
             read = self._read([self._wanted[key] for key in loading])
         except UnavailableError:  # a replica may be there
@@ -295,15 +304,12 @@ class _Reading:
 
     def _give_up(self) -> None:
         for key in list(self._machines):
-            self._settle(key, ELSEWHERE, misses=1)
+            self._settle(key, ELSEWHERE, "misses")
 
-    def _settle(self, key: str, found: Found, **counts: int) -> None:
-        self._count(**counts)
+    def _settle(self, key: str, found: Found, what: str) -> None:
+        self._counted[what] += 1
         self._found[key] = found
         del self._machines[key]
-
-    def _count(self, **counts: int) -> None:
-        self.counts += CacheCounts(**counts)
 
     # -- the database
 
