@@ -16,7 +16,7 @@ from shardkit.caches.backend import Place
 from shardkit.caches.node import Batch, Node
 from shardkit.caches.nodes import Nodes
 from shardkit.caches.serving import Given, Serving
-from shardkit.caching.operations import Answer, Request
+from shardkit.caching.operations import UNKNOWN, Answer, Request
 from shardkit.forks import ForkSafeLock
 
 __all__ = ["Deadline", "ServedCache", "ServerConnection"]
@@ -176,6 +176,13 @@ class ServedCache(Serving):
         self._carry(batches, answers, Deadline(self.seconds, self.now))
         if len(answers) > len(requests):
             answers.pop()
+        return answers
+
+    def asks(self, node: Node, requests: Sequence[Request]) -> list[Answer]:
+        """Carry out requests on one server, whatever it is asked usually."""
+        answers = [UNKNOWN] * len(requests)
+        batches = self.nodes.planned_at(node, requests)
+        self._carry(batches, answers, Deadline(self.seconds, self.now))
         return answers
 
     def _carry(self, batches: Sequence[Batch], answers: list[Answer], deadline: Deadline) -> None:
