@@ -77,6 +77,10 @@ def audit_command(
         typer.Option("--models", help="The models, as module:Base; instead of migrations.models."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rows sampled, about.")] = 1000,
+    after: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=3600, help="Seconds after that, repeatable; 0.25, 1 and 5."),
+    ] = None,
     metrics: Annotated[
         Path | None,
         typer.Option("--metrics", help="Write the counts there, for Prometheus to collect."),
@@ -100,7 +104,8 @@ def audit_command(
         )
     if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
-    report = ops.audit(topology, settings.found_cache, ops.plans_in(location), rows=rows)
+    plans, delays = ops.plans_in(location), after or ops.DELAYS
+    report = ops.audit(topology, settings.found_cache, plans, rows=rows, delays=delays)
     if metrics is not None:
         ops.write_metrics(report, metrics)
     if as_json:

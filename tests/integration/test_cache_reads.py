@@ -112,7 +112,7 @@ def open_cluster(topology: Topology) -> Iterator[Open]:
             config = CacheConfig(backend=kind, nodes=tuple(s.server for s in servers), **settings)
             pool = PoolConfig(size=5, overflow=5, timeout=20.0)
             cluster = stack.enter_context(Cluster(topology, pool=pool, cache=config))
-            cache_of(cluster).backend._seconds = PATIENT  # type: ignore[attr-defined]
+            cache_of(cluster).backend.seconds = PATIENT  # type: ignore[attr-defined]
             return cluster
 
         yield start
@@ -442,7 +442,7 @@ async def test_two_hundred_tasks_that_want_a_cold_row_read_it_once(
     config = CacheConfig(backend="memcached", nodes=(server.server,))
     async with AsyncCluster(topology, cache=config) as cluster:
         assert cluster.cache is not None
-        cluster.cache.backend._seconds = PATIENT  # type: ignore[attr-defined]
+        cluster.cache.backend.seconds = PATIENT  # type: ignore[attr-defined]
 
         async def read() -> str:
             async with cluster.reader() as session:
