@@ -11,7 +11,7 @@ import sys
 
 import benchmarks
 
-SHARED = ("__main__", "cacheroles", "cachetrace", "measure", "outage", "published")
+SHARED = ("__main__", "cacheroles", "cachetrace", "measure", "outage", "promoted", "published")
 """Modules that are no benchmarks."""
 
 LONG = ("cachechaos", "chaos", "halves", "lookup", "stale", "uniqueness")

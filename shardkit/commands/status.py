@@ -9,6 +9,7 @@ from dataclasses import asdict
 import typer
 
 from shardkit.commands.options import ConfigOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.config import default_file, load
 from shardkit.ops.status import EndpointStatus, is_healthy, read_status
 
@@ -39,7 +40,6 @@ def status(*, config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
 
 def _print(found: list[EndpointStatus]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -62,7 +62,7 @@ def _print(found: list[EndpointStatus]) -> None:
             _number(each.epoch),
             _number(each.connections),
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _number(value: float | None, form: str = "") -> str:
