@@ -3,6 +3,7 @@
 pytest_plugins = [
     "tests.fixtures.caches",
     "tests.fixtures.proxies",
+    "tests.fixtures.redis_clusters",
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.sharded",

@@ -28,7 +28,7 @@ _TAGS: Final[dict[type, str]] = {
 
 
 def cache_key(
-    generation: int,
+    generation: int | str,
     epoch: int,
     logical_shard: int,
     table: str,
@@ -41,7 +41,8 @@ def cache_key(
     Names that would be anything else, of text keys mostly, are a hash of what they would be.
 
     Args:
-        generation: of the whole cache; raised to forget everything.
+        generation: of the whole cache; raised to forget everything. Names its cluster too where
+            several share servers.
         epoch: of the logical shard's owner.
         logical_shard: the row's.
         table: its name.
