@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from shardkit import AsyncCluster, Cluster, ids
 from shardkit.cache import Writer
 from shardkit.cached import CachePlan, plan_of
 from shardkit.caching.operations import Kind, Op, Outcome, Request
+from shardkit.cli import main
 from shardkit.config import CacheConfig, PoolConfig
 from shardkit.errors import EndpointUnavailableError
 from shardkit.events import CacheRead, Event, StatementRouted
@@ -663,3 +665,42 @@ def test_the_memory_backend_is_one_for_all_clusters_of_the_process(
         rows.rename(key, "new")
         with two.reader() as session:
             assert session.get_one(Profile, key).name == "old"
+
+
+def test_status_shows_every_cache_and_what_it_had(
+    rows: Rows,
+    server: CacheServer,
+    cache_server: NewServer,
+    cluster_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    open_cluster: Open,
+) -> None:
+    gone = cache_server(server.kind)
+    cluster = open_cluster(server)
+    key = rows.insert()
+    for _ in range(3):
+        with cluster.reader() as session:
+            session.get(Profile, key)
+    gone.kill()
+    text = f'[cache]\nbackend = "{server.kind}"\nnodes = ["{server.server}"]\n'
+    file = tmp_path / "shardkit.toml"
+    text = f'{cluster_file.read_text("utf-8")}\n{text}gutter = ["{gone.server}"]\n'
+    file.write_text(text, "utf-8")
+    file.chmod(0o600)
+    with pytest.raises(SystemExit) as caught:
+        main(["status", "--json", "--config", str(file)])
+    assert caught.value.code == 0, "nobody needs a cache"
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["cache"]
+    assert (first["server"], first["backend"]) == (server.address, server.kind)
+    assert first["is_reachable"]
+    assert first["entries"] >= 1
+    assert first["reads"] >= 3
+    assert (second["server"], second["is_gutter"]) == (gone.address, True)
+    assert not second["is_reachable"]
+    assert second["error"]
+    assert document["healthy"]
+    with pytest.raises(SystemExit):
+        main(["status", "--config", str(file)])
+    assert server.address in capsys.readouterr().out
