@@ -15,18 +15,19 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, inspect, select
-from sqlalchemy.orm import load_only, selectinload
+from sqlalchemy.orm import DeclarativeBase, Mapped, load_only, selectinload
 
-from shardkit import AsyncCluster, Cluster, ids
+from shardkit import AsyncCluster, Cluster, Sharded, deadline, ids
 from shardkit.cache import Writer
 from shardkit.cached import CachePlan, plan_of
 from shardkit.caching.operations import Kind, Op, Outcome, Request
 from shardkit.cli import main
 from shardkit.config import CacheConfig, PoolConfig
-from shardkit.errors import EndpointUnavailableError
+from shardkit.errors import DeadlineExceededError, EndpointUnavailableError
 from shardkit.events import CacheRead, Event, StatementRouted
 from shardkit.rowcache import RowCache
 from shardkit.session import ReadSession
+from shardkit.testing import wait_until
 from shardkit.tokens import ASK_PRIMARIES, NOTHING
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.caches import CacheServer, NewServer
@@ -520,6 +521,85 @@ def test_rows_of_another_shape_version_or_identity_are_garbage(
     with cluster.reader() as session:
         assert [p.name for p in session.get_many(Profile, keys)] == ["Ana"] * 4
     assert cache_of(cluster).counts.fills == 4
+
+
+def test_a_deploy_with_other_columns_misses_and_hurts_nobody(
+    rows: Rows, server: CacheServer, open_cluster: Open
+) -> None:
+    class LaterBase(DeclarativeBase):
+        pass
+
+    class Later(Sharded, LaterBase):
+        """The same table with a column fewer, and one of another type."""
+
+        __tablename__ = "profiles"
+        __cache_ttl__ = 300.0
+        name: Mapped[str]
+        mood: Mapped[str | None]
+
+    cluster = open_cluster(server)
+    key = rows.insert(name="old", mood="GOOD")
+    for cls, mood in ((Profile, Mood.GOOD), (Later, "GOOD"), (Profile, Mood.GOOD), (Later, "GOOD")):
+        with cluster.reader() as session:
+            found: Any = session.get_one(cls, key)
+            assert (found.name, found.mood) == ("old", mood)
+    counts = cache_of(cluster).counts
+    assert (counts.misses, counts.fills, counts.hits, counts.garbage) == (2, 2, 2, 0)
+
+
+@contextmanager
+def held_up(topology: Topology, shard: int) -> Iterator[None]:
+    """Have every read of profiles on a logical shard wait."""
+    owner = topology.physical[topology.shard_map.owner(shard)]
+    with admin(owner) as connection, connection.transaction():
+        connection.execute(
+            f"LOCK TABLE {schema_name(shard)}.profiles IN ACCESS EXCLUSIVE MODE".encode()
+        )
+        yield
+
+
+def is_leased(cluster: Cluster, name: str) -> bool:
+    answer = cache_of(cluster).run([Request(Op.READ, name)])[0]
+    return answer.outcome is Outcome.FOUND and answer.kind is Kind.LEASE
+
+
+def test_a_deadline_gives_the_lease_back(
+    rows: Rows, topology: Topology, open_cluster: Open, cache_server: NewServer
+) -> None:
+    cluster = open_cluster(cache_server("memcached"))
+    key = rows.insert(name="Ana")
+    late = pytest.raises(DeadlineExceededError)
+    with held_up(topology, 1), cluster.reader() as session, late, deadline(0.3):
+        session.get(Profile, key)
+    assert not is_leased(cluster, key_of(cluster, key))
+
+
+@pytest.mark.anyio
+async def test_a_task_that_is_cancelled_gives_the_lease_back(
+    rows: Rows, topology: Topology, open_cluster: Open, cache_server: NewServer
+) -> None:
+    server = cache_server("memcached")
+    sync = open_cluster(server)
+    key = rows.insert(name="Ana")
+    name = key_of(sync, key)
+    config = CacheConfig(backend="memcached", nodes=(server.server,))
+    async with AsyncCluster(topology, cache=config) as cluster:
+
+        async def read() -> Profile | None:
+            async with cluster.reader() as session:
+                return await session.get(Profile, key)
+
+        with held_up(topology, 1):
+            task = asyncio.create_task(read())
+            await asyncio.to_thread(
+                wait_until, lambda: is_leased(sync, name), 20.0, "it has the lease"
+            )
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not is_leased(sync, name)
+        found = await read()
+        assert found is not None
 
 
 def test_a_row_that_is_too_large_is_read_and_not_stored(
