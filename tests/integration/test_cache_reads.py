@@ -31,7 +31,7 @@ from shardkit.testing import wait_until
 from shardkit.tokens import ASK_PRIMARIES, NOTHING
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.caches import CacheServer, NewServer
-from tests.fixtures.sharded import Settled, admin
+from tests.fixtures.sharded import Settled, admin, one_server
 from tests.models import Mood, Post, Profile
 
 pytestmark = pytest.mark.integration
@@ -694,16 +694,40 @@ def test_a_primary_that_is_gone_leaves_the_replicas(
     key = rows.insert(name="Ana")
     settled()
 
-    def gone() -> ReadSession:
+    def gone(_session: ReadSession) -> ReadSession:
         raise EndpointUnavailableError
 
-    reading = cache_of(cluster).reads(lambda: ReadSession(cluster.connections))
-    monkeypatch.setattr(reading, "_primaries", gone)
+    monkeypatch.setattr(ReadSession, "_new_on_primaries", gone)
     with cluster.reader() as session:
         assert session.get_one(Profile, key).name == "Ana"
         assert session.get_many(Profile, [key])[0].name == "Ana"
     answer = cache_of(cluster).run([Request(Op.READ, key_of(cluster, key))])[0]
     assert answer.outcome is Outcome.NOTHING, "the lease is given back"
+
+
+def test_a_session_on_a_primary_needs_no_second_connection_for_misses(
+    rows: Rows, cache_server: NewServer, topology: Topology
+) -> None:
+    server = cache_server("memcached")
+    config = CacheConfig(backend="memcached", nodes=(server.server,))
+    pool = PoolConfig(size=1, overflow=0, timeout=0.5)
+    owner = rows.insert(name="owner")
+    post = rows.post(owner, reviewer_id=rows.insert(2, name="reviewer"))
+    with Cluster(one_server(topology), pool=pool, cache=config) as cluster:
+        query = select(Post).where(Post.owner_id == owner)
+        with cluster.reader() as session:
+            found = session.scalars(query).one()
+            assert found.id == post
+            assert (found.owner.name, found.reviewer and found.reviewer.name) == (
+                "owner",
+                "reviewer",
+            )
+        keys = [rows.insert(shard) for shard in SHARDS]
+        with cluster.reader() as session:
+            for streamed in session.scalars(query.execution_options(yield_per=1)):
+                assert streamed.id == post
+            assert None not in session.get_many(Profile, keys)
+        assert cache_of(cluster).counts.fills == 2 + len(SHARDS)
 
 
 def test_clusters_and_generations_share_servers_without_sharing_rows(
