@@ -35,8 +35,8 @@ Where = tuple[int, tuple[Any, ...]]
 """Logical shard and primary key of a row."""
 
 Primaries = Callable[[Sequence[int]], AbstractContextManager[Session]]
-"""Returns a session in which statements about logical shards are asked of their primaries and nobody
-else, each by itself: on a snapshot of its own."""
+"""Returns a session in which statements about logical shards are asked of their primaries and of
+nobody else, each by itself: on a snapshot of its own."""
 
 
 class Found(NamedTuple):

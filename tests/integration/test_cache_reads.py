@@ -558,6 +558,13 @@ def held_up(topology: Topology, shard: int) -> Iterator[None]:
         yield
 
 
+def is_held_up(topology: Topology, shard: int) -> bool:
+    """Tell whether a statement waits for a lock."""
+    with admin(topology.physical[topology.shard_map.owner(shard)]) as connection:
+        found = connection.execute("SELECT FROM pg_locks WHERE NOT granted")
+        return found.fetchone() is not None
+
+
 def is_leased(cluster: Cluster, name: str) -> bool:
     answer = cache_of(cluster).run([Request(Op.READ, name)])[0]
     return answer.outcome is Outcome.FOUND and answer.kind is Kind.LEASE
@@ -584,6 +591,8 @@ async def test_a_task_that_is_cancelled_gives_the_lease_back(
     name = key_of(sync, key)
     config = CacheConfig(backend="memcached", nodes=(server.server,))
     async with AsyncCluster(topology, cache=config) as cluster:
+        assert cluster.cache is not None
+        cluster.cache.backend._seconds = PATIENT  # type: ignore[attr-defined]
 
         async def read() -> Profile | None:
             async with cluster.reader() as session:
@@ -592,8 +601,9 @@ async def test_a_task_that_is_cancelled_gives_the_lease_back(
         with held_up(topology, 1):
             task = asyncio.create_task(read())
             await asyncio.to_thread(
-                wait_until, lambda: is_leased(sync, name), 20.0, "it has the lease"
+                wait_until, lambda: is_held_up(topology, 1), 20.0, "it reads the row"
             )
+            assert is_leased(sync, name)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
