@@ -71,7 +71,16 @@ class Database:
         self._cluster = cluster
         self._fresh = fresh or Freshness(None)
         self._key = key
+        self._is_form = False
         self._timeout = timeout
+
+    def take_form_key(self, key: str) -> None:
+        """Take the key of a form, which was not known before its body was read.
+
+        It counts together with what the form says: people go back to a page and change what they
+        wrote, which is another request, where a program that does so has made a mistake.
+        """
+        self._key, self._is_form = key, True
 
     @property
     def has_key(self) -> bool:
@@ -144,12 +153,19 @@ class Database:
             if self._key is None:
                 result = await self._cluster.run(unit)
             else:
-                name = hashlib.sha256(f"{request.who}\0{self._key}".encode()).hexdigest()
                 result = await self._cluster.run(
-                    unit, operation=name, near=near, fingerprint=request.fingerprint
+                    unit,
+                    operation=self._operation(request, self._key),
+                    near=near,
+                    fingerprint=request.fingerprint,
                 )
         token = sessions[-1].token if sessions else ""
         if self._key is not None and not token:  # committed by an earlier attempt or request
             token = tokens.ASK_PRIMARIES
         self._fresh.saw(token)
         return result
+
+    def _operation(self, request: Request, key: str) -> str:
+        """Name the unit of work of a request: alike for repetitions, and for nothing else."""
+        parts = ["form", request.fingerprint] if self._is_form else []
+        return hashlib.sha256("\0".join([str(request.who), key, *parts]).encode()).hexdigest()

@@ -19,6 +19,7 @@ from shardkit.contrib.asgi import fresh_of
 
 __all__ = [
     "Accounts",
+    "DatabaseDep",
     "Feed",
     "Graph",
     "Keyed",

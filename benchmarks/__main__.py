@@ -11,7 +11,7 @@ import sys
 
 import benchmarks
 
-SHARED = ("__main__", "cachetrace", "measure", "outage", "published")
+SHARED = ("__main__", "cachetrace", "measure", "outage", "promoted", "published")
 """Modules that are no benchmarks."""
 
 LONG = ("chaos", "halves", "lookup", "stale", "uniqueness")

@@ -190,11 +190,18 @@ class BoundSession(Session):
 
     # -- races
 
-    def _second(self, physical: str) -> tuple[Endpoint, Connection] | None:
-        """Open a connection to a second replica; None when there is none worth asking."""
+    def _second(self, physical: str, waited: float) -> tuple[Endpoint, Connection] | None:
+        """Open a connection to a second replica; None when there is none worth asking.
+
+        Args:
+            physical: name of the physical shard.
+            waited: seconds for which the first one has not answered.
+        """
         cluster, fresh = self._cluster, self._fresh
         replicas = cluster.replica_sets[physical]
-        endpoint = replicas.choose(fresh.need(physical), excluding={self._roots[physical][0]})
+        first = self._roots[physical][0]
+        replicas.members[first].overdue(waited)
+        endpoint = replicas.choose(fresh.need(physical), excluding={first})
         if endpoint.role is Role.PRIMARY or not cluster.guards[endpoint].breaker.is_closed:
             return None
         connection = cluster.connect(cluster.view(endpoint, self.purpose, None), endpoint)

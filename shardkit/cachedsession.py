@@ -12,16 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.orm import Load, Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.base import LoaderCallableStatus, PassiveFlag
 from sqlalchemy.sql import operators
 
 from shardkit.binds import BoundSession
+from shardkit.checks import is_idle
 from shardkit.events import CacheRead, caller
-from shardkit.freshness import driver_of
 from shardkit.instances import instance_of
 from shardkit.statements import AllShards
 from shardkit.topology import Role
@@ -180,7 +178,7 @@ class CachedSession(BoundSession):
         physical = self._cluster.topology.physical
         for name in self._cluster.group(shards):
             held = self._roots.get(name)
-            if physical[name].replicas or (held is not None and _is_in_transaction(held[1])):
+            if physical[name].replicas or (held is not None and not is_idle(held[1])):
                 return self._new_on_primaries()
         return nullcontext(self)
 
@@ -203,11 +201,6 @@ class CachedSession(BoundSession):
                 caller=caller(),
             )
         )
-
-
-def _is_in_transaction(connection: Connection) -> bool:
-    driver: Any = driver_of(connection)
-    return bool(driver.pgconn.transaction_status != TransactionStatus.IDLE)
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import psycopg
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 
@@ -34,6 +35,7 @@ __all__ = [
     "checks_server",
     "connection_error",
     "end_transaction",
+    "is_idle",
     "late_error",
     "replace_if_dead",
 ]
@@ -210,6 +212,14 @@ def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
     driver, poll = record.info["poll"]
     if driver.closed or poll.poll(0):
         raise DisconnectionError
+
+
+def is_idle(connection: Connection) -> bool:
+    """Tell whether a connection is open, in no transaction, and no answer is on its way."""
+    if connection.closed or connection.invalidated:
+        return False
+    driver: Any = connection.connection.driver_connection
+    return not driver.closed and bool(driver.pgconn.transaction_status == _IDLE)
 
 
 def end_transaction(connection: Any, _record: Any, state: Any) -> None:

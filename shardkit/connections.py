@@ -13,7 +13,7 @@ import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -53,6 +53,7 @@ from shardkit.loads import loads
 from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
+from shardkit.plans import Plans
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
@@ -138,8 +139,10 @@ class _Core:
             clock=clock,
         )
         self.router = Router(topology.n_logical_shards)
+        self.everything = tuple(range(topology.n_logical_shards))
+        self.plans = Plans()
         self.replica_sets = {
-            name: ReplicaSet(shard, region=reading.here, clock=clock)
+            name: ReplicaSet(shard, region=reading.here, patience=reading.patience, clock=clock)
             for name, shard in topology.physical.items()
         }
         self.hedges = {name: Hedges() for name in topology.physical} if reading.hedge else {}
@@ -460,6 +463,7 @@ class AsyncConnections(_Core):
         await self.probes.close()
         if "cache" in self.__dict__ and self.cache is not None:
             await self.cache.close()
+        await races.settle_tasks()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
@@ -487,10 +491,11 @@ class AsyncConnections(_Core):
         async def run() -> list[T | Exception]:
             # A cancelled gather waits for all its tasks only if it may return exceptions, and no
             # connection may be let go while its task still ends the conversation.
-            outcomes: Any = await asyncio.gather(
-                *(greenlet_spawn(parallel.outcome, task) for task in tasks),
-                return_exceptions=True,
-            )
+            with parallel.together() if len(tasks) > 1 else nullcontext():
+                outcomes: Any = await asyncio.gather(
+                    *(greenlet_spawn(parallel.outcome, task) for task in tasks),
+                    return_exceptions=True,
+                )
             for outcome in outcomes:
                 if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
                     raise outcome

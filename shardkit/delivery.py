@@ -1,7 +1,8 @@
 """Hands claimed events to handlers: in threads, in order within a key, each within a deadline.
 
 A thread cannot be ended from outside, so one whose handler does not end is left to itself and
-replaced, its event counted as failed; when too many are left, the process has to be. Called by
+replaced, its event counted as failed; when too many are left, the process has to be. Effects that
+happen once share transactions, of which the sessions are the handlers'. Called by
 `shardkit.relay`, which claims and finishes. Talks to no database. Source: docs/outbox.md.
 """
 
@@ -15,15 +16,21 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from shardkit.batches import Batch, Taken
 from shardkit.clock import Clock
+from shardkit.emitter import EmittingSession
 from shardkit.errors import HandlerStuckError, HandlerTimeoutError
+from shardkit.outbox import Event, Once
 
 __all__ = ["Failure", "Handler", "Hands", "Job"]
 
 _LOG: Final = logging.getLogger("shardkit.relay")
+
+_LONGEST_TOGETHER: Final = 0.05
+"""Seconds after which effects that share a transaction are committed: they hold locks."""
 
 MAX_ABANDONED = 8
 """Threads left to handlers that never ended, before the relay gives up."""
@@ -40,6 +47,16 @@ class Handler:
 
     call: Callable[[Any], Any]
     batch: int = 0
+
+    @property
+    def most(self) -> int:
+        """The most events that are handled as one group."""
+        return max(self.batch, self.shared.together if self.shared else 1, 1)
+
+    @property
+    def shared(self) -> Once[[]] | None:
+        """What handles several events in one transaction, where it is such a handler."""
+        return self.call if isinstance(self.call, Once) and not self.batch else None
 
     @property
     def is_async(self) -> bool:
@@ -74,6 +91,7 @@ class Job:
     done: list[Taken] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     current: tuple[Sequence[Taken], float] | None = None
+    session: EmittingSession | None = None
     running: Future[Any] | None = None
     is_abandoned: bool = False
     is_stopped: bool = False
@@ -163,6 +181,8 @@ class Hands:
             job.failed += [Failure(taken, reason) for taken in late]
             if job.running is not None:
                 job.running.cancel()
+            if job.session is not None:  # others' effects wait in its transaction
+                job.session.sever()
             job.ended.set()
         _LOG.error("the handler of %s does not end", late[0].event.topic)
         with self._lock:
@@ -192,20 +212,24 @@ class Hands:
         blocked: set[tuple[int, str]] = set()
         at = 0
         while at < len(job.events):
-            group = self._group(job.events, at, blocked)
+            group = self._group(job.events, at, blocked, job.batch.lost)
             at += max(len(group), 1)
             if not group:
                 continue
-            if job.is_stopped or self._clock.monotonic() > job.batch.until:
-                return
             if group[0].event.logical_shard in job.batch.lost:
                 continue
+            if self._is_over(job, group[0]):
+                return
             self._run(job, group, blocked)
             if job.is_abandoned:
                 return
 
     def _group(
-        self, events: Sequence[Taken], at: int, blocked: set[tuple[int, str]]
+        self,
+        events: Sequence[Taken],
+        at: int,
+        blocked: set[tuple[int, str]],
+        lost: set[int],
     ) -> Sequence[Taken]:
         """Return the events from a place on that one call may be given; none where it is blocked.
 
@@ -215,13 +239,17 @@ class Hands:
         if _stream(first) in blocked:
             return ()
         handler = self._handlers.get(first.event.topic)
-        longest = 1 if handler is None or first.event.attempts else max(handler.batch, 1)
+        longest = 1 if handler is None or first.event.attempts else handler.most
         end = at + 1
         while (
             end < len(events)
             and end - at < longest
             and events[end].event.topic == first.event.topic
-            and events[end].event.logical_shard == first.event.logical_shard
+            and (
+                events[end].event.logical_shard == first.event.logical_shard
+                or (handler is not None and handler.shared is not None)
+            )
+            and events[end].event.logical_shard not in lost
             and not events[end].event.attempts
             and _stream(events[end]) not in blocked
         ):
@@ -234,6 +262,9 @@ class Hands:
             self._fail(job, group[0], "no handler for this topic", blocked, is_final=True)
             return
         try:
+            if handler.shared is not None and len(group) > 1:
+                self._share(job, handler.shared, group)
+                return
             self._call(job, handler, group)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
             if job.is_abandoned:
@@ -242,8 +273,9 @@ class Hands:
                 _LOG.warning("the handler of %s failed", group[0].event.topic, exc_info=True)
                 self._fail(job, group[0], _reason(error), blocked)
                 return
+            _LOG.info("events of %s are tried one by one: %s", group[0].event.topic, _reason(error))
             for taken in group:
-                if _stream(taken) not in blocked and not job.is_abandoned:
+                if _stream(taken) not in blocked and not self._is_over(job, taken):
                     self._run(job, (taken,), blocked)
             return
         with job.lock:
@@ -267,6 +299,57 @@ class Hands:
             finally:
                 job.running = None
         self._step("after handler")
+
+    def _share(self, job: Job, shared: Once[[]], group: Sequence[Taken]) -> None:
+        """Handle events in as few transactions as their places and the time allow.
+
+        Raises:
+            Exception: whatever a handler raises; of the last transaction nothing holds then.
+        """
+        rest = {taken.event.id: taken for taken in group}
+        while rest:
+            now = self._clock.monotonic()
+            first = next(iter(rest.values()))
+            if first.event.logical_shard in job.batch.lost:
+                del rest[first.event.id]
+                continue
+            if self._is_over(job, first):
+                return
+            with job.lock:
+                job.current = ((first,), now + self._deadline)
+            handled = shared.run_together(
+                [taken.event for taken in rest.values()],
+                begin=partial(self._begin_shared, job, rest),
+                is_late=partial(self._is_late, job, now + _LONGEST_TOGETHER),
+            )
+            with job.lock:
+                job.current = job.session = None
+                if not job.is_abandoned:
+                    job.done += [rest.pop(event.id) for event in handled]
+            self._step("after handler")
+
+    def _begin_shared(
+        self, job: Job, rest: Mapping[int, Taken], session: EmittingSession, event: Event
+    ) -> None:
+        with job.lock:
+            if job.is_abandoned:
+                raise HandlerTimeoutError("its thread was given up")
+            job.session = session
+            job.current = ((rest[event.id],), self._clock.monotonic() + self._deadline)
+        self._step("before handler")
+
+    def _is_late(self, job: Job, until: float) -> bool:
+        now = self._clock.monotonic()
+        return bool(now > min(until, job.batch.until) or job.is_stopped or job.batch.lost)
+
+    def _is_over(self, job: Job, taken: Taken) -> bool:
+        """Tell whether an event may not be delivered under this claim any more."""
+        return (
+            job.is_abandoned
+            or job.is_stopped
+            or self._clock.monotonic() > job.batch.until
+            or taken.event.logical_shard in job.batch.lost
+        )
 
     def _fail(
         self,

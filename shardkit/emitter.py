@@ -6,16 +6,20 @@ Source: docs/outbox.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from sqlalchemy import event
+import psycopg
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 
 from shardkit import emitting
 from shardkit.connections import AsyncConnections, Connections
-from shardkit.errors import InvalidEventError, NoShardKeyError
+from shardkit.errors import InvalidEventError, NoShardKeyError, UnsupportedStatementError
 from shardkit.placing import sharding_of_mapper
 from shardkit.session import ReadSession
 from shardkit.strategies import EMBEDDED, Rule
@@ -31,6 +35,9 @@ class EmittingSession(ReadSession):
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
         self._written_shards: set[int] = set()
+        self._is_unit = False  # of somebody else, who commits
+        self._drivers: list[Any] = []
+        self._deferred: list[InstanceState[Any]] = []
         self._emissions = emitting.Emissions()
 
     def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
@@ -101,14 +108,132 @@ class EmittingSession(ReadSession):
             shard = self._shard_near(near)
         assert shard is not None, "a flushed object has a place"
         given = list(events)
-        self._note_written((shard,))
-        try:
-            fresh = emitting.mark_effects(
-                self._connection_to(shard), shard, [event.id for event in given], consumer
-            )
-        except DBAPIError as error:
-            self._raise(error)
+        fresh = self._note_effects([(event, shard) for event in given], consumer)
         return [event for event in given if event.id in fresh]
+
+    def place_of(self, near: Any) -> tuple[int, str]:
+        """Return the logical and the physical shard of a stored object or an id.
+
+        Raises:
+            InvalidEventError: it is an object that was not stored.
+        """
+        shard = self._shard_near(near)
+        if shard is None:
+            raise InvalidEventError("an object that was not stored has no place yet")
+        return shard, self._cluster.physical_of(shard)
+
+    def handle(
+        self,
+        placed: Sequence[tuple[_E, int]],
+        handler: Callable[[_E], None],
+        *,
+        consumer: str,
+        begin: Callable[[_E], None],
+        is_late: Callable[[], bool],
+    ) -> list[_E]:
+        """Have effects of events in one transaction and commit it; see `Once.run_together`.
+
+        Args:
+            placed: events, in order, and the logical shards of their effects.
+            handler: writes the effect of an event with this session.
+            consumer: tells apart several effects of one event.
+            begin: told of each event before it is handled.
+            is_late: asked between two events whether to commit what has been done.
+
+        Returns:
+            the events that have their effect now, and perhaps had it before.
+
+        Raises:
+            UnsupportedStatementError: the handler ended the transaction.
+        """
+        fresh = self._note_effects(placed, consumer)
+        self._is_unit = True  # refuses commit()
+        transaction = self.get_transaction()
+        n = 0
+        for event_, _ in placed:
+            if n and is_late():
+                break
+            begin(event_)
+            if event_.id in fresh:
+                handler(event_)
+                if self.get_transaction() is not transaction or self.in_nested_transaction():
+                    raise UnsupportedStatementError(
+                        "a handler ended the transaction of its session, which others share",
+                        hint="leave COMMIT and ROLLBACK to once(), or give it together=1",
+                    )
+                self._between_effects()
+            n += 1
+        for shard, some in _by_shard(placed[n:]).items():
+            late = [each.id for each in some if each.id in fresh]
+            if late:
+                emitting.unmark_effects(self._connection_to(shard), shard, late, consumer)
+        self._flush_deferred()
+        self._commit_unit()
+        return [event_ for event_, _ in placed[:n]]
+
+    def sever(self) -> None:
+        """Cut its connections, from any thread: servers roll back what it holds at once."""
+        for driver in list(self._drivers):
+            with (
+                suppress(OSError, psycopg.Error),
+                socket.socket(fileno=os.dup(driver.pgconn.socket)) as line,
+            ):
+                line.shutdown(socket.SHUT_RDWR)
+
+    def _note_effects(self, placed: Sequence[tuple[_E, int]], consumer: str) -> set[int]:
+        """Note that events have their effects; return those that had none before."""
+        fresh: set[int] = set()
+        for shard, some in _by_shard(placed).items():
+            self._note_written((shard,))
+            try:
+                fresh |= emitting.mark_effects(
+                    self._connection_to(shard), shard, [each.id for each in some], consumer
+                )
+            except DBAPIError as error:
+                self._raise(error)
+        return fresh
+
+    def _between_effects(self) -> None:
+        """Make the next handler find what it would find in a transaction of its own.
+
+        New rows of one class wait, to be sent in one statement: until somebody looks.
+        """
+        states = list(self._new)
+        mapper: Any = states[0].mapper if states else None
+        if (
+            mapper is not None
+            and not self._deleted
+            and not self.identity_map.check_modified()
+            and all(state.mapper is mapper for state in states)
+            and not mapper.relationships
+            and not mapper.dispatch.before_insert
+            and not mapper.dispatch.after_insert  # announces: events keep the order of effects
+        ):
+            self._deferred = states
+            return
+        self._flush_deferred()
+        self.flush()
+        self.expire_all()
+
+    def _flush_deferred(self) -> None:
+        """Send the rows that wait, before anything else is sent."""
+        if not self._deferred:
+            return
+        states, self._deferred = self._deferred, []
+        self.flush()
+        for state in states:
+            if state.key is None:
+                raise UnsupportedStatementError(
+                    "a handler took objects out of its session, which others share",
+                    hint="give once() together=1",
+                )
+            if state.session is self:
+                self._expire_state(state, None)
+
+    def connection(self, *args: Any, **options: Any) -> Connection:
+        """Return a connection; see SQLAlchemy's `Session.connection`."""
+        self._flush_deferred()
+        return super().connection(*args, **options)
 
     def _shard_near(self, near: Any) -> int | None:
         """Return the logical shard of an object or id; None for an object without an identity."""
@@ -166,6 +291,9 @@ class EmittingSession(ReadSession):
 
     # -- of the writer
 
+    def _commit_unit(self) -> None:
+        raise NotImplementedError
+
     def _note_written(self, shards: Iterable[int]) -> None:
         raise NotImplementedError
 
@@ -177,6 +305,14 @@ class EmittingSession(ReadSession):
 
     def _shard_of_identity(self, obj: Any) -> int | None:
         raise NotImplementedError
+
+
+def _by_shard(placed: Iterable[tuple[_E, int]]) -> dict[int, list[_E]]:
+    """Return events by logical shard, ascending: notes are locked in one order."""
+    found: dict[int, list[_E]] = {}
+    for event_, shard in placed:
+        found.setdefault(shard, []).append(event_)
+    return dict(sorted(found.items()))
 
 
 @event.listens_for(EmittingSession, "before_commit", propagate=True)

@@ -45,6 +45,7 @@ __all__ = [
     "pending",
     "refusal",
     "send",
+    "unmark_effects",
 ]
 
 MAX_PAYLOAD: Final = 65_536
@@ -96,6 +97,12 @@ _WOKEN = """(CASE WHEN pg_try_advisory_xact_lock_shared({sleeping}) THEN 0
 _EFFECTS = """
 INSERT INTO {schema}.shardkit_effects (event_id, consumer) SELECT id, %s FROM unnest(%s::bigint[])
 AS id ON CONFLICT DO NOTHING RETURNING event_id
+"""
+
+
+# Row locks on rows of this transaction.
+_NO_EFFECTS = """
+DELETE FROM {schema}.shardkit_effects WHERE consumer = %s AND event_id = ANY (%s::bigint[])
 """
 
 
@@ -268,6 +275,14 @@ def mark_effects(
     statement = _EFFECTS.format(schema=schema_name(shard))
     found = connection.exec_driver_sql(statement, (consumer, sorted(event_ids)))
     return {row[0] for row in found}
+
+
+def unmark_effects(
+    connection: Connection, shard: int, event_ids: Sequence[int], consumer: str
+) -> None:
+    """Take back notes that this transaction made, of effects that it will not have."""
+    statement = _NO_EFFECTS.format(schema=schema_name(shard))
+    connection.exec_driver_sql(statement, (consumer, list(event_ids)))
 
 
 _TEXTS: dict[tuple[str, int, bool], str] = {}

@@ -17,7 +17,7 @@ Source: docs/replicas.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
@@ -127,6 +127,9 @@ class Racer(Protocol):
     def run(self, cursor: Any, execute: Callable[[Any], object]) -> None:
         """Run a statement so that a cursor has its results."""
 
+    async def run_task(self, cursor: Any, execute: Callable[[Any], Awaitable[object]]) -> None:
+        """Do the same in an event loop."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -206,7 +209,7 @@ class Gated:
         mints: whether the next COMMIT asks for its position.
         committed: the position of that commit, or None.
         replayed: what this server is known to have replayed, or None.
-        race: what asks a second replica when this one is slow, or None; for threads.
+        race: what asks a second replica when this one is slow, or None.
     """
 
     race: Racer | None = None
@@ -379,19 +382,27 @@ class _Cursor:
             raise NotReplayedError(f"not replayed up to {lsn_text(needed.lsn)} yet")
 
 
+def _race_of(connection: Any, query: object) -> Racer | None:
+    """Return who runs a statement: a connection's race if it has one and is in no transaction."""
+    race: Racer | None = connection.race
+    if (
+        race is None
+        or parallel.is_together()
+        or not connection.autocommit
+        or connection.pgconn.transaction_status != TransactionStatus.IDLE
+        or (isinstance(query, str) and _BEGINS.match(query))
+    ):
+        return None
+    return race
+
+
 class Cursor(_Cursor, drivers.Bounded, psycopg.Cursor[Any]):
     """A cursor of a thread."""
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        """Run a statement, at the connection's race if it has one and is in no transaction."""
-        race: Racer | None = cast("Gated", self._conn).race
-        if (
-            race is None
-            or parallel.task() is not None
-            or not self._conn.autocommit
-            or self._conn.pgconn.transaction_status != TransactionStatus.IDLE
-            or (isinstance(query, str) and _BEGINS.match(query))
-        ):
+        """Run a statement, at the connection's race if there is one."""
+        race = _race_of(self._conn, query)
+        if race is None:
             return super().execute(query, params, **options)
         run = psycopg.Cursor.execute
         race.run(self, lambda cursor: run(cursor, query, params, **options))
@@ -400,6 +411,15 @@ class Cursor(_Cursor, drivers.Bounded, psycopg.Cursor[Any]):
 
 class AsyncCursor(_Cursor, drivers.Bounded, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
+
+    async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        """Run a statement; see `Cursor.execute`."""
+        race = _race_of(self._conn, query)
+        if race is None:
+            return await super().execute(query, params, **options)
+        run = psycopg.AsyncCursor.execute
+        await race.run_task(self, lambda cursor: run(cursor, query, params, **options))
+        return self
 
 
 class WriteCursor(drivers._Joining, _Minting, psycopg.Cursor[Any]):

@@ -12,8 +12,8 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import psycopg
@@ -39,6 +39,10 @@ SELECT r, CASE WHEN r THEN pg_catalog.pg_last_wal_replay_lsn()
             pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8) END
 FROM pg_catalog.pg_is_in_recovery() AS r
 """
+
+
+class _PausedError(TimeoutError):
+    """This process did not run for a while, so no server is to blame for the silence."""
 
 
 class _Prober:
@@ -74,7 +78,7 @@ class _Prober:
                 await self._follow(endpoint, replicas)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 _LOG.debug("%s does not answer: %s", endpoint, type(error).__name__)
-                if not replicas.is_down(endpoint):
+                if not isinstance(error, _PausedError) and not replicas.is_down(endpoint):
                     replicas.failed(endpoint)
             await asyncio.sleep(self._interval * 5)  # nobody is to be flooded with logins
 
@@ -82,7 +86,7 @@ class _Prober:
         url = endpoint.url.set(drivername="postgresql")
         connection: AsyncConnection[Any] | None = None
         try:
-            async with asyncio.timeout(self._timeout):
+            async with answered(self._timeout, self._clock):
                 connection = await AsyncConnection.connect(
                     url.render_as_string(hide_password=False),
                     autocommit=True,
@@ -93,7 +97,7 @@ class _Prober:
             system: int = row[0] if row is not None else 0
             while True:
                 at = self._clock.monotonic()
-                async with asyncio.timeout(self._timeout):
+                async with answered(self._timeout, self._clock):
                     state: Any = await (await connection.execute(_STATE)).fetchone()
                 replicas.observed(endpoint, _sample(at, system, state))
                 replicas.answered(endpoint)
@@ -101,6 +105,28 @@ class _Prober:
         finally:
             if connection is not None:
                 connection.pgconn.finish()  # at once: nothing is under way that matters
+
+
+@asynccontextmanager
+async def answered(seconds: float, clock: Clock) -> AsyncIterator[None]:
+    """Bound the wait for a server.
+
+    Args:
+        seconds: how long at most.
+        clock: source of monotonic time.
+
+    Raises:
+        _PausedError: it took twice as long to notice, so that this process was not running.
+        TimeoutError: the server did not answer in time.
+    """
+    began = clock.monotonic()
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        if clock.monotonic() - began > 2 * seconds:
+            raise _PausedError from None
+        raise
 
 
 def _sample(

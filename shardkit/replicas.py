@@ -44,6 +44,10 @@ _KEPT: Final = 256
 _FRESH: Final = 1.0
 """Seconds after which a sample of a replica is not used to pass it over."""
 
+_UNANSWERED: Final = 5
+"""Probes that the primary has answered since a silent replica's last answer. Counted, because after
+a pause of the whole machine everybody's last answer is old, and somebody answers first."""
+
 _MARGIN: Final = 4.0
 """How many times faster than lately a replica may become before it is passed over wrongly."""
 
@@ -83,7 +87,7 @@ class Member:
         under_way: statements that it is working on for this process.
     """
 
-    def __init__(self, endpoint: Endpoint, clock: Clock) -> None:
+    def __init__(self, endpoint: Endpoint, clock: Clock, patience: float) -> None:
         self.endpoint = endpoint
         self.sample: Sample | None = None
         self.under_way = 0
@@ -91,6 +95,8 @@ class Member:
         self.down_until = -math.inf
         self.returned_at = -math.inf
         self._before: Sample | None = None
+        self._lately: Sample | None = None
+        self._patience = patience
         self._latency: float | None = None
         self._measured_at = 0.0
         self._clock = clock
@@ -117,6 +123,17 @@ class Member:
             )
             self._measured_at = now
 
+    def overdue(self, seconds: float) -> None:
+        """Note that a statement has not been answered for so long, before it ends: others see it.
+
+        Otherwise they would be sent to a server that has just stopped to answer.
+        """
+        now = self._clock.monotonic()
+        with self._lock:
+            decayed = self._decayed(now)
+            if decayed is None or seconds > decayed:
+                self._latency, self._measured_at = seconds, now
+
     def latency(self) -> float | None:
         """Return the moving average in seconds, or None when nothing has been measured."""
         return self._decayed(self._clock.monotonic())
@@ -130,7 +147,11 @@ class Member:
     def observed(self, sample: Sample) -> None:
         """Note what the server said of its log."""
         with self._lock:
-            self._before, self.sample = self.sample, sample
+            self.sample = sample
+            if not sample.is_behind:
+                self._before = self._lately = None
+            elif self._lately is None or sample.at - self._lately.at >= self._patience:
+                self._before, self._lately = self._lately, sample
 
     def has(self, need: Need) -> bool:
         """Tell whether it is known to have replayed what is needed."""
@@ -142,7 +163,11 @@ class Member:
         )
 
     def is_hopeless(self, need: Need) -> bool:
-        """Tell whether it will not have replayed what is needed when it is asked now."""
+        """Tell whether it will not have replayed what is needed when it is asked now.
+
+        That is said of one that was behind in every sample for as long as it may be waited for: a
+        shorter halt proves nothing, since it would be waited out.
+        """
         sample, before = self.sample, self._before
         now = self._clock.monotonic()
         if sample is None or now - sample.at > _FRESH:
@@ -151,11 +176,12 @@ class Member:
             return True
         if (sample.system, sample.timeline) != (need.system, need.timeline):
             return True
-        if before is None or not (sample.is_behind and before.is_behind):
+        if before is None:
             return False
         seconds = max(sample.at - before.at, 1e-3)
         speed = (sample.lsn - before.lsn) / seconds
-        return need.lsn > sample.lsn + _MARGIN * speed * (now - sample.at + seconds)
+        ahead = now - sample.at + seconds + self._patience
+        return need.lsn > sample.lsn + _MARGIN * speed * ahead
 
     def share(self, ramp: float) -> float:
         """Return which part of its share it gets, above 0 and up to 1."""
@@ -171,6 +197,7 @@ class ReplicaSet:
         region: where this process runs; replicas of the same region are asked first. Empty for
             no preference.
         pause: seconds a replica is left alone after a failure; doubled with each further one.
+        patience: seconds that a replica may wait for what it has not replayed yet.
         clock: source of monotonic time.
         chance: source of numbers from 0 to 1.
 
@@ -185,12 +212,13 @@ class ReplicaSet:
         *,
         region: str = "",
         pause: float = 1.0,
+        patience: float = 0.0,
         clock: Clock = SYSTEM,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.primary = shard.primary
         self.replicas = shard.replicas
-        self.members = {endpoint: Member(endpoint, clock) for endpoint in shard.replicas}
+        self.members = {e: Member(e, clock, patience) for e in shard.replicas}
         self.system: int | None = None
         self._region = region
         self._pause = pause
@@ -269,7 +297,11 @@ class ReplicaSet:
         member = self.members.get(endpoint)
         if member is None or member.sample is None or not self._is_probed():
             return False
-        return self._clock.monotonic() - member.sample.at > _FRESH
+        asked = member.sample.at
+        if self._clock.monotonic() - asked <= _FRESH:
+            return False
+        samples = self._primary_samples
+        return len(samples) >= _UNANSWERED and samples[-_UNANSWERED].at > asked
 
     def _is_probed(self) -> bool:
         samples = self._primary_samples

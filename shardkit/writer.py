@@ -100,11 +100,8 @@ class WriteSession(EmittingSession):
         self._is_committing = False  # from the last flush until COMMIT is answered
         self.pending: tuple[str, ...] = ()
         self._written: set[str] = set()
-        self._written_shards: set[int] = set()
         self._placed: dict[int, int] = {}  # logical shard of each object, by its identity
-        self._is_unit = False  # of `Cluster.run`, which commits
         self._token = Token()
-        self._drivers: list[_Driver] = []
         self._is_lone = False  # while committing what is one INSERT and nothing else
         self._lone_driver: _Driver | None = None  # what that is sent over
         self._claims = Claims(connections, self._connection_to)
@@ -143,7 +140,7 @@ class WriteSession(EmittingSession):
         What is one INSERT and nothing else is sent without BEGIN and COMMIT.
 
         Raises:
-            UnsupportedStatementError: `Cluster.run` runs this session and commits itself.
+            UnsupportedStatementError: `Cluster.run` or a relay commits this session itself.
             OutcomeUnknownError: the answer to COMMIT was lost or late, so it may or may not hold.
             DeadlineExceededError: no time was left to send COMMIT; nothing holds (retryable).
             sqlalchemy.exc.PendingRollbackError: a statement of the transaction failed;
@@ -151,7 +148,8 @@ class WriteSession(EmittingSession):
         """
         if self._is_unit:
             raise UnsupportedStatementError(
-                "commit() inside cluster.run()", hint="return from the function: run() commits"
+                "commit() inside cluster.run() or once()",
+                hint="return from the function, and it is committed",
             )
         self._commit_unit()
 
@@ -347,6 +345,7 @@ class WriteSession(EmittingSession):
                 )
 
     def _run(self, state: ORMExecuteState) -> Any:
+        self._flush_deferred()
         is_write = state.is_insert or state.is_update or state.is_delete
         if is_write and "logical_shard" not in state.bind_arguments:
             return self._write(state)

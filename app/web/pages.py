@@ -1,7 +1,8 @@
 """The pages: everything the API does, for a person with a browser and no script.
 
 Called by nobody but browsers; the same services as the API do the work. Forms are sent with
-POST and answered with a redirect. A form that is refused is shown again with the reason.
+POST and answered with a redirect, to the same place when one is sent again (`app.web.forms`). A
+form that is refused is shown again with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from urllib.parse import quote
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from starlette.datastructures import UploadFile
 
 from app.accounts.schemas import Credentials, ProfilePatch, SignUp
 from app.accounts.usernames import canonical
@@ -30,7 +30,6 @@ from app.deps import (
 )
 from app.errors import (
     AppError,
-    BodyTooLargeError,
     EmptyUploadError,
     NotFoundError,
     UploadError,
@@ -39,6 +38,7 @@ from app.errors import (
 from app.ids import Id
 from app.paging import Cursor
 from app.photos.schemas import Caption, CommentIn
+from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
 __all__ = ["local_path", "router"]
@@ -126,9 +126,9 @@ async def sign_up_form(viewer: MaybeViewer, pages: PagesDep) -> Response:
 
 
 @router.post("/signup")
-async def sign_up(request: Request, accounts: Accounts, pages: PagesDep) -> Response:
+async def sign_up(request: Request, form: Sent, accounts: Accounts, pages: PagesDep) -> Response:
     """Create an account and log it in."""
-    values = await _fields(request, "username", "display_name", "password")
+    values = form.texts("username", "display_name", "password")
     try:
         login = await accounts.sign_up(SignUp.model_validate(values))
     except (AppError, ValidationError) as error:
@@ -152,9 +152,9 @@ async def log_in_form(
 
 
 @router.post("/login")
-async def log_in(request: Request, accounts: Accounts, pages: PagesDep) -> Response:
+async def log_in(request: Request, form: Sent, accounts: Accounts, pages: PagesDep) -> Response:
     """Log in."""
-    values = await _fields(request, "username", "password", "next")
+    values = form.texts("username", "password", "next")
     given = {"username": values["username"], "password": values["password"]}
     try:
         login = await accounts.log_in(Credentials.model_validate(given))
@@ -167,11 +167,12 @@ async def log_in(request: Request, accounts: Accounts, pages: PagesDep) -> Respo
 
 
 @router.post("/logout")
-async def log_out(request: Request, viewer: MaybeViewer, accounts: Accounts) -> Response:
+async def log_out(
+    request: Request, viewer: MaybeViewer, form: Sent, accounts: Accounts
+) -> Response:
     """Log out."""
-    values = await _fields(request, "everywhere")
     if viewer is not None:
-        await accounts.log_out(viewer, everywhere=bool(values["everywhere"]))
+        await accounts.log_out(viewer, everywhere=bool(form.text("everywhere")))
     response = _go("/")
     end_login(request, response)
     return response
@@ -187,11 +188,9 @@ async def settings_form(viewer: SignedIn, pages: PagesDep) -> Response:
 
 
 @router.post("/settings")
-async def settings(
-    request: Request, viewer: SignedIn, accounts: Accounts, pages: PagesDep
-) -> Response:
+async def settings(viewer: SignedIn, form: Sent, accounts: Accounts, pages: PagesDep) -> Response:
     """Change the profile."""
-    values = await _fields(request, "display_name", "bio")
+    values = form.texts("display_name", "bio")
     try:
         await accounts.edit(viewer, ProfilePatch.model_validate(values))
     except (AppError, ValidationError) as error:
@@ -215,21 +214,16 @@ async def upload_form(viewer: SignedIn, pages: PagesDep, resources: ResourcesDep
 
 @router.post("/upload")
 async def upload(
-    request: Request, viewer: SignedIn, photos: Photos, pages: PagesDep, resources: ResourcesDep
+    viewer: SignedIn, form: Upload, photos: Photos, pages: PagesDep, resources: ResourcesDep
 ) -> Response:
     """Store a photo."""
-    caption = ""
+    caption = form.text("caption")
     try:
-        async with request.form(max_files=1, max_fields=10) as form:
-            caption = str(form.get("caption") or "")
-            file = form.get("file")
-            if not isinstance(file, UploadFile):
-                raise EmptyUploadError("Choose a photo first.")
-            data = await file.read()
+        data = await form.file()
+        if data is None:
+            raise EmptyUploadError("Choose a photo first.")
         checked = TypeAdapter(Caption).validate_python(caption)
         photo = await photos.upload(viewer, data, checked)
-    except BodyTooLargeError:
-        raise
     except (UploadError, ValidationError) as error:
         return _again(
             pages,
@@ -306,17 +300,17 @@ async def people(
 
 
 @router.post("/u/{username}/follow")
-async def follow(request: Request, username: str, viewer: SignedIn, graph: Graph) -> Response:
+async def follow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Follow a person."""
     person = await graph.follow(viewer, username)
-    return await _back(request, f"/u/{person.username}")
+    return _back(form, f"/u/{person.username}")
 
 
 @router.post("/u/{username}/unfollow")
-async def unfollow(request: Request, username: str, viewer: SignedIn, graph: Graph) -> Response:
+async def unfollow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Unfollow a person."""
     person = await graph.unfollow(viewer, username)
-    return await _back(request, f"/u/{person.username}")
+    return _back(form, f"/u/{person.username}")
 
 
 @router.get("/p/{photo_id}")
@@ -347,37 +341,37 @@ async def photo(
 
 
 @router.post("/p/{photo_id}/like")
-async def like(request: Request, photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+async def like(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Like a photo."""
     await photos.like(viewer, photo_id)
-    return await _back(request, f"/p/{photo_id}")
+    return _back(form, f"/p/{photo_id}")
 
 
 @router.post("/p/{photo_id}/unlike")
-async def unlike(request: Request, photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+async def unlike(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Take a like back."""
     await photos.unlike(viewer, photo_id)
-    return await _back(request, f"/p/{photo_id}")
+    return _back(form, f"/p/{photo_id}")
 
 
 @router.post("/p/{photo_id}/delete")
-async def delete(photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+async def delete(photo_id: Id, viewer: SignedIn, _form: Sent, photos: Photos) -> Response:
     """Delete a photo."""
     await photos.delete(viewer, photo_id)
     return _go(f"/u/{viewer.username}")
 
 
 @router.post("/p/{photo_id}/comments")
-async def comment(request: Request, photo_id: Id, viewer: SignedIn, photos: Photos) -> Response:
+async def comment(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Write a comment."""
-    given = CommentIn.model_validate(await _fields(request, "body"))
+    given = CommentIn.model_validate(form.texts("body"))
     written = await photos.comment(viewer, photo_id, given)
     return _go(f"/p/{photo_id}#c{written.id}")
 
 
 @router.post("/p/{photo_id}/comments/{comment_id}/delete")
 async def delete_comment(
-    photo_id: Id, comment_id: Id, viewer: SignedIn, photos: Photos
+    photo_id: Id, comment_id: Id, viewer: SignedIn, _form: Sent, photos: Photos
 ) -> Response:
     """Delete a comment."""
     await photos.delete_comment(viewer, photo_id, comment_id)
@@ -390,13 +384,8 @@ def local_path(text: str) -> str:
     return text if is_local and text.isascii() and text.isprintable() else "/"
 
 
-async def _fields(request: Request, *names: str) -> dict[str, str]:
-    async with request.form(max_files=0, max_fields=20) as form:
-        return {name: str(form.get(name) or "") for name in names}
-
-
-async def _back(request: Request, otherwise: str) -> Response:
-    back = local_path((await _fields(request, "back"))["back"])
+def _back(form: Fields, otherwise: str) -> Response:
+    back = local_path(form.text("back"))
     return _go(back if back != "/" or otherwise == "/" else otherwise)
 
 

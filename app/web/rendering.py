@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from app.accounts.service import Viewer
 from app.clock import Clock
 from app.errors import Problem, problem_of
+from app.web.forms import new_key
 
 __all__ = ["Load", "Pages"]
 
@@ -56,6 +57,7 @@ class Pages:
         style = (FOLDER / "static" / "style.css").read_bytes()
         version = hashlib.sha256(style).hexdigest()[:10]
         self._environment.globals["stylesheet"] = f"/static/style.css?v={version}"
+        self._environment.globals["new_key"] = new_key
 
     def whole(
         self,

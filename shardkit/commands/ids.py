@@ -7,10 +7,10 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from shardkit.commands.options import ConfigOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.errors import InvalidIdError
 from shardkit.ids import IdParts, parse
 from shardkit.minting import MAX_MINT
@@ -51,7 +51,7 @@ def parse_ids(
     for text, part in parts:
         time = part.time.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00")
         table.add_row(text, time, str(part.logical_shard), str(part.sequence))
-    Console().print(table)
+    console().print(table)
 
 
 @app.command("mint")

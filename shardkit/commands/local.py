@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shardkit.commands.output import console
+
 if TYPE_CHECKING:
     from shardkit.local import LocalCluster, LocalOptions, LocalProgress, LocalStatus
 
@@ -191,18 +193,17 @@ def _signals_as_interrupt() -> Iterator[Callable[[], None]]:
 @contextmanager
 def _progress_bar(what: str, *, is_quiet: bool) -> Iterator[Callable[[LocalProgress], None]]:
     """Show a bar on a terminal, lines elsewhere, nothing when quiet."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
+    out = console(stderr=True)
     if is_quiet:
         yield lambda _: None
-    elif not console.is_terminal:
+    elif not out.is_terminal:
         yield lambda step: typer.echo(f"{step.done}/{step.total} {step.what}", err=True)
     else:
         now = TextColumn("{task.fields[now]}")
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), now)
-        with Progress(*columns, console=console, transient=True) as bar:
+        with Progress(*columns, console=out, transient=True) as bar:
             task = bar.add_task(what, total=None, now="")
 
             def show(step: LocalProgress) -> None:
@@ -226,7 +227,6 @@ def _print_plan(directory: Path, options: LocalOptions, *, as_json: bool) -> Non
 
 
 def _print_status(status: LocalStatus, *, as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     if as_json:
@@ -244,5 +244,5 @@ def _print_status(status: LocalStatus, *, as_json: bool) -> None:
         row = (server.name, server.kind, server.role or "-", address, pid, server.status)
         style = None if server.status == "running" else "yellow"
         table.add_row(*row, server.version, style=style)
-    Console().print(table)
+    console().print(table)
     typer.echo(f"configuration: {status.config}")

@@ -8,10 +8,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shardkit.commands.options import ConfigOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.errors import ConfigurationError
 
 __all__ = ["app"]
@@ -113,7 +113,7 @@ def _run(
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
     lookups = ops.lookups_in(load_metadata(models), wanted)
     limits = ops.Limits(*pace)
-    console = Console(stderr=True)
+    out = console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -123,7 +123,7 @@ def _run(
     reports = []
     with (
         Cluster(topology, pool=settings.pool) as cluster,
-        Progress(*columns, console=console, disable=as_json or not console.is_terminal) as bar,
+        Progress(*columns, console=out, disable=as_json or not out.is_terminal) as bar,
     ):
         for lookup in lookups:
             n_shards = max(0, topology.n_logical_shards - limits.from_shard)

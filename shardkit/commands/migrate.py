@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.config import default_file, format_ranges, load
 from shardkit.errors import ConfigurationError, TryAgainError
 from shardkit.ops import migrate as ops
@@ -83,8 +83,8 @@ def apply_command(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as bar:
+    out = console(stderr=True)
+    with Progress(*columns, console=out, disable=as_json or not out.is_terminal) as bar:
         tasks = {}
 
         def on_plan(plan: ops.MigrationPlan) -> None:
@@ -147,7 +147,7 @@ def status_command(
             table.add_row(
                 entry.physical, str(entry.n_logical_shards), at, pending or "-", laggards or "-"
             )
-        Console(soft_wrap=True).print(table)
+        console().print(table)
         if unrecorded := sorted({name for entry in found.physical for name in entry.unrecorded}):
             print(f"not recorded how they place their rows: {', '.join(unrecorded)}")
     if errors := [entry.error for entry in found.physical if entry.error]:
@@ -177,13 +177,13 @@ def _print_plan(plan: ops.MigrationPlan, *, as_json: bool) -> None:
     if as_json:
         _print_json(_plan_json(plan))
         return
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     for revision in plan.pending:
-        console.print(f"-- {revision.id} {revision.summary}", style="bold", markup=False)
+        out.print(f"-- {revision.id} {revision.summary}", style="bold", markup=False)
         for statement in revision.statements:
-            console.print(f"{statement};", markup=False)
+            out.print(f"{statement};", markup=False)
     for part in plan.physical:
-        console.print(f"{part.physical}: {_summary(part)}", markup=False)
+        out.print(f"{part.physical}: {_summary(part)}", markup=False)
 
 
 def _summary(part: ops.PhysicalPlan) -> str:
@@ -203,7 +203,7 @@ def _summary(part: ops.PhysicalPlan) -> str:
 
 
 def _print_outcome(outcome: ops.MigrationOutcome) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     for part in outcome.plan.physical:
         done = outcome.done.get(part.physical, ())
         if part.physical in outcome.failed:
@@ -212,7 +212,7 @@ def _print_outcome(outcome: ops.MigrationOutcome) -> None:
             text = f"nothing to do, {part.n_current} logical shards current"
         else:
             text = f"{len(done)} of {len(part.work) + len(part.waiting)} logical shards migrated"
-        console.print(f"{part.physical}: {text}", markup=False)
+        out.print(f"{part.physical}: {text}", markup=False)
 
 
 def _plan_json(plan: ops.MigrationPlan) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.config import default_file, load
 from shardkit.errors import OperationError, ShardkitError
 
@@ -61,7 +61,7 @@ def status_command(
                 f"{part.delivered:.1f}",
                 busiest or "-",
             )
-        Console(soft_wrap=True).print(table)
+        console().print(table)
     _raise_first([part.error for part in found])
 
 
@@ -122,7 +122,7 @@ def dead_command(
                 str(letter.attempts), letter.died, letter.error,
             )  # fmt: skip
             table.add_row(*(_plain(value) for value in values))
-        Console(soft_wrap=True, highlight=False, markup=False).print(table)
+        console(markup=False).print(table)
     _raise_first(list(failed.values()))
 
 

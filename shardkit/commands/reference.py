@@ -7,10 +7,10 @@ import sys
 from dataclasses import asdict
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.config import default_file, load
 from shardkit.errors import OperationError, TryAgainError
 from shardkit.ops import reference as ops
@@ -62,7 +62,7 @@ def _report(found: ops.ReferenceCheck, *, as_json: bool) -> None:
         for item in found.differences:
             rows = ("other columns" if n is None else str(n) for n in (item.rows, item.expected))
             table.add_row(item.physical, item.table, *rows)
-        Console().print(table)
+        console().print(table)
         for physical, n_rows in found.repaired.items():
             print(f"{physical}: {n_rows} rows put or removed")
     if found.failed:

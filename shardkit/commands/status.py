@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shardkit.commands.options import ConfigOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.config import CacheConfig, default_file, load
 from shardkit.ops.status import EndpointStatus, is_healthy, read_status
 
@@ -56,7 +57,6 @@ def _caches(config: CacheConfig) -> list[CacheStatus]:
 
 
 def _print_caches(found: list[CacheStatus]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -72,11 +72,10 @@ def _print_caches(found: list[CacheStatus]) -> None:
             "yes" if each.is_reachable else f"[red]no: {escape(each.error or '')}[/red]",
             *(_number(n, ",") for n in (each.entries, each.reads, each.evictions)),
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _print(found: list[EndpointStatus]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -99,7 +98,7 @@ def _print(found: list[EndpointStatus]) -> None:
             _number(each.epoch),
             _number(each.connections),
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _number(value: float | None, form: str = "") -> str:

@@ -7,11 +7,11 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from shardkit.cluster import Cluster
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
+from shardkit.commands.output import console
 from shardkit.config import default_file
 from shardkit.errors import TryAgainError
 from shardkit.twophase import IN_DOUBT_AFTER, InDoubt, Resolution, in_doubt, resolve
@@ -72,7 +72,7 @@ def _report(done: Resolution, *, as_json: bool) -> None:
             table.add_row(part.gid.transaction, part.gid.coordinator, part.gid.participant,
                 f"in doubt for {part.seconds:.1f} s")  # fmt: skip
         if table.row_count:
-            Console().print(table)
+            console().print(table)
         elif not done.silent:
             print("nothing is in doubt")
     if done.silent:

@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 FOLDER = Path(__file__).parents[2]
 PEOPLE = 5
-ACTIONS = 48
+ACTIONS = 30
 KILL_EVERY = 35
 """Actions of everybody together between two kills."""
 

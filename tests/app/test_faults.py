@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
-from app.database import TIMEOUT
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.outages import frozen, home_of, servers_of, without
-from tests.fixtures.service import PASSWORD, Person, Service
+from tests.fixtures.service import PASSWORD, Person, Service, serving
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 Join = Callable[[str], Person]
+
+LIMIT = 2.0
+"""Seconds that a step may take where servers stand still."""
 
 
 @pytest.fixture
@@ -123,15 +125,24 @@ def comments_of(person: Person, photo: str) -> tuple[list[str], bool]:
     return [comment["body"] for comment in page["items"]], page["partial"]
 
 
+@pytest.fixture
+def hurried(service: Service) -> Iterator[Service]:
+    """The service once more, with less time for a step."""
+    with serving(service.settings.model_copy(update={"database_timeout": LIMIT})) as running:
+        yield running
+
+
 def test_one_physical_shard_frozen(
-    app_cluster: LocalCluster, service: Service, one_on_each: tuple[Person, Person]
+    app_cluster: LocalCluster, hurried: Service, one_on_each: tuple[Person, Person]
 ) -> None:
     ana, ben = one_on_each
+    for person in one_on_each:
+        person.http.base_url = hurried.url
     photo = ana.upload(pictures.jpeg(64, 64), "here").json()["id"]
     far = ben.upload(pictures.jpeg(64, 64), "there").json()["id"]
     ana.http.put(f"/api/v1/users/{ben.username}/follow").raise_for_status()
 
-    with frozen(app_cluster, service, *servers_of(app_cluster, "beta")):
+    with frozen(app_cluster, hurried, *servers_of(app_cluster, "beta")):
         for _ in range(2):
             feed = in_time(lambda: ana.http.get("/api/v1/feed")).json()
             assert feed["partial"] is True
@@ -152,10 +163,10 @@ def test_one_physical_shard_frozen(
 
 
 def in_time(ask: Callable[[], httpx.Response]) -> httpx.Response:
-    """Return an answer that came within the limit of one step, with what a busy machine adds."""
+    """Return an answer that came when its time was over, with what a busy machine adds."""
     started = time.monotonic()
     answer = ask()
-    assert time.monotonic() - started < TIMEOUT + 1.0, answer.request.url
+    assert time.monotonic() - started < 3 * LIMIT, answer.request.url
     return answer
 
 

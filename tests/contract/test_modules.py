@@ -59,6 +59,7 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
     theirs = {*dir(Session), *vars(Session())}
     meant = {
         "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "_identity_lookup", "close", "commit",
+        "connection",
         "connection_callable", "flush", "get", "get_bind", "rollback",
     }  # fmt: skip
     classes = (BoundSession, CachedSession, ReadSession, EmittingSession, WriteSession)

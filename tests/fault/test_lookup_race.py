@@ -19,7 +19,7 @@ def test_every_name_is_taken_once_whoever_is_killed(
 ) -> None:
     _, topology = load(local_cluster.config_path)
     made = database(local_cluster, topology, "race", logical_shards=64, metadata=Base.metadata)
-    trial = Race(made, tmp_path, 1 / 300, names=40, processes=4, threads=2, changes=15)
+    trial = Race(made, tmp_path, 1 / 300, names=24, processes=4, threads=2, changes=10)
     taken, changed = race(trial)
     assert taken.taken == trial.names
     for outcome in (taken, changed):

@@ -27,6 +27,7 @@ from shardkit.caching.keys import cache_key
 from shardkit.caching.operations import UNKNOWN, Answer, Entry, Kind, Op, Outcome, Request, apply
 from shardkit.testing import FaultProxy, wait_until
 from tests.fixtures.caches import NewServer
+from tests.fixtures.pauses import within
 
 pytestmark = pytest.mark.integration
 
@@ -310,14 +311,12 @@ def test_another_protocol_opens_the_breaker(
 ) -> None:
     scheme = "redis://" if kind == "redis" else ""
     backend = open_cache(kind, mode, [f"{scheme}127.0.0.1:{web_port}"], deadline=0.05)
-    began = time.monotonic()
-    for _ in range(6):
-        assert one(backend, lease("k")) == UNKNOWN
-    assert time.monotonic() - began < 6 * 0.25
+    with within(6 * 0.25):
+        for _ in range(6):
+            assert one(backend, lease("k")) == UNKNOWN
     assert not backend.nodes.homes[0].breaker.is_closed
-    began = time.monotonic()
-    assert backend.run([lease(str(n)) for n in range(100)]) == [UNKNOWN] * 100
-    assert time.monotonic() - began < 0.05
+    with within(0.05):
+        assert backend.run([lease(str(n)) for n in range(100)]) == [UNKNOWN] * 100
 
 
 def test_a_frozen_server_costs_the_deadline_and_no_more(
@@ -328,9 +327,8 @@ def test_a_frozen_server_costs_the_deadline_and_no_more(
     keep(backend, "k", 1, b"v")
     server.freeze()
     for _ in range(5):
-        began = time.monotonic()
-        assert one(backend, lease("k")) == UNKNOWN
-        assert time.monotonic() - began < 0.3
+        with within(0.3):
+            assert one(backend, lease("k")) == UNKNOWN
     assert not backend.nodes.homes[0].breaker.is_closed
     server.thaw()
     wait_until(
@@ -367,10 +365,15 @@ def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
             what="it is back with its old data",
         )
         assert one(backend, lease("k")).payload == b"new"
-        repair = Repair("k", 2)
-        while repair.request is not None:
-            repair = repair.advance(one(backend, repair.request, **home))
-        assert repair.is_clean
+
+        def is_repaired() -> bool:
+            repair = Repair("k", 2)
+            while repair.request is not None:
+                repair = repair.advance(one(backend, repair.request, **home))
+            return repair.is_clean
+
+        # One that gets no answer, as over a connection from before, is repeated.
+        wait_until(is_repaired, timeout=10, what="a repair has its answers")
         assert backend.readmit(name)
         assert not backend.dirty
         assert one(backend, lease("k")).outcome is Outcome.WON
@@ -460,9 +463,8 @@ def test_slow_links_are_waited_for_and_lost_ones_are_not(
         proxy.shape(latency=0.03, slice_bytes=7)
         assert one(backend, lease("k")).payload == b"v"
         proxy.shape(latency=0.5)
-        began = time.monotonic()
-        assert one(backend, lease("k")) == UNKNOWN
-        assert time.monotonic() - began < 0.45
+        with within(0.45):
+            assert one(backend, lease("k")) == UNKNOWN
         proxy.heal()
         keep(backend, "k", 2, b"w")
         assert one(backend, lease("k")).payload == b"w"  # not the late reply of before

@@ -73,7 +73,7 @@ def _shows(connection: psycopg.Connection[tuple[object, ...]], name: str, value:
 @pytest.fixture
 def patient(topology: Topology) -> Iterator[Cluster]:
     """A cluster whose replicas may take as long as a busy machine needs."""
-    with Cluster(topology, replicas=ReplicasConfig(patience=5.0)) as cluster:
+    with Cluster(topology, replicas=ReplicasConfig(patience=10.0)) as cluster:
         yield cluster
 
 
@@ -116,7 +116,7 @@ def test_a_replica_that_has_replayed_the_write_answers(patient: Cluster) -> None
 @pytest.mark.anyio
 @pytest.mark.usefixtures("users")
 async def test_so_it_does_under_asyncio(topology: Topology) -> None:
-    async with AsyncCluster(topology, replicas=ReplicasConfig(patience=5.0)) as cluster:
+    async with AsyncCluster(topology, replicas=ReplicasConfig(patience=10.0)) as cluster:
         for number in range(50):
             async with cluster.writer() as writer:
                 await writer.execute(

@@ -267,8 +267,8 @@ def test_listeners_hear_of_a_stream_when_it_ends(cluster: Cluster) -> None:
 def test_many_rows_take_little_memory(
     cluster: Cluster, topology: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """300,000 rows of two servers, of which the client holds a few hundred."""
-    n = 300_000
+    """60,000 rows of two servers, of which the client holds a few hundred."""
+    n = 60_000
     halves = {3: (1, n // 2), 40: (n // 2 + 1, n)}
     owners = {shard: topology.shard_map.owner(shard) for shard in halves}
     assert len(set(owners.values())) == 2

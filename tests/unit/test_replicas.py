@@ -28,11 +28,17 @@ def shard(n_replicas: int, *, regions: str = "", standby: str = "") -> PhysicalS
     return PhysicalShard("alpha", primary, replicas, urls[0])
 
 
-def replica_set(n: int = 2, clock: FakeClock | None = None, **options: str) -> ReplicaSet:
+def replica_set(
+    n: int = 2, clock: FakeClock | None = None, *, patience: float = 0.0, **options: str
+) -> ReplicaSet:
     region = options.pop("region", "")
     numbers = random.Random(4)
     return ReplicaSet(
-        shard(n, **options), region=region, clock=clock or FakeClock(), chance=numbers.random
+        shard(n, **options),
+        region=region,
+        patience=patience,
+        clock=clock or FakeClock(),
+        chance=numbers.random,
     )
 
 
@@ -188,6 +194,35 @@ def test_a_replica_that_stands_still_behind_is_passed_over() -> None:
     assert members.choose(Need(SYSTEM, 1, 101)) is stuck
 
 
+def test_a_halt_shorter_than_the_patience_proves_nothing() -> None:
+    clock = FakeClock()
+    members = replica_set(1, clock, patience=1.0)
+    (stuck,) = members.replicas
+    need = Need(SYSTEM, 1, 101)
+    for n in range(10):
+        members.observed(stuck, sample(100, 900, at=n / 10))
+        clock.advance(0.1)
+        assert members.choose(need) is stuck
+    members.observed(stuck, sample(100, 100, at=1.0))  # it had replayed all, so it counts anew
+    for n in range(11, 21):
+        members.observed(stuck, sample(100, 900, at=n / 10))
+        clock.advance(0.1)
+        assert members.choose(need) is stuck
+    members.observed(stuck, sample(100, 900, at=2.1))
+    assert members.choose(need) is members.primary
+
+
+def test_a_replica_that_would_get_there_in_the_time_is_waited_for() -> None:
+    clock = FakeClock()
+    members = replica_set(1, clock, patience=1.0)
+    (slow,) = members.replicas
+    for at in (0.0, 1.0):
+        members.observed(slow, sample(100 + int(100 * at), 9000, at=at))
+    clock.advance(1.0)
+    assert members.choose(Need(SYSTEM, 1, 1000)) is slow  # 100 a second, fourfold, for 2 seconds
+    assert members.choose(Need(SYSTEM, 1, 1001)) is members.primary
+
+
 def test_a_replica_that_does_not_answer_probes_is_silent() -> None:
     clock = FakeClock()
     members = replica_set(2, clock)
@@ -198,7 +233,9 @@ def test_a_replica_that_does_not_answer_probes_is_silent() -> None:
     clock.advance(1.5)
     assert not members.is_silent(dead)  # nobody asks
     members.observed(alive, sample(100, at=1.5))
-    members.observed(members.primary, primary_sample(100, at=1.5))
+    for n_answers in range(1, 6):
+        assert not members.is_silent(dead)  # as after a pause of all: somebody answers first
+        members.observed(members.primary, primary_sample(100, at=1.4 + n_answers / 50))
     assert members.is_silent(dead)
     assert not members.is_silent(alive)
     assert {members.choose() for _ in range(50)} == {alive}

@@ -204,3 +204,41 @@ def test_a_feed_that_is_not_whole_says_so(
     page.get_by_role("link", name="Try again").click()
     expect(page.locator("article.card")).to_have_count(2)
     expect(page.locator("[data-partial]")).to_have_count(0)
+
+
+def test_a_form_that_is_sent_twice_counts_once(visit: Callable[..., Page], tmp_path: Path) -> None:
+    file = tmp_path / "twice.jpg"
+    file.write_bytes(pictures.jpeg(64, 64))
+    page = visit()
+    sign_up(page, "web.twice")
+    # Two windows, so that the browser waits for both answers: on one page, the second click
+    # takes the first one's away, and whether that was sent already is chance.
+    in_windows = "forms => forms.forEach(form => form.target = '_blank')"
+    page.get_by_role("link", name="Upload").first.click()
+    page.get_by_label("Photo").set_input_files(file)
+    page.get_by_label("Caption").fill("Twice")
+    page.locator("form").evaluate_all(in_windows)
+    shown = []
+    for _ in range(2):
+        with page.context.expect_page() as opened:
+            page.get_by_role("button", name="Share").click()
+        expect(opened.value.locator("article.photo")).to_be_visible()
+        shown.append(opened.value.url)
+    assert shown[0] == shown[1]
+    page.goto("/u/web.twice")
+    expect(page.locator("ul.grid li")).to_have_count(1)
+
+    page.goto(shown[0])
+    page.get_by_label("Your comment").fill("Said once")
+    page.locator("form").evaluate_all(in_windows)
+    for _ in range(2):
+        with page.context.expect_page() as opened:
+            page.get_by_role("button", name="Post").click()
+        expect(opened.value.locator("#comments")).to_contain_text("Said once")
+    page.goto(shown[0])
+    expect(page.locator("#comments li")).to_have_count(1)
+    # Impatient, in one window: a second click while the first is on its way.
+    page.get_by_label("Your comment").fill("Said impatiently")
+    page.get_by_role("button", name="Post").dblclick()
+    expect(page.locator("#comments")).to_contain_text("Said impatiently")
+    expect(page.locator("#comments li")).to_have_count(2)

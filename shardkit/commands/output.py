@@ -1,0 +1,28 @@
+"""Where commands print tables and notes for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console"]
+
+# Wider than any row: a pipe or a log file has no width of its own, and a cell that is folded
+# over several lines cannot be searched.
+_UNBOUNDED = 10_000
+
+
+def console(*, stderr: bool = False, markup: bool = True) -> Console:
+    """Return a console on standard output, or on standard error for progress and notes.
+
+    On a terminal it has the terminal's width and colours; elsewhere neither. `markup=False` prints
+    text that others wrote, such as errors, as it is.
+    """
+    from rich.console import Console
+
+    found = Console(stderr=stderr, highlight=False, markup=markup)
+    if not found.is_terminal and not stderr:
+        found = Console(highlight=False, markup=markup, width=_UNBOUNDED)
+    return found
