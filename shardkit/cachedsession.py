@@ -7,7 +7,8 @@ sessions that write, whose transaction may see what nobody else does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from sqlalchemy.orm.base import LoaderCallableStatus, PassiveFlag
 from sqlalchemy.sql import operators
 
 from shardkit.binds import BoundSession
+from shardkit.checks import is_idle
 from shardkit.events import CacheRead, caller
 from shardkit.instances import instance_of
 from shardkit.statements import AllShards
@@ -64,7 +66,7 @@ class CachedSession(BoundSession):
         """Return the object of a primary key, None where there is no row, or `ELSEWHERE`."""
         cluster = self._cluster
         started = cluster.clock.monotonic() if cluster.listeners else 0.0
-        found, counts = self._cache_reads().one(plan, shard, identity)
+        found, counts = self._cache_reads().one(plan, shard, identity, self._primaries)
         if cluster.listeners:
             self._tell_cached(plan, 1, counts, started)
         if not found.is_known:
@@ -82,7 +84,7 @@ class CachedSession(BoundSession):
         """
         cluster = self._cluster
         started = cluster.clock.monotonic() if cluster.listeners else 0.0
-        found, counts = self._cache_reads().many(plan, list(wanted.values()))
+        found, counts = self._cache_reads().many(plan, list(wanted.values()), self._primaries)
         if cluster.listeners:
             self._tell_cached(plan, len(wanted), counts, started)
         objects = {}
@@ -155,7 +157,7 @@ class CachedSession(BoundSession):
         """Return the logical shard of a primary key of a sharded class."""
         raise NotImplementedError
 
-    def _primaries(self) -> Session:
+    def _new_on_primaries(self) -> Session:
         """Return a new session that asks primaries."""
         raise NotImplementedError
 
@@ -164,7 +166,21 @@ class CachedSession(BoundSession):
     def _cache_reads(self) -> CacheReads:
         cache = self._cluster.cache
         assert cache is not None, "it is used"
-        return cache.reads(self._primaries)
+        return cache.reads
+
+    def _primaries(self, shards: Sequence[int]) -> AbstractContextManager[Session]:
+        """Return what reads logical shards from their primaries: this session if it cannot but.
+
+        Another needs a second connection from a pool of which others want one, too. One that has
+        replicas to go to would go on there when its connection breaks, and fill with old rows; and
+        while it streams it has a transaction.
+        """
+        physical = self._cluster.topology.physical
+        for name in self._cluster.group(shards):
+            held = self._roots.get(name)
+            if physical[name].replicas or (held is not None and not is_idle(held[1])):
+                return self._new_on_primaries()
+        return nullcontext(self)
 
     def _tell_cached(
         self, plan: CachePlan, n_rows: int, counts: CacheCounts | None, started: float

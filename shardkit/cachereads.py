@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy import ARRAY, any_, bindparam, select, tuple_
@@ -28,10 +29,14 @@ from shardkit.flights import Flights
 if TYPE_CHECKING:  # which makes this
     from shardkit.rowcache import Rows
 
-__all__ = ["ELSEWHERE", "CacheReads", "Found", "Reading", "Where"]
+__all__ = ["ELSEWHERE", "CacheReads", "Found", "Primaries", "Reading", "Where"]
 
 Where = tuple[int, tuple[Any, ...]]
 """Logical shard and primary key of a row."""
+
+Primaries = Callable[[Sequence[int]], AbstractContextManager[Session]]
+"""Returns a session in which statements about logical shards are asked of their primaries and of
+nobody else, each by itself: on a snapshot of its own."""
 
 
 class Found(NamedTuple):
@@ -59,23 +64,19 @@ class CacheReads:
 
     Args:
         rows: the cache.
-        primaries: opens a session that asks primaries, each statement by itself.
         flights: what others of this process are reading.
     """
 
-    def __init__(
-        self, rows: Rows, primaries: Callable[[], Session], flights: Flights[Found]
-    ) -> None:
+    def __init__(self, rows: Rows, flights: Flights[Found]) -> None:
         self._rows = rows
-        self._primaries = primaries
         self._flights = flights
 
-    def reading(self, plan: CachePlan) -> Reading:
+    def reading(self, plan: CachePlan, primaries: Primaries) -> Reading:
         """Return one read of rows of a class, apart from those of others."""
-        return Reading(self._rows, plan, self._primaries)
+        return Reading(self._rows, plan, primaries)
 
     def one(
-        self, plan: CachePlan, shard: int, identity: tuple[Any, ...]
+        self, plan: CachePlan, shard: int, identity: tuple[Any, ...], primaries: Primaries
     ) -> tuple[Found, CacheCounts | None]:
         """Return one row; of those who want it at the same time, one asks for all.
 
@@ -83,13 +84,14 @@ class CacheReads:
             plan: of its class.
             shard: its logical shard.
             identity: its primary key, for which `plan.names_row` holds.
+            primaries: reads it, when it has to be read.
 
         Returns:
             The row, and what happened on the way; None for a hit and nothing else.
         """
         rows = self._rows
         key = rows.key(plan, shard, identity)
-        reading = self.reading(plan)
+        reading = self.reading(plan, primaries)
         found, is_shared = self._flights.fetch(
             key, lambda: reading.one(key, (shard, identity)), deadlines.left(MARKER_LIFE)
         )
@@ -105,15 +107,16 @@ class CacheReads:
         return found, counts
 
     def many(
-        self, plan: CachePlan, wanted: Sequence[Where]
+        self, plan: CachePlan, wanted: Sequence[Where], primaries: Primaries
     ) -> tuple[Mapping[tuple[Any, ...], Found], CacheCounts]:
         """Return many rows by primary key: one round trip per cache server, one read of misses.
 
         Args:
             plan: of their class.
             wanted: where they are, each once.
+            primaries: reads those that have to be read.
         """
-        reading = self.reading(plan)
+        reading = self.reading(plan, primaries)
         found = reading.many(wanted)
         self._rows.tally.add(reading.counts)
         return found, reading.counts
@@ -145,7 +148,7 @@ class Reading:
         "is_plain_hit",
     )
 
-    def __init__(self, rows: Rows, plan: CachePlan, primaries: Callable[[], Session]) -> None:
+    def __init__(self, rows: Rows, plan: CachePlan, primaries: Primaries) -> None:
         self._rows = rows
         self._plan = plan
         self._primaries = primaries
@@ -315,7 +318,7 @@ class Reading:
 
     def _read(self, wanted: Sequence[Where]) -> Mapping[tuple[Any, ...], list[Any]]:
         plan = self._plan
-        with self._primaries() as session:
+        with self._primaries([shard for shard, _ in wanted]) as session:
             if len(wanted) == 1:
                 ((shard, identity),) = wanted
                 result = session.execute(

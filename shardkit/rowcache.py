@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper
 from sqlalchemy.util import await_only
 
 from shardkit.cached import CachePlan, plan_of
@@ -47,7 +48,6 @@ class Rows:
 
     backend: Any
     _flights: Flights[Found]
-    _reads: CacheReads | None = None
 
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         self.config = config
@@ -83,16 +83,10 @@ class Rows:
         epoch = self._source.topology.shard_map.epochs[logical_shard]
         return plan.key(self._generation, epoch, logical_shard, identity)
 
-    def reads(self, primaries: Callable[[], Session]) -> CacheReads:
-        """Return what reads through this cache, for all sessions.
-
-        Args:
-            primaries: opens a session that asks primaries, each statement by itself; whose does
-                not matter.
-        """
-        if self._reads is None:
-            self._reads = CacheReads(self, primaries, self._flights)
-        return self._reads
+    @cached_property
+    def reads(self) -> CacheReads:
+        """What reads through this cache, for all sessions."""
+        return CacheReads(self, self._flights)
 
     # -- what this process has written
 

@@ -189,7 +189,7 @@ class ReadSession(CachedSession):
         assert sharding is not None, "only sharded classes are cached"
         return self._decided(lambda router: sharding.shard_of_identity(router, identity))
 
-    def _primaries(self) -> ReadSession:
+    def _new_on_primaries(self) -> ReadSession:
         return ReadSession(self._cluster, after=ASK_PRIMARIES)
 
     def get_by(self, entity: Any, **unique: Any) -> Any:

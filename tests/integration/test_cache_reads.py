@@ -10,25 +10,28 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, inspect, select
-from sqlalchemy.orm import load_only, selectinload
+from sqlalchemy.orm import DeclarativeBase, Mapped, load_only, selectinload
 
-from shardkit import AsyncCluster, Cluster, ids
+from shardkit import AsyncCluster, Cluster, Sharded, deadline, ids
 from shardkit.cache import Writer
 from shardkit.cached import CachePlan, plan_of
 from shardkit.caching.operations import Kind, Op, Outcome, Request
+from shardkit.cli import main
 from shardkit.config import CacheConfig, PoolConfig
-from shardkit.errors import EndpointUnavailableError
+from shardkit.errors import DeadlineExceededError, EndpointUnavailableError
 from shardkit.events import CacheRead, Event, StatementRouted
 from shardkit.rowcache import RowCache
 from shardkit.session import ReadSession
+from shardkit.testing import wait_until
 from shardkit.tokens import ASK_PRIMARIES, NOTHING
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.caches import CacheServer, NewServer
-from tests.fixtures.sharded import Settled, admin
+from tests.fixtures.sharded import Settled, admin, one_server
 from tests.models import Mood, Post, Profile
 
 pytestmark = pytest.mark.integration
@@ -520,6 +523,95 @@ def test_rows_of_another_shape_version_or_identity_are_garbage(
     assert cache_of(cluster).counts.fills == 4
 
 
+def test_a_deploy_with_other_columns_misses_and_hurts_nobody(
+    rows: Rows, server: CacheServer, open_cluster: Open
+) -> None:
+    class LaterBase(DeclarativeBase):
+        pass
+
+    class Later(Sharded, LaterBase):
+        """The same table with a column fewer, and one of another type."""
+
+        __tablename__ = "profiles"
+        __cache_ttl__ = 300.0
+        name: Mapped[str]
+        mood: Mapped[str | None]
+
+    cluster = open_cluster(server)
+    key = rows.insert(name="old", mood="GOOD")
+    for cls, mood in ((Profile, Mood.GOOD), (Later, "GOOD"), (Profile, Mood.GOOD), (Later, "GOOD")):
+        with cluster.reader() as session:
+            found: Any = session.get_one(cls, key)
+            assert (found.name, found.mood) == ("old", mood)
+    counts = cache_of(cluster).counts
+    assert (counts.misses, counts.fills, counts.hits, counts.garbage) == (2, 2, 2, 0)
+
+
+@contextmanager
+def held_up(topology: Topology, shard: int) -> Iterator[None]:
+    """Have every read of profiles on a logical shard wait."""
+    owner = topology.physical[topology.shard_map.owner(shard)]
+    with admin(owner) as connection, connection.transaction():
+        connection.execute(
+            f"LOCK TABLE {schema_name(shard)}.profiles IN ACCESS EXCLUSIVE MODE".encode()
+        )
+        yield
+
+
+def is_held_up(topology: Topology, shard: int) -> bool:
+    """Tell whether a statement waits for a lock."""
+    with admin(topology.physical[topology.shard_map.owner(shard)]) as connection:
+        found = connection.execute("SELECT FROM pg_locks WHERE NOT granted")
+        return found.fetchone() is not None
+
+
+def is_leased(cluster: Cluster, name: str) -> bool:
+    answer = cache_of(cluster).run([Request(Op.READ, name)])[0]
+    return answer.outcome is Outcome.FOUND and answer.kind is Kind.LEASE
+
+
+def test_a_deadline_gives_the_lease_back(
+    rows: Rows, topology: Topology, open_cluster: Open, cache_server: NewServer
+) -> None:
+    cluster = open_cluster(cache_server("memcached"))
+    key = rows.insert(name="Ana")
+    late = pytest.raises(DeadlineExceededError)
+    with held_up(topology, 1), cluster.reader() as session, late, deadline(0.3):
+        session.get(Profile, key)
+    assert not is_leased(cluster, key_of(cluster, key))
+
+
+@pytest.mark.anyio
+async def test_a_task_that_is_cancelled_gives_the_lease_back(
+    rows: Rows, topology: Topology, open_cluster: Open, cache_server: NewServer
+) -> None:
+    server = cache_server("memcached")
+    sync = open_cluster(server)
+    key = rows.insert(name="Ana")
+    name = key_of(sync, key)
+    config = CacheConfig(backend="memcached", nodes=(server.server,))
+    async with AsyncCluster(topology, cache=config) as cluster:
+        assert cluster.cache is not None
+        cluster.cache.backend._seconds = PATIENT  # type: ignore[attr-defined]
+
+        async def read() -> Profile | None:
+            async with cluster.reader() as session:
+                return await session.get(Profile, key)
+
+        with held_up(topology, 1):
+            task = asyncio.create_task(read())
+            await asyncio.to_thread(
+                wait_until, lambda: is_held_up(topology, 1), 20.0, "it reads the row"
+            )
+            assert is_leased(sync, name)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not is_leased(sync, name)
+        found = await read()
+        assert found is not None
+
+
 def test_a_row_that_is_too_large_is_read_and_not_stored(
     rows: Rows, server: CacheServer, open_cluster: Open
 ) -> None:
@@ -612,16 +704,40 @@ def test_a_primary_that_is_gone_leaves_the_replicas(
     key = rows.insert(name="Ana")
     settled()
 
-    def gone() -> ReadSession:
+    def gone(_session: ReadSession) -> ReadSession:
         raise EndpointUnavailableError
 
-    reading = cache_of(cluster).reads(lambda: ReadSession(cluster.connections))
-    monkeypatch.setattr(reading, "_primaries", gone)
+    monkeypatch.setattr(ReadSession, "_new_on_primaries", gone)
     with cluster.reader() as session:
         assert session.get_one(Profile, key).name == "Ana"
         assert session.get_many(Profile, [key])[0].name == "Ana"
     answer = cache_of(cluster).run([Request(Op.READ, key_of(cluster, key))])[0]
     assert answer.outcome is Outcome.NOTHING, "the lease is given back"
+
+
+def test_a_session_on_a_primary_needs_no_second_connection_for_misses(
+    rows: Rows, cache_server: NewServer, topology: Topology
+) -> None:
+    server = cache_server("memcached")
+    config = CacheConfig(backend="memcached", nodes=(server.server,))
+    pool = PoolConfig(size=1, overflow=0, timeout=0.5)
+    owner = rows.insert(name="owner")
+    post = rows.post(owner, reviewer_id=rows.insert(2, name="reviewer"))
+    with Cluster(one_server(topology), pool=pool, cache=config) as cluster:
+        query = select(Post).where(Post.owner_id == owner)
+        with cluster.reader() as session:
+            found = session.scalars(query).one()
+            assert found.id == post
+            assert (found.owner.name, found.reviewer and found.reviewer.name) == (
+                "owner",
+                "reviewer",
+            )
+        keys = [rows.insert(shard) for shard in SHARDS]
+        with cluster.reader() as session:
+            for streamed in session.scalars(query.execution_options(yield_per=1)):
+                assert streamed.id == post
+            assert None not in session.get_many(Profile, keys)
+        assert cache_of(cluster).counts.fills == 2 + len(SHARDS)
 
 
 def test_clusters_and_generations_share_servers_without_sharing_rows(
@@ -663,3 +779,42 @@ def test_the_memory_backend_is_one_for_all_clusters_of_the_process(
         rows.rename(key, "new")
         with two.reader() as session:
             assert session.get_one(Profile, key).name == "old"
+
+
+def test_status_shows_every_cache_and_what_it_had(
+    rows: Rows,
+    server: CacheServer,
+    cache_server: NewServer,
+    cluster_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    open_cluster: Open,
+) -> None:
+    gone = cache_server(server.kind)
+    cluster = open_cluster(server)
+    key = rows.insert()
+    for _ in range(3):
+        with cluster.reader() as session:
+            session.get(Profile, key)
+    gone.kill()
+    text = f'[cache]\nbackend = "{server.kind}"\nnodes = ["{server.server}"]\n'
+    file = tmp_path / "shardkit.toml"
+    text = f'{cluster_file.read_text("utf-8")}\n{text}gutter = ["{gone.server}"]\n'
+    file.write_text(text, "utf-8")
+    file.chmod(0o600)
+    with pytest.raises(SystemExit) as caught:
+        main(["status", "--json", "--config", str(file)])
+    assert caught.value.code == 0, "nobody needs a cache"
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["cache"]
+    assert (first["server"], first["backend"]) == (server.address, server.kind)
+    assert first["is_reachable"]
+    assert first["entries"] >= 1
+    assert first["reads"] >= 3
+    assert (second["server"], second["is_gutter"]) == (gone.address, True)
+    assert not second["is_reachable"]
+    assert second["error"]
+    assert document["healthy"]
+    with pytest.raises(SystemExit):
+        main(["status", "--config", str(file)])
+    assert server.address in capsys.readouterr().out
