@@ -7,19 +7,38 @@ which makes the plan. Needs nothing of the `cache` extra. Pure.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, cast
+from uuid import UUID
 
-from sqlalchemy import BigInteger, Column, Table, text
+from sqlalchemy import BigInteger, Column, FetchedValue, MetaData, Table, text
 from sqlalchemy.orm import ColumnProperty, Mapper, mapped_column
 from sqlalchemy.types import NullType
 
 from shardkit.caching.columns import Codec, codec_of, is_exact_key
 from shardkit.errors import NotCacheableError
 
-__all__ = ["VERSION", "cacheable_columns", "version_column"]
+__all__ = [
+    "CHANGED",
+    "VERSION",
+    "cacheable_columns",
+    "cached_tables",
+    "identity_of",
+    "is_cached",
+    "keep_cached",
+    "version_column",
+]
 
 VERSION: Final = "version"
 """Name of the attribute and the column that hold a row's version."""
+
+CHANGED: Final = "shardkit.cache"
+"""Topic of the events that say which cached rows were changed; relays handle it by themselves."""
+
+_INFO: Final = "shardkit.cached"
+
+_TAGS: Final[dict[type, str]] = {int: "", str: "s", bytes: "b", UUID: "u"}
+"""How `identity_of` reads the values of a key from JSON."""
 
 LONGEST_TTL: Final = 30 * 24 * 3600.0
 """Seconds; Memcached reads more as a date. Source: memcached, doc/protocol.txt, "Expiration"."""
@@ -103,3 +122,45 @@ def cacheable_columns(
             )
         found[attribute] = (column, codec)
     return found
+
+
+def keep_cached(mapper: Mapper[Any]) -> None:
+    """Have the statements that write objects of a class return their rows as they then are.
+
+    An UPDATE sets what was changed, and returns the rest: what others have changed since the
+    object was loaded must not come back through the cache.
+    """
+    table = cast("Table", mapper.local_table)
+    table.info[_INFO] = True
+    mapper.base_mapper.eager_defaults = True
+    for attribute, column in mapper.columns.items():
+        deferred = cast("ColumnProperty[Any]", mapper.get_property(attribute)).deferred
+        if not (column.primary_key or deferred or column.server_onupdate is not None):
+            column.server_onupdate = FetchedValue(for_update=True)
+
+
+def is_cached(table: Any) -> bool:
+    """Tell whether the rows of a table are cached."""
+    return isinstance(table, Table) and _INFO in table.info
+
+
+def cached_tables(metadata: MetaData) -> dict[str, tuple[str, ...]]:
+    """Return the columns of the primary key, as `tag:name`, of every cached table."""
+    return {
+        table.name: tuple(f"{_TAGS[c.type.python_type]}:{c.name}" for c in table.primary_key)
+        for table in metadata.sorted_tables
+        if is_cached(table)
+    }
+
+
+def identity_of(tags: Sequence[str], values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a primary key from an event that says it was changed."""
+    return tuple(_READ[tag](value) for tag, value in zip(tags, values, strict=True))
+
+
+_READ: Final[dict[str, Any]] = {
+    "": int,
+    "s": str,
+    "u": UUID,
+    "b": lambda text: bytes.fromhex(text.removeprefix("\\x")),
+}

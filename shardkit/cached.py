@@ -52,6 +52,7 @@ class CachePlan:
         "_key_types",
         "_plain",
         "_restored",
+        "_shape",
         "_single",
         "attributes",
         "columns",
@@ -87,6 +88,7 @@ class CachePlan:
         self._codecs = tuple(codec for _, codec in found.values())
         self.schema = schema_hash((column.name, codec.kind) for column, codec in found.values())
         places: dict[Any, int] = {column: index for index, column in enumerate(self.columns)}
+        self._shape = bytes.fromhex(self.schema)
         self.key_indexes = tuple(places[column] for column in mapper.primary_key)
         self._key_types = tuple(column.type.python_type for column in mapper.primary_key)
         self._single = len(self.key_indexes) == 1
@@ -118,9 +120,7 @@ class CachePlan:
             logical_shard: the row's.
             identity: its primary key, for which `names_row` holds.
         """
-        return cache_key(
-            generation, epoch, logical_shard, self.table.name, identity, schema=self.schema
-        )
+        return cache_key(generation, epoch, logical_shard, self.table.name, identity)
 
     def identity(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Return the primary key of a row."""
@@ -142,7 +142,8 @@ class CachePlan:
                         values[index] = plain(values[index])
             except Exception:  # noqa: BLE001 - the program's own types may raise anything
                 return None
-        return encode_row(values if isinstance(values, list) else tuple(values))
+        packed = encode_row(values if isinstance(values, list) else tuple(values))
+        return None if packed is None else self._shape + packed
 
     def decode(self, payload: bytes, version: int | None = None) -> list[Any] | None:
         """Return the values of a row in the order of `columns`, or None for what is none.
@@ -151,7 +152,9 @@ class CachePlan:
             payload: of an entry.
             version: of the entry, which the row has to have; None for any.
         """
-        values = decode_row(payload, len(self.columns))
+        if not payload.startswith(self._shape):  # of a program with other columns
+            return None
+        values = decode_row(payload[len(self._shape) :], len(self.columns))
         if values is None or (version is not None and values[self.version_index] != version):
             return None
         if self._restored:

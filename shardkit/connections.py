@@ -126,7 +126,7 @@ class _Core:
         reading = replicas or ReplicasConfig()
         self._pool = pool or PoolConfig()
         self.topology = topology
-        self._cache_config = cache or CacheConfig()
+        self.cache_config = cache or CacheConfig()
         self._patience = statement_timeout
         self.max_rows = max_rows
         self.clock = clock
@@ -415,9 +415,9 @@ class Connections(_Core):
     @cached_property
     def cache(self) -> RowCache | None:
         """The cache of rows, or None when there is none; opens no connection."""
-        if not self._cache_config.is_on:
+        if not self.cache_config.is_on:
             return None
-        made: RowCache = _rowcache().RowCache(self._cache_config, self, clock=self.clock)
+        made: RowCache = _rowcache().RowCache(self.cache_config, self, clock=self.clock)
         return made
 
     def close(self) -> None:
@@ -453,9 +453,9 @@ class AsyncConnections(_Core):
     @cached_property
     def cache(self) -> AsyncRowCache | None:
         """The cache of rows, or None when there is none; opens no connection."""
-        if not self._cache_config.is_on:
+        if not self.cache_config.is_on:
             return None
-        made: AsyncRowCache = _rowcache().AsyncRowCache(self._cache_config, self, clock=self.clock)
+        made: AsyncRowCache = _rowcache().AsyncRowCache(self.cache_config, self, clock=self.clock)
         return made
 
     async def close(self) -> None:

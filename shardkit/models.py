@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import CITEXT
 from sqlalchemy.orm import Mapped, MappedColumn, Mapper, mapped_column
 from sqlalchemy.types import NullType, TypeEngine
 
-from shardkit.cacheable import VERSION, cacheable_columns, version_column
+from shardkit.cacheable import VERSION, cacheable_columns, keep_cached, version_column
 from shardkit.emitting import Announcement, announces
 from shardkit.errors import ConfigurationError, NotCacheableError
 from shardkit.keys import KeyType
@@ -147,6 +147,7 @@ class Sharded:
         table = vars(cls).get("__table__")
         if is_cached and (table is not None or mapped_above):
             cacheable_columns(inspect(cls), is_mapped=False)
+            keep_cached(inspect(cls))
         declared = vars(cls).get("__events__", ()) if mapped_above else cls.__events__
         if table is not None or mapped_above:
             for announcement in declared:

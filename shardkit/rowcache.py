@@ -21,6 +21,7 @@ from shardkit.cachereads import CacheReads, Found
 from shardkit.caches.backend import AsyncBackend, Backend, Place
 from shardkit.caches.opening import async_backend, backend
 from shardkit.caching.floors import SessionFloor
+from shardkit.caching.keys import cache_key
 from shardkit.caching.operations import Answer, Request
 from shardkit.caching.tally import CacheCounts, Tally
 from shardkit.clock import SYSTEM, Clock
@@ -80,8 +81,12 @@ class Rows:
             logical_shard: where it lies.
             identity: its primary key, for which `plan.names_row` holds.
         """
+        return self.key_of(plan.table.name, logical_shard, identity)
+
+    def key_of(self, table: str, logical_shard: int, identity: Sequence[Any]) -> str:
+        """Return the name of the entry of a row of a table."""
         epoch = self._source.topology.shard_map.epochs[logical_shard]
-        return plan.key(self._generation, epoch, logical_shard, identity)
+        return cache_key(self._generation, epoch, logical_shard, table, identity)
 
     @cached_property
     def reads(self) -> CacheReads:

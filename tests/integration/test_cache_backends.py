@@ -226,8 +226,8 @@ def test_the_machines_run_on_it(backend: Any) -> None:
     ],
 )
 def test_hostile_keys(backend: Any, name: str) -> None:
-    key = cache_key(1, 1, 5, "users", (name,), schema="s")
-    other = cache_key(1, 1, 5, "users", (name + "a",), schema="s")
+    key = cache_key(1, 1, 5, "users", (name,))
+    other = cache_key(1, 1, 5, "users", (name + "a",))
     keep(backend, key, 1, b"mine")
     assert one(backend, lease(key)).payload == b"mine"
     assert one(backend, Request(Op.READ, other)).outcome is Outcome.NOTHING

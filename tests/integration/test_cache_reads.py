@@ -592,7 +592,7 @@ async def test_a_task_that_is_cancelled_gives_the_lease_back(
     config = CacheConfig(backend="memcached", nodes=(server.server,))
     async with AsyncCluster(topology, cache=config) as cluster:
         assert cluster.cache is not None
-        cluster.cache.backend._seconds = PATIENT  # type: ignore[attr-defined]
+        cluster.cache.backend.seconds = PATIENT  # type: ignore[attr-defined]
 
         async def read() -> Profile | None:
             async with cluster.reader() as session:

@@ -17,7 +17,7 @@ from shardkit.caching.operations import Answer, Kind, Op, Outcome, Request
 from shardkit.testing import FakeClock
 
 LIFE = 0.05
-KEY = cache_key(1, 1, 42, "users", (7,), schema="s")
+KEY = cache_key(1, 1, 42, "users", (7,))
 LIVES = {"users": LIFE}
 
 
@@ -106,8 +106,8 @@ def test_a_copy_is_as_old_as_its_question(clock: FakeClock, server: MemoryCache)
 def test_only_tables_that_ask_and_only_what_readers_are_shown(clock: FakeClock) -> None:
     copies = Copies(LIVES, clock=clock, most=2)
     found = Answer(Outcome.FOUND, 1, Kind.VALUE, 1, b"1")
-    other = cache_key(1, 1, 42, "photos", (7,), schema="s")
-    hashed = cache_key(1, 1, 42, "users", ("x" * 300,), schema="s")
+    other = cache_key(1, 1, 42, "photos", (7,))
+    hashed = cache_key(1, 1, 42, "users", ("x" * 300,))
     for key in (other, hashed, "short"):
         copies.keep(Request(Op.LEASE, key), found, clock.monotonic())
         assert copies.wait([key]) == 0.0
@@ -117,7 +117,7 @@ def test_only_tables_that_ask_and_only_what_readers_are_shown(clock: FakeClock) 
     copies.keep(Request(Op.LEASE, KEY), Answer(Outcome.WON, 1), clock.monotonic())
     assert len(copies) == 0
     for n in range(4):
-        key = cache_key(1, 1, 42, "users", (n,), schema="s")
+        key = cache_key(1, 1, 42, "users", (n,))
         copies.keep(Request(Op.LEASE, key), found, clock.monotonic())
     assert len(copies) == 2
     assert copies.wait([KEY, other]) > LIFE

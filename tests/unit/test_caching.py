@@ -27,11 +27,11 @@ from shardkit.testing import FakeClock
 
 
 def key(*values: Any, table: str = "t") -> str:
-    return cache_key(1, 2, 3, table, values, schema="s")
+    return cache_key(1, 2, 3, table, values)
 
 
 def test_a_key_reads_as_what_it_is() -> None:
-    assert cache_key(1, 2, 42, "photos", (12345,), schema="abc") == "1:2:42:photos:12345:abc"
+    assert cache_key(1, 2, 42, "photos", (12345,)) == "1:2:42:photos:12345"
 
 
 def test_keys_of_different_rows_differ() -> None:
