@@ -185,6 +185,7 @@ def complete(
     tables: Mapping[str, Sequence[str]],
     *,
     lock_timeout: float,
+    attempts: int,
 ) -> None:
     """Create the triggers that tables lack; each table in a transaction of its own.
 
@@ -192,16 +193,23 @@ def complete(
         connection: with the admin login.
         logical_shards: where.
         tables: `cached_tables`.
-        lock_timeout: seconds to queue for the lock of a table.
+        lock_timeout: seconds to queue for the lock of a table; whoever queues behind waits as long.
+        attempts: times to try that.
 
     Raises:
-        psycopg.errors.LockNotAvailable: a table was in use for longer (try again).
+        psycopg.errors.LockNotAvailable: a table was in use all the time (try again).
     """
     numbers = {schema_name(number): number for number in logical_shards}
-    lacking = connection.execute(_LACKING, (list(numbers), list(tables))).fetchall()
-    connection.commit()
-    for schema, table in lacking:
-        with connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = {round(lock_timeout * 1000)}".encode())
-            for statement in trigger_statements(numbers[schema], {table: tables[table]}):
-                connection.execute(statement)
+    for schema, table in connection.execute(_LACKING, (list(numbers), list(tables))).fetchall():
+        script = [
+            sql.SQL("SET LOCAL lock_timeout = {}").format(round(lock_timeout * 1000)),
+            *trigger_statements(numbers[schema], {table: tables[table]}),
+        ]
+        for attempt in range(attempts, 0, -1):
+            try:
+                with connection.transaction():
+                    connection.execute(sql.SQL(";").join(script))
+                break
+            except psycopg.errors.LockNotAvailable:
+                if attempt == 1:
+                    raise
