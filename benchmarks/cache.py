@@ -34,6 +34,7 @@ PEERS = ("pymemcache.Client.get", "dogpile.cache", "look-aside", "shardkit witho
 TARGETS = {
     "hit_vs_pymemcache_get": "≤ 1.5",
     "orm_hit_vs_orm_db_get": "≤ 0.5",
+    "write_vs_uncached": "≤ 1.15",
     "multiget100_round_trips_per_node": "≤ 1",
     "hit_rate": "≥ 0.964",
 }
@@ -48,6 +49,19 @@ class Photo(Sharded, Base):
     __tablename__ = "photos"
     __shard_key__ = "owner_id"
     __cache_ttl__ = 3600.0
+    owner_id: Mapped[int]
+    caption: Mapped[str]
+    rank: Mapped[int | None]
+    is_public: Mapped[bool]
+    width: Mapped[int]
+    taken_at: Mapped[str]
+
+
+class Plain(Sharded, Base):
+    """The same without a cache, and so without triggers."""
+
+    __tablename__ = "plain"
+    __shard_key__ = "owner_id"
     owner_id: Mapped[int]
     caption: Mapped[str]
     rank: Mapped[int | None]
@@ -86,6 +100,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         times = hits(one, rounds=rounds)
         trips = round_trips([one, two])
     objects_times = objects(rounds=rounds)
+    writes_times = writes(rounds=rounds)
     rates = hit_rates(n_views=4_000 if quick else 20_000)
     get = times["pymemcache get"]
     figures = {
@@ -98,9 +113,10 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         "orm_hit_vs_orm_db_get": objects_times["orm hit"] / objects_times["orm db get"],
         "dogpile_merge_vs_orm_db_get": objects_times["dogpile, merge"]
         / objects_times["orm db get"],
+        "write_vs_uncached": writes_times["cached update"] / writes_times["uncached update"],
         **rates,
     }
-    medians = times | objects_times
+    medians = times | objects_times | writes_times
     report("cache", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)
 
 
@@ -248,6 +264,39 @@ def objects(*, rounds: int, calls: int = 20) -> dict[str, float]:
             assert cluster.cache is not None
             assert cluster.cache.counts.fills == 1
         client.close()
+    return {name: seconds / calls for name, seconds in times.items()}
+
+
+def writes(*, rounds: int, calls: int = 10) -> dict[str, float]:
+    """Return median seconds of a transaction that reads an object and changes it; with fsync."""
+    with memcached() as port, servers(logical_shards=64, fsync=True) as local:
+        _, topology = load(local.config_path)
+        small = database(local, topology, "bench", logical_shards=64, metadata=Base.metadata)
+        config = CacheConfig(backend="memcached", nodes=(f"127.0.0.1:{port}",))
+        with Cluster(small, cache=config) as cluster:
+            values = dict(zip(plan().attributes, row(0), strict=True))
+            del values["id"], values["version"]
+            with cluster.writer() as session:
+                photo, plain = Photo(**values), Plain(**values)
+                session.add_all([photo, plain])
+                session.commit()
+            numbers = itertools.count()
+
+            def change(cls: type[Any], key: int) -> None:
+                for _ in range(calls):
+                    with cluster.writer() as session:
+                        session.get_one(cls, key).caption = f"caption {next(numbers)}"
+                        session.commit()
+
+            arms = {
+                "cached update": lambda: change(Photo, photo.id),
+                "uncached update": lambda: change(Plain, plain.id),
+            }
+            times = interleaved(arms, rounds=rounds, warm_up=3)
+            with cluster.reader() as reader:
+                reader.get_one(Photo, photo.id)
+            assert cluster.cache is not None
+            assert cluster.cache.counts.hits == 1, "what was written last is in the cache"
     return {name: seconds / calls for name, seconds in times.items()}
 
 

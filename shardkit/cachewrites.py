@@ -22,6 +22,7 @@ from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.cacheable import CHANGED, VERSION, identity_of, is_cached
+from shardkit.emitting import EPOCH_SHIFT
 from shardkit.errors import ConfigurationError
 from shardkit.modifier import ModifyingSession
 from shardkit.participants import Ending, Participant
@@ -47,7 +48,9 @@ and is followed by none, so that others may take it for a later writer's."""
 # What this transaction's triggers have written. Locks nothing; begins at the first of these events.
 _ASKED: Final = """
 SELECT payload FROM {schema}.shardkit_outbox
-WHERE position >= nullif(current_setting('shardkit.cache_{schema}', true), '')::bigint
+WHERE position > (SELECT (o.epoch << {shift})
+        + nullif(current_setting('shardkit.cache_since', true), '')::bigint
+        FROM shardkit.ownership AS o WHERE o.logical_shard = {shard})
     AND topic = '{topic}' AND payload ->> 'transaction' = pg_current_xact_id_if_assigned()::text
 """
 
@@ -229,7 +232,9 @@ class CacheWrites(Participant):
 
     def _answered(self, shard: int) -> None:
         """Ask a server which rows the transaction has changed, and believe it."""
-        text = _ASKED.format(schema=schema_name(shard), topic=CHANGED)
+        text = _ASKED.format(
+            schema=schema_name(shard), shard=shard, shift=EPOCH_SHIFT, topic=CHANGED
+        )
         for (payload,) in self._session._connection_to(shard).exec_driver_sql(text):
             for key, version in payload["rows"]:
                 row = _Row(shard, payload["table"], identity_of(payload["tags"], key))
