@@ -133,7 +133,12 @@ def keep_cached(mapper: Mapper[Any]) -> None:
     table = cast("Table", mapper.local_table)
     table.info[_INFO] = True
     mapper.base_mapper.eager_defaults = True
-    for attribute, column in mapper.columns.items():
+    version = mapper.columns[VERSION]
+    if version.server_default is None:  # the program's own column; the trigger fills it
+        version.server_default = FetchedValue()
+    for attribute, column in cast("Any", mapper.columns).items():
+        if not isinstance(column, Column):  # an expression, which is refused later
+            continue
         deferred = cast("ColumnProperty[Any]", mapper.get_property(attribute)).deferred
         if not (column.primary_key or deferred or column.server_onupdate is not None):
             column.server_onupdate = FetchedValue(for_update=True)

@@ -117,8 +117,13 @@ class CacheWrites(Participant):
         if self._cache is None and not session._atomic:
             return
         self._versions.clear()
-        for obj in _concerned(session.new, session.dirty, session.deleted):
+        for obj in (*session.new, *session.dirty, *session.deleted):
             state = instance_state(obj)
+            table = state.mapper.local_table
+            if not is_cached(table):
+                if state.key is not None and _reaches(table) and id(obj) in self._placed:
+                    self._ask((self._placed[id(obj)],))
+                continue
             if session._atomic:
                 self._hush(self._placed.get(id(obj)))
             # What the program sets itself is not what the server will have.
@@ -292,8 +297,7 @@ class CacheWrites(Participant):
 
     def began(self, savepoint: object) -> None:
         """Note what was changed before a savepoint."""
-        if self._cache is not None:
-            self._marks[savepoint] = (dict(self._changes), set(self._asked))
+        self._marks[savepoint] = (dict(self._changes), set(self._asked))
 
     def undone(self, transaction: object) -> None:
         """Forget what was changed since a savepoint."""
