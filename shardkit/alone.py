@@ -12,6 +12,7 @@ import psycopg
 from sqlalchemy.exc import DBAPIError
 
 from shardkit import gates
+from shardkit.checks import is_unsent
 from shardkit.errors import (
     DeadlineExceededError,
     EndpointUnavailableError,
@@ -61,8 +62,8 @@ class Alone:
 
 
 def _is_undone(driver: Driver, error: ShardkitError) -> bool:
-    """Tell whether the server has said itself that a statement given up has left nothing."""
+    """Tell whether the server, or its pooler, said itself that a lost statement left nothing."""
     cause = error.__cause__.orig if isinstance(error.__cause__, DBAPIError) else None
     if isinstance(cause, WaitedTooLongError):
         return driver.was_undone
-    return isinstance(cause, psycopg.errors.QueryCanceled)
+    return isinstance(cause, psycopg.errors.QueryCanceled) or is_unsent(cause)

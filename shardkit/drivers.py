@@ -29,6 +29,7 @@ from psycopg._queries import (
 )
 from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGresult
 
 from shardkit import waits
 from shardkit.errors import TooManyValuesError
@@ -204,11 +205,16 @@ class _Joining(Bounded):
         key = connection._prepared.maybe_add_to_cache(pgq, prep, name)
         server.pipeline_sync()
         yield from generators.send(server)
-        begun = yield from generators.fetch_many(server)
-        if bound is not None:
-            begun += yield from generators.fetch_many(server)
-        results = yield from generators.fetch_many(server)
-        yield from generators.fetch_many(server)  # the answer to Sync
+        begun: list[PGresult] = []
+        try:
+            begun = yield from generators.fetch_many(server)
+            if bound is not None:
+                begun += yield from generators.fetch_many(server)
+            results = yield from generators.fetch_many(server)
+            yield from generators.fetch_many(server)  # the answer to Sync
+        except psycopg.OperationalError:
+            self._check_results(begun)  # what was said before the other side hung up
+            raise
         server.exit_pipeline_mode()
         self._check_results(begun)
         if key is not None:

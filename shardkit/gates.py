@@ -73,9 +73,13 @@ _COMMIT: Final = b"; ".join((_SHOW, b"COMMIT", _POSITIONS))
 _PREPARED: Final = {_REPLAYED: b"shardkit_replayed", _WRITTEN: b"shardkit_written"}
 
 _CONTROL: Final = re.compile(
-    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE)\b", re.IGNORECASE
+    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE|FETCH|CLOSE)\b",
+    re.IGNORECASE,
 )
-"""Statements that read no rows; several of them may stand in one message."""
+"""Statements that see no more rows than before; several of them may stand in one message.
+
+A cursor has the snapshot of its DECLARE, which was let through: what its replica is asked to have
+replayed may have grown since, as `max_lag` does, and says nothing about the rest of its rows."""
 
 _BEGINS: Final = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
 """What comes after it is for the same server."""
@@ -482,6 +486,7 @@ def _pipelined(
     """
     server = connection.pgconn
     server.enter_pipeline_mode()
+    found: list[list[PGresult]] = []
     try:
         n_before = 0
         if needed is not None:
@@ -499,7 +504,6 @@ def _pipelined(
             _ask(connection, _WRITTEN, None)
         server.pipeline_sync()
         yield from generators.send(server)
-        found: list[list[PGresult]] = []
         n_syncs = 2 if gate is _COMMITTING else 1
         while n_syncs:
             results = yield from generators.fetch_many(server)
@@ -508,9 +512,12 @@ def _pipelined(
             else:
                 found.append(results)
         server.exit_pipeline_mode()
-    except BaseException:
+    except BaseException as error:
+        said = [r for results in found for r in results if r.status == ExecStatus.FATAL_ERROR]
         if server.status == ConnStatus.OK:
             server.finish()  # half a conversation is left on it
+        if said and isinstance(error, psycopg.OperationalError):  # before the other side hung up
+            raise psycopg.errors.error_from_result(said[0]) from None
         raise
     before = found[n_before - 1][0] if n_before else None
     after = found[-1][0] if len(found) > n_after else None

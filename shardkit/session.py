@@ -501,14 +501,19 @@ class ReadSession(CachedSession):
         failures: dict[str, Exception],
     ) -> dict[str, Exception]:
         """Ask other endpoints where connections were lost; return the failures that are left."""
-        lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
-        if not lost or not self._can_retry() or deadlines.is_over():
+        before = self._avoided
+        try:
+            while lost := {n: groups[n] for n, e in failures.items() if scatter.is_lost(e)}:
+                if not self._can_retry() or deadlines.is_over():
+                    return failures
+                endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
+                if not self._avoid(self._abandon_broken()):
+                    located = {n: connection_error(failures[n], endpoints[n]) for n in lost}
+                    return {**failures, **located}
+                failures = self._asked_again(state, gathering, failures, lost)
             return failures
-        endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
-        if self._may_retry(self._abandon_broken()):
-            return self._asked_again(state, gathering, failures, lost)
-        located = {name: connection_error(failures[name], endpoints[name]) for name in lost}
-        return {**failures, **located}
+        finally:
+            self._avoided = before
 
     def _asked(
         self,

@@ -32,6 +32,7 @@ from shardkit.errors import (
     DeadlineExceededError,
     EndpointUnavailableError,
     OutcomeUnknownError,
+    PoolTimeoutError,
     ShardKeyChangeError,
     UnsupportedStatementError,
 )
@@ -285,7 +286,8 @@ class WriteSession(ModifyingSession):
             )
         except (DBAPIError, PoolExhaustedError) as error:
             found = connection_error(error, endpoint)
-            if isinstance(found, EndpointUnavailableError | DeadlineExceededError):
+            is_poolers = isinstance(found, PoolTimeoutError) and isinstance(error, DBAPIError)
+            if is_poolers or isinstance(found, EndpointUnavailableError | DeadlineExceededError):
                 self._cluster.failed(endpoint, found)
             raise found from error
         driver = cast("Driver", connection.connection.driver_connection)

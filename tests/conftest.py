@@ -2,6 +2,8 @@
 
 pytest_plugins = [
     "tests.fixtures.caches",
+    "tests.fixtures.lateness",
+    "tests.fixtures.poolers",
     "tests.fixtures.proxies",
     "tests.fixtures.redis_clusters",
     "tests.fixtures.servers",
