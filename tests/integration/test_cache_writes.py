@@ -12,15 +12,18 @@ import pytest
 from sqlalchemy import delete, insert, inspect, text, update
 
 from shardkit import AsyncCluster, Cluster, ids
+from shardkit.cacheable import cached_tables
 from shardkit.cached import plan_of
 from shardkit.caching.operations import Answer, Kind, Op, Outcome, Request
 from shardkit.config import CacheConfig, PoolConfig
+from shardkit.errors import ConfigurationError
+from shardkit.ops import cachetriggers
 from shardkit.relay import Relay
 from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.caches import CacheServer, NewServer
 from tests.fixtures.sharded import admin
-from tests.models import Mood, Post, Profile
+from tests.models import Base, Mood, Post, Profile
 
 pytestmark = pytest.mark.integration
 
@@ -357,6 +360,32 @@ async def test_asyncio(topology: Topology, server: CacheServer) -> None:
                 )
                 await session.commit()
             assert entry(looker, profile).outcome is Outcome.NOTHING
+
+
+def test_migrations_make_what_is_missing_and_writers_notice(
+    cached: Cluster, topology: Topology
+) -> None:
+    shard = 7
+    owner = ids.compose(1, shard, 1)
+    tables = cached_tables(Base.metadata)
+    assert tables["posts"] == (":id",)
+    with admin(topology.physical[topology.shard_map.owner(shard)]) as connection:
+        table = f"{schema_name(shard)}.posts"
+        for name in ("version", "inserted", "updated", "deleted"):
+            connection.execute(f"DROP TRIGGER shardkit_{name} ON {table}".encode())
+        try:
+            with cached.writer() as session:
+                session.add(Post(owner_id=owner, text="a"))
+                with pytest.raises(ConfigurationError, match="shardkit migrate apply"):
+                    session.commit()
+        finally:
+            for _ in range(2):  # the second time nothing is missing
+                cachetriggers.complete(connection, [shard], tables, lock_timeout=5.0, attempts=5)
+    with cached.writer() as session:
+        post = Post(owner_id=owner, text="a")
+        session.add(post)
+        session.commit()
+    assert shown(cached, post)["text"] == "a"
 
 
 SECONDS = 5.0
