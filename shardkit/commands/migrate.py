@@ -67,7 +67,7 @@ def apply_command(
 
     Safe to interrupt, to kill and to run again: a rerun continues.
     """
-    topology, revisions, rules = _inputs(config, migrations, models)
+    topology, revisions, rules, cached = _inputs(config, migrations, models)
     if dry_run:
         _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
         return
@@ -95,6 +95,7 @@ def apply_command(
             topology,
             revisions,
             rules=rules,
+            cached=cached,
             limits=limits,
             on_plan=on_plan,
             on_done=lambda physical, _logical_shard: bar.advance(tasks[physical]),
@@ -116,7 +117,7 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Print what apply would do, with the SQL; the same as apply --dry-run."""
-    topology, revisions, rules = _inputs(config, migrations, models)
+    topology, revisions, rules, _ = _inputs(config, migrations, models)
     _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
 
 
@@ -129,7 +130,7 @@ def status_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show how many logical shards are at which revision, and which lag behind."""
-    topology, revisions, rules = _inputs(config, migrations, models)
+    topology, revisions, rules, _ = _inputs(config, migrations, models)
     found = ops.status(topology, revisions, rules=rules)
     if as_json:
         _print_json(_status_json(found))
@@ -156,7 +157,7 @@ def status_command(
 
 def _inputs(
     given: Path | None, migrations: str | None, models: str | None
-) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None]:
+) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None, ops.Cached | None]:
     config = given or default_file()
     settings, topology = load(config)
     location = migrations or settings.migrations.location
@@ -170,7 +171,8 @@ def _inputs(
     folder = Path() if migrations else config.parent
     models = models or settings.migrations.models
     rules = ops.load_rules(models) if models else None
-    return topology, ops.load_revisions(location, folder=folder), rules
+    cached = ops.load_cached(models) if models else None
+    return topology, ops.load_revisions(location, folder=folder), rules, cached
 
 
 def _print_plan(plan: ops.MigrationPlan, *, as_json: bool) -> None:

@@ -19,20 +19,24 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from sqlalchemy import MetaData
 
+from shardkit.cacheable import cached_tables
 from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
+    MigrationError,
     RefusedError,
     ShardkitError,
+    TryAgainError,
 )
 from shardkit.models import rules_of
+from shardkit.ops import cachetriggers
 from shardkit.ops.apply import Limits, MigrationOutcome, run
 from shardkit.ops.direct import connect
 from shardkit.ops.ledger import Ledger, read
@@ -41,6 +45,7 @@ from shardkit.ops.revisions import Revision, load, locate
 from shardkit.topology import Topology
 
 __all__ = [
+    "Cached",
     "Limits",
     "MigrationOutcome",
     "MigrationPlan",
@@ -49,6 +54,7 @@ __all__ = [
     "PhysicalStatus",
     "Rules",
     "apply",
+    "load_cached",
     "load_metadata",
     "load_revisions",
     "load_rules",
@@ -64,6 +70,9 @@ LOCK_PAUSE = 0.1
 
 Rules = Mapping[str, str]
 """How the rows of tables are placed, as text by table."""
+
+Cached = Mapping[str, Sequence[str]]
+"""The cached tables, with the columns of their primary keys: `shardkit.cacheable.cached_tables`."""
 
 Connections = dict[str, psycopg.Connection[tuple[Any, ...]]]
 
@@ -135,6 +144,15 @@ def load_rules(location: str) -> Rules:
     return rules_of(load_metadata(location))
 
 
+def load_cached(location: str) -> Cached:
+    """Return the tables of the cached models of a `migrations.models`.
+
+    Raises:
+        ConfigurationError: there is no such thing.
+    """
+    return cached_tables(load_metadata(location))
+
+
 def load_metadata(location: str) -> MetaData:
     """Return the metadata of the models of a `migrations.models`.
 
@@ -182,6 +200,7 @@ def apply(
     revisions: Sequence[Revision],
     *,
     rules: Rules | None = None,
+    cached: Cached | None = None,
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
@@ -195,6 +214,8 @@ def apply(
         topology: the cluster.
         revisions: oldest first, from `load_revisions`.
         rules: of the models, from `load_rules`, recorded where none are; None leaves them alone.
+        cached: cached tables, from `load_cached`, which get their triggers after the revisions;
+            None leaves them alone.
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
@@ -210,13 +231,46 @@ def apply(
         decided = decide(topology, revisions, _read(connections) | failures, rules)
         if on_plan:
             on_plan(decided)
-        return run(
+        outcome = run(
             topology,
             decided,
             connections,
             limits=limits,
             on_done=on_done or (lambda _physical, _logical_shard: None),
         )
+        return _with_triggers(outcome, connections, cached, limits) if cached else outcome
+
+
+def _with_triggers(
+    outcome: MigrationOutcome, connections: Connections, cached: Cached, limits: Limits
+) -> MigrationOutcome:
+    """Create what triggers cached tables lack, and return the outcome with what went wrong."""
+    failed = dict(outcome.failed)
+    for name, connection in connections.items():
+        if name in failed:
+            continue
+        # AccessShareLock.
+        query = "SELECT logical_shard FROM shardkit.ownership WHERE state = 'active' ORDER BY 1"
+        try:
+            owned = [row[0] for row in connection.execute(query)]
+            numbers = [number for number in owned if number not in outcome.laggards]
+            cachetriggers.complete(
+                connection,
+                numbers,
+                cached,
+                lock_timeout=limits.lock_timeout,
+                attempts=limits.lock_attempts,
+            )
+        except psycopg.errors.LockNotAvailable as error:
+            failed[name] = TryAgainError(
+                f"no lock for the triggers of a cached table: {str(error).splitlines()[0]}"
+            )
+        except psycopg.Error as error:
+            failed[name] = MigrationError(
+                f"the triggers of cached tables: {str(error).strip().splitlines()[0]}",
+                endpoint=name,
+            )
+    return replace(outcome, failed=failed)
 
 
 def status(
