@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from sqlalchemy import URL, select
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
@@ -373,6 +374,38 @@ def test_a_wrong_password_is_a_matter_of_configuration(topology: Topology) -> No
     )
     with Cluster(wrong) as cluster, cluster.writer() as session, refused:
         session.get(User, ids.compose(1, 0, 0))
+
+
+@pytest.mark.unpooled("behind a pooler the server's refusal is in the pooler's log only")
+def test_row_11_a_server_without_a_free_connection_is_a_typed_error_and_the_others_go_on(
+    topology: Topology, user: User, local_cluster: LocalCluster
+) -> None:
+    """By a limit of the role: PostgreSQL answers both with SQLSTATE 53300."""
+    alpha = topology.shard_map.owner(ids.shard_of(user.id))
+    beta = next(name for name in topology.physical if name != alpha)
+    login = topology.physical[alpha].primary.url.username
+    assert login is not None
+    dsn = local_cluster.superuser_dsn(local_cluster.primary(alpha).name)
+    change = sql.SQL("ALTER ROLE {} CONNECTION LIMIT {}")
+    with psycopg.connect(dsn, autocommit=True) as superuser:
+        superuser.execute(change.format(sql.Identifier(login), 0))
+        try:
+            with Cluster(topology) as cluster:
+                with (
+                    cluster.writer() as writer,
+                    pytest.raises(
+                        EndpointUnavailableError, match="too many connections"
+                    ) as refused,
+                ):
+                    writer.get(User, user.id)
+                assert refused.value.retryable
+                elsewhere = next(n for n in range(64) if topology.shard_map.owner(n) == beta)
+                with cluster.writer() as writer:
+                    assert writer.get(User, ids.compose(1, elsewhere, 0)) is None
+        finally:
+            superuser.execute(change.format(sql.Identifier(login), -1))
+    with Cluster(topology) as cluster, cluster.writer() as writer:
+        assert writer.get_one(User, user.id).id == user.id
 
 
 @pytest.mark.usefixtures("user")
