@@ -48,7 +48,12 @@ app.conf.update(
     task_ignore_result=True,
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={{"visibility_timeout": 1, "unacked_mail_interval": 1}},
+    broker_transport_options={{
+        "visibility_timeout": 1,
+        "unacked_mail_interval": 1,
+        # Held by a worker that is killed while it looks for what others left.
+        "unacked_mutex_expire": 1,
+    }},
 )
 
 
