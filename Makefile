@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos halves lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -24,14 +24,18 @@ test: ## every test, on real servers; installs what they need when root on Debia
 
 # What goes through it; tests that cannot say why (`unpooled`), and the run prints it.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
-	tests/integration/test_units.py tests/integration/test_replica_reads.py \
 	tests/integration/test_limits.py tests/integration/test_drivers.py \
-	tests/integration/test_outbox.py tests/integration/test_lookup.py \
-	tests/fault/test_endpoints.py tests/fault/test_pooler.py
+	tests/integration/test_units.py tests/fault/test_endpoints.py tests/fault/test_pooler.py
+POOLED_TOO ?= tests/integration/test_replica_reads.py tests/integration/test_outbox.py \
+	tests/integration/test_lookup.py
 
-test-pooler: ## the tests of sessions, through PgBouncer
+test-pooler: ## the tests of sessions and of servers that die, through PgBouncer
 	@$(PYTHON) scripts/setup.py --system
 	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED) $(ARGS)
+
+test-pooler-too: ## those of replicas, outbox and unique values as well; some minutes
+	@$(PYTHON) scripts/setup.py --system
+	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
 
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
@@ -74,6 +78,9 @@ lookup-race: setup ## 64 clients race for 1,000 names while they are killed, and
 
 outbox-chaos: setup ## a million events while relays are killed, and Celery beside it; minutes
 	@$(BIN)/python -m benchmarks chaos $(ARGS)
+
+test-chaos-cache: setup ## ten million reads of the cache under faults, and none is old; minutes
+	@$(BIN)/python -m benchmarks cachechaos $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
