@@ -29,6 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import ColumnElement
 
+from shardkit.keys import checked
 from shardkit.router import Router
 from shardkit.shapes import base_sharding, listed_by_any, tuples_of
 from shardkit.statements import Params
@@ -118,8 +119,11 @@ def split(statement: S, params: Params, router: Router, *, first: int = 0) -> tu
         values = given.get(parameter.key, parameter.effective_value) or ()
         rows = tuples_of(column, values) if isinstance(column, Tuple) else [(v,) for v in values]
         by_shard: dict[int, list[Any]] = {}
-        for row in rows:
-            by_shard.setdefault(router.shard(rule, row[place]), []).append(row)
+        for each in rows:
+            key = checked(rule.key_type, each[place])  # an array has values of one type
+            sent = list(each)
+            sent[place] = key
+            by_shard.setdefault(router.shard(rule, key), []).append(sent)
         binds = []
         for i, part in enumerate(columns):
             name = _NAME.format(first + len(lists))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ ANA = ids.compose(1, 5, 0)
 FAR = ids.compose(1, 40, 0)
 ROOT = Path(__file__).parents[2]
 QUEUE = "photos"
+VISIBILITY = 1
+"""Seconds after which a task is delivered again that nobody has acknowledged."""
 
 # As a user's own would be. A task whose worker was killed is delivered again after a second.
 WORKER = """
@@ -49,7 +52,7 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
     broker_transport_options={{
-        "visibility_timeout": 1,
+        "visibility_timeout": {visibility},
         "unacked_mail_interval": 1,
         # Held by a worker that is killed while it looks for what others left.
         "unacked_mutex_expire": 1,
@@ -114,7 +117,13 @@ def start(cluster_file: Path, broker: str, tmp_path: Path) -> Iterator[Start]:
 
     def run(freezes: str = "") -> Worker:
         name = f"worker{len(workers)}"
-        values = {"far": FAR, "config": str(cluster_file), "broker": broker, "freezes": freezes}
+        values = {
+            "far": FAR,
+            "visibility": VISIBILITY,
+            "config": str(cluster_file),
+            "broker": broker,
+            "freezes": freezes,
+        }
         tmp_path.joinpath(f"{name}.py").write_text(WORKER.format(**values))
         log = tmp_path / f"{name}.log"
         with log.open("wb") as out:
@@ -185,6 +194,14 @@ def test_a_worker_killed_half_way_leaves_the_effect_once(
     victim.wait_for("done" if freezes == "after" else "begins")
     victim.process.kill()
     victim.process.wait()
+    with redis.Redis.from_url(broker) as client:
+
+        def is_visible() -> bool:
+            ((_, taken),) = client.zrange("unacked_index", 0, 0, withscores=True)
+            return float(taken) + VISIBILITY < time.time()
+
+        # Celery looks for it when it starts, and then every hundred seconds.
+        wait_until(is_visible, 30.0, "the task may be delivered again")
     start()
 
     def is_done() -> bool:

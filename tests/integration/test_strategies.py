@@ -96,7 +96,7 @@ def test_a_uuid_is_one_key_in_every_spelling(cluster: Cluster, topology: Topolog
         for spelling in (serial, str(serial), serial.hex, str(serial).upper()):
             found = reader.scalars(select(Device).where(Device.serial == spelling)).one()
             assert found.id == device.id
-        several = [str(serial).upper(), uuid.uuid4(), str(uuid.uuid4())]
+        several = [str(serial).upper(), serial, serial.hex, uuid.uuid4(), str(uuid.uuid4())]
         assert len(reader.scalars(select(Device).where(Device.serial.in_(several))).all()) == 1
 
 
