@@ -124,8 +124,8 @@ class ReplicasConfig(Section):
     Source: `python -m benchmarks stale`."""
 
     hedge: bool = False
-    """Whether a read that takes longer than 19 of 20 do is asked of a second replica as well. For
-    threads; at most one read of twenty is."""
+    """Whether a read that takes longer than 97 of 100 do is asked of a second replica as well; at
+    most one read of twenty is."""
 
     probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
     """Between two questions to each server about its log."""
