@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from shardkit.commands.output import console
 from shardkit.config import default_file, format_ranges, load
 from shardkit.errors import ConfigurationError, TryAgainError
 from shardkit.ops import migrate as ops
+from shardkit.ops import waves as rollout
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
@@ -37,6 +39,30 @@ ModelsOption = Annotated[
         "--models",
         help="The models, as module:Base, to record how they place rows; instead of "
         "migrations.models.",
+    ),
+]
+WaveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wave",
+        help='Roll out in waves: per cent of the logical shards, as "canary,1,10,50,100", or "all" '
+        f"for one; unasked, that from {rollout.SMALLEST} logical shards on.",
+    ),
+]
+
+
+class Phase(StrEnum):
+    """How far to go."""
+
+    PRE = "pre"
+    POST = "post"
+
+
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase",
+        help="pre: before the new code runs, stop at the first post revision; post: all of them.",
     ),
 ]
 DEFAULTS = ops.Limits()
@@ -60,6 +86,14 @@ def apply_command(
     connections: Annotated[
         int, typer.Option(min=1, max=32, help="Transactions at once per physical shard.")
     ] = DEFAULTS.connections,
+    max_lag: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Bytes of log a replica may be behind; the run waits, then halts."
+        ),
+    ] = DEFAULTS.max_lag_bytes,
+    wave: WaveOption = None,
+    phase: PhaseOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,15 +101,18 @@ def apply_command(
 
     Safe to interrupt, to kill and to run again: a rerun continues.
     """
+    percentages = rollout.parse(wave) if wave else None
     topology, revisions, rules = _inputs(config, migrations, models)
     if dry_run:
-        _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
+        planned = ops.plan(topology, revisions, rules=rules, phase=phase)
+        _print_plan(planned, percentages, as_json=as_json)
         return
     limits = ops.Limits(
         lock_timeout=lock_timeout,
         lock_attempts=lock_attempts,
         statement_timeout=statement_timeout,
         connections=connections,
+        max_lag_bytes=max_lag,
     )
     columns = (
         TextColumn("{task.description}"),
@@ -98,6 +135,12 @@ def apply_command(
             limits=limits,
             on_plan=on_plan,
             on_done=lambda physical, _logical_shard: bar.advance(tasks[physical]),
+            waves=percentages,
+            smallest=rollout.SMALLEST if percentages is None else 0,
+            on_wave=lambda each: bar.print(
+                f"wave {each.name}: {len(each.logical_shards)} logical shards"
+            ),
+            phase=phase,
         )
     if as_json:
         _print_json(_outcome_json(outcome))
@@ -113,11 +156,15 @@ def plan_command(
     *,
     migrations: MigrationsOption = None,
     models: ModelsOption = None,
+    wave: WaveOption = None,
+    phase: PhaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what apply would do, with the SQL; the same as apply --dry-run."""
+    """Print what apply would do, with the SQL and its dangers; the same as apply --dry-run."""
+    percentages = rollout.parse(wave) if wave else None
     topology, revisions, rules = _inputs(config, migrations, models)
-    _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
+    planned = ops.plan(topology, revisions, rules=rules, phase=phase)
+    _print_plan(planned, percentages, as_json=as_json)
 
 
 @app.command("status")
@@ -173,15 +220,33 @@ def _inputs(
     return topology, ops.load_revisions(location, folder=folder), rules
 
 
-def _print_plan(plan: ops.MigrationPlan, *, as_json: bool) -> None:
+def _print_plan(
+    plan: ops.MigrationPlan, percentages: tuple[float, ...] | None, *, as_json: bool
+) -> None:
+    smallest = rollout.SMALLEST if percentages is None else 0
+    waves = ops.roll_out(plan, percentages or rollout.DEFAULT, smallest=smallest)
     if as_json:
-        _print_json(_plan_json(plan))
+        _print_json(_plan_json(plan, waves))
         return
     out = console()
     for revision in plan.pending:
-        out.print(f"-- {revision.id} {revision.summary}", style="bold", markup=False)
+        title = f"-- {revision.id} ({revision.phase}) {revision.summary}"
+        out.print(title, style="bold", markup=False)
         for statement in revision.statements:
             out.print(f"{statement};", markup=False)
+        for finding in revision.hazards:
+            if finding.when == "advice":
+                out.print(f"-- advice: {finding.problem}; {finding.remedy}", markup=False)
+    for danger in plan.dangers:
+        verdict = f"set aside: {danger.reason}" if danger.reason else "REFUSED"
+        out.print(
+            f"{verdict}: {danger.revision.id} {danger.finding.problem} "
+            f"[{danger.finding.rule}]: {danger.finding.statement}",
+            markup=False,
+        )
+    if len(waves) > 1:
+        sizes = ", ".join(f"{wave.name}: {len(wave.logical_shards)}" for wave in waves)
+        out.print(f"waves: {sizes}", markup=False)
     for part in plan.physical:
         out.print(f"{part.physical}: {_summary(part)}", markup=False)
 
@@ -215,12 +280,32 @@ def _print_outcome(outcome: ops.MigrationOutcome) -> None:
         out.print(f"{part.physical}: {text}", markup=False)
 
 
-def _plan_json(plan: ops.MigrationPlan) -> dict[str, Any]:
+def _plan_json(plan: ops.MigrationPlan, waves: tuple[rollout.Wave, ...]) -> dict[str, Any]:
     return {
         "pending": [
-            {"revision": r.id, "summary": r.summary, "statements": r.statements}
+            {
+                "revision": r.id,
+                "phase": r.phase,
+                "summary": r.summary,
+                "statements": r.statements,
+                "advice": [f"{f.problem}: {f.statement}" for f in r.hazards if f.when == "advice"],
+            }
             for r in plan.pending
         ],
+        "dangers": [
+            {
+                "revision": danger.revision.id,
+                "rule": danger.finding.rule,
+                "problem": danger.finding.problem,
+                "remedy": danger.finding.remedy,
+                "statement": danger.finding.statement,
+                "physical": danger.physical,
+                "size_bytes": danger.size_bytes,
+                "reason": danger.reason,
+            }
+            for danger in plan.dangers
+        ],
+        "waves": {wave.name: sorted(wave.logical_shards) for wave in waves},
         "physical": {
             part.physical: {
                 "admin": part.admin,
@@ -243,6 +328,7 @@ def _outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
         "done": outcome.done,
         "failed": {name: str(error) for name, error in outcome.failed.items()},
         "laggards": {number: str(error) for number, error in outcome.laggards.items()},
+        "halted": outcome.halted,
         "retryable": isinstance(outcome.error, TryAgainError),
     }
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ from shardkit.errors import (
 from shardkit.models import rules_of
 from shardkit.ops.apply import Limits, MigrationOutcome, run
 from shardkit.ops.direct import connect
-from shardkit.ops.ledger import Ledger, read
+from shardkit.ops.guard import dangers, refuse
+from shardkit.ops.ledger import OWN, Ledger, admin_script, logical_shard_digest, read
 from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
 from shardkit.ops.revisions import Revision, load, locate
+from shardkit.ops.waves import DEFAULT, Wave
+from shardkit.ops.waves import waves as divide
 from shardkit.topology import Topology
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "load_revisions",
     "load_rules",
     "plan",
+    "roll_out",
     "status",
 ]
 
@@ -160,8 +165,22 @@ def load_metadata(location: str) -> MetaData:
     return metadata
 
 
+def roll_out(
+    plan: MigrationPlan, percentages: Sequence[float], *, smallest: int = 0
+) -> tuple[Wave, ...]:
+    """Return the waves of a plan; logical shards that do not exist yet have nobody to protect."""
+    parts = [part.work for part in plan.physical]
+    if all(work.is_new for work in itertools.chain(*parts)) or plan.n_work < smallest:
+        percentages = (100.0,)
+    return divide([[work.logical_shard for work in part] for part in parts], percentages)
+
+
 def plan(
-    topology: Topology, revisions: Sequence[Revision], *, rules: Rules | None = None
+    topology: Topology,
+    revisions: Sequence[Revision],
+    *,
+    rules: Rules | None = None,
+    phase: str | None = None,
 ) -> MigrationPlan:
     """Return what `apply` would do now; changes nothing.
 
@@ -169,12 +188,20 @@ def plan(
         topology: the cluster.
         revisions: oldest first, from `load_revisions`.
         rules: of the models, from `load_rules`; None leaves them alone.
+        phase: as in `apply`.
 
     Raises:
         RefusedError: `apply` would be refused, and why.
     """
     with _connections(topology) as (connections, failures):
-        return decide(topology, revisions, _read(connections) | failures, rules)
+        decided = decide(
+            topology,
+            revisions,
+            _read(topology, revisions, connections) | failures,
+            rules,
+            phase=phase,
+        )
+        return replace(decided, dangers=dangers(decided, connections))
 
 
 def apply(
@@ -185,6 +212,10 @@ def apply(
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
+    waves: Sequence[float] | None = (),
+    smallest: int = 0,
+    on_wave: Callable[[Wave], None] | None = None,
+    phase: str | None = None,
 ) -> MigrationOutcome:
     """Bring every logical shard to the newest revision, creating those that do not exist.
 
@@ -198,24 +229,35 @@ def apply(
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
+        waves: per cent of the logical shards that already exist which a roll-out reaches, wave
+            by wave; None for those of `shardkit.ops.waves`, empty for all at once.
+        smallest: logical shards to migrate below which it is all at once.
+        on_wave: called before each wave.
+        phase: "pre" leaves alone the first pending revision of the phase "post" and all after it.
 
     Raises:
         RefusedError: nothing was changed: another runner is at work, a server belongs to
-            something else, an applied revision was edited, or rows were placed by another rule
-            than the model's.
+            something else, an applied revision was edited, rows were placed by another rule
+            than the model's, or a revision would hurt those who use the tables.
     """
     with _connections(topology) as (connections, failures):
         limits = limits or Limits()
         _lock(connections, limits.patience)
-        decided = decide(topology, revisions, _read(connections) | failures, rules)
+        found = _read(topology, revisions, connections) | failures
+        decided = decide(topology, revisions, found, rules, phase=phase)
+        refuse(dangers(decided, connections, small_bytes=limits.small_bytes))
         if on_plan:
             on_plan(decided)
+        percentages = DEFAULT if waves is None else waves
+        staged = roll_out(decided, percentages, smallest=smallest) if percentages else ()
         return run(
             topology,
             decided,
             connections,
             limits=limits,
             on_done=on_done or (lambda _physical, _logical_shard: None),
+            waves=staged,
+            on_wave=on_wave,
         )
 
 
@@ -233,7 +275,7 @@ def status(
         RefusedError: a server belongs to something else, or an applied revision was edited.
     """
     with _connections(topology) as (connections, failures):
-        ledgers = _read(connections)
+        ledgers = _read(topology, revisions, connections)
         decided = decide(topology, revisions, ledgers | failures, rules)
     entries = []
     for physical in decided.physical:
@@ -309,10 +351,18 @@ def _lock(connections: Connections, patience: float) -> None:
             threading.Event().wait(LOCK_PAUSE)
 
 
-def _read(connections: Connections) -> dict[str, Ledger | ShardkitError]:
+def _read(
+    topology: Topology, revisions: Sequence[Revision], connections: Connections
+) -> dict[str, Ledger | ShardkitError]:
     def one(name: str) -> Ledger | ShardkitError:
+        shard = topology.physical[name]
+        own = logical_shard_digest(shard.primary.url.username or "")
+        _, digest = admin_script(
+            shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
+        )
+        current = {OWN: own} | {revision.id: revision.checksum for revision in revisions}
         try:
-            return read(connections[name])
+            return read(connections[name], current=current, digest=digest)
         except psycopg.OperationalError as error:
             return EndpointUnavailableError(
                 f"physical shard {name!r} went away", hint=str(error).strip()
