@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import typer
 
 from shardkit.commands import (
+    drift as _drift,  # noqa: F401  adds itself to migrate
+)
+from shardkit.commands import (
     ids,
     local,
     locate,

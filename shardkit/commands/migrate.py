@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sqlalchemy import MetaData
 
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.commands.output import console
@@ -22,7 +23,7 @@ from shardkit.ops import waves as rollout
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
-__all__ = ["app"]
+__all__ = ["MigrationsOption", "ModelsOption", "app", "inputs", "models_of", "print_json"]
 
 app = typer.Typer(no_args_is_help=True, help="Bring every logical shard to the newest revision.")
 
@@ -102,7 +103,7 @@ def apply_command(
     Safe to interrupt, to kill and to run again: a rerun continues.
     """
     percentages = rollout.parse(wave) if wave else None
-    topology, revisions, rules = _inputs(config, migrations, models)
+    topology, revisions, rules = inputs(config, migrations, models)
     if dry_run:
         planned = ops.plan(topology, revisions, rules=rules, phase=phase)
         _print_plan(planned, percentages, as_json=as_json)
@@ -143,7 +144,7 @@ def apply_command(
             phase=phase,
         )
     if as_json:
-        _print_json(_outcome_json(outcome))
+        print_json(_outcome_json(outcome))
     else:
         _print_outcome(outcome)
     if outcome.error:
@@ -162,7 +163,7 @@ def plan_command(
 ) -> None:
     """Print what apply would do, with the SQL and its dangers; the same as apply --dry-run."""
     percentages = rollout.parse(wave) if wave else None
-    topology, revisions, rules = _inputs(config, migrations, models)
+    topology, revisions, rules = inputs(config, migrations, models)
     planned = ops.plan(topology, revisions, rules=rules, phase=phase)
     _print_plan(planned, percentages, as_json=as_json)
 
@@ -176,10 +177,10 @@ def status_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show how many logical shards are at which revision, and which lag behind."""
-    topology, revisions, rules = _inputs(config, migrations, models)
+    topology, revisions, rules = inputs(config, migrations, models)
     found = ops.status(topology, revisions, rules=rules)
     if as_json:
-        _print_json(_status_json(found))
+        print_json(_status_json(found))
     else:
         table = Table(
             "physical shard", "logical shards", "revision", "pending", "laggards", box=None
@@ -201,9 +202,15 @@ def status_command(
         raise errors[0]
 
 
-def _inputs(
+def inputs(
     given: Path | None, migrations: str | None, models: str | None
 ) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None]:
+    """Return what the options and the configuration name.
+
+    Raises:
+        ConfigurationError: something is not there.
+        MigrationError: a revision cannot be used.
+    """
     config = given or default_file()
     settings, topology = load(config)
     location = migrations or settings.migrations.location
@@ -220,13 +227,20 @@ def _inputs(
     return topology, ops.load_revisions(location, folder=folder), rules
 
 
+def models_of(given: Path | None, models: str | None) -> MetaData | None:
+    """Return the metadata of the models, or None when none are named."""
+    settings, _ = load(given or default_file())
+    location = models or settings.migrations.models
+    return ops.load_metadata(location) if location else None
+
+
 def _print_plan(
     plan: ops.MigrationPlan, percentages: tuple[float, ...] | None, *, as_json: bool
 ) -> None:
     smallest = rollout.SMALLEST if percentages is None else 0
     waves = ops.roll_out(plan, percentages or rollout.DEFAULT, smallest=smallest)
     if as_json:
-        _print_json(_plan_json(plan, waves))
+        print_json(_plan_json(plan, waves))
         return
     out = console()
     for revision in plan.pending:
@@ -351,6 +365,7 @@ def _status_json(found: ops.MigrationStatus) -> dict[str, Any]:
     }
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document."""
     json.dump(document, sys.stdout, indent=2)
     print()
