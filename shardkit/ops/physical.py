@@ -80,7 +80,7 @@ class Limits:
     statement_timeout: float = 60.0
     lock_attempts: int = 20
     longest_pause: float = 1.0
-    connections: int = 2
+    connections: int = 4
     patience: float = 2.0
     index_timeout: float = 3600.0
     max_lag_bytes: int | None = 64 << 20

@@ -58,7 +58,8 @@ WITH s AS (
     WHERE k.contype <> 'n' OR NOT k.convalidated
     UNION ALL
     SELECT nspname, own, 'trigger', relname || '.' || tgname,
-        pg_get_triggerdef(t.oid) || CASE WHEN tgenabled = 'O' THEN '' ELSE ' mode ' || tgenabled::text END
+        pg_get_triggerdef(t.oid)
+            || CASE WHEN tgenabled = 'O' THEN '' ELSE ' mode ' || tgenabled::text END
     FROM r JOIN pg_trigger AS t ON t.tgrelid = r.oid WHERE NOT tgisinternal
     UNION ALL
     SELECT nspname, own, 'policy', relname || '.' || polname, concat_ws(' ', polcmd,
@@ -80,8 +81,8 @@ WITH s AS (
     UNION ALL
     SELECT nspname, own, 'grant', 'schema', coalesce(nspacl, acldefault('n', nspowner))::text FROM s
     UNION ALL
-    SELECT nspname, own, 'default rights', pg_get_userbyid(defaclrole) || ' ' || defaclobjtype::text,
-        defaclacl::text
+    SELECT nspname, own, 'default rights',
+        pg_get_userbyid(defaclrole) || ' ' || defaclobjtype::text, defaclacl::text
     FROM s JOIN pg_default_acl ON defaclnamespace = s.oid
     UNION ALL
     SELECT nspname, own, 'sequence', relname, concat_ws(' ', format_type(seqtypid, NULL), seqstart,
