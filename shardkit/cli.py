@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import (
-    drift as _drift,  # noqa: F401  adds itself to migrate
-)
+from shardkit.commands import downgrade as _downgrade  # noqa: F401  adds itself to migrate
+from shardkit.commands import drift as _drift  # noqa: F401  adds itself to migrate
 from shardkit.commands import (
     ids,
     local,

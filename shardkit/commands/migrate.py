@@ -23,7 +23,18 @@ from shardkit.ops import waves as rollout
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
-__all__ = ["MigrationsOption", "ModelsOption", "app", "inputs", "models_of", "print_json"]
+__all__ = [
+    "MigrationsOption",
+    "ModelsOption",
+    "WaveOption",
+    "app",
+    "inputs",
+    "models_of",
+    "outcome_json",
+    "print_json",
+    "print_outcome",
+    "source",
+]
 
 app = typer.Typer(no_args_is_help=True, help="Bring every logical shard to the newest revision.")
 
@@ -144,9 +155,9 @@ def apply_command(
             phase=phase,
         )
     if as_json:
-        print_json(_outcome_json(outcome))
+        print_json(outcome_json(outcome))
     else:
-        _print_outcome(outcome)
+        print_outcome(outcome)
     if outcome.error:
         raise outcome.error
 
@@ -211,20 +222,30 @@ def inputs(
         ConfigurationError: something is not there.
         MigrationError: a revision cannot be used.
     """
+    settings, topology = load(given or default_file())
+    location, folder = source(given, migrations)
+    if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
+    models = models or settings.migrations.models
+    rules = ops.load_rules(models) if models else None
+    return topology, ops.load_revisions(location, folder=folder), rules
+
+
+def source(given: Path | None, migrations: str | None) -> tuple[str, Path]:
+    """Return where the revisions are, and what a path to them is relative to.
+
+    Raises:
+        ConfigurationError: nobody says where they are.
+    """
     config = given or default_file()
-    settings, topology = load(config)
+    settings, _ = load(config)
     location = migrations or settings.migrations.location
     if location is None:
         raise ConfigurationError(
             f"{config}: migrations.location is not set",
             hint='add [migrations] location = "package:folder", or give --migrations',
         )
-    if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
-    folder = Path() if migrations else config.parent
-    models = models or settings.migrations.models
-    rules = ops.load_rules(models) if models else None
-    return topology, ops.load_revisions(location, folder=folder), rules
+    return location, Path() if migrations else config.parent
 
 
 def models_of(given: Path | None, models: str | None) -> MetaData | None:
@@ -281,7 +302,8 @@ def _summary(part: ops.PhysicalPlan) -> str:
     return "; ".join(text for text in parts if text) or "nothing placed here"
 
 
-def _print_outcome(outcome: ops.MigrationOutcome) -> None:
+def print_outcome(outcome: ops.MigrationOutcome) -> None:
+    """Print what a run did on each physical shard."""
     out = console()
     for part in outcome.plan.physical:
         done = outcome.done.get(part.physical, ())
@@ -337,7 +359,8 @@ def _plan_json(plan: ops.MigrationPlan, waves: tuple[rollout.Wave, ...]) -> dict
     }
 
 
-def _outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
+def outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
+    """Return what a run did, for JSON."""
     return {
         "done": outcome.done,
         "failed": {name: str(error) for name, error in outcome.failed.items()},

@@ -21,12 +21,13 @@ from shardkit.errors import (
     ShardkitError,
     TryAgainError,
 )
-from shardkit.ops.physical import Limits, PhysicalRun
+from shardkit.ops.limits import Limits
+from shardkit.ops.physical import PhysicalRun
 from shardkit.ops.plan import MigrationPlan
 from shardkit.ops.waves import Wave
 from shardkit.topology import Topology
 
-__all__ = ["Limits", "MigrationOutcome", "run"]
+__all__ = ["MigrationOutcome", "run"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 

@@ -210,7 +210,11 @@ def reference_script(revision: Revision) -> str:
     return _text(
         [
             sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(REFERENCE_SCHEMA)),
-            *(sql.SQL(text) for text in revision.reference),
+            # Without CONCURRENTLY, which a transaction does not allow: these tables are small.
+            *(
+                sql.SQL(text.replace(MARK, REFERENCE_SCHEMA))
+                for text in at_once(revision.reference)
+            ),
             done.format(revision.id, revision.checksum),
         ]
     )

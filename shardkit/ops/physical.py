@@ -28,26 +28,27 @@ from shardkit.errors import (
     TryAgainError,
 )
 from shardkit.ops import concurrently
+from shardkit.ops.blame import culprit, first_line, holders
 from shardkit.ops.direct import connect
-from shardkit.ops.guard import SMALL_BYTES
 from shardkit.ops.health import Health
 from shardkit.ops.ledger import (
     OWN,
     admin_script,
     logical_shard_digest,
-    read_shards,
     reference_script,
     rules_script,
     shard_script,
     step_script,
     summary_script,
 )
+from shardkit.ops.leftover import unfinished
+from shardkit.ops.limits import Limits
 from shardkit.ops.plan import PhysicalPlan, ShardWork
 from shardkit.ops.revisions import Revision
-from shardkit.ops.steps import Step, at_once, render, steps
-from shardkit.topology import Topology, schema_name
+from shardkit.ops.steps import Step, render, steps
+from shardkit.topology import Topology
 
-__all__ = ["Limits", "PhysicalRun"]
+__all__ = ["PhysicalRun"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -55,37 +56,6 @@ BATCH = 32
 """Logical shards in one round trip; source: benchmarks/migrate.py."""
 
 _ASYNCHRONOUS = "SET LOCAL synchronous_commit = off;\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long a transaction may take and hold others up.
-
-    Attributes:
-        lock_timeout: seconds to queue for a lock; whoever queues behind waits as long.
-        statement_timeout: seconds one statement may run.
-        lock_attempts: transactions tried per logical shard when locks are not granted.
-        longest_pause: upper bound of the jittered seconds between two attempts.
-        connections: transactions at once per physical shard.
-        patience: seconds to wait for another runner's session lock; a server needs a moment to
-            notice that a killed runner is gone.
-        index_timeout: seconds that building one index CONCURRENTLY may take.
-        max_lag_bytes: of log a replica may have left to replay while the run goes on; None for
-            no such rule.
-        lag_patience: seconds to wait for it before the run halts.
-        small_bytes: size up to which a table may be scanned or written anew under a lock.
-    """
-
-    lock_timeout: float = 0.3
-    statement_timeout: float = 60.0
-    lock_attempts: int = 20
-    longest_pause: float = 1.0
-    connections: int = 4
-    patience: float = 2.0
-    index_timeout: float = 3600.0
-    max_lag_bytes: int | None = 64 << 20
-    lag_patience: float = 60.0
-    small_bytes: int = SMALL_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,32 +247,15 @@ class PhysicalRun:
             if connection.broken or connection.closed:
                 raise self._failure(connection, error, _Part("", ()), None) from error
             connection.rollback()
-            return self._unfinished(connection, batch)
+            left = unfinished(connection, batch, logical_shard_digest(self._app_role))
+            numbers = {work.logical_shard for work in left}
+            for work in batch:
+                if work.logical_shard not in numbers:
+                    self._finish(work)
+            return left
         for work in batch:
             self._finish(work)
         return []
-
-    def _unfinished(self, connection: Connection, batch: Sequence[ShardWork]) -> list[ShardWork]:
-        """Return what is left of a batch, as the ledgers say."""
-        used = [work.logical_shard for work in batch if not work.is_new]
-        applied, partial = read_shards(connection, used)
-        digest = logical_shard_digest(self._app_role)
-        left = []
-        for work in batch:
-            number = work.logical_shard
-            if work.is_new:
-                left.append(work)  # one transaction, which says itself when it is done already
-                continue
-            done = applied[number]
-            half = partial.get(number, {})
-            rest = tuple(r for r in work.revisions if (r.id in done) == r.is_undone)
-            n_done = half[rest[0].id][0] if rest and rest[0].id in half else 0
-            own = work.own and done.get(OWN) != digest
-            if own or rest:
-                left.append(replace(work, own=own, revisions=rest, done=n_done))
-            else:
-                self._finish(work)
-        return left
 
     def _alone(self, connection: Connection, work: ShardWork) -> None:
         """Do what one logical shard needs, a transaction a round trip, with retries."""
@@ -403,8 +356,8 @@ class PhysicalRun:
                 pause = random.uniform(bound / 4, bound)  # noqa: S311  spreads retries
                 if attempt == self._limits.lock_attempts or self._stop.wait(pause):
                     raise TryAgainError(
-                        f"no lock in {attempt} attempts: {_first_line(error)}",
-                        hint=_holders(connection, logical_shard),
+                        f"no lock in {attempt} attempts: {first_line(error)}",
+                        hint=holders(connection, logical_shard),
                         logical_shard=logical_shard,
                     ) from error
             except psycopg.Error as error:
@@ -423,61 +376,23 @@ class PhysicalRun:
         if connection.broken or connection.closed:
             return EndpointUnavailableError(
                 "the server went away during a migration",
-                hint=_first_line(error),
+                hint=first_line(error),
                 endpoint=str(self._shard.primary),
             )
         connection.rollback()
         if isinstance(error, psycopg.ProgrammingError | psycopg.NotSupportedError):
             # The SQL itself is wrong, and would be everywhere.
             self._stop.set()
+        who = culprit(
+            connection,
+            part.revisions,
+            logical_shard,
+            begin=self._begin,
+            app_role=self._app_role,
+        )
         return MigrationError(
-            f"{self._culprit(connection, part, logical_shard)}: {_first_line(error)}",
+            f"{who}: {first_line(error)}",
             hint=error.diag.message_hint or error.diag.message_detail,
             logical_shard=logical_shard,
             endpoint=str(self._shard.primary),
         )
-
-    def _culprit(self, connection: Connection, part: _Part, logical_shard: int | None) -> str:
-        """Return which revision fails, by trying them one at a time and rolling back."""
-        revisions = part.revisions
-        if logical_shard is None:
-            about = f"revision {revisions[0].id} of reference tables" if revisions else ""
-            return about or "the admin schema"
-        if len(revisions) == 1:
-            return f"revision {revisions[0].id}"
-        name = "the objects of shardkit itself"
-        try:
-            connection.execute(self._begin.encode())
-            own = shard_script(logical_shard, own=True, app_role=self._app_role, revisions=())
-            connection.execute(own.encode())
-            for revision in revisions:
-                name = f"revision {revision.id}"
-                text = "\n;\n".join(at_once(revision.statements))
-                connection.execute(render(text, logical_shard).encode())
-        except psycopg.Error:
-            return name
-        finally:
-            if not connection.broken:
-                connection.rollback()
-        return f"revisions {', '.join(revision.id for revision in revisions)}"
-
-
-def _holders(connection: Connection, logical_shard: int | None) -> str | None:
-    """Return who holds locks on a logical shard's tables, for the error's hint."""
-    if logical_shard is None:
-        return None
-    # AccessShareLock on catalogues only.
-    rows = connection.execute(
-        "SELECT DISTINCT a.pid, a.usename, coalesce(nullif(a.application_name, ''), '?') "
-        "FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation "
-        "JOIN pg_stat_activity AS a ON a.pid = l.pid "
-        "WHERE c.relnamespace = to_regnamespace(%s) AND l.granted AND a.pid <> pg_backend_pid() "
-        "ORDER BY a.pid LIMIT 3",
-        (schema_name(logical_shard),),
-    ).fetchall()
-    held = ", ".join(f"process {pid} ({user}, {name})" for pid, user, name in rows)
-    return f"locks are held by {held}" if held else "the holder has gone meanwhile; try again"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

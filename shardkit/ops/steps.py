@@ -110,7 +110,9 @@ def steps(statements: tuple[str, ...], done: int = 0) -> tuple[Step, ...]:
         concurrent = is_concurrent(first)
         made_steps.append(
             Step(
-                tuple(_compile(found[n].text, temporary) for n in left),
+                (_drop(first),)
+                if concurrent and first.kind == "drop_stmt"
+                else tuple(_compile(found[n].text, temporary) for n in left),
                 left[-1] + 1,
                 left[-1] + 1 == len(found),
                 _index(first) if concurrent else None,
@@ -122,6 +124,13 @@ def steps(statements: tuple[str, ...], done: int = 0) -> tuple[Step, ...]:
 
 def _compile(text: str, temporary: frozenset[str]) -> str:
     return f'"{MARK}".'.join(pieces(text, temporary))
+
+
+def _drop(statement: Statement) -> str:
+    """Return a DROP INDEX CONCURRENTLY with its schema, which no search path can give it here."""
+    exists = "IF EXISTS " if statement.body.get("missing_ok") else ""
+    name = _index(statement).replace('"', '""')
+    return f'DROP INDEX CONCURRENTLY {exists}"{MARK}"."{name}"'
 
 
 def _temporary(found: Iterable[Statement]) -> frozenset[str]:

@@ -30,21 +30,29 @@ FEWEST = 4
 PATIENT = Limits(lock_timeout=1.0, patience=30.0, connections=1, max_lag_bytes=None)
 
 ALONE = (
-    'op.add_column("t", sa.Column("b", sa.Text))\n'
-    '    op.create_index("i", "t", ["b"], postgresql_concurrently=True)\n'
-    '    op.create_table("u", sa.Column("a", sa.BigInteger, primary_key=True))',
-    'op.add_column("t", sa.Column("c", sa.Text))\n'
-    '    op.add_column("u", sa.Column("c", sa.Text))\n'
-    '    op.execute("INSERT INTO u (a) VALUES (1)")',
-    'op.drop_index("i", "t", postgresql_concurrently=True)\n'
-    '    op.create_check_constraint("k", "t", "a > 0", postgresql_not_valid=True)\n'
-    '    op.execute("ALTER TABLE t VALIDATE CONSTRAINT k")',
+    (
+        'op.add_column("t", sa.Column("b", sa.Text))\n'
+        '    op.create_index("i", "t", ["b"], postgresql_concurrently=True)\n'
+        '    op.create_table("u", sa.Column("a", sa.BigInteger, primary_key=True))'
+    ),
+    (
+        'op.add_column("t", sa.Column("c", sa.Text))\n'
+        '    op.add_column("u", sa.Column("c", sa.Text))\n'
+        '    op.execute("INSERT INTO u (a) VALUES (1)")'
+    ),
+    (
+        'op.drop_index("i", "t", postgresql_concurrently=True)\n'
+        '    op.create_check_constraint("k", "t", "a > 0", postgresql_not_valid=True)\n'
+        '    op.execute("ALTER TABLE t VALIDATE CONSTRAINT k")'
+    ),
 )
 """Steps outside of transactions, so that each logical shard goes by itself."""
 
 TOGETHER = (
-    'op.add_column("t", sa.Column("b", sa.Text))\n'
-    '    op.create_table("u", sa.Column("a", sa.BigInteger, primary_key=True))',
+    (
+        'op.add_column("t", sa.Column("b", sa.Text))\n'
+        '    op.create_table("u", sa.Column("a", sa.BigInteger, primary_key=True))'
+    ),
     'op.add_column("t", sa.Column("c", sa.Text))\n    op.add_column("u", sa.Column("c", sa.Text))',
 )
 """Transactions only, so that several logical shards share a round trip."""

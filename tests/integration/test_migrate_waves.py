@@ -97,6 +97,15 @@ def test_a_run_waits_for_replicas_and_halts_when_they_stay_behind(
     assert site.apply().error is None
 
 
+def test_a_batch_of_new_logical_shards_goes_on_beside_the_one_that_fails(site: Site) -> None:
+    with site.admin("alpha") as holder, holder.transaction(force_rollback=True):
+        holder.execute("CREATE SCHEMA shard_0001")
+        outcome = site.apply(replace(QUICK, connections=1))
+        assert set(outcome.laggards) == {1}
+    assert outcome.done == {"alpha": (0, 2, 3), "beta": BETA}
+    assert site.apply().done == {"alpha": (1,), "beta": ()}
+
+
 def test_a_phase_stops_before_what_old_code_needs(site: Site) -> None:
     site.apply()
     site.write("r2", COLUMN, "r1")
@@ -217,6 +226,43 @@ def test_a_revision_of_several_steps_goes_on_where_it_stopped(site: Site) -> Non
     assert status(site.topology, site.revisions()).physical[0].laggards == (2,)
     assert site.apply().error is None
     assert status(site.topology, site.revisions()).is_current
+
+
+UNDO = """
+
+def downgrade():
+    op.drop_index("i", "t", postgresql_concurrently=True)
+    op.drop_column("t", "b")
+"""
+
+
+def test_a_downgrade_goes_back_and_an_apply_forward_again(site: Site) -> None:
+    site.apply()
+    index = 'op.create_index("i", "t", ["b"], postgresql_concurrently=True)'
+    site.write("r2", f"{COLUMN}\n    {index}\n{UNDO}", "r1")
+    site.write("r3", 'op.execute("SELECT 1")\n\n\ndef downgrade(): pass', "r2")
+    assert site.apply().error is None
+    with site.admin("alpha") as holder, holder.transaction():
+        holder.execute("SELECT * FROM shard_0002.t")
+        run = site.command("downgrade", "r1", "--json")
+        wait_until(lambda: not done(site, "r2") & {*BETA}, 30.0, "the other server is back")
+        run.kill()
+        run.communicate(timeout=60)
+    again = site.command("downgrade", "r1")
+    output, errors = again.communicate(timeout=90)
+    assert again.returncode == 0, errors
+    assert "undo r2" in output
+    assert done(site, "r1") == {*ALPHA, *BETA}
+    assert done(site, "r2") == done(site, "r3") == set()
+    with site.admin("alpha") as connection:
+        left = connection.execute("SELECT to_regclass('shard_0002.i')").fetchone()
+        assert left == (None,)
+    assert site.apply().error is None
+    assert done(site, "r3") == {*ALPHA, *BETA}
+    wrong = site.command("downgrade", "nothing")
+    _, errors = wrong.communicate(timeout=60)
+    assert wrong.returncode == 3
+    assert "no revision" in errors
 
 
 def test_a_newer_format_is_refused(site: Site) -> None:

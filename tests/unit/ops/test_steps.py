@@ -62,6 +62,7 @@ def test_an_index_is_built_alone_and_on_an_unused_schema_with_the_rest() -> None
     _, build, drop = steps(texts)
     assert (build.index, build.is_drop) == ("i", False)
     assert (drop.index, drop.is_drop) == ("j", True)
+    assert render(drop.statements[0], 42) == 'DROP INDEX CONCURRENTLY "shard_0042"."j"'
     assert not any("CONCURRENTLY" in text for text in at_once(texts))
 
 
