@@ -22,9 +22,12 @@ test: ## every test, on real servers; installs what they need when root on Debia
 	@$(PYTHON) scripts/setup.py --system
 	@$(BIN)/python -m pytest $(ARGS)
 
-# Of what goes through it, a part that runs every kind of statement; the rest knows its servers.
+# What goes through it; tests that cannot say why (`unpooled`), and the run prints it.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
-	tests/integration/test_limits.py tests/integration/test_drivers.py tests/fault/test_pooler.py
+	tests/integration/test_units.py tests/integration/test_replica_reads.py \
+	tests/integration/test_limits.py tests/integration/test_drivers.py \
+	tests/integration/test_outbox.py tests/integration/test_lookup.py \
+	tests/fault/test_endpoints.py tests/fault/test_pooler.py
 
 test-pooler: ## the tests of sessions, through PgBouncer
 	@$(PYTHON) scripts/setup.py --system

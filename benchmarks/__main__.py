@@ -11,7 +11,7 @@ import sys
 
 import benchmarks
 
-SHARED = ("__main__", "measure", "outage", "published", "tenants")
+SHARED = ("__main__", "measure", "outage", "promoted", "published", "tenants")
 """Modules that are no benchmarks."""
 
 LONG = ("chaos", "halves", "lookup", "stale", "uniqueness")

@@ -283,7 +283,7 @@ def emit_to_outbox(trial: Trial, number: int) -> None:
                     payload = -counted if is_rolled_back else counted
                     session.emit("number", [shard, key, payload], key=key, near=owner(shard))
                 if is_rolled_back:
-                    session._send_events(with_commit=False)  # noqa: SLF001  stored, then undone
+                    session._events.send(with_commit=False)  # noqa: SLF001  stored, then undone
                     session.rollback()
                 else:
                     session.commit()

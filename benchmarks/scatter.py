@@ -22,9 +22,9 @@ from shardkit.topology import Topology, schema_name
 
 PEERS = ("sqlalchemy.ext.horizontal_shard.ShardedSession", "one PostgreSQL table")
 TARGETS = {
-    "scatter64_speedup": "≥ 50",
-    "scatter1024_speedup": "≥ 100",
-    "scatter64_vs_single_table": "≤ 6",
+    "scatter64_speedup": "≥ 100",
+    "scatter1024_speedup": "≥ 150",
+    "scatter64_vs_single_table": "≤ 3",
 }
 CURVE = (16, 64, 256, 1024, 4096)
 MOST_PEERS = 1024
@@ -58,7 +58,8 @@ class PlainPhoto(PlainBase):
 def main(*, as_json: bool, quick: bool = False) -> None:
     figures: dict[str, float] = {}
     medians: dict[str, float] = {}
-    settings = {"max_connections": "700", "max_locks_per_transaction": "512"}
+    # A statement locks 512 tables and their indexes; so many locks need no shared lock table.
+    settings = {"max_connections": "700", "max_locks_per_transaction": "2048"}
     with servers(logical_shards=64, settings=settings, shared_buffers_mb=256) as local:
         _, topology = load(local.config_path)
         for n_shards in (64, 1024) if quick else CURVE:

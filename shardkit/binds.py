@@ -70,6 +70,17 @@ class BoundSession(Session):
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
         self._streams = Streams()
+        # What failed the running statement; None for what cannot be told.
+        self._avoided: frozenset[Endpoint | None] = frozenset()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have SQLAlchemy collect the listeners of the class now.
+
+        It does so for the first object of a class and without a lock: a thread that makes the
+        second one meanwhile would run statements that nobody routes.
+        """
+        super().__init_subclass__(**options)
+        _ = cls.__new__(cls).dispatch
 
     def close(self) -> None:
         """Return the connections to their pools; the session can be used again."""
@@ -126,7 +137,7 @@ class BoundSession(Session):
         """
         cluster, fresh = self._cluster, self._fresh
         replicas = cluster.replica_sets[physical]
-        tried: set[Endpoint] = set()
+        tried = {endpoint for endpoint in self._avoided if endpoint is not None}
         if fresh.is_asked and replicas.replicas:
             cluster.probes.start()
         while True:
@@ -190,11 +201,18 @@ class BoundSession(Session):
 
     # -- races
 
-    def _second(self, physical: str) -> tuple[Endpoint, Connection] | None:
-        """Open a connection to a second replica; None when there is none worth asking."""
+    def _second(self, physical: str, waited: float) -> tuple[Endpoint, Connection] | None:
+        """Open a connection to a second replica; None when there is none worth asking.
+
+        Args:
+            physical: name of the physical shard.
+            waited: seconds for which the first one has not answered.
+        """
         cluster, fresh = self._cluster, self._fresh
         replicas = cluster.replica_sets[physical]
-        endpoint = replicas.choose(fresh.need(physical), excluding={self._roots[physical][0]})
+        first = self._roots[physical][0]
+        replicas.members[first].overdue(waited)
+        endpoint = replicas.choose(fresh.need(physical), excluding={first})
         if endpoint.role is Role.PRIMARY or not cluster.guards[endpoint].breaker.is_closed:
             return None
         connection = cluster.connect(cluster.view(endpoint, self.purpose, None), endpoint)
@@ -222,8 +240,8 @@ class BoundSession(Session):
     def _execute_internal(self, statement: Any, *args: Any, **options: Any) -> Any:
         """Run a statement, and again on other endpoints.
 
-        Once on another one when its connection broke, if the budget allows, and on the primary of
-        each physical shard whose replica could not answer.
+        On another one when its connection broke, as far as the budget allows, and on the primary
+        of each physical shard whose replica could not answer.
         """
         run = super()._execute_internal
         if options.get("_parent_execute_state") is not None:
@@ -232,20 +250,36 @@ class BoundSession(Session):
 
     def _elsewhere(self, work: Callable[[], T]) -> T:
         """Do what reads, and do it again on other endpoints; see `_execute_internal`."""
-        is_again = False
-        while True:
-            try:
-                return work()
-            except DBAPIError as error:
-                if self._leave_refusing():
-                    continue
-                lost = error.connection_invalidated
-                if is_again or not lost or not self._can_retry() or deadlines.is_over():
-                    self._raise(error)
-                is_again = True
-                broken = self._abandon_broken()
-                if not self._may_retry(broken):
-                    raise connection_error(error, broken[0]) from error
+        before = self._avoided
+        try:
+            while True:
+                try:
+                    return work()
+                except DBAPIError as error:
+                    if self._leave_refusing():
+                        continue
+                    lost = error.connection_invalidated
+                    if not lost or not self._can_retry() or deadlines.is_over():
+                        self._raise(error)
+                    broken = self._abandon_broken()
+                    if not self._avoid(broken):
+                        if not broken:
+                            self._raise(error)
+                        raise connection_error(error, broken[0]) from error
+        finally:
+            self._avoided = before
+
+    def _avoid(self, broken: Sequence[Endpoint]) -> bool:
+        """Have the running statement go elsewhere; tell whether it may be run once more.
+
+        Behind a pooler connections look alive whose servers are gone, so several endpoints may
+        break one after the other; each is asked once again at most, and pays from its budget.
+        """
+        failed = frozenset(broken) or {None}
+        if not self._avoided.isdisjoint(failed) or not self._may_retry(broken):
+            return False
+        self._avoided |= failed
+        return True
 
     def _leave_refusing(self) -> bool:
         """Leave the replicas that could not answer for their primaries; tell whether any did."""
@@ -268,7 +302,8 @@ class BoundSession(Session):
 
     def _may_go_on(self, endpoint: Endpoint, error: UnavailableError) -> bool:
         """Note why a server gave no connection; tell whether another one may be asked."""
-        if isinstance(error, BreakerOpenError | OverloadedError | PoolTimeoutError):
+        is_own = isinstance(error, PoolTimeoutError) and not isinstance(error.__cause__, DBAPIError)
+        if is_own or isinstance(error, BreakerOpenError | OverloadedError):
             return True  # the server was not even asked
         self._cluster.failed(endpoint, error)
         return endpoint.role is Role.REPLICA and self._may_retry([endpoint])

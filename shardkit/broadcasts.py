@@ -2,7 +2,7 @@
 
 A broadcast writes on its home, the first physical shard by name. What the home's defaults and
 triggers made of the rows is read back there, and put as it is, by primary key, on every other
-server. `WriteSession` calls this after each flush, `shardkit reference repair` for what differs.
+server. `Broadcast` does so after each flush, `shardkit reference repair` for what differs.
 
 Broadcasts take turns: each locks the home first and then the others. A lock belongs to the
 transaction on its server, so that it is held until that server has committed, prepared or not.
@@ -11,7 +11,7 @@ transaction on its server, so that it is held until that server has committed, p
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import psycopg
@@ -26,12 +26,19 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import InstanceState, Session
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.sql.ddl import sort_tables
 
-from shardkit.errors import StatementTimeoutError, UnsupportedStatementError
+from shardkit.errors import (
+    CrossShardWriteError,
+    StatementTimeoutError,
+    UnsupportedStatementError,
+)
 from shardkit.models import REFERENCE_SCHEMA
+from shardkit.participants import Ending, Participant
 
-__all__ = ["LOCK_KEY", "copy", "is_reference", "lock", "ordered"]
+__all__ = ["LOCK_KEY", "Broadcast", "copy", "is_reference", "lock", "ordered"]
 
 LOCK_KEY: Final = 0x7265_6665_7265_6E63
 """Key of the lock that broadcasts take turns by: "referenc" in ASCII."""
@@ -52,6 +59,94 @@ _COLUMNS = text(
 )
 
 Key = tuple[Any, ...]
+
+
+class Broadcast(Participant):
+    """The copies of reference tables that one session's transaction makes.
+
+    Args:
+        session: whose transaction it is.
+        physical: names of all physical shards.
+        connect: returns the session's connection to a physical shard.
+        note: is told that every server is written to.
+        is_atomic: whether the session may write to several servers.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        physical: Callable[[], Iterable[str]],
+        connect: Callable[[str], Connection],
+        note: Callable[[], None],
+        *,
+        is_atomic: bool,
+    ) -> None:
+        self._session = session
+        self._physical = physical
+        self._connect = connect
+        self._note = note
+        self._is_atomic = is_atomic
+        self._flushed: dict[int, tuple[InstanceState[Any], Any]] = {}
+        self._is_locked = False
+
+    def flushing(self) -> None:
+        """Take the turn of this transaction if a flush is about to write reference tables."""
+        session = self._session
+        self._flushed.clear()
+        changed = (obj for obj in session.dirty if session.is_modified(obj))
+        if any(
+            is_reference(instance_state(o).mapper.local_table)
+            for o in (*session.new, *changed, *session.deleted)
+        ):
+            self.begin()
+
+    def begin(self) -> None:
+        """Take the turn of this transaction to write reference tables, if it has not yet.
+
+        Raises:
+            CrossShardWriteError: the session is not atomic, and there are several physical shards.
+            StatementTimeoutError: another broadcast takes too long (retryable).
+        """
+        servers = sorted(self._physical())
+        if len(servers) > 1 and not self._is_atomic:
+            raise CrossShardWriteError(
+                f"reference tables are written on {', '.join(servers)} together",
+                hint="use cluster.writer(atomic=True)",
+            )
+        if len(servers) > 1 and not self._is_locked:
+            self._is_locked = True
+            lock([self._connect(physical) for physical in servers])
+        self._note()
+
+    def connection(self, state: InstanceState[Any]) -> Connection:
+        """Return the connection that an object of a reference table is written over."""
+        self.begin()
+        self._flushed.setdefault(id(state), (state, state.identity))
+        return self._connect(min(self._physical()))
+
+    def written(self) -> None:
+        """Copy what was flushed on the home to the other servers."""
+        flushed, self._flushed = self._flushed, {}
+        if not flushed:
+            return
+        home, *others = sorted(self._physical())
+        if not others:
+            return
+        changed: dict[Table, set[Any]] = {}
+        for state, before in flushed.values():
+            keys = {before, state.identity} - {None}
+            for table in state.mapper.tables:
+                assert isinstance(table, Table)
+                changed.setdefault(table, set()).update(keys)
+        copy(self._connect(home), [self._connect(physical) for physical in others], changed)
+
+    def undone(self, transaction: object) -> None:
+        """Note that the turn may have ended: a lock goes with what it was taken in."""
+        self._is_locked = False
+
+    def settle(self, ending: Ending) -> None:
+        """Note that the turn has ended."""
+        self._is_locked = False
 
 
 def is_reference(table: Any) -> bool:

@@ -7,12 +7,12 @@ role. One that leaves the pool must still be alive. Called by the pools of
 
 from __future__ import annotations
 
-import re
 import select
 from collections.abc import Callable
 from typing import Any, cast
 
 import psycopg
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
 
@@ -24,6 +24,7 @@ from shardkit.errors import (
     PoolTimeoutError,
     StatementTimeoutError,
 )
+from shardkit.farewells import RETRY_AFTER, Farewell, farewell
 from shardkit.fingerprints import Fingerprints
 from shardkit.gates import Gated
 from shardkit.ids import EPOCH_MS
@@ -34,6 +35,8 @@ __all__ = [
     "checks_server",
     "connection_error",
     "end_transaction",
+    "is_idle",
+    "is_unsent",
     "late_error",
     "replace_if_dead",
 ]
@@ -50,14 +53,6 @@ SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
 FROM shardkit.identity
 """
 
-# libpq gives no SQLSTATE for a refused connection; these will not get better by waiting.
-_REFUSED_LOGIN = re.compile(
-    r"FATAL:\s+(password authentication failed|no pg_hba.conf entry|permission denied for database"
-    r"|SASL authentication failed|no such database"  # PgBouncer's words
-    r'|(role|database) ".*" (does not exist|is not permitted))'
-)
-
-
 _CLOSE_TO_IT = 0.1
 """Seconds before the deadline in which the server's own timeout may be the first to notice."""
 
@@ -72,18 +67,34 @@ def connection_error(
         return PoolTimeoutError(endpoint=str(endpoint), hint="raise pool.size or try again")
     cause = error.orig if isinstance(error, DBAPIError) else error
     reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    if _REFUSED_LOGIN.search(reason):
+    found = farewell(reason)
+    if found is Farewell.LOGIN_REFUSED:
         _, _, told = reason.partition("FATAL:")
         return ConfigurationError(
             f"refuses the login: {told.strip()}",
             endpoint=str(endpoint),
             hint="correct its address in shardkit.toml",
         )
-    if "query_wait_timeout" in reason:
+    if found is Farewell.NO_SERVER_IN_TIME:
         return PoolTimeoutError(
-            endpoint=str(endpoint), hint="raise default_pool_size of PgBouncer or try again"
+            "PgBouncer had no server connection to lend in time",
+            endpoint=str(endpoint),
+            hint="its server is gone, or raise its default_pool_size; try again",
+            retry_after=RETRY_AFTER,
         )
-    return EndpointUnavailableError(f"no connection: {reason}", endpoint=str(endpoint))
+    return EndpointUnavailableError(
+        f"no connection: {reason}",
+        endpoint=str(endpoint),
+        retry_after=None if found is None else RETRY_AFTER,
+    )
+
+
+def is_unsent(error: BaseException | None) -> bool:
+    """Tell whether PgBouncer ended a call before any server was given it."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if not isinstance(cause, psycopg.OperationalError):
+        return False
+    return farewell(str(cause)) in {Farewell.NO_SERVER_IN_TIME, Farewell.SERVER_GONE}
 
 
 def late_error(
@@ -148,7 +159,8 @@ def checks_server(
             row = None
         finally:
             cursor.close()
-            connection.rollback()
+            if not getattr(connection, "driver_connection", connection).closed:
+                connection.rollback()
         if row is None:
             if endpoint.role is Role.REPLICA:  # it may not have replayed the first migration yet
                 raise EndpointUnavailableError("not migrated yet", endpoint=str(endpoint))
@@ -210,6 +222,14 @@ def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:
     driver, poll = record.info["poll"]
     if driver.closed or poll.poll(0):
         raise DisconnectionError
+
+
+def is_idle(connection: Connection) -> bool:
+    """Tell whether a connection is open, in no transaction, and no answer is on its way."""
+    if connection.closed or connection.invalidated:
+        return False
+    driver: Any = connection.connection.driver_connection
+    return not driver.closed and bool(driver.pgconn.transaction_status == _IDLE)
 
 
 def end_transaction(connection: Any, _record: Any, state: Any) -> None:

@@ -25,6 +25,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.lookup import Lookups, Task, new_ticket, quoted, stored_value, value_or_none
+from shardkit.participants import Ending, Participant
 from shardkit.parts import Part
 from shardkit.reserving import Pair, release, reserve
 from shardkit.shapes import base_table
@@ -56,15 +57,17 @@ _LOCK: Final = "SELECT {1} FROM {0} WHERE {2} = ANY(%(ids)s::bigint[]) ORDER BY 
 _HOLD: Final = "SELECT pg_catalog.pg_advisory_xact_lock(%(ticket)s)"
 
 
-class Claims:
+class Claims(Participant):
     """The unique values of one session's transaction.
 
     Args:
+        session: whose transaction it is.
         servers: the cluster.
         connect: returns the session's connection to a logical shard.
     """
 
-    def __init__(self, servers: Servers, connect: Connect) -> None:
+    def __init__(self, session: Session, servers: Servers, connect: Connect) -> None:
+        self._session = session
         self._servers = servers
         self._connect = connect
         self._flushing: dict[int, Mapping[Lookup, Value | None]] = {}
@@ -78,7 +81,6 @@ class Claims:
         self._taken: dict[Value, set[int]] = {}
         self._given_up: dict[Value, set[int]] = {}
         self._is_certain = True
-        self._is_committed = False
 
     @property
     def shards(self) -> set[int]:
@@ -93,8 +95,9 @@ class Claims:
 
     # -- objects
 
-    def flush(self, session: Session) -> None:
+    def flushing(self) -> None:
         """Reserve what a flush is about to write; see `reserve`."""
+        session = self._session
         self._flushing.clear()
         changes = []
         for obj in session.new:
@@ -119,12 +122,13 @@ class Claims:
         if changes:
             self._reserve(changes)
 
-    def flushed(self, session: Session) -> None:
+    def flushed(self) -> None:
         """Refuse what was written without having been reserved.
 
         Raises:
             UnsupportedStatementError: a unique value was set while its object was flushed.
         """
+        session = self._session
         for obj in (*session.new, *session.dirty):
             state: InstanceState[Any] = instance_state(obj)
             lookups = lookups_of(state.mapper.local_table)
@@ -143,11 +147,10 @@ class Claims:
 
     # -- statements
 
-    def statement(self, session: Session, statement: Any, found: Sequence[Part]) -> None:
+    def writing(self, statement: Any, found: Sequence[Part]) -> None:
         """Reserve and note what a statement, which `refuse` let pass, is about to write.
 
         Args:
-            session: that runs it.
             statement: an INSERT, UPDATE or DELETE.
             found: its parts.
 
@@ -162,7 +165,7 @@ class Claims:
             changes = [inserted(row, lookups, statement) for part in found for row in rows_of(part)]
             self._reserve([change for change in changes if change.values])
         elif isinstance(statement, Delete):
-            cast("Any", session)._autoflush()
+            cast("Any", self._session)._autoflush()
             for part in found:
                 self._note_deleted(part, lookups)
 
@@ -307,27 +310,24 @@ class Claims:
 
     # -- the end
 
-    def undone(self) -> None:
+    def undone(self, transaction: object) -> None:
         """Note that something was rolled back, if only to a savepoint: its ticket is gone."""
         self._ticket = 0
         self._held_on = set()
         self._is_certain = False
 
-    def committed(self) -> None:
-        """Note that the transaction has committed."""
-        self._is_committed = True
-
-    def settle(self) -> None:
+    def settle(self, ending: Ending) -> None:
         """Release what the transaction has not taken or has given up, now that it has ended.
 
         What cannot be released now stays as a pair that does not count: whoever wants the value
         finds that out, and so does `shardkit lookup repair`.
         """
         concerned: dict[Value, set[int]] = {}
-        if self._is_committed:
+        is_committed = ending is Ending.COMMITTED
+        if is_committed:
             for value, row_ids in self._given_up.items():
                 concerned.setdefault(value, set()).update(row_ids)
-        if not (self._is_committed and self._is_certain):
+        if not (is_committed and self._is_certain):
             for value, row_ids in self._taken.items():
                 concerned.setdefault(value, set()).update(row_ids)
         tickets = frozenset(self._tickets)

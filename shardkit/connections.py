@@ -12,7 +12,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -44,6 +44,7 @@ from shardkit.loads import loads
 from shardkit.lookup import Lookups
 from shardkit.minting import IdMinter
 from shardkit.placement import Placement, Policy, anywhere, bound
+from shardkit.plans import Plans
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
@@ -124,6 +125,8 @@ class _Core:
             clock=clock,
         )
         self.router = Router(topology.n_logical_shards)
+        self.everything = tuple(range(topology.n_logical_shards))
+        self.plans = Plans()
         self.replica_sets = {
             name: ReplicaSet(shard, region=reading.here, patience=reading.patience, clock=clock)
             for name, shard in topology.physical.items()
@@ -426,6 +429,7 @@ class AsyncConnections(_Core):
     async def close(self) -> None:
         """Close every pooled connection."""
         await self.probes.close()
+        await races.settle_tasks()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
@@ -453,10 +457,11 @@ class AsyncConnections(_Core):
         async def run() -> list[T | Exception]:
             # A cancelled gather waits for all its tasks only if it may return exceptions, and no
             # connection may be let go while its task still ends the conversation.
-            outcomes: Any = await asyncio.gather(
-                *(greenlet_spawn(parallel.outcome, task) for task in tasks),
-                return_exceptions=True,
-            )
+            with parallel.together() if len(tasks) > 1 else nullcontext():
+                outcomes: Any = await asyncio.gather(
+                    *(greenlet_spawn(parallel.outcome, task) for task in tasks),
+                    return_exceptions=True,
+                )
             for outcome in outcomes:
                 if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
                     raise outcome

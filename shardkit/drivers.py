@@ -14,15 +14,22 @@ Source: PostgreSQL's documentation, libpq, "Pipeline Mode"; `python -m benchmark
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 import psycopg
 from psycopg import generators
 from psycopg._cursor_base import BaseCursor
 from psycopg._preparing import Prepare
-from psycopg._queries import PostgresQuery
+from psycopg._queries import (
+    MAX_CACHED_STATEMENT_LENGTH,
+    MAX_CACHED_STATEMENT_PARAMS,
+    PostgresQuery,
+    _query2pg_nocache,
+)
 from psycopg.abc import Params, PQGen, Query
 from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGresult
 
 from shardkit import waits
 from shardkit.errors import TooManyValuesError
@@ -98,8 +105,42 @@ def refuse_many(n_values: int) -> None:
         )
 
 
+@lru_cache(maxsize=32)
+def _parsed(query: str, encoding: str) -> Any:
+    """Return what psycopg reads out of a long text.
+
+    One object for one text: its hash, by which psycopg finds what is prepared, is computed once.
+    """
+    return _query2pg_nocache(query.encode(encoding), encoding)
+
+
+class _Query(PostgresQuery):
+    """A query that psycopg does not parse each time where it is a scatter's, long and the same.
+
+    psycopg keeps no long texts, since most are INSERTs of any number of rows: those have many
+    values.
+    """
+
+    __slots__ = ()
+
+    def convert(self, query: Query, vars: Params | None) -> None:  # noqa: A002  as psycopg has it
+        if (
+            vars is not None
+            and isinstance(query, str)
+            and len(query) > MAX_CACHED_STATEMENT_LENGTH
+            and len(vars) <= MAX_CACHED_STATEMENT_PARAMS
+        ):
+            found = _parsed(query, self._tx.encoding)
+            self.query, self._want_formats, self._order, self._parts = found
+            self.dump(vars)
+        else:
+            super().convert(query, vars)
+
+
 class Bounded(BaseCursor[Any, Any]):
     """A cursor that refuses what the protocol cannot carry, before anything of it is sent."""
+
+    _query_cls = _Query
 
     def _convert_query(self, query: Query, params: Params | None = None) -> PostgresQuery:
         converted = super()._convert_query(query, params)
@@ -164,11 +205,16 @@ class _Joining(Bounded):
         key = connection._prepared.maybe_add_to_cache(pgq, prep, name)
         server.pipeline_sync()
         yield from generators.send(server)
-        begun = yield from generators.fetch_many(server)
-        if bound is not None:
-            begun += yield from generators.fetch_many(server)
-        results = yield from generators.fetch_many(server)
-        yield from generators.fetch_many(server)  # the answer to Sync
+        begun: list[PGresult] = []
+        try:
+            begun = yield from generators.fetch_many(server)
+            if bound is not None:
+                begun += yield from generators.fetch_many(server)
+            results = yield from generators.fetch_many(server)
+            yield from generators.fetch_many(server)  # the answer to Sync
+        except psycopg.OperationalError:
+            self._check_results(begun)  # what was said before the other side hung up
+            raise
         server.exit_pipeline_mode()
         self._check_results(begun)
         if key is not None:

@@ -13,32 +13,32 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+from sqlalchemy.orm import InstanceState
 
 from shardkit import emitting
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.errors import InvalidEventError, NoShardKeyError, UnsupportedStatementError
+from shardkit.participants import Ending, Participant
 from shardkit.placing import sharding_of_mapper
-from shardkit.session import ReadSession
+from shardkit.reach import ReachingSession
 from shardkit.strategies import EMBEDDED, Rule
 
-__all__ = ["EmittingSession"]
+__all__ = ["EmittingSession", "Events"]
 
 _E = TypeVar("_E", bound=emitting.HasId)
 
 
-class EmittingSession(ReadSession):
+class EmittingSession(ReachingSession):
     """What `WriteSession` is, as far as events are concerned."""
 
     def __init__(self, connections: Connections | AsyncConnections, **options: Any) -> None:
         super().__init__(connections, **options)
-        self._written_shards: set[int] = set()
         self._is_unit = False  # of somebody else, who commits
         self._drivers: list[Any] = []
         self._deferred: list[InstanceState[Any]] = []
-        self._emissions = emitting.Emissions()
+        self._events = Events(self)
 
     def emit(self, topic: str, payload: Any = None, *, key: Any = None, near: Any = None) -> None:
         """Write an event to the outbox, in this transaction.
@@ -72,7 +72,7 @@ class EmittingSession(ReadSession):
                 self._note_written((event_.shard,))
         if not self.in_transaction():
             self.begin()
-        self._emissions.pending.append(event_)
+        self._events.emissions.pending.append(event_)
 
     def once(self, event: emitting.HasId, *, near: Any, consumer: str = "") -> bool:
         """Note that an event has its effect in this transaction; return False if it had it before.
@@ -246,40 +246,6 @@ class EmittingSession(ReadSession):
             )
         return None if state.key is None else self._shard_of_identity(near)
 
-    def _send_events(self, *, with_commit: bool) -> None:
-        """Store what was emitted, as the last thing before COMMIT or together with it."""
-        if not self._is_clean():
-            self.flush()
-        events = self._emissions.pending
-        if not events:
-            return
-        groups: dict[int, list[emitting.Pending]] = {}
-        for event_ in events:
-            shard = event_.shard
-            if shard is None:
-                shard = self._only_shard() if event_.near is None else self._shard_near(event_.near)
-            if shard is None:
-                raise InvalidEventError("the object that an event is about was never written")
-            groups.setdefault(shard, []).append(event_)
-        self._note_written(groups)
-        prepares = self._prepares()
-        ids = self._cluster.ids.mint({shard: len(some) for shard, some in groups.items()})
-        try:
-            for shard in sorted(groups):
-                emitting.send(
-                    self._connection_to(shard),
-                    shard,
-                    groups[shard],
-                    ids[shard],
-                    with_commit=with_commit and not prepares,
-                    notifies=not prepares,
-                )
-        except DBAPIError as error:
-            if refusal := emitting.refusal(error):
-                raise refusal from error
-            self._raise(error)
-        self._emissions.clear()
-
     def _only_shard(self) -> int:
         if len(self._written_shards) != 1:
             raise NoShardKeyError(
@@ -292,12 +258,6 @@ class EmittingSession(ReadSession):
     # -- of the writer
 
     def _commit_unit(self) -> None:
-        raise NotImplementedError
-
-    def _note_written(self, shards: Iterable[int]) -> None:
-        raise NotImplementedError
-
-    def _prepares(self) -> bool:
         raise NotImplementedError
 
     def _named(self, rule: Rule, key: Any) -> int:
@@ -315,21 +275,59 @@ def _by_shard(placed: Iterable[tuple[_E, int]]) -> dict[int, list[_E]]:
     return dict(sorted(found.items()))
 
 
-@event.listens_for(EmittingSession, "before_commit", propagate=True)
-def _on_end_of_work(session: Session) -> None:
-    assert isinstance(session, EmittingSession)
-    if not session.in_nested_transaction():
-        session._send_events(with_commit=True)
+class Events(Participant):
+    """The events of one session's transaction.
 
+    Args:
+        session: whose transaction it is.
+    """
 
-@event.listens_for(EmittingSession, "after_transaction_create", propagate=True)
-def _on_begin(session: Session, transaction: SessionTransaction) -> None:
-    assert isinstance(session, EmittingSession)
-    if transaction.nested:
-        session._emissions.begin(transaction)
+    def __init__(self, session: EmittingSession) -> None:
+        self._session = session
+        self.emissions = emitting.Emissions()
 
+    def send(self, *, with_commit: bool = True) -> None:
+        """Store what was emitted, as the last thing before COMMIT or together with it."""
+        events = self.emissions.pending
+        if not events:
+            return
+        session = self._session
+        groups: dict[int, list[emitting.Pending]] = {}
+        for event_ in events:
+            shard = event_.shard
+            if shard is None:
+                near = event_.near
+                shard = session._only_shard() if near is None else session._shard_near(near)
+            if shard is None:
+                raise InvalidEventError("the object that an event is about was never written")
+            groups.setdefault(shard, []).append(event_)
+        session._note_written(groups)
+        prepares = session._prepares()
+        ids = session._cluster.ids.mint({shard: len(some) for shard, some in groups.items()})
+        try:
+            for shard in sorted(groups):
+                emitting.send(
+                    session._connection_to(shard),
+                    shard,
+                    groups[shard],
+                    ids[shard],
+                    with_commit=with_commit and not prepares,
+                    notifies=not prepares,
+                )
+        except DBAPIError as error:
+            if refusal := emitting.refusal(error):
+                raise refusal from error
+            session._raise(error)
+        self.emissions.clear()
 
-@event.listens_for(EmittingSession, "after_soft_rollback", propagate=True)
-def _on_undone(session: Session, transaction: SessionTransaction) -> None:
-    assert isinstance(session, EmittingSession)
-    session._emissions.undo(transaction)
+    def settle(self, ending: Ending) -> None:
+        """Forget what was not sent: the transaction is over."""
+        self.emissions.clear()
+
+    def began(self, savepoint: object) -> None:
+        """Note where a savepoint begins."""
+        self.emissions.begin(savepoint)
+
+    def undone(self, transaction: object) -> None:
+        """Forget the events since a savepoint."""
+        self.emissions.undo(transaction)

@@ -20,6 +20,7 @@ from shardkit.errors import (
     ShardkitError,
     UnavailableError,
 )
+from shardkit.farewells import Farewell, farewell
 
 __all__ = ["is_failure"]
 
@@ -56,7 +57,9 @@ def is_failure(error: BaseException) -> bool:
     """Tell whether an exception says that a server or the way to it is failing.
 
     Failures: refused, broken and timed out connections, invalidated ones, SQLSTATE 08xxx, 57P01
-    to 57P03 and 53300. Neutral: everything the server said in good health (constraints, 40001,
+    to 57P03 and 53300. Of a PgBouncer also that it had no server connection to lend: when that goes
+    on for so many calls that the breaker opens, nobody is served that way. Neutral: logins that
+    the operator has to correct, everything the server said in good health (constraints, 40001,
     40P01, 57014 of a statement_timeout), the program's own limits (exhausted pools, an open
     breaker, a full concurrency limit) and cancellation.
     """
@@ -75,8 +78,11 @@ def is_failure(error: BaseException) -> bool:
         return str(sqlstate).startswith("08") or sqlstate in _SERVER_GONE
     if isinstance(error, OSError):
         return isinstance(error, _UNREACHABLE) or error.errno in _NETWORK
-    # libpq's own errors have no SQLSTATE: no server was there to say why.
-    return isinstance(error, psycopg.OperationalError)
+    # libpq's own errors have no SQLSTATE: no server was there to say why, or it refused the login.
+    return (
+        isinstance(error, psycopg.OperationalError)
+        and farewell(str(error)) is not Farewell.LOGIN_REFUSED
+    )
 
 
 def _is_shardkits_failure(error: ShardkitError) -> bool:

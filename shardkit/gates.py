@@ -17,7 +17,7 @@ Source: docs/replicas.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
@@ -73,9 +73,13 @@ _COMMIT: Final = b"; ".join((_SHOW, b"COMMIT", _POSITIONS))
 _PREPARED: Final = {_REPLAYED: b"shardkit_replayed", _WRITTEN: b"shardkit_written"}
 
 _CONTROL: Final = re.compile(
-    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE)\b", re.IGNORECASE
+    rb"\s*(BEGIN|COMMIT|ROLLBACK|SET|SHOW|SAVEPOINT|RELEASE|DEALLOCATE|FETCH|CLOSE)\b",
+    re.IGNORECASE,
 )
-"""Statements that read no rows; several of them may stand in one message."""
+"""Statements that see no more rows than before; several of them may stand in one message.
+
+A cursor has the snapshot of its DECLARE, which was let through: what its replica is asked to have
+replayed may have grown since, as `max_lag` does, and says nothing about the rest of its rows."""
 
 _BEGINS: Final = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
 """What comes after it is for the same server."""
@@ -126,6 +130,9 @@ class Racer(Protocol):
 
     def run(self, cursor: Any, execute: Callable[[Any], object]) -> None:
         """Run a statement so that a cursor has its results."""
+
+    async def run_task(self, cursor: Any, execute: Callable[[Any], Awaitable[object]]) -> None:
+        """Do the same in an event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +213,7 @@ class Gated:
         mints: whether the next COMMIT asks for its position.
         committed: the position of that commit, or None.
         replayed: what this server is known to have replayed, or None.
-        race: what asks a second replica when this one is slow, or None; for threads.
+        race: what asks a second replica when this one is slow, or None.
     """
 
     race: Racer | None = None
@@ -379,19 +386,27 @@ class _Cursor:
             raise NotReplayedError(f"not replayed up to {lsn_text(needed.lsn)} yet")
 
 
+def _race_of(connection: Any, query: object) -> Racer | None:
+    """Return who runs a statement: a connection's race if it has one and is in no transaction."""
+    race: Racer | None = connection.race
+    if (
+        race is None
+        or parallel.is_together()
+        or not connection.autocommit
+        or connection.pgconn.transaction_status != TransactionStatus.IDLE
+        or (isinstance(query, str) and _BEGINS.match(query))
+    ):
+        return None
+    return race
+
+
 class Cursor(_Cursor, drivers.Bounded, psycopg.Cursor[Any]):
     """A cursor of a thread."""
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        """Run a statement, at the connection's race if it has one and is in no transaction."""
-        race: Racer | None = cast("Gated", self._conn).race
-        if (
-            race is None
-            or parallel.task() is not None
-            or not self._conn.autocommit
-            or self._conn.pgconn.transaction_status != TransactionStatus.IDLE
-            or (isinstance(query, str) and _BEGINS.match(query))
-        ):
+        """Run a statement, at the connection's race if there is one."""
+        race = _race_of(self._conn, query)
+        if race is None:
             return super().execute(query, params, **options)
         run = psycopg.Cursor.execute
         race.run(self, lambda cursor: run(cursor, query, params, **options))
@@ -400,6 +415,15 @@ class Cursor(_Cursor, drivers.Bounded, psycopg.Cursor[Any]):
 
 class AsyncCursor(_Cursor, drivers.Bounded, psycopg.AsyncCursor[Any]):
     """A cursor of an event loop."""
+
+    async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        """Run a statement; see `Cursor.execute`."""
+        race = _race_of(self._conn, query)
+        if race is None:
+            return await super().execute(query, params, **options)
+        run = psycopg.AsyncCursor.execute
+        await race.run_task(self, lambda cursor: run(cursor, query, params, **options))
+        return self
 
 
 class WriteCursor(drivers._Joining, _Minting, psycopg.Cursor[Any]):
@@ -462,6 +486,7 @@ def _pipelined(
     """
     server = connection.pgconn
     server.enter_pipeline_mode()
+    found: list[list[PGresult]] = []
     try:
         n_before = 0
         if needed is not None:
@@ -479,7 +504,6 @@ def _pipelined(
             _ask(connection, _WRITTEN, None)
         server.pipeline_sync()
         yield from generators.send(server)
-        found: list[list[PGresult]] = []
         n_syncs = 2 if gate is _COMMITTING else 1
         while n_syncs:
             results = yield from generators.fetch_many(server)
@@ -488,9 +512,12 @@ def _pipelined(
             else:
                 found.append(results)
         server.exit_pipeline_mode()
-    except BaseException:
+    except BaseException as error:
+        said = [r for results in found for r in results if r.status == ExecStatus.FATAL_ERROR]
         if server.status == ConnStatus.OK:
             server.finish()  # half a conversation is left on it
+        if said and isinstance(error, psycopg.OperationalError):  # before the other side hung up
+            raise psycopg.errors.error_from_result(said[0]) from None
         raise
     before = found[n_before - 1][0] if n_before else None
     after = found[-1][0] if len(found) > n_after else None

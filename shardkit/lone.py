@@ -44,8 +44,8 @@ def is_lone_insert(session: Session) -> bool:
 def _listens(session: Session) -> bool:
     """Tell whether listeners of the program may use the connection while a session commits.
 
-    shardkit's own listeners add no statement, but for classes with unique columns: that of
-    `before_commit` sends events, and there are none, as the caller knows.
+    shardkit's own listeners add no statement, but for classes with unique columns, and for events,
+    of which there are none, as the caller knows.
     """
     events: Any = session.dispatch
     return bool(
@@ -54,7 +54,7 @@ def _listens(session: Session) -> bool:
         or len(events.after_flush) > 1
         or events.after_flush_postexec
         or len(events.after_transaction_create) > 1
-        or len(events.before_commit) > 2
+        or len(events.before_commit) > 1
         or events.pending_to_persistent
     )
 

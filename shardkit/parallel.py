@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import select
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, Final, TypeVar, cast
 
 from greenlet import getcurrent, greenlet
@@ -21,7 +22,7 @@ from psycopg.abc import PQGen, PQGenConn
 
 from shardkit.clock import SYSTEM
 
-__all__ = ["AbandonedError", "Task", "hedged", "outcome", "run", "task"]
+__all__ = ["AbandonedError", "Task", "hedged", "is_together", "outcome", "run", "task", "together"]
 
 T = TypeVar("T")
 
@@ -74,6 +75,24 @@ def task() -> Task | None:
     """Return the task that runs, or None outside `run`."""
     found = getcurrent()
     return found if isinstance(found, Task) else None
+
+
+_TOGETHER: ContextVar[bool] = ContextVar("shardkit_together", default=False)
+
+
+def is_together() -> bool:
+    """Tell whether what runs is one of several tasks that somebody waits for together."""
+    return _TOGETHER.get() or task() is not None
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Have the tasks of an event loop that are made inside know that they run together."""
+    before = _TOGETHER.set(True)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(before)
 
 
 def outcome(work: Callable[[], T]) -> T | Exception:

@@ -123,6 +123,17 @@ class Member:
             )
             self._measured_at = now
 
+    def overdue(self, seconds: float) -> None:
+        """Note that a statement has not been answered for so long, before it ends: others see it.
+
+        Otherwise they would be sent to a server that has just stopped to answer.
+        """
+        now = self._clock.monotonic()
+        with self._lock:
+            decayed = self._decayed(now)
+            if decayed is None or seconds > decayed:
+                self._latency, self._measured_at = seconds, now
+
     def latency(self) -> float | None:
         """Return the moving average in seconds, or None when nothing has been measured."""
         return self._decayed(self._clock.monotonic())

@@ -7,7 +7,7 @@ both. Statements run outside transactions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,7 +18,7 @@ from sqlalchemy.orm import Mapper, ORMExecuteState
 
 from shardkit import deadlines, fences, gather, scatter, streams
 from shardkit.binds import BoundSession
-from shardkit.checks import connection_error, late_error
+from shardkit.checks import connection_error, is_idle, late_error
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.errors import (
     GatherError,
@@ -35,6 +35,7 @@ from shardkit.events import Gathered, StatementRouted, caller
 from shardkit.identities import identities, select_identities
 from shardkit.parallel import outcome
 from shardkit.placing import sharding_of_mapper
+from shardkit.plans import key_of
 from shardkit.relationships import refuse_joined_loads
 from shardkit.router import Route, Router, UnknownValuesError
 from shardkit.shapes import expressions_of
@@ -79,6 +80,13 @@ class ReadSession(BoundSession):
     def token(self) -> str:
         """What a later reader must have seen, so as not to go back behind this one."""
         return self._fresh.token
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is open or on its way on a connection, so that `close` waits for none."""
+        return self.role is Role.REPLICA and all(
+            is_idle(connection) for _, connection in self._roots.values()
+        )
 
     def get(self, entity: Any, ident: Any, **options: Any) -> Any:
         """Return the row of a primary key from its own logical shard, or None.
@@ -251,18 +259,20 @@ class ReadSession(BoundSession):
     def _route(self, statement: Any, params: Params) -> tuple[int, ...]:
         """Return the logical shards of a statement, ascending."""
         assign = self.role is Role.PRIMARY and isinstance(statement, Insert)
-        shards = self._decided(lambda router: shards_of(statement, params, router), assign=assign)
+        found = self._decided(lambda router: shards_of(statement, params, router), assign=assign)
         limits = limits_of(statement)
-        if shards is None:
-            if limits is None:
-                raise ScatterNotAllowedError
-            shards = frozenset(range(self._cluster.router.total))
-        if limits is not None and len(shards) > (limits.max_shards or len(shards)):
-            raise TooManyShardsError(
-                f"{len(shards)} logical shards to ask, and {limits.max_shards} allowed",
-                hint="name fewer keys, or all_shards(max_shards=…)",
-            )
-        return tuple(sorted(shards))
+        if found is None and limits is None:
+            raise ScatterNotAllowedError
+        shards = self._cluster.everything if found is None else tuple(sorted(found))
+        return _within(shards, limits)
+
+    def _routed(
+        self, state: ORMExecuteState, limits: Limits | None, key: Hashable | None
+    ) -> tuple[int, ...]:
+        """Return the logical shards of a statement, whose plan may be known by a key."""
+        if self._cluster.plans.get(key) is None:
+            return self._route(state.statement, state.parameters)
+        return _within(self._cluster.everything, limits)
 
     def _run(self, state: ORMExecuteState) -> Any:
         """Route one statement: the session's do_orm_execute hook."""
@@ -285,7 +295,9 @@ class ReadSession(BoundSession):
             if self._cluster.listeners:
                 self._tell_routed(state, given)
             return None
-        shards = self._route(state.statement, state.parameters)
+        limits = limits_of(state.statement)
+        key = None if limits is None else key_of(state.statement, state.parameters)
+        shards = self._routed(state, limits, key)
         if state.is_select and state.is_orm_statement:
             refuse_joined_loads(state.statement, state.bind_mapper, several=len(shards) > 1)
         if len(shards) == 1:
@@ -294,14 +306,13 @@ class ReadSession(BoundSession):
                 return self._gather(state, shards)
             if self._cluster.listeners:
                 self._tell_routed(state, shards)
-            limits = limits_of(state.statement)
             return None if limits is None else self._limited(state, shards[0], limits)
         if not state.is_select:
             raise UnsupportedStatementError(
                 f"one {type(state.statement).__name__.upper()} over {len(shards)} logical shards",
                 hint="run it once for each shard key",
             )
-        return self._gather(state, shards)
+        return self._gather(state, shards, key)
 
     def _is_streamed(self, state: ORMExecuteState) -> bool:
         """Tell whether a statement of one logical shard needs a transaction for its cursor.
@@ -332,8 +343,16 @@ class ReadSession(BoundSession):
             raise scatter.too_many_rows(limits.max_rows)
         return result
 
-    def _gather(self, state: ORMExecuteState, shards: Sequence[int]) -> Any:
-        """Run one statement per physical shard, in parallel, and merge the answers."""
+    def _gather(
+        self, state: ORMExecuteState, shards: Sequence[int], key: Hashable | None = None
+    ) -> Any:
+        """Run one statement per physical shard, in parallel, and merge the answers.
+
+        Args:
+            state: the execution of the statement.
+            shards: the logical shards to ask.
+            key: by which its plan may be known.
+        """
         cluster, limits = self._cluster, limits_of(state.statement) or _NO_LIMITS
         if limits.partial and self.role is Role.PRIMARY:
             raise UnsupportedStatementError(
@@ -341,10 +360,14 @@ class ReadSession(BoundSession):
             )
         if len(shards) == 1:
             plan = gather.plan_of_one(state.statement)
+        elif (known := cluster.plans.get(key)) is not None:
+            plan = known
         else:
             plan = self._decided(
                 lambda router: gather.plan(state.statement, state.parameters, router)
             )
+            if shards is cluster.everything:  # the statement names no key
+                cluster.plans.keep(key, plan)
         if state.bind_mapper is not None:
             cluster.fingerprints.check(state.bind_mapper)
         gathering = self._gathering(state, plan, limits)
@@ -429,14 +452,19 @@ class ReadSession(BoundSession):
         failures: dict[str, Exception],
     ) -> dict[str, Exception]:
         """Ask other endpoints where connections were lost; return the failures that are left."""
-        lost = {name: groups[name] for name, e in failures.items() if scatter.is_lost(e)}
-        if not lost or not self._can_retry() or deadlines.is_over():
+        before = self._avoided
+        try:
+            while lost := {n: groups[n] for n, e in failures.items() if scatter.is_lost(e)}:
+                if not self._can_retry() or deadlines.is_over():
+                    return failures
+                endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
+                if not self._avoid(self._abandon_broken()):
+                    located = {n: connection_error(failures[n], endpoints[n]) for n in lost}
+                    return {**failures, **located}
+                failures = self._asked_again(state, gathering, failures, lost)
             return failures
-        endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
-        if self._may_retry(self._abandon_broken()):
-            return self._asked_again(state, gathering, failures, lost)
-        located = {name: connection_error(failures[name], endpoints[name]) for name in lost}
-        return {**failures, **located}
+        finally:
+            self._avoided = before
 
     def _asked(
         self,
@@ -509,6 +537,16 @@ class ReadSession(BoundSession):
                 caller=caller(),
             )
         )
+
+
+def _within(shards: tuple[int, ...], limits: Limits | None) -> tuple[int, ...]:
+    """Return logical shards, if a statement may go to so many."""
+    if limits is not None and len(shards) > (limits.max_shards or len(shards)):
+        raise TooManyShardsError(
+            f"{len(shards)} logical shards to ask, and {limits.max_shards} allowed",
+            hint="name fewer keys, or all_shards(max_shards=…)",
+        )
+    return shards
 
 
 def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 
 from shardkit import deadlines, parallel
 from shardkit.clock import SYSTEM
+from shardkit.farewells import is_last_word
 from shardkit.parallel import CHECK_EVERY
 
 __all__ = ["AsyncConnection", "Connection", "Guard", "WaitedTooLongError"]
@@ -116,6 +117,12 @@ class _Patient:
             self._has_standby_warning = False
             self.pgconn.finish()
             raise StandbyNotWaitedForError("the wait for a standby was cancelled")
+
+    def _failed(self, error: psycopg.Error, started: float) -> None:
+        """Tell the guard of an error, and close a connection that it was the last word of."""
+        self.guard.failed(error, SYSTEM.monotonic() - started)
+        if is_last_word(error):
+            self.pgconn.finish()
 
     def _bound(self) -> float:
         """Return how many seconds a wait may take."""
@@ -316,7 +323,7 @@ class Connection(_Patient, psycopg.Connection[Any]):
             self._give_up(gen, task)
             raise self._late(started) from None
         except psycopg.Error as error:
-            self.guard.failed(error, SYSTEM.monotonic() - started)
+            self._failed(error, started)
             raise
         except Exception:
             raise
@@ -416,7 +423,7 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
             await self._give_up(gen)
             raise self._late(started) from None
         except psycopg.Error as error:
-            self.guard.failed(error, SYSTEM.monotonic() - started)
+            self._failed(error, started)
             raise
         except Exception:
             raise

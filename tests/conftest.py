@@ -2,6 +2,8 @@
 
 pytest_plugins = [
     "tests.fixtures.caches",
+    "tests.fixtures.lateness",
+    "tests.fixtures.poolers",
     "tests.fixtures.proxies",
     "tests.fixtures.servers",
     "tests.fixtures.service",

@@ -169,9 +169,12 @@ def pgbouncer_ini(
         "admin_users": ADMIN_ROLE,
         "max_client_conn": "1000",
         "default_pool_size": "20",
-        # A client waits for a server connection no longer than for one of its own pool.
-        "query_wait_timeout": "5",
-        "server_connect_timeout": "3",
+        # One that PgBouncer keeps up by itself, so that it knows of a server that is gone before
+        # a client has to wait for it; from then on it refuses at once.
+        "min_pool_size": "1",
+        # A client that is made to wait has time left to be answered by another server.
+        "query_wait_timeout": "2",
+        "server_connect_timeout": "2",
         "server_login_retry": "1",
         "tcp_keepidle": "10",
         "tcp_keepintvl": "5",

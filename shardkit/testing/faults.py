@@ -62,12 +62,16 @@ class Shape:
         jitter: up to so many seconds more, at random.
         bandwidth: bytes a second and connection; None for any number.
         slice_bytes: largest piece that is sent at once; None for any.
+        stumbles: share of the pieces, at random, that are late by `stumble`; from 0 to 1.
+        stumble: seconds that such a piece takes in addition.
     """
 
     latency: float = 0.0
     jitter: float = 0.0
     bandwidth: float | None = None
     slice_bytes: int | None = None
+    stumbles: float = 0.0
+    stumble: float = 0.0
 
     @property
     def largest(self) -> int:

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from shardkit.testing.faults import BOTH, Counts, Fault, Shape, Trigger, Way, When
 from shardkit.testing.link import Link
@@ -39,6 +39,18 @@ T = TypeVar("T")
 _REMEMBERED = 10_000
 _CALL_TIMEOUT = 20.0
 _LOOPBACK = "127.0.0.1"
+
+
+class Address(Protocol):
+    """Where a link listens, be it in this process or another."""
+
+    @property
+    def host(self) -> str:
+        """Name or number of the machine."""
+
+    @property
+    def port(self) -> int:
+        """TCP port."""
 
 
 class FaultProxy:
@@ -135,9 +147,11 @@ class FaultProxy:
         jitter: float = 0.0,
         bandwidth: float | None = None,
         slice_bytes: int | None = None,
+        stumbles: float = 0.0,
+        stumble: float = 0.0,
     ) -> None:
         """Delay bytes from now on, in both directions or in the named ones; see `Shape`."""
-        shape = Shape(latency, jitter, bandwidth, slice_bytes)
+        shape = Shape(latency, jitter, bandwidth, slice_bytes, stumbles, stumble)
         self._do(lambda: self.shapes.update(dict.fromkeys(ways or BOTH, shape)))
 
     def black_hole(self, *ways: Way) -> None:
@@ -313,7 +327,8 @@ class FaultProxy:
     def delay(self, way: Way) -> float:
         """Return how many seconds a piece is to be under way."""
         shape = self.shapes[way]
-        return shape.latency + self._random.uniform(0, shape.jitter)
+        late = shape.stumble if self._random.random() < shape.stumbles else 0.0
+        return shape.latency + self._random.uniform(0, shape.jitter) + late
 
     def watching(self, message: Message) -> Trigger | None:
         """Return the trigger that a message sets off, if any; every trigger counts it."""
@@ -321,7 +336,7 @@ class FaultProxy:
         return hit[0] if hit else None
 
 
-def reroute(topology: Topology, proxies: Mapping[Endpoint, FaultProxy]) -> Topology:
+def reroute(topology: Topology, proxies: Mapping[Endpoint, Address]) -> Topology:
     """Return a topology in which some endpoints are reached through proxies, readers included.
 
     Admin logins still go straight to their servers.

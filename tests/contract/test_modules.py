@@ -69,6 +69,20 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
     assert ours & theirs == meant
 
 
+def test_sessions_have_their_listeners_before_the_first_one_is_made() -> None:
+    """SQLAlchemy collects them at the first one, and a thread beside it would find none."""
+    program = (
+        "from shardkit import ReadSession, WriteSession\n"
+        "from sqlalchemy.orm import Session\n"
+        "collected = Session.dispatch.do_orm_execute._clslevel\n"
+        "print(*(len(collected.get(each, ())) for each in (ReadSession, WriteSession)))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["1", "1"]
+
+
 def test_the_ladder_in_the_documentation_is_the_one_that_is_enforced() -> None:
     root = Path(shardkit.__file__).parent.parent
     project = tomllib.loads(root.joinpath("pyproject.toml").read_text(encoding="utf-8"))

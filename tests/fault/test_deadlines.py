@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
@@ -24,24 +23,22 @@ from shardkit.errors import (
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until
 from shardkit.topology import Topology, schema_name
-from tests.fixtures.pauses import measured
+from tests.fixtures.lateness import at_work, over_in
 from tests.fixtures.sharded import Settled, admin
 from tests.models import Photo, User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
-LATE = 0.25
 NEWEST = select(Photo).order_by(Photo.id.desc()).limit(10).options(all_shards())
 SLOW = select(func.pg_sleep(30))
 
 
 @pytest.fixture
 def thawed(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
-    """The servers, none of them frozen afterwards, and none still at work for nobody."""
+    """The servers, none of them frozen afterwards."""
     yield local_cluster
     for server in local_cluster.servers:
         local_cluster.resume(server.name)
-    wait_until(lambda: at_work(local_cluster) == [], 5.0, "no query is left behind")
 
 
 @pytest.fixture
@@ -52,34 +49,6 @@ def user(cluster: Cluster, settled: Settled) -> User:
         session.commit()
     settled()
     return user
-
-
-def at_work(local: LocalCluster) -> list[str]:
-    """Return the queries of clusters that servers are working on."""
-    found = []
-    for server in local.servers:
-        if server.kind != "postgresql":
-            continue
-        with psycopg.connect(local.superuser_dsn(server.name), autocommit=True) as connection:
-            rows = connection.execute(
-                "SELECT query FROM pg_stat_activity WHERE application_name LIKE 'shardkit %' "
-                "AND state IN ('active', 'idle in transaction')"
-            ).fetchall()
-        found += [f"{server.name}: {query}" for (query,) in rows]
-    return found
-
-
-@contextmanager
-def over_in(seconds: float) -> Iterator[None]:
-    """Check that a block ends in time, and not long before; what the machine loses is not counted."""
-    started = time.monotonic()
-    try:
-        with measured() as pauses:
-            yield
-    finally:
-        took = time.monotonic() - started
-        late = LATE + 3 * pauses.seconds
-        assert seconds - 0.05 <= took <= seconds + late, f"{took:.3f} s instead of {seconds}"
 
 
 def freeze(local: LocalCluster, user: User, cluster: Cluster, *, replicas: bool = False) -> str:

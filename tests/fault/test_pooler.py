@@ -21,6 +21,7 @@ from shardkit.errors import ConfigurationError, PoolTimeoutError, UnavailableErr
 from shardkit.local import LocalCluster
 from shardkit.testing import create_tables, wait_until
 from shardkit.topology import Topology
+from tests.fixtures.lateness import in_time
 from tests.fixtures.pauses import within
 from tests.fixtures.servers import lend, options
 from tests.models import Base, Handle, Photo, Reading, Tenant, User
@@ -208,10 +209,14 @@ def test_row_21_a_frozen_pooler_holds_nobody_beyond_the_deadline(pooled: Pooled)
             purpose: Callable[[], ReadSession]
             for purpose in (cluster.writer, cluster.reader):
                 for _ in range(3):
-                    with within(0.3 + 0.25), deadline(0.3), purpose() as asking:
-                        with pytest.raises(UnavailableError) as e:
-                            asking.get(User, user.id)
-                        assert e.value.retryable
+                    with (
+                        in_time(0.3),
+                        deadline(0.3),
+                        purpose() as asking,
+                        pytest.raises(UnavailableError) as e,
+                    ):
+                        asking.get(User, user.id)
+                    assert e.value.retryable
         finally:
             for name in names:
                 pooled.local.resume(name)

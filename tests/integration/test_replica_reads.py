@@ -346,6 +346,34 @@ def test_a_bound_in_seconds_is_kept(cluster: Cluster, local_cluster: LocalCluste
 
 
 @pytest.mark.usefixtures("users")
+def test_a_stream_goes_on_with_what_it_began_with(
+    cluster: Cluster, local_cluster: LocalCluster, settled: Settled
+) -> None:
+    """Its snapshot was new enough when it was taken, and grows no younger."""
+    with cluster.writer() as writer:
+        writer.add_all(Photo(owner_id=KEY, caption=f"{n}") for n in range(50))
+        writer.commit()
+    settled()
+    captions = select(Photo.caption).where(Photo.owner_id == KEY).order_by(Photo.id)
+
+    def reads_a_replica(max_lag: float) -> bool:
+        with cluster.reader(max_lag=max_lag) as session:
+            session.get_one(User, KEY)
+            return role_of(session) is Role.REPLICA
+
+    wait_until(lambda: reads_a_replica(0.5), 10.0, "the lag is known and small")
+    with cluster.reader(max_lag=0.5) as session:
+        rows = iter(session.scalars(captions, execution_options={"yield_per": 5}))
+        seen = [next(rows)]
+        assert role_of(session) is Role.REPLICA
+        with replay_paused(local_cluster, *names_of(local_cluster)):
+            rename(cluster, "new")
+            wait_until(lambda: not reads_a_replica(0.5), 10.0, "the replicas are too old")
+            seen += rows
+        assert seen == ["old", *(str(n) for n in range(50))]
+
+
+@pytest.mark.usefixtures("users")
 def test_a_statement_that_replay_cancels_is_run_on_the_primary(
     cluster: Cluster, local_cluster: LocalCluster, topology: Topology
 ) -> None:

@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -14,7 +15,7 @@ from sqlalchemy import String, cast, delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError, PendingRollbackError
 from sqlalchemy.orm import Session, aliased, joinedload, selectinload
 
-from shardkit import AsyncCluster, Cluster, all_shards, ids
+from shardkit import AsyncCluster, Cluster, all_shards, gather, ids
 from shardkit.config import PoolConfig, load
 from shardkit.errors import (
     CrossShardWriteError,
@@ -27,6 +28,7 @@ from shardkit.errors import (
     UnsupportedStatementError,
 )
 from shardkit.keys import canonical
+from shardkit.router import Router
 from shardkit.session import ReadSession
 from shardkit.statements import AllShards
 from shardkit.strategies import hash_shard
@@ -239,6 +241,37 @@ def test_one_statement_per_server(cluster: Cluster, settled: Settled) -> None:
         assert route.kind == "all"
         assert [name for name, _ in route.statements] == ["alpha", "beta"]
         assert all(sql.count("UNION ALL") == 31 for _, sql in route.statements)
+
+
+def test_a_plan_is_decided_once_and_answers_anew(
+    topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[object] = []
+    plan = gather.plan
+
+    def counted(statement: Any, params: Any, router: Router) -> gather.Plan:
+        decided.append(statement)
+        return plan(statement, params, router)
+
+    monkeypatch.setattr(gather, "plan", counted)
+
+    def last(session: Session, n: int) -> list[str]:
+        # Not by id: those of two logical shards may be of the same millisecond.
+        by_name = Photo.caption.collate("C").desc()
+        statement = select(Photo).order_by(by_name).limit(n).options(all_shards())
+        return [photo.caption for photo in session.scalars(statement)]
+
+    with placed(topology, 0, 40) as cluster, cluster.writer() as session:  # alpha, beta
+        for name in ("ana", "bo"):
+            session.add(User(name=name, photos=[Photo(caption=name)]))
+            session.commit()
+        assert last(session, 2) == ["bo", "ana"]
+        session.add(User(name="cy", photos=[Photo(caption="cy")]))
+        session.commit()
+        assert last(session, 2) == ["cy", "bo"]
+        assert len(decided) == 1
+        assert last(session, 3) == ["cy", "bo", "ana"]
+        assert len(decided) == 2
 
 
 def test_a_reader_cannot_write(cluster: Cluster, settled: Settled) -> None:
@@ -517,6 +550,12 @@ async def test_the_async_twin_says_the_same_words(cluster_file: Path, settled: S
             captions = [photo.caption for photo in await session.scalars(newest)]
             assert captions == expected
             assert session.route(newest).kind == "all"
+            resting = [session.sync_session.is_at_rest]
+            stream = await session.stream_scalars(newest.execution_options(yield_per=1))
+            resting.append(session.sync_session.is_at_rest)
+            await stream.close()
+            resting.append(session.sync_session.is_at_rest)
+            assert resting == [True, False, True]
             with pytest.raises(ScatterNotAllowedError):
                 await session.scalars(select(Photo))
             session.add(User(name="no"))
