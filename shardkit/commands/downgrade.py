@@ -18,7 +18,7 @@ from shardkit.commands.migrate import (
     source,
 )
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
-from shardkit.commands.output import console
+from shardkit.commands.output import console, printable
 from shardkit.ops import migrate as ops
 from shardkit.ops import waves as rollout
 
@@ -47,7 +47,7 @@ def downgrade_command(
     for revision in undone:
         out.print(f"-- undo {revision.id} {revision.summary}", style="bold", markup=False)
         for statement in revision.statements:
-            out.print(f"{statement};", markup=False)
+            out.print(f"{printable(statement)};", markup=False)
     outcome = ops.downgrade(topology, revisions, undone, dry_run=dry_run, waves=percentages)
     if as_json:
         print_json(outcome_json(outcome))

@@ -15,7 +15,7 @@ from shardkit.commands.migrate import (
     print_json,
 )
 from shardkit.commands.options import ConfigOption, JsonOption
-from shardkit.commands.output import console
+from shardkit.commands.output import console, printable
 from shardkit.config import format_ranges
 from shardkit.ops.drift import Difference, Drift, drift
 
@@ -51,15 +51,10 @@ def drift_command(
 
 def _lines(each: Difference) -> list[str]:
     shards = f" logical shards {format_ranges(each.logical_shards)}" if each.logical_shards else ""
-    lines = [f"{each.physical}{shards}: {each.kind} {_plain(each.name)}"]
-    lines.append(f"  - {_plain(each.expected)}" if each.expected is not None else "  - (none)")
-    lines.append(f"  + {_plain(each.found)}" if each.found is not None else "  + (missing)")
+    lines = [f"{each.physical}{shards}: {each.kind} {printable(each.name)}"]
+    lines.append(f"  - {printable(each.expected)}" if each.expected is not None else "  - (none)")
+    lines.append(f"  + {printable(each.found)}" if each.found is not None else "  + (missing)")
     return lines
-
-
-def _plain(text: str) -> str:
-    """Return text without what steers a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _json(found: Drift) -> dict[str, Any]:

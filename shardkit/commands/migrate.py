@@ -15,7 +15,7 @@ from rich.table import Table
 from sqlalchemy import MetaData
 
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
-from shardkit.commands.output import console
+from shardkit.commands.output import console, printable
 from shardkit.config import default_file, format_ranges, load
 from shardkit.errors import ConfigurationError, TryAgainError
 from shardkit.ops import migrate as ops
@@ -268,7 +268,7 @@ def _print_plan(
         title = f"-- {revision.id} ({revision.phase}) {revision.summary}"
         out.print(title, style="bold", markup=False)
         for statement in revision.statements:
-            out.print(f"{statement};", markup=False)
+            out.print(f"{printable(statement)};", markup=False)
         for finding in revision.hazards:
             if finding.when == "advice":
                 out.print(f"-- advice: {finding.problem}; {finding.remedy}", markup=False)
