@@ -121,4 +121,4 @@ def test_the_application_and_its_revisions_agree(site: Site) -> None:
     assert site.apply().error is None
     found = drift(site.topology, site.revisions(), metadata=Base.metadata)
     assert not found.errors
-    assert found.differences == ()
+    assert [(d.kind, d.name, d.expected, d.found) for d in found.differences] == []
