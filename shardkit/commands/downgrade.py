@@ -12,11 +12,9 @@ from shardkit.commands.migrate import (
     WaveOption,
     app,
     inputs,
-    outcome_json,
-    print_json,
-    print_outcome,
     source,
 )
+from shardkit.commands.migrated import outcome_json, print_json, print_outcome
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.commands.output import console, printable
 from shardkit.ops import migrate as ops

@@ -12,8 +12,8 @@ from shardkit.commands.migrate import (
     app,
     inputs,
     models_of,
-    print_json,
 )
+from shardkit.commands.migrated import print_json
 from shardkit.commands.options import ConfigOption, JsonOption
 from shardkit.commands.output import console, printable
 from shardkit.config import format_ranges

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import MetaData
 
+from shardkit.commands.migrated import (
+    outcome_json,
+    print_json,
+    print_outcome,
+    print_plan,
+    status_json,
+)
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
-from shardkit.commands.output import console, printable
+from shardkit.commands.output import console
 from shardkit.config import default_file, format_ranges, load
-from shardkit.errors import ConfigurationError, TryAgainError
+from shardkit.errors import ConfigurationError
 from shardkit.ops import migrate as ops
 from shardkit.ops import waves as rollout
 from shardkit.ops.revisions import Revision
@@ -30,9 +37,6 @@ __all__ = [
     "app",
     "inputs",
     "models_of",
-    "outcome_json",
-    "print_json",
-    "print_outcome",
     "source",
 ]
 
@@ -117,7 +121,7 @@ def apply_command(
     topology, revisions, rules = inputs(config, migrations, models)
     if dry_run:
         planned = ops.plan(topology, revisions, rules=rules, phase=phase)
-        _print_plan(planned, percentages, as_json=as_json)
+        print_plan(planned, percentages, as_json=as_json)
         return
     limits = ops.Limits(
         lock_timeout=lock_timeout,
@@ -135,25 +139,36 @@ def apply_command(
     out = console(stderr=True)
     with Progress(*columns, console=out, disable=as_json or not out.is_terminal) as bar:
         tasks = {}
+        counts: Counter[str] = Counter()
 
         def on_plan(plan: ops.MigrationPlan) -> None:
             for part in plan.physical:
+                counts[part.physical] = len(part.work)
                 tasks[part.physical] = bar.add_task(part.physical, total=len(part.work))
 
-        outcome = ops.apply(
-            topology,
-            revisions,
-            rules=rules,
-            limits=limits,
-            on_plan=on_plan,
-            on_done=lambda physical, _logical_shard: bar.advance(tasks[physical]),
-            waves=percentages,
-            smallest=rollout.SMALLEST if percentages is None else 0,
-            on_wave=lambda each: bar.print(
-                f"wave {each.name}: {len(each.logical_shards)} logical shards"
-            ),
-            phase=phase,
-        )
+        def on_done(physical: str, _logical_shard: int) -> None:
+            counts[physical] -= 1
+            bar.advance(tasks[physical])
+
+        try:
+            outcome = ops.apply(
+                topology,
+                revisions,
+                rules=rules,
+                limits=limits,
+                on_plan=on_plan,
+                on_done=on_done,
+                waves=percentages,
+                smallest=rollout.SMALLEST if percentages is None else 0,
+                on_wave=lambda each: bar.print(
+                    f"wave {each.name}: {len(each.logical_shards)} logical shards"
+                ),
+                phase=phase,
+            )
+        except KeyboardInterrupt:
+            left = ", ".join(f"{name}: {n} left" for name, n in counts.items())
+            bar.print(f"interrupted between transactions; {left}; a rerun continues")
+            raise
     if as_json:
         print_json(outcome_json(outcome))
     else:
@@ -176,7 +191,7 @@ def plan_command(
     percentages = rollout.parse(wave) if wave else None
     topology, revisions, rules = inputs(config, migrations, models)
     planned = ops.plan(topology, revisions, rules=rules, phase=phase)
-    _print_plan(planned, percentages, as_json=as_json)
+    print_plan(planned, percentages, as_json=as_json)
 
 
 @app.command("status")
@@ -191,7 +206,7 @@ def status_command(
     topology, revisions, rules = inputs(config, migrations, models)
     found = ops.status(topology, revisions, rules=rules)
     if as_json:
-        print_json(_status_json(found))
+        print_json(status_json(found))
     else:
         table = Table(
             "physical shard", "logical shards", "revision", "pending", "laggards", box=None
@@ -253,142 +268,3 @@ def models_of(given: Path | None, models: str | None) -> MetaData | None:
     settings, _ = load(given or default_file())
     location = models or settings.migrations.models
     return ops.load_metadata(location) if location else None
-
-
-def _print_plan(
-    plan: ops.MigrationPlan, percentages: tuple[float, ...] | None, *, as_json: bool
-) -> None:
-    smallest = rollout.SMALLEST if percentages is None else 0
-    waves = ops.roll_out(plan, percentages or rollout.DEFAULT, smallest=smallest)
-    if as_json:
-        print_json(_plan_json(plan, waves))
-        return
-    out = console()
-    for revision in plan.pending:
-        title = f"-- {revision.id} ({revision.phase}) {revision.summary}"
-        out.print(title, style="bold", markup=False)
-        for statement in revision.statements:
-            out.print(f"{printable(statement)};", markup=False)
-        for finding in revision.hazards:
-            if finding.when == "advice":
-                out.print(f"-- advice: {finding.problem}; {finding.remedy}", markup=False)
-    for danger in plan.dangers:
-        verdict = f"set aside: {danger.reason}" if danger.reason else "REFUSED"
-        out.print(
-            f"{verdict}: {danger.revision.id} {danger.finding.problem} "
-            f"[{danger.finding.rule}]: {danger.finding.statement}",
-            markup=False,
-        )
-    if len(waves) > 1:
-        sizes = ", ".join(f"{wave.name}: {len(wave.logical_shards)}" for wave in waves)
-        out.print(f"waves: {sizes}", markup=False)
-    for part in plan.physical:
-        out.print(f"{part.physical}: {_summary(part)}", markup=False)
-
-
-def _summary(part: ops.PhysicalPlan) -> str:
-    if part.error:
-        return f"left alone: {part.error}"
-    new = [work.logical_shard for work in part.work if work.is_new]
-    used = [work.logical_shard for work in part.work if not work.is_new]
-    parts = [
-        f"create {format_ranges(new)}" if new else "",
-        f"migrate {format_ranges(used)}" if used else "",
-        "complete the admin schema" if part.admin else "",
-        f"record how {', '.join(sorted(part.rules))} place their rows" if part.rules else "",
-        f"{part.n_current} current" if part.n_current else "",
-        *(f"wait for {number}: {why}" for number, why in part.waiting.items()),
-    ]
-    return "; ".join(text for text in parts if text) or "nothing placed here"
-
-
-def print_outcome(outcome: ops.MigrationOutcome) -> None:
-    """Print what a run did on each physical shard."""
-    out = console()
-    for part in outcome.plan.physical:
-        done = outcome.done.get(part.physical, ())
-        if part.physical in outcome.failed:
-            text = f"failed after {len(done)} of {len(part.work)} logical shards"
-        elif not part.work and not part.waiting:
-            text = f"nothing to do, {part.n_current} logical shards current"
-        else:
-            text = f"{len(done)} of {len(part.work) + len(part.waiting)} logical shards migrated"
-        out.print(f"{part.physical}: {text}", markup=False)
-
-
-def _plan_json(plan: ops.MigrationPlan, waves: tuple[rollout.Wave, ...]) -> dict[str, Any]:
-    return {
-        "pending": [
-            {
-                "revision": r.id,
-                "phase": r.phase,
-                "summary": r.summary,
-                "statements": r.statements,
-                "advice": [f"{f.problem}: {f.statement}" for f in r.hazards if f.when == "advice"],
-            }
-            for r in plan.pending
-        ],
-        "dangers": [
-            {
-                "revision": danger.revision.id,
-                "rule": danger.finding.rule,
-                "problem": danger.finding.problem,
-                "remedy": danger.finding.remedy,
-                "statement": danger.finding.statement,
-                "physical": danger.physical,
-                "size_bytes": danger.size_bytes,
-                "reason": danger.reason,
-            }
-            for danger in plan.dangers
-        ],
-        "waves": {wave.name: sorted(wave.logical_shards) for wave in waves},
-        "physical": {
-            part.physical: {
-                "admin": part.admin,
-                "rules": part.rules,
-                "create": [w.logical_shard for w in part.work if w.is_new],
-                "migrate": {
-                    w.logical_shard: [r.id for r in w.revisions] for w in part.work if not w.is_new
-                },
-                "current": part.n_current,
-                "waiting": part.waiting,
-                "error": str(part.error) if part.error else None,
-            }
-            for part in plan.physical
-        },
-    }
-
-
-def outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
-    """Return what a run did, for JSON."""
-    return {
-        "done": outcome.done,
-        "failed": {name: str(error) for name, error in outcome.failed.items()},
-        "laggards": {number: str(error) for number, error in outcome.laggards.items()},
-        "halted": outcome.halted,
-        "retryable": isinstance(outcome.error, TryAgainError),
-    }
-
-
-def _status_json(found: ops.MigrationStatus) -> dict[str, Any]:
-    return {
-        "head": found.head,
-        "current": found.is_current,
-        "physical": {
-            entry.physical: {
-                "logical_shards": entry.n_logical_shards,
-                "at": entry.at,
-                "pending": entry.pending,
-                "laggards": entry.laggards,
-                "unrecorded": entry.unrecorded,
-                "error": str(entry.error) if entry.error else None,
-            }
-            for entry in found.physical
-        },
-    }
-
-
-def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document."""
-    json.dump(document, sys.stdout, indent=2)
-    print()
