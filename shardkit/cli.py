@@ -12,19 +12,21 @@ from collections.abc import Sequence
 
 import typer
 
-from shardkit.commands import downgrade as _downgrade  # noqa: F401  adds itself to migrate
-from shardkit.commands import drift as _drift  # noqa: F401  adds itself to migrate
 from shardkit.commands import (
+    doctor,
     ids,
     local,
     locate,
     lookup,
     migrate,
     outbox,
+    pgbouncer,
     reference,
     status,
     twophase,
 )
+from shardkit.commands import downgrade as _downgrade  # noqa: F401  adds itself to migrate
+from shardkit.commands import drift as _drift  # noqa: F401  adds itself to migrate
 from shardkit.errors import (
     ConfigurationError,
     IdError,
@@ -49,8 +51,10 @@ app.add_typer(ids.app, name="ids")
 app.add_typer(reference.app, name="reference")
 app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
+app.add_typer(pgbouncer.app, name="pgbouncer")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -32,6 +32,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
     location = "app:migrations"              # package:folder, or a path from this file's folder
     models = "app.models:Base"               # optional: record how the models place their rows
 
+    [pgbouncer]
+    processes = 8                            # for `shardkit pgbouncer render`: docs/pgbouncer.md
+
     [[physical]]
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
@@ -99,6 +102,7 @@ __all__ = [
     "Config",
     "LimitsConfig",
     "MigrationsConfig",
+    "PgBouncerConfig",
     "PhysicalConfig",
     "PoolConfig",
     "ReplicaConfig",
@@ -238,6 +242,46 @@ class ReplicaConfig(_Table):
     standby: str = ""
     """Its name in `synchronous_standby_names`; empty when commits do not wait for it."""
 
+    server: SecretStr | None = None
+    """Address of PostgreSQL itself, when `url` names a PgBouncer; `shardkit pgbouncer render` needs
+    it. Login and password are those of `url`."""
+
+
+class PgBouncerConfig(_Table):
+    """`[pgbouncer]`: what `shardkit pgbouncer render` cannot know from the servers."""
+
+    processes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Programs that use the cluster at the same time; pools are as large as they need."""
+
+    poolers: Annotated[int, Field(ge=1, le=1000)] = 1
+    """PgBouncers in front of each server, which share its connections."""
+
+    listen_addr: str = ""
+    """Where it listens; empty for the host of `primary`, or the loopback."""
+
+    port: Annotated[int, Field(ge=1, le=65_535)] = 6432
+    """Where it listens, while `primary` names the server itself."""
+
+    sockets: str = ""
+    """Folder of the unix socket; empty for that of the files."""
+
+    auth_user: str = ""
+    """Login that asks the servers for the verifiers of others; empty for a list of passwords."""
+
+    auth_query: str = "SELECT name, secret FROM shardkit_pooler.secret($1)"
+    """What it asks; the function is described in docs/pgbouncer.md."""
+
+    client_tls_cert: str = ""
+    client_tls_key: str = ""
+    client_tls_ca: str = ""
+    """Files of the certificate shown to clients, which requires TLS, and of whom to trust."""
+
+    server_tls_ca: str = ""
+    """File of who signs the servers' certificates, which are then verified with their names."""
+
+    settings: Mapping[str, str] = Field(default_factory=dict)
+    """Further settings by name; they win."""
+
 
 class MigrationsConfig(_Table):
     """`[migrations]`: where the revisions of the application's tables and its models are."""
@@ -308,6 +352,7 @@ class Config(_Table):
     replicas: ReplicasConfig = ReplicasConfig()
     tokens: TokensConfig = TokensConfig()
     migrations: MigrationsConfig = MigrationsConfig()
+    pgbouncer: PgBouncerConfig = PgBouncerConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -381,6 +426,9 @@ class Config(_Table):
                         url,
                         region=replica.region,
                         standby=replica.standby,
+                        server_url=None
+                        if replica.server is None
+                        else _url(replica.server, f"{key}.replicas.server"),
                     )
                     for url, replica in zip(replicas, found, strict=True)
                 ),
@@ -491,7 +539,12 @@ def _holds_secret(config: Config) -> bool:
     urls = [
         u
         for p in config.physical
-        for u in (p.primary, p.reader, p.admin, *(r.url for r in p.replica_configs))
+        for u in (
+            p.primary,
+            p.reader,
+            p.admin,
+            *(u for r in p.replica_configs for u in (r.url, r.server)),
+        )
         if u
     ]
     return (
@@ -523,6 +576,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "replicas": ReplicasConfig,
         "tokens": TokensConfig,
         "migrations": MigrationsConfig,
+        "pgbouncer": PgBouncerConfig,
         "physical": PhysicalConfig,
     }
     return sorted(tables[location[0]].model_fields if location else Config.model_fields)

@@ -53,6 +53,7 @@ class Endpoint:
         region: where it stands, or an empty string; near replicas are read first.
         standby: its name in `synchronous_standby_names` (PostgreSQL's `application_name`), or
             an empty string where commits do not wait for it.
+        server_url: of PostgreSQL itself, where `url` names a pooler and it is known; else None.
         address: `host:port/database`, which with the first two tells endpoints apart.
     """
 
@@ -62,6 +63,7 @@ class Endpoint:
     read_url: URL | None = field(default=None, repr=False, compare=False)
     region: str = field(default="", compare=False)
     standby: str = field(default="", compare=False)
+    server_url: URL | None = field(default=None, repr=False, compare=False)
     address: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from shardkit.errors import LocalServerError
+from shardkit.ops.files import replace_file
 
 __all__ = ["Account", "claim_folder", "is_reachable", "server_account", "write_file"]
 
@@ -144,15 +145,8 @@ def write_file(path: Path, text: str, mode: int, owner: Account | None = None) -
         mode: permission bits.
         owner: who it belongs to; None for the user of this process.
     """
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        if owner is not None and owner.is_switched:
-            os.fchown(file.fileno(), owner.uid, owner.gid)
-        os.fchmod(file.fileno(), mode)
-    new.replace(path)
+    is_given = owner is not None and owner.is_switched
+    replace_file(path, text, mode, pwd.getpwuid(owner.uid) if owner and is_given else None)
 
 
 def child_environment() -> Mapping[str, str]:

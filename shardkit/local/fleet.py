@@ -27,11 +27,11 @@ from shardkit.local.settings import (
     DATABASE,
     READER_DATABASE,
     REPLICATION_ROLE,
-    PooledDatabase,
     host_rules,
     ident_map,
 )
 from shardkit.local.state import ServerState, State
+from shardkit.ops.pgbouncer import PooledDatabase
 from shardkit.topology import Role
 
 __all__ = ["Fleet", "pooled_name"]
@@ -125,19 +125,19 @@ class Fleet:
             )
         return remembered
 
-    def pooled(self, physical: str) -> dict[str, PooledDatabase]:
-        """Return what is behind a PgBouncer, by database name; only `shardkit` takes writes."""
+    def pooled(self, physical: str) -> list[PooledDatabase]:
+        """Return what is behind a PgBouncer; only `shardkit` takes writes."""
         members = self.members(physical)
         primary = next(server for server in members if server.role is Role.PRIMARY)
-        return {
-            DATABASE: PooledDatabase(primary.port, is_read_only=False),
-            READER_DATABASE: PooledDatabase(primary.port, is_read_only=True),
-            **{
-                pooled_name(server): PooledDatabase(server.port, is_read_only=True)
-                for server in members
-                if server.role is Role.REPLICA
-            },
-        }
+        places = [
+            (DATABASE, primary),
+            (READER_DATABASE, primary),
+            *((pooled_name(s), s) for s in members if s.role is Role.REPLICA),
+        ]
+        return [
+            PooledDatabase(name, ports.HOST, server.port, DATABASE, is_read_only=name != DATABASE)
+            for name, server in places
+        ]
 
     def _add_postgres(self) -> None:
         program = find_postgres(self.layout.account, self._data_version())

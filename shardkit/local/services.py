@@ -14,7 +14,13 @@ from shardkit.local.account import write_file
 from shardkit.local.layout import Layout
 from shardkit.local.ports import HOST
 from shardkit.local.server import ServerKind, ServerProcess
-from shardkit.local.settings import PooledDatabase, pgbouncer_ini, userlist
+from shardkit.local.settings import ADMIN_ROLE, APP_ROLE
+from shardkit.ops.pgbouncer import (
+    PooledDatabase,
+    PoolerSettings,
+    render_ini,
+    render_userlist,
+)
 
 __all__ = ["MemcachedServer", "PgBouncerServer", "RedisServer"]
 
@@ -76,7 +82,7 @@ class PgBouncerServer(ServerProcess):
     and for `shardkit_1`, `shardkit_2` to reach the replicas.
 
     Attributes:
-        databases: says where each name leads, asked at each launch.
+        databases: says where the names lead, asked at each launch.
         settings: further settings by name.
     """
 
@@ -84,23 +90,29 @@ class PgBouncerServer(ServerProcess):
 
     layout: Layout
     passwords: Mapping[str, str]
-    databases: Callable[[], Mapping[str, PooledDatabase]]
+    databases: Callable[[], Sequence[PooledDatabase]]
     settings: Mapping[str, str]
 
     def before_launch(self) -> None:
         """Write its configuration; the logins are readable by the servers' account only."""
-        logins = self.layout.conf / f"{self.name}.userlist"
-        write_file(logins, userlist(self.passwords), 0o600, self.account)
-        text = pgbouncer_ini(
-            port=self.port,
-            version=self.program.order,
+        file = self.layout.conf / f"{self.name}.userlist"
+        logins = {role: self.passwords[role] for role in (APP_ROLE, ADMIN_ROLE)}
+        write_file(file, render_userlist(logins), 0o600, self.account)
+        write_file(self.layout.conf / f"{self.name}.ini", self._ini(str(file)), 0o644)
+        (self.layout.sockets / f".s.PGSQL.{self.port}").unlink(missing_ok=True)
+
+    def _ini(self, userlist: str) -> str:
+        settings = PoolerSettings(
             databases=self.databases(),
+            listen_addr=HOST,
+            port=self.port,
             sockets=str(self.layout.sockets),
-            userlist_file=str(logins),
+            userlist=userlist,
+            stats_users=[ADMIN_ROLE],
+            version=self.program.order,
             settings=self.settings,
         )
-        write_file(self.layout.conf / f"{self.name}.ini", text, 0o644)
-        (self.layout.sockets / f".s.PGSQL.{self.port}").unlink(missing_ok=True)
+        return render_ini(settings)
 
     def command(self) -> Sequence[str | Path]:
         """Return the command line."""

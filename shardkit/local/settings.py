@@ -20,13 +20,10 @@ __all__ = [
     "REPLICATION_ROLE",
     "SUPERUSER",
     "PhysicalAddresses",
-    "PooledDatabase",
     "host_rules",
     "ident_map",
-    "pgbouncer_ini",
     "postgres_conf",
     "shardkit_toml",
-    "userlist",
 ]
 
 DATABASE = "shardkit"
@@ -120,87 +117,6 @@ def ident_map(users: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class PooledDatabase:
-    """Where a name leads that clients of a PgBouncer ask for.
-
-    Attributes:
-        port: of PostgreSQL.
-        is_read_only: whether the connections to it refuse to write.
-    """
-
-    port: int
-    is_read_only: bool
-
-    @property
-    def text(self) -> str:
-        """The value for `[databases]`."""
-        where = f"host={HOST} port={self.port} dbname={DATABASE}"
-        if self.is_read_only:
-            where += " connect_query='SET default_transaction_read_only = on'"
-        return where
-
-
-def pgbouncer_ini(
-    *,
-    port: int,
-    version: Sequence[int],
-    databases: Mapping[str, PooledDatabase],
-    sockets: str,
-    userlist_file: str,
-    settings: Mapping[str, str] | None = None,
-) -> str:
-    """Return the `pgbouncer.ini` of one physical shard, in transaction mode.
-
-    Args:
-        port: where it listens.
-        version: of the program, as numbers.
-        databases: where the names lead that clients ask for.
-        sockets: folder of its unix socket.
-        userlist_file: logins and passwords.
-        settings: further settings by name; they win.
-    """
-    values = {
-        "listen_addr": HOST,
-        "listen_port": str(port),
-        "unix_socket_dir": sockets,
-        "pool_mode": "transaction",
-        "auth_type": "scram-sha-256",
-        "auth_file": userlist_file,
-        "admin_users": ADMIN_ROLE,
-        "max_client_conn": "1000",
-        "default_pool_size": "20",
-        # One that PgBouncer keeps up by itself, so that it knows of a server that is gone before
-        # a client has to wait for it; from then on it refuses at once.
-        "min_pool_size": "1",
-        # A client that is made to wait has time left to be answered by another server.
-        "query_wait_timeout": "2",
-        "server_connect_timeout": "2",
-        "server_login_retry": "1",
-        "tcp_keepidle": "10",
-        "tcp_keepintvl": "5",
-        "tcp_keepcnt": "3",
-    }
-    if tuple(version) >= (1, 21):
-        values["max_prepared_statements"] = "200"
-    values.update(settings or {})
-    return "\n".join(
-        [
-            "[databases]",
-            *(f"{name} = {database.text}" for name, database in databases.items()),
-            "",
-            "[pgbouncer]",
-            *(f"{key} = {value}" for key, value in values.items()),
-            "",
-        ]
-    )
-
-
-def userlist(passwords: Mapping[str, str]) -> str:
-    """Return PgBouncer's `userlist.txt` for the application's and the admin's login."""
-    return "".join(f'"{role}" "{passwords[role]}"\n' for role in (APP_ROLE, ADMIN_ROLE))
-
-
-@dataclass(frozen=True, slots=True)
 class PhysicalAddresses:
     """Where one physical shard's servers listen.
 
@@ -232,7 +148,10 @@ class PhysicalAddresses:
             replicas = ", ".join(url(port) for port in self.replicas.values())
             return [f"primary = {url(self.primary)}", f"replicas = [{replicas}]"]
         port, version = self.pooler
-        replicas = ", ".join(url(port, name) for name in self.replicas)
+        replicas = ", ".join(
+            f"{{ url = {url(port, name)}, server = {url(server)} }}"
+            for name, server in self.replicas.items()
+        )
         return [
             f"pooler = {_toml(f'pgbouncer {version}')}",
             f"primary = {url(port)}",

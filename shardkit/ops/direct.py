@@ -6,32 +6,39 @@ never go through PgBouncer; they are opened per command and never pooled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import psycopg
+from sqlalchemy import URL
 
 from shardkit.errors import EndpointUnavailableError
 from shardkit.topology import PhysicalShard
+from shardkit.waits import Connection
 
-__all__ = ["connect"]
+__all__ = ["Unguarded", "connect", "parameters"]
 
 CONNECT_TIMEOUT = 5
 """Seconds a server has to accept a connection."""
 
 
-def connect(shard: PhysicalShard, *, application: str) -> psycopg.Connection[tuple[Any, ...]]:
-    """Open a connection in autocommit mode to the primary of a physical shard.
+class Unguarded:
+    """A guard that nobody listens to: a command asks once and reports what it hears."""
+
+    def succeeded(self, seconds: float) -> None:
+        """Ignore it."""
+
+    def failed(self, error: BaseException, seconds: float) -> None:
+        """Ignore it."""
+
+
+def parameters(url: URL, *, application: str) -> dict[str, Any]:
+    """Return what psycopg connects with to reach an address.
 
     Args:
-        shard: whose `admin_url` is used.
+        url: the address.
         application: what `pg_stat_activity` shows.
-
-    Raises:
-        EndpointUnavailableError: it does not accept the connection (retryable).
     """
-    url = shard.admin_url
-    parameters: Mapping[str, Any] = {
+    return {
         "connect_timeout": CONNECT_TIMEOUT,
         "application_name": application,
         **url.query,
@@ -41,11 +48,32 @@ def connect(shard: PhysicalShard, *, application: str) -> psycopg.Connection[tup
         "user": url.username,
         "password": url.password,
     }
+
+
+def connect(
+    shard: PhysicalShard, *, application: str, patience: float | None = None
+) -> psycopg.Connection[tuple[Any, ...]]:
+    """Open a connection in autocommit mode to the primary of a physical shard.
+
+    Args:
+        shard: whose `admin_url` is used.
+        application: what `pg_stat_activity` shows.
+        patience: seconds it waits for an answer; None for ever.
+
+    Raises:
+        EndpointUnavailableError: it does not accept the connection (retryable).
+    """
+    options = parameters(shard.admin_url, application=application)
     try:
-        return psycopg.connect(autocommit=True, **parameters)
+        if patience is not None:
+            return Connection.open("", patience=patience, guard=_GUARD, autocommit=True, **options)
+        return psycopg.connect(autocommit=True, **options)
     except psycopg.OperationalError as error:
         raise EndpointUnavailableError(
             f"physical shard {shard.name!r} does not accept the admin login",
             hint=str(error).strip().splitlines()[-1],
             endpoint=str(shard.primary),
         ) from error
+
+
+_GUARD = Unguarded()

@@ -55,11 +55,14 @@ class Limits:
         batch: rows of a page, 1 or more.
         pause: seconds between two pages of a physical shard.
         from_shard: logical shards below are left out.
+        rows: of each logical shard that are looked at, the oldest first, and no lookup rows, for a
+            sample; None for all.
     """
 
     batch: int = 500
     pause: float = 0.0
     from_shard: int = 0
+    rows: int | None = None
 
 
 @dataclass(slots=True)
@@ -161,7 +164,7 @@ def run(
         report = Report(lookup.name)
         for shard in shards:
             scan.rows(shard, report)
-            if kind != "backfill":
+            if kind != "backfill" and limits.rows is None:
                 scan.pairs(shard, report)
             on_shard(shard)
         return report
@@ -230,11 +233,14 @@ class _Scan:
         names = f"{quoted(lookup.id_column)}, {quoted(lookup.column)}"
         table = f"{schema_name(shard)}.{quoted(lookup.table)}"
         query = _ROWS.format(table, names, quoted(lookup.id_column), quoted(lookup.column))
-        while True:
-            found = self._ask(shard, query, {"after": after, "n": self._limits.batch})
+        left = self._limits.rows
+        while left is None or left > 0:
+            n_rows = self._limits.batch if left is None else min(left, self._limits.batch)
+            found = self._ask(shard, query, {"after": after, "n": n_rows})
             if not found:
                 return
             after = found[-1][0]
+            left = None if left is None else left - len(found)
             page = {}
             for row_id, given in found:
                 try:

@@ -37,6 +37,9 @@ COUNTED = 100_000
 """Events counted per logical shard; beyond it a number is a lower bound."""
 
 _SHARDS_PER_QUERY = 256
+_PATIENCE = 20.0
+"""Seconds to wait for a server that may be frozen: longer than a statement may take."""
+
 _TIMEOUT = "SET statement_timeout = '15s'; SET lock_timeout = '2s'"
 
 
@@ -225,7 +228,7 @@ def _owned(connection: psycopg.Connection[Any]) -> list[int]:
 
 
 def _status(shard: PhysicalShard, interval: float) -> PhysicalOutbox:
-    with connect(shard, application="shardkit outbox status") as connection:
+    with connect(shard, application="shardkit outbox status", patience=_PATIENCE) as connection:
         connection.execute(_TIMEOUT)
         before = _counters(connection)
         rows: list[tuple[int, int, float | None, int, int]] = []

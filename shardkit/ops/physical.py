@@ -30,7 +30,7 @@ from shardkit.errors import (
 from shardkit.ops import concurrently
 from shardkit.ops.blame import culprit, first_line, holders
 from shardkit.ops.direct import connect
-from shardkit.ops.health import Health
+from shardkit.ops.lagging import LagRule
 from shardkit.ops.ledger import (
     OWN,
     admin_script,
@@ -198,13 +198,13 @@ class PhysicalRun:
 
     def _drain(self, connection: Connection) -> None:
         """Migrate logical shards until none is left, the server is gone or the run stops."""
-        health = Health(connection, self._limits.max_lag_bytes, self._limits.lag_patience)
+        lag = LagRule(connection, self._limits.max_lag_bytes, self._limits.lag_patience)
         while not self._stop.is_set():
             batch = self._take()
             if not batch:
                 return
             try:
-                if unwell := health.wait(self._stop):
+                if unwell := lag.wait(self._stop):
                     self.unwell = unwell
                     self._queue.clear()
                     return

@@ -100,16 +100,20 @@ class ReferenceCheck:
     repaired: Mapping[str, int]
 
 
-def check(topology: Topology) -> ReferenceCheck:
+def check(topology: Topology, *, patience: float | None = None) -> ReferenceCheck:
     """Compare every reference table with the home's; changes nothing.
 
     Broadcasts wait while it runs, so that no difference is one that is being written.
+
+    Args:
+        topology: the cluster.
+        patience: seconds to wait for each answer of a server; None for ever.
 
     Raises:
         EndpointUnavailableError: the home does not answer (retryable).
         TryAgainError: a broadcast holds the lock too long (retryable).
     """
-    return _run(topology, repairs=False)
+    return _run(topology, repairs=False, patience=patience)
 
 
 def repair(topology: Topology) -> ReferenceCheck:
@@ -125,18 +129,18 @@ def repair(topology: Topology) -> ReferenceCheck:
     return _run(topology, repairs=True)
 
 
-def _run(topology: Topology, *, repairs: bool) -> ReferenceCheck:
+def _run(topology: Topology, *, repairs: bool, patience: float | None = None) -> ReferenceCheck:
     home, *others = sorted(topology.physical)
     differences: list[Difference] = []
     failed: dict[str, ShardkitError] = {}
     repaired: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(_locked(topology, home))
+        first = stack.enter_context(_locked(topology, home, patience))
         shapes = _shapes(first)
         expected = {name: _digest(first, name, shape) for name, shape in shapes.items()}
         for physical in others:
             try:
-                with _locked(topology, physical) as connection:
+                with _locked(topology, physical, patience) as connection:
                     found = _compared(connection, physical, shapes, expected)
                     differences += found
                     if repairs and found:
@@ -150,9 +154,10 @@ def _run(topology: Topology, *, repairs: bool) -> ReferenceCheck:
 
 
 @contextlib.contextmanager
-def _locked(topology: Topology, physical: str) -> Iterator[Connection]:
+def _locked(topology: Topology, physical: str, patience: float | None) -> Iterator[Connection]:
     """Open a transaction on a server that holds the lock of broadcasts."""
-    with connect(topology.physical[physical], application="shardkit reference") as connection:
+    shard = topology.physical[physical]
+    with connect(shard, application="shardkit reference", patience=patience) as connection:
         connection.execute(_SETTINGS)
         connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}s'".encode())
         with connection.transaction():

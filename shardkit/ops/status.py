@@ -16,6 +16,7 @@ import psycopg
 
 from shardkit import deadlines
 from shardkit.breaker import Breaker
+from shardkit.ops.direct import parameters
 from shardkit.parallel import run
 from shardkit.topology import Endpoint, Role, Topology
 from shardkit.waits import Connection
@@ -110,16 +111,7 @@ def is_healthy(found: Sequence[EndpointStatus]) -> bool:
 
 
 def _ask(endpoint: Endpoint, guard: Breaker) -> dict[str, Any]:
-    url = endpoint.url
-    options: dict[str, Any] = {
-        **url.query,
-        "host": url.host,
-        "port": url.port or 5432,
-        "dbname": url.database,
-        "user": url.username,
-        "password": url.password,
-        "application_name": "shardkit status",
-    }
+    options = parameters(endpoint.url, application="shardkit status")
     connection = Connection.open("", patience=TIMEOUT, guard=guard, autocommit=True, **options)
     try:
         cursor = connection.execute(_ASK)

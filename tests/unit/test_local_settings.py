@@ -10,13 +10,10 @@ from shardkit.config import Config, PoolConfig
 from shardkit.local.options import LocalOptions
 from shardkit.local.settings import (
     PhysicalAddresses,
-    PooledDatabase,
     host_rules,
     ident_map,
-    pgbouncer_ini,
     postgres_conf,
     shardkit_toml,
-    userlist,
 )
 from shardkit.topology import Pooler
 
@@ -109,25 +106,3 @@ def test_nobody_is_trusted() -> None:
     assert {rule[3 if rule[0] == "local" else 4] for rule in rules} == {"peer", "scram-sha-256"}
     assert all("postgres" not in rule[2] for rule in rules if rule[0] == "host")
     assert ident_map(("root", "root", "nobody")).count("owner") == 2
-
-
-def test_pgbouncer_reads_logins_from_its_private_file() -> None:
-    text = pgbouncer_ini(
-        port=6501,
-        version=(1, 18, 0),
-        databases={
-            "shardkit": PooledDatabase(5501, is_read_only=False),
-            "shardkit_1": PooledDatabase(5502, is_read_only=True),
-        },
-        sockets="/run",
-        userlist_file="/private",
-        settings={"default_pool_size": "1"},
-    )
-    assert "shardkit = host=127.0.0.1 port=5501 dbname=shardkit\n" in text
-    assert "connect_query='SET default_transaction_read_only = on'\n" in text
-    assert text.count("read_only") == 1, "the primary takes writes"
-    assert "default_pool_size = 1\n" in text
-    assert "max_prepared_statements" not in text, "unknown below 1.21"
-    assert "pool_mode = transaction" in text
-    assert not any(password in text for password in ("a-p_p", "a-d_m"))
-    assert '"shardkit_app" "a-p_p"' in userlist(PASSWORDS)

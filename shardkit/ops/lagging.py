@@ -13,7 +13,7 @@ import psycopg
 
 from shardkit.clock import SYSTEM
 
-__all__ = ["Health"]
+__all__ = ["LagRule"]
 
 # Takes no lock. A replica that is connected and has not replayed the log; those that are gone are
 # for `shardkit status` to report, and DDL does not make them worse.
@@ -27,7 +27,7 @@ _BETWEEN = 1.0
 
 
 @dataclass(slots=True)
-class Health:
+class LagRule:
     """The rule of one physical shard.
 
     Attributes:
