@@ -88,7 +88,7 @@ with engine.connect() as connection:
 def main(*, as_json: bool, quick: bool = False) -> None:
     n = 64 if quick else 256
     with servers(physical=1, logical_shards=n, fsync=True) as local:
-        times = measure(local, n, rounds=1 if quick else 3)
+        times = measure(local, n)
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     figures = {
         f"vs_{name}{suffix}": medians[f"{peer}, {what}"] / medians[f"shardkit, {what}"]
@@ -101,7 +101,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     }
     for size in () if quick else (1024, 4096):
         with servers(physical=1, logical_shards=size, fsync=True) as local:
-            found = ours(local, rounds=1)
+            found = ours(local)
         medians |= {f"{name}, {size}": values[0] for name, values in found.items()}
         figures[f"seconds_{size}"] = medians[f"shardkit, 10 revisions, {size}"]
         figures[f"seconds_{size}_nothing_to_do"] = medians[f"shardkit, nothing to do, {size}"]
@@ -109,14 +109,18 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     report("migrate", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)
 
 
-def measure(local: LocalCluster, n: int, *, rounds: int) -> dict[str, list[float]]:
-    results = ours(local, rounds=rounds)
+def measure(local: LocalCluster, n: int) -> dict[str, list[float]]:
+    """Time every arm, ours before, between and after the others, so that noise hits all alike."""
     _, topology = load(local.config_path)
-    results |= alembic(local, topology, n)
-    return results | django(local, topology, n)
+    found = [ours(local)]
+    results = alembic(local, topology, n)
+    found.append(ours(local))
+    results |= django(local, topology, n)
+    found.append(ours(local))
+    return results | {name: [value for each in found for value in each[name]] for name in found[0]}
 
 
-def ours(local: LocalCluster, *, rounds: int) -> dict[str, list[float]]:
+def ours(local: LocalCluster, *, rounds: int = 1) -> dict[str, list[float]]:
     _, topology = load(local.config_path)
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
