@@ -141,7 +141,14 @@ def migrated(config: Path) -> None:
             show(LocalProgress(done, total, f"{physical}/{logical_shard}"))
 
         rules = migrate.load_rules(MODELS)
-        outcome = migrate.apply(topology, revisions, rules=rules, on_plan=on_plan, on_done=on_done)
+        outcome = migrate.apply(
+            topology,
+            revisions,
+            rules=rules,
+            cached=migrate.load_cached(MODELS),
+            on_plan=on_plan,
+            on_done=on_done,
+        )
     if outcome.error:
         raise outcome.error
     n_logical_shards = topology.n_logical_shards

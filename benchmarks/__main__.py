@@ -11,10 +11,19 @@ import sys
 
 import benchmarks
 
-SHARED = ("__main__", "measure", "outage", "promoted", "published", "tenants")
+SHARED = (
+    "__main__",
+    "cacheroles",
+    "cachetrace",
+    "measure",
+    "outage",
+    "promoted",
+    "published",
+    "tenants",
+)
 """Modules that are no benchmarks."""
 
-LONG = ("chaos", "halves", "lookup", "stale", "uniqueness")
+LONG = ("cachechaos", "chaos", "halves", "lookup", "stale", "uniqueness")
 """Benchmarks that take minutes, run only when named."""
 
 

@@ -10,11 +10,17 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from shardkit import config, deadlines, units
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
-from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
+from shardkit.config import (
+    MAX_ROWS,
+    STATEMENT_TIMEOUT,
+    CacheConfig,
+    PoolConfig,
+    ReplicasConfig,
+)
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.events import Listener
 from shardkit.operations import KEEP
@@ -23,6 +29,9 @@ from shardkit.session import ReadSession
 from shardkit.topology import Topology
 from shardkit.units import Near
 from shardkit.writer import WriteSession
+
+if TYPE_CHECKING:  # the `cache` extra
+    from shardkit.rowcache import AsyncRowCache, RowCache
 
 __all__ = ["AsyncCluster", "Cluster"]
 
@@ -47,6 +56,7 @@ class _Opened(Generic[C]):
         adaptive: bool = False,
         replicas: ReplicasConfig | None = None,
         token_keys: Sequence[str] = (),
+        cache: CacheConfig | None = None,
     ) -> None:
         self.token_keys = tuple(token_keys)
         self.connections = self._connections_class(
@@ -57,6 +67,7 @@ class _Opened(Generic[C]):
             statement_timeout=deadlines.positive(statement_timeout, "statement_timeout"),
             adaptive=adaptive,
             replicas=replicas,
+            cache=cache,
         )
 
     @classmethod
@@ -81,6 +92,7 @@ class _Opened(Generic[C]):
             adaptive=settings.limits.adaptive,
             replicas=settings.replicas,
             token_keys=settings.tokens.secrets(),
+            cache=settings.found_cache,
         )
 
     @property
@@ -117,6 +129,7 @@ class Cluster(_Opened[Connections]):
         replicas: how readers use replicas.
         token_keys: what signs tokens that leave the process, the newest first; for
             `shardkit.contrib.asgi`.
+        cache: where rows of classes with `__cache_ttl__` are cached; None for nowhere.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -126,6 +139,11 @@ class Cluster(_Opened[Connections]):
     """
 
     _connections_class = Connections
+
+    @property
+    def cache(self) -> RowCache | None:
+        """The cache of rows, made on first use; None when there is none. Closed with this."""
+        return self.connections.cache
 
     def writer(self, *, atomic: bool = False) -> WriteSession:
         """Return a session on the primaries; it writes to one physical shard per transaction.
@@ -225,6 +243,11 @@ class AsyncCluster(_Opened[AsyncConnections]):
     """
 
     _connections_class = AsyncConnections
+
+    @property
+    def cache(self) -> AsyncRowCache | None:
+        """The cache of rows; see `Cluster.cache`."""
+        return self.connections.cache
 
     def writer(self, *, atomic: bool = False) -> AsyncWriteSession:
         """Return a session on the primaries; see `Cluster.writer`."""

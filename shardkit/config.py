@@ -25,6 +25,11 @@ A file looks like this (written by `shardkit local up`, or by hand):
     patience = 0.02                          # seconds a replica may wait for what it must have
     hedge = false                            # true: ask a second replica when one is slow
 
+    [cache]
+    backend = "memcached"                    # or "redis", "memory" (this process only), "none"
+    nodes = ["10.0.0.1:11211"]               # the same everywhere; else that of [services]
+    timeout = 0.05                           # seconds; then the request goes on without it
+
     [tokens]
     keys = ["…"]                             # sign tokens that leave the process, newest first
 
@@ -63,41 +68,42 @@ a connection.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from shardkit.errors import ConfigurationError
-from shardkit.topology import (
-    MAX_LOGICAL_SHARDS,
-    Endpoint,
-    PhysicalShard,
-    Pooler,
-    Role,
-    ShardMap,
-    Topology,
+from shardkit.sections import (
+    MAX_ROWS,
+    STATEMENT_TIMEOUT,
+    AdminLogin,
+    CacheConfig,
+    ClusterConfig,
+    LimitsConfig,
+    MigrationsConfig,
+    PgBouncerConfig,
+    PhysicalConfig,
+    PoolConfig,
+    ReplicaConfig,
+    ReplicasConfig,
+    Section,
+    TokensConfig,
+    parse_ranges,
 )
+from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
 
 __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",
+    "CacheConfig",
     "ClusterConfig",
     "Config",
     "LimitsConfig",
@@ -109,240 +115,19 @@ __all__ = [
     "ReplicasConfig",
     "TokensConfig",
     "default_file",
+    "format_ranges",
     "load",
+    "parse_ranges",
 ]
 
 DRIVER = "postgresql+psycopg"
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+_SERVED: Final = frozenset({"memcached", "redis", "redis-cluster"})
+"""Kinds of cache that have servers."""
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
-
-
-class ClusterConfig(_Table):
-    """`[cluster]`: what is fixed when the cluster is created."""
-
-    name: Name
-    logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
-
-
-class AdminLogin(_Table):
-    """`[admin]`: the login that owns schemas and runs migrations."""
-
-    user: Annotated[str, Field(min_length=1, max_length=63)]
-    password: SecretStr | None = None
-    password_file: str | None = None
-
-    def secret(self, folder: Path) -> str | None:
-        """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
-        if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
-            return from_environment
-        if self.password_file is not None:
-            return (folder / self.password_file).read_text(encoding="utf-8").strip()
-        return self.password.get_secret_value() if self.password else None
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be finite")
-    return value
-
-
-class PoolConfig(_Table):
-    """`[pool]`: connections per endpoint and process."""
-
-    size: Annotated[int, Field(ge=1, le=1000)] = 5
-    overflow: Annotated[int, Field(ge=0, le=1000)] = 5
-    timeout: Annotated[float, Field(gt=0, le=300)] = 5.0
-    connect_timeout: Annotated[int, Field(ge=1, le=300)] = 5
-    prepare_statements: bool | None = None
-    """None: yes, but not behind a PgBouncer older than 1.21 or of unknown version, which cannot
-    carry them. From 1.21 to 1.23 it needs `max_prepared_statements` above 0."""
-
-    @field_validator("timeout")
-    @classmethod
-    def _is_finite(cls, value: float) -> float:
-        return _finite(value)
-
-
-MAX_ROWS = 300_000
-"""Rows a statement may fetch from several logical shards. Source: Vitess, max_memory_rows."""
-
-STATEMENT_TIMEOUT = 30.0
-"""Seconds a session waits for one answer: longer than any statement of a service should take,
-shorter than the minutes after which TCP finds that a peer is gone."""
-
-
-class LimitsConfig(_Table):
-    """`[limits]`: how far statements may go that do not say it themselves."""
-
-    max_rows: Annotated[int, Field(ge=1, le=2**31)] = MAX_ROWS
-    """Rows fetched from all servers together, before they are merged."""
-
-    statement_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = (
-        STATEMENT_TIMEOUT
-    )
-    """Seconds a session waits for one answer of a server, where no deadline says less."""
-
-    adaptive: bool = False
-    """Whether the number of sessions at a time on one server follows how quickly it answers."""
-
-
-class ReplicasConfig(_Table):
-    """`[replicas]`: how readers use replicas; durations in seconds."""
-
-    region: str | None = None
-    """Where this process runs; `SHARDKIT_REGION` in the environment wins. None for nowhere."""
-
-    patience: Annotated[float, Field(ge=0, le=10)] = 0.02
-    """How long a replica may wait for log that it has not replayed, before the primary is asked.
-    Source: `python -m benchmarks stale`."""
-
-    hedge: bool = False
-    """Whether a read that takes longer than 19 of 20 do is asked of a second replica as well. For
-    threads; at most one read of twenty is."""
-
-    probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
-    """Between two questions to each server about its log."""
-
-    @field_validator("patience", "probe_interval")
-    @classmethod
-    def _is_finite(cls, value: float) -> float:
-        return _finite(value)
-
-    @property
-    def here(self) -> str:
-        """The region of this process; empty for none."""
-        return os.environ.get("SHARDKIT_REGION") or self.region or ""
-
-
-class TokensConfig(_Table):
-    """`[tokens]`: what signs tokens that leave the process."""
-
-    keys: tuple[SecretStr, ...] = Field(default=(), strict=False)
-    """At least 16 bytes each; the first signs, all are accepted."""
-
-    def secrets(self) -> tuple[str, ...]:
-        """Return the keys; `SHARDKIT_TOKEN_KEYS`, separated by commas, wins."""
-        if from_environment := os.environ.get("SHARDKIT_TOKEN_KEYS"):
-            return tuple(key.strip() for key in from_environment.split(","))
-        return tuple(key.get_secret_value() for key in self.keys)
-
-
-class ReplicaConfig(_Table):
-    """One of `physical.replicas`, where an address alone does not say enough."""
-
-    url: SecretStr
-    region: str = ""
-    """Where it stands."""
-
-    standby: str = ""
-    """Its name in `synchronous_standby_names`; empty when commits do not wait for it."""
-
-    server: SecretStr | None = None
-    """Address of PostgreSQL itself, when `url` names a PgBouncer; `shardkit pgbouncer render` needs
-    it. Login and password are those of `url`."""
-
-
-class PgBouncerConfig(_Table):
-    """`[pgbouncer]`: what `shardkit pgbouncer render` cannot know from the servers."""
-
-    processes: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """Programs that use the cluster at the same time; pools are as large as they need."""
-
-    poolers: Annotated[int, Field(ge=1, le=1000)] = 1
-    """PgBouncers in front of each server, which share its connections."""
-
-    listen_addr: str = ""
-    """Where it listens; empty for the host of `primary`, or the loopback."""
-
-    port: Annotated[int, Field(ge=1, le=65_535)] = 6432
-    """Where it listens, while `primary` names the server itself."""
-
-    sockets: str = ""
-    """Folder of the unix socket; empty for that of the files."""
-
-    auth_user: str = ""
-    """Login that asks the servers for the verifiers of others; empty for a list of passwords."""
-
-    auth_query: str = "SELECT name, secret FROM shardkit_pooler.secret($1)"
-    """What it asks; the function is described in docs/pgbouncer.md."""
-
-    client_tls_cert: str = ""
-    client_tls_key: str = ""
-    client_tls_ca: str = ""
-    """Files of the certificate shown to clients, which requires TLS, and of whom to trust."""
-
-    server_tls_ca: str = ""
-    """File of who signs the servers' certificates, which are then verified with their names."""
-
-    settings: Mapping[str, str] = Field(default_factory=dict)
-    """Further settings by name; they win."""
-
-
-class MigrationsConfig(_Table):
-    """`[migrations]`: where the revisions of the application's tables and its models are."""
-
-    location: Annotated[str, Field(min_length=1)] | None = None
-    """`package:folder`, or a path from the folder of the file; None when there are none."""
-
-    models: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """`module:Base` of a module that imports every model; None leaves unrecorded how rows are
-    placed."""
-
-
-class PhysicalConfig(_Table):
-    """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
-
-    name: Name
-    logical_shards: str
-    primary: SecretStr
-    replicas: tuple[SecretStr | ReplicaConfig, ...] = Field(default=(), strict=False)
-    admin: SecretStr | None = None
-    """Direct address of the primary for commands, when `primary` names a PgBouncer."""
-
-    reader: SecretStr | None = None
-    """Address of the primary for readers, when `primary` names a PgBouncer."""
-
-    pooler: Annotated[str, Field(pattern=r"^pgbouncer( \d{1,4}(\.\d{1,4}){1,3})?$")] | None = None
-    """`pgbouncer`, or `pgbouncer 1.24`, when `primary` and `replicas` name one in transaction
-    mode; None when they are PostgreSQL."""
-
-    @model_validator(mode="after")
-    def _commands_go_straight(self) -> Self:
-        if self.pooler is not None and self.admin is None:
-            raise ValueError(
-                f"admin: physical shard {self.name!r} has a pooler; "
-                "give the address of the server itself, for commands"
-            )
-        return self
-
-    @property
-    def replica_configs(self) -> tuple[ReplicaConfig, ...]:
-        """The replicas, in the order written."""
-        return tuple(
-            replica if isinstance(replica, ReplicaConfig) else ReplicaConfig(url=replica)
-            for replica in self.replicas
-        )
-
-    @property
-    def shard_numbers(self) -> tuple[int, ...]:
-        """The logical shards of the ranges, in the order written."""
-        return tuple(parse_ranges(self.logical_shards))
-
-    @property
-    def pooler_in_front(self) -> Pooler | None:
-        """The pooler as a value."""
-        if self.pooler is None:
-            return None
-        numbers = self.pooler.partition(" ")[2]
-        return Pooler(tuple(int(number) for number in numbers.split(".") if number))
-
-
-class Config(_Table):
+class Config(Section):
     """The whole file, validated."""
 
     cluster: ClusterConfig
@@ -353,9 +138,33 @@ class Config(_Table):
     tokens: TokensConfig = TokensConfig()
     migrations: MigrationsConfig = MigrationsConfig()
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
+    cache: CacheConfig = CacheConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
+
+    @model_validator(mode="after")
+    def _has_a_cache(self) -> Self:
+        kind = self.cache.backend
+        if kind in _SERVED and not self.cache.nodes and kind not in self.services:
+            raise ValueError(
+                f"cache.nodes: where is {kind}? Name its servers here, or one under [services]"
+            )
+        try:
+            _ = self.found_cache
+        except ValidationError as error:
+            raise ValueError(f"services.{kind}: {_first_problem(error)}") from None
+        return self
+
+    @property
+    def found_cache(self) -> CacheConfig:
+        """`[cache]` with its servers: those of `[services]` when it names none."""
+        kind = self.cache.backend
+        if kind in _SERVED and not self.cache.nodes:
+            return CacheConfig.model_validate(
+                {**self.cache.model_dump(), "nodes": (self.services[kind],)}
+            )
+        return self.cache
 
     @model_validator(mode="after")
     def _placed_once(self) -> Self:
@@ -490,26 +299,6 @@ def load(path: str | os.PathLike[str]) -> tuple[Config, Topology]:
         raise ConfigurationError(f"{file}: admin.password_file: {error}") from None
 
 
-def parse_ranges(text: str) -> Iterable[int]:
-    """Yield the numbers of `"0-7, 16"`.
-
-    Raises:
-        ValueError: the text is not a list of numbers and ascending ranges.
-    """
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isascii() and first.isdigit()) or (
-            dash and not (last.isascii() and last.isdigit())
-        ):
-            raise ValueError(f"logical_shards: {part.strip()!r} is not a number or a range a-b")
-        low, high = int(first), int(last) if dash else int(first)
-        if high < low or high >= MAX_LOGICAL_SHARDS:
-            raise ValueError(
-                f"logical_shards: {part.strip()!r} must ascend and stay below {MAX_LOGICAL_SHARDS}"
-            )
-        yield from range(low, high + 1)
-
-
 def format_ranges(numbers: Iterable[int]) -> str:
     """Return sorted numbers as ranges: 0, 1, 2, 7 gives `"0-2, 7"`."""
     runs: list[list[int]] = []
@@ -550,6 +339,7 @@ def _holds_secret(config: Config) -> bool:
     return (
         config.admin.password is not None
         or bool(config.tokens.keys)
+        or any("@" in node for node in (*config.cache.nodes, *config.cache.gutter))
         or any(make_url(u.get_secret_value()).password for u in urls)
     )
 
@@ -568,7 +358,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
-    tables: dict[Any, type[_Table]] = {
+    tables: dict[Any, type[Section]] = {
         "cluster": ClusterConfig,
         "admin": AdminLogin,
         "pool": PoolConfig,
@@ -577,6 +367,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "tokens": TokensConfig,
         "migrations": MigrationsConfig,
         "pgbouncer": PgBouncerConfig,
+        "cache": CacheConfig,
         "physical": PhysicalConfig,
     }
     return sorted(tables[location[0]].model_fields if location else Config.model_fields)

@@ -9,12 +9,14 @@ the pool (a dead socket is replaced unseen): `shardkit.checks`.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import Any, ClassVar, TypeVar, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -26,9 +28,16 @@ from sqlalchemy.util.concurrency import in_greenlet
 from shardkit import fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
-from shardkit.config import MAX_ROWS, STATEMENT_TIMEOUT, PoolConfig, ReplicasConfig
+from shardkit.config import (
+    MAX_ROWS,
+    STATEMENT_TIMEOUT,
+    CacheConfig,
+    PoolConfig,
+    ReplicasConfig,
+)
 from shardkit.directories import Directories
 from shardkit.errors import (
+    ConfigurationError,
     EndpointUnavailableError,
     InvalidShardKeyError,
     UnsupportedStatementError,
@@ -51,6 +60,9 @@ from shardkit.replicas import Member, ReplicaSet
 from shardkit.router import Router
 from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, Topology, schema_name
+
+if TYPE_CHECKING:  # the `cache` extra
+    from shardkit.rowcache import AsyncRowCache, RowCache
 
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
 
@@ -108,11 +120,13 @@ class _Core:
         statement_timeout: float = STATEMENT_TIMEOUT,
         adaptive: bool = False,
         replicas: ReplicasConfig | None = None,
+        cache: CacheConfig | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
         reading = replicas or ReplicasConfig()
         self._pool = pool or PoolConfig()
         self.topology = topology
+        self.cache_config = cache or CacheConfig()
         self._patience = statement_timeout
         self.max_rows = max_rows
         self.clock = clock
@@ -398,9 +412,19 @@ class Connections(_Core):
     _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": gates.WriteCursor}
     probes: Probes
 
+    @cached_property
+    def cache(self) -> RowCache | None:
+        """The cache of rows, or None when there is none; opens no connection."""
+        if not self.cache_config.is_on:
+            return None
+        made: RowCache = _rowcache().RowCache(self.cache_config, self, clock=self.clock)
+        return made
+
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
         self.probes.close()
+        if "cache" in self.__dict__ and self.cache is not None:  # not to make it now
+            self.cache.close()
         races.settle()
         for engine in self._engines.values():
             engine.dispose()
@@ -426,9 +450,19 @@ class AsyncConnections(_Core):
     }
     probes: AsyncProbes
 
+    @cached_property
+    def cache(self) -> AsyncRowCache | None:
+        """The cache of rows, or None when there is none; opens no connection."""
+        if not self.cache_config.is_on:
+            return None
+        made: AsyncRowCache = _rowcache().AsyncRowCache(self.cache_config, self, clock=self.clock)
+        return made
+
     async def close(self) -> None:
         """Close every pooled connection."""
         await self.probes.close()
+        if "cache" in self.__dict__ and self.cache is not None:
+            await self.cache.close()
         await races.settle_tasks()
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
@@ -468,6 +502,21 @@ class AsyncConnections(_Core):
             return cast("list[T | Exception]", outcomes)
 
         return await_only(run())
+
+
+def _rowcache() -> Any:
+    """Return the module that needs the `cache` extra.
+
+    Raises:
+        ConfigurationError: that is not installed.
+    """
+    try:
+        return importlib.import_module("shardkit.rowcache")
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"[cache] needs {error.name}, which is not installed",
+            hint="pip install 'shardkit[cache]'",
+        ) from error
 
 
 def _released(connection: Any, record: Any) -> None:

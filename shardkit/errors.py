@@ -2,6 +2,7 @@
 
     ShardkitError
     ├── ConfigurationError
+    │   └── NotCacheableError
     ├── RoutingError
     │   ├── NoShardKeyError
     │   │   └── ScatterNotAllowedError
@@ -100,6 +101,10 @@ class ShardkitError(Exception):
 
 class ConfigurationError(ShardkitError):
     """The configuration is wrong; correct the named key and start again."""
+
+
+class NotCacheableError(ConfigurationError):
+    """The rows of a class cannot be cached; leave out its __cache_ttl__ or change the class."""
 
 
 class RoutingError(ShardkitError):

@@ -19,6 +19,7 @@ from greenlet import getcurrent
 
 __all__ = [
     "BreakerChanged",
+    "CacheRead",
     "Caller",
     "Committed",
     "EndpointFailed",
@@ -108,6 +109,40 @@ class Gathered:
     session: int
     answers: Mapping[str, int]
     failures: Mapping[str, Exception]
+    seconds: float
+    caller: Caller | None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRead:
+    """A session looked for rows in the cache.
+
+    What it read from a database itself, as the cache did not answer, is told by `StatementRouted`
+    too.
+
+    Attributes:
+        session: number of the session, unique in the process.
+        subject: name of the mapped class.
+        rows: how many rows it looked for.
+        hits: had from the cache, "no such row" among them.
+        misses: had from a database.
+        fills: of the misses, those that were stored.
+        waits: times it asked again because another filled or a writer was about to commit.
+        garbage: entries that were not of their row; removed.
+        unanswered: requests that no server answered in time.
+        seconds: it took, the reading of misses included.
+        caller: as in `StatementRouted`.
+    """
+
+    session: int
+    subject: str
+    rows: int
+    hits: int
+    misses: int
+    fills: int
+    waits: int
+    garbage: int
+    unanswered: int
     seconds: float
     caller: Caller | None
 
@@ -232,6 +267,7 @@ Event = (
     | EndpointFailed
     | BreakerChanged
     | ReplicaPassedOver
+    | CacheRead
     | Committed
     | Relayed
     | TwoPhaseStep

@@ -99,6 +99,11 @@ class Freshness:
         marks = [*self._marks, *(m for name in self._gates if (m := self._mark(name)))]
         return joined([self._token, *(Token((mark,)) for mark in marks)]).text
 
+    @property
+    def asks_primaries(self) -> bool:
+        """Whether only primaries may answer."""
+        return self._token is not None and not self._token.is_readable
+
     def leave(self, physical: str) -> None:
         """Read a physical shard from its primary from now on."""
         self._left.add(physical)

@@ -31,8 +31,9 @@ from sqlalchemy.dialects.postgresql import CITEXT
 from sqlalchemy.orm import Mapped, MappedColumn, Mapper, mapped_column
 from sqlalchemy.types import NullType, TypeEngine
 
+from shardkit.cacheable import VERSION, cacheable_columns, keep_cached, version_column
 from shardkit.emitting import Announcement, announces
-from shardkit.errors import ConfigurationError
+from shardkit.errors import ConfigurationError, NotCacheableError
 from shardkit.keys import KeyType
 from shardkit.router import Router
 from shardkit.strategies import EMBEDDED, Embedded, Rule, Strategy, strategy_named
@@ -111,6 +112,8 @@ class Sharded:
             `unique_lookup(…)`.
         __events__: what the outbox announces of its objects, by `after_insert`, `after_update`
             and `after_delete`.
+        __cache_ttl__: seconds for which a row may stay in the cache; omit it for no cache. The
+            class gets `version`, a `bigint` that the server raises with every change.
 
     A class that maps no primary key of its own gets `id`, a `bigint` minted at flush. One that
     does must have the shard key in it: a primary key names one row of the whole cluster.
@@ -120,9 +123,11 @@ class Sharded:
     __shard_strategy__: ClassVar[str | Strategy] = "embedded"
     __unique__: ClassVar[tuple[UniqueLookup, ...]] = ()
     __events__: ClassVar[Sequence[Announcement]] = ()
+    __cache_ttl__: ClassVar[float | None] = None
 
     if TYPE_CHECKING:
         id: Mapped[int]
+        version: Mapped[int]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Ids need 64 bits, and so does every column that refers to one by a bare `Mapped[int]`.
@@ -134,8 +139,15 @@ class Sharded:
         if mints and "__tablename__" in vars(cls):
             cls.id = mapped_column(BigInteger, primary_key=True, autoincrement=False, sort_order=-1)
             cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "id": Mapped[int]}
+        is_cached = cls.__cache_ttl__ is not None
+        if is_cached and "__tablename__" in vars(cls) and not hasattr(cls, VERSION):
+            cls.version = version_column()
+            cls.__annotations__ = {**vars(cls).get("__annotations__", {}), VERSION: Mapped[int]}
         super().__init_subclass__(**kwargs)
         table = vars(cls).get("__table__")
+        if is_cached and (table is not None or mapped_above):
+            cacheable_columns(inspect(cls), is_mapped=False)
+            keep_cached(inspect(cls))
         declared = vars(cls).get("__events__", ()) if mapped_above else cls.__events__
         if table is not None or mapped_above:
             for announcement in declared:
@@ -160,6 +172,11 @@ class Reference:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         table = vars(cls).get("__table__")
+        if getattr(cls, "__cache_ttl__", None) is not None:
+            raise NotCacheableError(
+                f"{cls.__name__}: reference tables are on every server, and not cached",
+                hint="leave out __cache_ttl__",
+            )
         if table is not None and table.schema != REFERENCE_SCHEMA:
             raise ConfigurationError(
                 f"{cls.__name__}: reference tables live in the schema {REFERENCE_SCHEMA!r}; "

@@ -47,6 +47,7 @@ class ModifyingSession(EmittingSession):
         if is_write:
             Claims.refuse(state.statement, state.parameters, numbered=True)
         self._note_written((shard,))
+        self._participants.said(state.statement, shard)
         if (state.is_update or state.is_delete) and self._is_about_objects(state):
             # Its condition need not name the shard: objects of other shards may meet it.
             part = parts.Part(shard, state.statement, state.parameters)

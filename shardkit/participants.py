@@ -4,6 +4,7 @@
 
     flushing → flushed → written     around everything that a flush writes
     writing                          before each INSERT, UPDATE and DELETE that the program gives
+    said                             before each statement for a logical shard given by number
     send                             what is said with the commit: events
     prepare                          what must be true before COMMIT and could still prevent it
     decide                           over several servers: the moment from which it holds
@@ -52,6 +53,14 @@ class Participant:
         Args:
             statement: an INSERT, UPDATE or DELETE.
             found: its parts, each for one logical shard.
+        """
+
+    def said(self, statement: Any, shard: int) -> None:
+        """Take note of a statement for one logical shard, given by number, that may write.
+
+        Args:
+            statement: any that is no SELECT of SQLAlchemy's.
+            shard: the logical shard.
         """
 
     def send(self) -> None:
@@ -106,6 +115,11 @@ class Participants(Participant):
         """Tell all, in order."""
         for member in self._members:
             member.writing(statement, found)
+
+    def said(self, statement: Any, shard: int) -> None:
+        """Tell all, in order."""
+        for member in self._members:
+            member.said(statement, shard)
 
     def send(self) -> None:
         """Tell all, in order."""

@@ -29,6 +29,8 @@ from psycopg import sql
 from sqlalchemy.exc import SQLAlchemyError
 
 from shardkit.batches import Batch, Claims, Taken
+from shardkit.cacheable import CHANGED
+from shardkit.cacherepairs import REPAIR_BATCH, REPAIR_PAUSE, CacheRepairs
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.connections import Connections
@@ -115,6 +117,8 @@ class Relay:
             )
         self.cluster = cluster
         self.handlers = {topic: Handler(call) for topic, call in (handlers or {}).items()}
+        self.repairs = CacheRepairs(cluster.connections.cache_config, cluster.connections)
+        self.handlers[CHANGED] = Handler(self.repairs, REPAIR_BATCH)
         self.batch = batch
         self.threads = threads
         self.lease = lease
@@ -212,6 +216,7 @@ class Relay:
             thread.start()
         for thread in threads:
             thread.join()
+        self.repairs.close()
         for server in servers:
             if server.error is not None:
                 raise server.error
@@ -363,7 +368,11 @@ class _Server:
 
     def _deliver(self, claims: Claims, batch: Batch) -> None:
         relay = self.relay
-        given_up = [t for t in batch.events if t.event.attempts >= relay.backoff.attempts]
+        given_up = [
+            t
+            for t in batch.events
+            if t.event.attempts >= relay.backoff.attempts and t.event.topic != CHANGED
+        ]
         for taken in given_up:  # each attempt ended with the process, so nobody could say so
             batch.events.remove(taken)
             claims.fail(batch, taken, pause=None, reason="every relay ended that handled it")
@@ -421,7 +430,10 @@ class _Server:
             done += finished
             for failure in failures:
                 failed.append(failure)
-                pause = relay.backoff.pause(failure.taken.event.attempts + 1, random.random())  # noqa: S311
+                event = failure.taken.event
+                pause = relay.backoff.pause(event.attempts + 1, random.random())  # noqa: S311
+                if event.topic == CHANGED:  # never given up: until then old rows may be shown
+                    pause = REPAIR_PAUSE
                 claims.fail(
                     batch,
                     failure.taken,

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
 from shardkit import deadlines, fences, gather, scatter, streams
-from shardkit.binds import BoundSession
+from shardkit.cachedsession import ELSEWHERE, CachedSession
 from shardkit.checks import connection_error, is_idle, late_error
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.errors import (
@@ -41,6 +41,7 @@ from shardkit.router import Route, Router, UnknownValuesError
 from shardkit.shapes import expressions_of
 from shardkit.statements import Limits, Params, limits_of, shards_of
 from shardkit.timeouts import limited
+from shardkit.tokens import ASK_PRIMARIES
 from shardkit.topology import Endpoint, Role
 from shardkit.uniques import Value, lookups_of
 
@@ -54,7 +55,7 @@ _SHARE = 0.5
 """Of the time left, for the connections of a scatter; the rest is for its statement."""
 
 
-class ReadSession(BoundSession):
+class ReadSession(CachedSession):
     """A read-only session on replicas.
 
     Statements run outside transactions, each on its own snapshot. Every physical shard is read
@@ -106,6 +107,10 @@ class ReadSession(BoundSession):
         if sharding is not None:
             identity = _identity(mapper, ident)
             shard = self._decided(lambda router: sharding.shard_of_identity(router, identity))
+            if self._uses_cache() and not any(options.values()):
+                found = self._get_cached(mapper, shard, identity)
+                if found is not ELSEWHERE:
+                    return found
             # Expressions that the class loads may read other rows: its statement is looked into.
             if not expressions_of(mapper):
                 options["bind_arguments"] = {
@@ -143,11 +148,49 @@ class ReadSession(BoundSession):
             for key, identity in zip(keys, wanted, strict=True)
             if key not in found and None not in identity
         }
+        if missing and not options and self._uses_cache():
+            found |= self._get_many_cached(mapper, missing)
+            missing = {key: missing[key] for key in missing if key not in found}
         if missing:
             statement = select_identities(mapper, list(missing.values())).options(*options)
             for row in self.scalars(statement).unique():
                 found[inspect(row).key] = row
         return [found.get(key) for key in keys]
+
+    def _get_cached(self, mapper: Mapper[Any], shard: int, identity: tuple[Any, ...]) -> Any:
+        """Return an object that the session does not hold, None, or `ELSEWHERE`."""
+        plan = self._cache_plan(mapper)
+        if plan is None:
+            return ELSEWHERE
+        identity = _kept(mapper, identity)
+        key = mapper.identity_key_from_primary_key(identity)
+        if not plan.names_row(identity) or key in self.identity_map:
+            return ELSEWHERE
+        self._autoflush()  # as the statement would
+        return self._cached_one(plan, shard, identity)
+
+    def _get_many_cached(
+        self, mapper: Mapper[Any], missing: Mapping[Any, tuple[Any, ...]]
+    ) -> dict[Any, Any]:
+        """Return what the cache and the primaries behind it know of objects, by identity key."""
+        plan = self._cache_plan(mapper)
+        if plan is None:
+            return {}
+        asked = {
+            key: (self._shard_of(mapper, identity), identity)
+            for key, identity in missing.items()
+            if plan.names_row(identity) and key not in self.identity_map
+        }
+        self._autoflush()
+        return self._cached_many(plan, asked) if asked else {}
+
+    def _shard_of(self, mapper: Mapper[Any], identity: tuple[Any, ...]) -> int:
+        sharding = sharding_of_mapper(mapper)
+        assert sharding is not None, "only sharded classes are cached"
+        return self._decided(lambda router: sharding.shard_of_identity(router, identity))
+
+    def _new_on_primaries(self) -> ReadSession:
+        return ReadSession(self._cluster, after=ASK_PRIMARIES)
 
     def get_by(self, entity: Any, **unique: Any) -> Any:
         """Return the row that has a unique value, however it is written, or None.
@@ -274,8 +317,8 @@ class ReadSession(BoundSession):
             return self._route(state.statement, state.parameters)
         return _within(self._cluster.everything, limits)
 
-    def _run(self, state: ORMExecuteState) -> Any:
-        """Route one statement: the session's do_orm_execute hook."""
+    def _refuse_unread(self, state: ORMExecuteState) -> None:
+        """Refuse what a reader may not do, and what is said to be read nowhere."""
         if not state.is_select:
             if state.is_insert or state.is_update or state.is_delete:
                 self._writable()
@@ -286,6 +329,12 @@ class ReadSession(BoundSession):
                 )
         elif getattr(state.statement, "_for_update_arg", None) is not None:
             self._writable()
+
+    def _run(self, state: ORMExecuteState) -> Any:
+        """Route one statement: the session's do_orm_execute hook."""
+        self._refuse_unread(state)
+        if (related := self._related(state)) is not None:
+            return related
         if "logical_shard" in state.bind_arguments:
             if state.is_select and state.is_orm_statement:
                 refuse_joined_loads(state.statement, state.bind_mapper, several=False)
@@ -555,6 +604,17 @@ def _identity(mapper: Mapper[Any], ident: Any) -> tuple[Any, ...]:
             ident.get(mapper.get_property_by_column(column).key) for column in mapper.primary_key
         )
     return tuple(ident) if isinstance(ident, tuple | list) else (ident,)
+
+
+def _kept(mapper: Mapper[Any], identity: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a primary key as the database will return it: the one spelling of a UUID."""
+    sharding = sharding_of_mapper(mapper)
+    assert sharding is not None, "only sharded classes are cached"
+    position = sharding.identity[0]
+    if mapper.primary_key[position] is not sharding.key_column:
+        return identity
+    kept = sharding.kept(identity[position])
+    return (*identity[:position], kept, *identity[position + 1 :])
 
 
 @event.listens_for(ReadSession, "do_orm_execute", propagate=True)

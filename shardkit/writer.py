@@ -25,6 +25,7 @@ from sqlalchemy.orm.attributes import instance_state
 from shardkit import emitting
 from shardkit.alone import Alone, Driver
 from shardkit.broadcasts import Broadcast, is_reference
+from shardkit.cachewrites import CacheWrites
 from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
 from shardkit.errors import (
@@ -91,10 +92,11 @@ class WriteSession(ModifyingSession):
             self._note_everywhere,
             is_atomic=atomic,
         )
+        self._cache_writes = CacheWrites(self, self._placed)
         # In the order of their turns before COMMIT: what waits for others first, what nobody may
         # fail after last.
         self._participants = Participants(
-            self._claims, self._broadcast, self._events, self._agreement
+            self._claims, self._broadcast, self._events, self._cache_writes, self._agreement
         )
 
     @property
@@ -143,7 +145,12 @@ class WriteSession(ModifyingSession):
         self._commit_unit()
 
     def _commit_unit(self) -> None:
-        if not self._roots and not self._events.emissions.pending and is_lone_insert(self):
+        if (
+            not self._roots
+            and not self._events.emissions.pending
+            and is_lone_insert(self)
+            and not self._cache_writes.concern(next(iter(self._new)))
+        ):
             self._alone.run(self.flush)
         else:
             self.flush()

@@ -5,6 +5,7 @@ pytest_plugins = [
     "tests.fixtures.lateness",
     "tests.fixtures.poolers",
     "tests.fixtures.proxies",
+    "tests.fixtures.redis_clusters",
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.sharded",

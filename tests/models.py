@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import enum
 import uuid
+from typing import Any
 
-from sqlalchemy import ForeignKey, func
+from sqlalchemy import JSON, DateTime, Enum, ForeignKey, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from shardkit import Directory, Range, Reference, Sharded, unique_lookup
@@ -93,6 +95,42 @@ class Account(Sharded, Base):
     name: Mapped[str]
     email: Mapped[str | None]
     bio: Mapped[str] = mapped_column(default="")
+
+
+class Mood(enum.Enum):
+    """How a profile feels."""
+
+    GOOD = "g"
+    BAD = "b"
+
+
+class Profile(Sharded, Base):
+    """Cached."""
+
+    __tablename__ = "profiles"
+    __cache_ttl__ = 300.0
+    name: Mapped[str]
+    mood: Mapped[Mood | None] = mapped_column(Enum(Mood, native_enum=False))
+    seen_at: Mapped[dt.datetime | None] = mapped_column(DateTime(timezone=True))
+    data: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    essay: Mapped[str] = mapped_column(default="", deferred=True)
+
+
+class Post(Sharded, Base):
+    """Cached, and lives with its owner; somebody elsewhere may have reviewed it."""
+
+    __tablename__ = "posts"
+    __shard_key__ = "owner_id"
+    __cache_ttl__ = 60.0
+    owner_id: Mapped[int]
+    reviewer_id: Mapped[int | None]
+    text: Mapped[str] = mapped_column(default="")
+    owner: Mapped[Profile] = relationship(
+        primaryjoin="foreign(Post.owner_id) == Profile.id", viewonly=True
+    )
+    reviewer: Mapped[Profile | None] = relationship(
+        primaryjoin="foreign(Post.reviewer_id) == Profile.id", viewonly=True
+    )
 
 
 class Country(Reference, Base):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, Unpack
 
 from shardkit.caches.async_served import AsyncServedCache
-from shardkit.caches.backend import DEADLINE
 from shardkit.caches.memcached import split_address
 from shardkit.caches.meta import Life, Replies, answers_of, hello, life_of, render
-from shardkit.caches.nodes import CACHE_RULES, Node, Nodes
+from shardkit.caches.node import Node
+from shardkit.caches.serving import Options
 from shardkit.caching.operations import Answer, Request
-from shardkit.clock import SYSTEM, Clock
-from shardkit.windows import BreakerRules
 
 __all__ = ["AsyncMemcached"]
 
@@ -39,6 +37,7 @@ class _Connection:
             self._reader, self._writer = await asyncio.open_connection(host, port)
             first = await self._ask(hello(secrets.token_hex(8).encode()), 2)
             self._life = life_of(self._node.name, first)
+            self._node.met(self._life)
         data, sent = render(requests, self._life)
         replies = await self._ask(data, len(sent))
         return answers_of(requests, sent, replies.replies, self._life)
@@ -74,19 +73,8 @@ class _Connection:
 class AsyncMemcached(AsyncServedCache):
     """A static ring of Memcached servers; the arguments are those of `Memcached`."""
 
-    def __init__(
-        self,
-        servers: Sequence[str],
-        *,
-        gutter: Sequence[str] = (),
-        deadline: float = DEADLINE,
-        connections: int = 32,
-        rules: BreakerRules = CACHE_RULES,
-        clock: Clock = SYSTEM,
-        on_dirty: Callable[[str], None] | None = None,
-    ) -> None:
-        nodes = Nodes(servers, gutter=gutter, rules=rules, clock=clock, on_dirty=on_dirty)
-        super().__init__(nodes, _Connection, deadline=deadline, connections=connections)
+    def __init__(self, servers: Sequence[str], **options: Unpack[Options]) -> None:
+        super().__init__(servers, _Connection, **options)
 
     async def flush(self, name: str) -> bool:
         """Empty a server and read it again; return whether it answered."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 from weakref import WeakKeyDictionary
 
-from shardkit.caches.backend import DEADLINE, Place
-from shardkit.caches.nodes import Batch, Node, Nodes
+from shardkit.caches.backend import Place
+from shardkit.caches.node import Batch, Node
+from shardkit.caches.serving import Given, Serving
 from shardkit.caching.operations import Answer, Request
 
 __all__ = ["AsyncServedCache", "AsyncServerConnection"]
@@ -40,59 +41,42 @@ class _Pool:
         self.slots = asyncio.Semaphore(size)
 
 
-class AsyncServedCache:
+class AsyncServedCache(Serving):
     """A backend over servers; see `shardkit.caches.backend.AsyncBackend`.
 
     Args:
-        nodes: the servers.
+        servers: their names.
         connect: makes a connection to one; opens nothing yet.
-        deadline: seconds a call may take.
-        connections: most connections to each server from each event loop.
+        options: see `serving.Options`.
     """
 
     def __init__(
         self,
-        nodes: Nodes,
+        servers: Sequence[str],
         connect: Callable[[Node], AsyncServerConnection],
-        *,
-        deadline: float = DEADLINE,
-        connections: int = 32,
+        **options: Unpack[Given],
     ) -> None:
-        self.nodes = nodes
+        super().__init__(servers, **options)
         self._connect = connect
-        self._connections = connections
-        self._seconds = deadline
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Node, _Pool]]
         self._pools = WeakKeyDictionary()
-
-    @property
-    def has_gutter(self) -> bool:
-        """Whether there is a gutter to repair, too."""
-        return bool(self.nodes.gutter)
-
-    @property
-    def dirty(self) -> frozenset[str]:
-        """Names of the servers that nobody reads for now."""
-        return self.nodes.dirty
-
-    def home(self, key: str) -> str:
-        """Return the name of the server that a key belongs to."""
-        return self.nodes.home(key).name
 
     async def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys; answer them in their order."""
         batches, answers = self.nodes.plan(requests, place)
+        await self._carry(batches, answers, asyncio.get_running_loop().time() + self.seconds)
+        if len(answers) > len(requests):
+            answers.pop()
+        return answers
+
+    async def _carry(self, batches: Sequence[Batch], answers: list[Answer], until: float) -> None:
+        """Send batches at once and put the answers in their places."""
         if len(batches) == 1:
-            await self._exchange(batches[0], answers)
+            await self._exchange(batches[0], answers, until)
         elif batches:
             async with asyncio.TaskGroup() as group:
                 for batch in batches:
-                    group.create_task(self._exchange(batch, answers))
-        return answers
-
-    def readmit(self, name: str) -> bool:
-        """Read a server again: everything it missed has been repaired there."""
-        return self.nodes.readmit(name)
+                    group.create_task(self._exchange(batch, answers, until))
 
     async def close(self) -> None:
         """Close every connection of this event loop; later calls open new ones."""
@@ -106,16 +90,16 @@ class AsyncServedCache:
         pools = self._pools.setdefault(asyncio.get_running_loop(), {})
         pool = pools.get(node)
         if pool is None:
-            pool = pools[node] = _Pool(self._connections)
+            pool = pools[node] = _Pool(self.connections)
         return pool
 
-    async def _exchange(self, batch: Batch, answers: list[Answer]) -> None:
+    async def _exchange(self, batch: Batch, answers: list[Answer], until: float) -> None:
         pool = self._pool(batch.node)
         connection: AsyncServerConnection | None = None
         answered: list[Answer] | None = None
         has_slot = False
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout_at(until):
                 await pool.slots.acquire()
                 has_slot = True
                 connection = pool.free.pop() if pool.free else self._connect(batch.node)
@@ -146,6 +130,6 @@ class AsyncServedCache:
             if has_slot:
                 pool.slots.release()
         if answered is not None:
-            self.nodes.succeeded(batch)
+            self.nodes.succeeded(batch, answered)
             for index, answer in zip(batch.at, answered, strict=True):
                 answers[index] = answer

@@ -4,9 +4,9 @@
 more than the backend's deadline, and answers each in its place. A server that is left alone or
 does not answer makes its requests `UNKNOWN` and fails nothing else.
 
-A server that missed a marker or a delete because it was left alone is *dirty*: it may hold old
-values, and nobody reads it, until somebody who knows says `readmit`: the relay, after it has
-repaired there (`Place.HOME`) every change since; or `flush`, which empties it.
+A server that was left alone, or missed a delete, is *dirty*: it may hold old values, and this
+process does not read it until it has deleted there what it missed and a hold is over (see
+`node`), or somebody who knows says `readmit`, or `flush`, which empties it for everybody.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from shardkit.caching.operations import Answer, Op, Request
 
-__all__ = ["DEADLINE", "GUTTER_LIFE", "AsyncBackend", "Backend", "Place", "is_write"]
+__all__ = ["DEADLINE", "GUTTER_LIFE", "AsyncBackend", "Backend", "Place", "is_change"]
 
 DEADLINE: Final = 0.05
 """Seconds after which a call goes on without its cache."""
@@ -38,12 +38,9 @@ class Place(Enum):
     GUTTER = "gutter"
 
 
-def is_write(request: Request) -> bool:
-    """Tell whether a server that misses a request may be left with something old.
-
-    Writers and repairs end with one of these when they cannot reach it; readers never do.
-    """
-    return request.op is Op.PUT or request.op is Op.DELETE
+def is_change(request: Request) -> bool:
+    """Tell whether a server that misses a request may be left with something old."""
+    return request.op is not Op.LEASE and request.op is not Op.READ
 
 
 @runtime_checkable
@@ -59,7 +56,14 @@ class Backend(Protocol):
 
     @property
     def dirty(self) -> frozenset[str]:
-        """Names of the servers that nobody reads for now."""
+        """Names of the servers that this process does not read for now."""
+
+    @property
+    def must_flush(self) -> frozenset[str]:
+        """Names of those that only `flush` makes clean.
+
+        They hold the data of an earlier moment, or missed more than was remembered.
+        """
 
     def home(self, key: str) -> str:
         """Return the name of the server that a key belongs to."""
@@ -91,7 +95,14 @@ class AsyncBackend(Protocol):
 
     @property
     def dirty(self) -> frozenset[str]:
-        """Names of the servers that nobody reads for now."""
+        """Names of the servers that this process does not read for now."""
+
+    @property
+    def must_flush(self) -> frozenset[str]:
+        """Names of those that only `flush` makes clean.
+
+        They hold the data of an earlier moment, or missed more than was remembered.
+        """
 
     def home(self, key: str) -> str:
         """Return the name of the server that a key belongs to."""

@@ -24,6 +24,7 @@ class MemoryCache:
 
     has_gutter = False
     dirty: frozenset[str] = frozenset()
+    must_flush: frozenset[str] = frozenset()
 
     def __init__(self, *, clock: Clock = SYSTEM, most: int = 100_000) -> None:
         self._clock = clock
@@ -80,6 +81,7 @@ class AsyncMemoryCache:
 
     has_gutter = False
     dirty: frozenset[str] = frozenset()
+    must_flush: frozenset[str] = frozenset()
 
     def __init__(self, cache: MemoryCache | None = None) -> None:
         self._cache = cache or MemoryCache()

@@ -7,71 +7,30 @@ server, each of which holds that breaker's leave; then every batch is told how i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
-from shardkit.breaker import Breaker, Probe
-from shardkit.caches.backend import GUTTER_LIFE, Place, is_write
+from shardkit.caches.backend import GUTTER_LIFE, Place, is_change
+from shardkit.caches.node import RETURN_HOLD, Batch, Node
 from shardkit.caches.ring import Ring
-from shardkit.caching.operations import UNKNOWN, Answer, Request
+from shardkit.caching.operations import UNKNOWN, Answer, Op, Outcome, Request
 from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import BreakerOpenError
 from shardkit.windows import BreakerRules
 
-__all__ = ["CACHE_RULES", "Batch", "Node", "Nodes"]
+__all__ = ["CACHE_RULES", "Nodes", "Owners"]
 
-CACHE_RULES: Final = BreakerRules(slow_after=0.04, open_time=0.5, longest_open=10.0, probe_time=1.0)
+CACHE_RULES: Final = BreakerRules(slow_after=0.04, open_time=0.5, longest_open=1.0, probe_time=1.0)
 """A cache is left alone sooner than a database, and tried again sooner: nobody needs it."""
 
-
-class Node:
-    """One server.
-
-    Attributes:
-        name: `host:port`.
-        breaker: told how its calls end.
-        is_dirty: whether it missed a write while it was left alone.
-        must_flush: whether it holds the data of an earlier moment, which no repair finds.
-        is_gutter: whether it stands in for others, for a short time.
-    """
-
-    __slots__ = ("breaker", "is_dirty", "is_gutter", "must_flush", "name")
-
-    def __init__(
-        self, name: str, *, rules: BreakerRules, clock: Clock, is_gutter: bool = False
-    ) -> None:
-        self.name = name
-        self.breaker = Breaker(f"cache@{name}", rules=rules, clock=clock)
-        self.is_dirty = False
-        self.must_flush = False
-        self.is_gutter = is_gutter
+_NOBODYS: Final = Request(Op.READ, "shardkit:nobody")
+"""Asked of a dirty server, to hear whether it answers."""
 
 
-class Batch:
-    """The requests of one call that go to one server.
+class Owners(Protocol):
+    """Says which server a key belongs to, as its place among the servers."""
 
-    Attributes:
-        node: the server.
-        at: place of each in the call.
-        requests: the requests.
-        probe: the breaker's leave.
-        began: monotonic time.
-    """
-
-    __slots__ = ("at", "began", "node", "probe", "requests")
-
-    def __init__(
-        self,
-        node: Node,
-        probe: Probe | None,
-        began: float,
-        at: list[int],
-        requests: list[Request],
-    ) -> None:
-        self.node = node
-        self.probe = probe
-        self.began = began
-        self.at = at
-        self.requests = requests
+    def owner(self, key: str) -> int:
+        """Return the place."""
 
 
 class Nodes:
@@ -80,8 +39,11 @@ class Nodes:
     Args:
         names: the servers, as `host:port`; a list that all processes share and nobody shortens.
         gutter: servers that stand in for those that are left alone; may be empty.
+        owners: which key belongs to which; None for consistent hashing. With owners given,
+            servers may be added to `homes` later.
         rules: of the breakers.
         clock: source of time.
+        hold: seconds that a server answers again before it is read; see `node`.
         on_dirty: called with the name of a server that has become dirty.
     """
 
@@ -90,102 +52,180 @@ class Nodes:
         names: Sequence[str],
         *,
         gutter: Sequence[str] = (),
+        owners: Owners | None = None,
         rules: BreakerRules = CACHE_RULES,
         clock: Clock = SYSTEM,
+        hold: float = RETURN_HOLD,
         on_dirty: Callable[[str], None] | None = None,
     ) -> None:
-        self.homes = [Node(name, rules=rules, clock=clock) for name in names]
+        self._rules, self._clock, self._hold = rules, clock, hold
+        self.homes = [self.made(name) for name in names]
         self.gutter = [Node(name, rules=rules, clock=clock, is_gutter=True) for name in gutter]
-        self._home_ring = Ring(names)
+        self._owners: Owners = Ring(names) if owners is None else owners
         self._gutter_ring = Ring(gutter)
         self._now = clock.monotonic
         self._on_dirty = on_dirty
-        self._single = self.homes[0] if len(self.homes) == 1 else None
+        self._single = self.homes[0] if len(self.homes) == 1 and owners is None else None
+
+    def made(self, name: str) -> Node:
+        """Return a new server that is nobody's home yet."""
+        return Node(name, rules=self._rules, clock=self._clock, hold=self._hold)
 
     @property
     def dirty(self) -> frozenset[str]:
         """Names of the servers that nobody reads for now."""
         return frozenset(node.name for node in self.homes if node.is_dirty)
 
+    @property
+    def must_flush(self) -> frozenset[str]:
+        """Names of the servers that have to be emptied before anybody reads them."""
+        return frozenset(node.name for node in self.homes if node.must_flush)
+
     def home(self, key: str) -> Node:
         """Return the server that a key belongs to."""
-        return self._single or self.homes[self._home_ring.owner(key)]
+        return self._single or self.homes[self._owners.owner(key)]
 
     def named(self, name: str) -> Node:
         """Return a server; KeyError when there is none of that name."""
         return {node.name: node for node in (*self.gutter, *self.homes)}[name]
 
-    def soil(self, node: Node) -> None:
-        """Note that a server missed something."""
-        if not node.is_dirty:
-            node.is_dirty = True
-            if self._on_dirty is not None:
-                self._on_dirty(node.name)
+    def missed(self, node: Node, key: str) -> None:
+        """Note that a server missed a change of an entry."""
+        if not node.is_gutter and node.has_missed(key):  # a gutter forgets in seconds
+            self._tell(node)
+
+    def came_back(self, node: Node) -> None:
+        """Note that a server holds the data of an earlier moment."""
+        if not node.is_gutter and not node.must_flush:
+            node.must_flush = True
+            if node.left_alone():
+                self._tell(node)
 
     def readmit(self, name: str) -> bool:
         """Read a server again, unless it has to be emptied first; return whether it is read."""
-        node = self.named(name)
-        if not node.must_flush:
-            node.is_dirty = False
-        return not node.is_dirty
+        return self.named(name).readmitted()
 
     def flushed(self, name: str) -> None:
         """Read a server again that was emptied."""
-        node = self.named(name)
-        node.is_dirty = node.must_flush = False
+        self.named(name).flushed()
 
     def plan(
         self, requests: Sequence[Request], place: Place = Place.USUAL
     ) -> tuple[list[Batch], list[Answer]]:
-        """Return what goes where, and the answers so far: `UNKNOWN` for all."""
+        """Return what goes where, and the answers so far: `UNKNOWN` for all.
+
+        There may be one answer too many, the last: what a dirty server says is for nobody.
+        """
         if len(requests) == 1 and place is Place.USUAL:
             key = requests[0].key
-            node = self._single or self.homes[self._home_ring.owner(key)]
+            node = self._single or self.homes[self._owners.owner(key)]
             if not node.is_dirty and node.breaker.is_closed:  # as nearly always: nothing to decide
                 return [Batch(node, None, self._now(), [0], list(requests))], [UNKNOWN]
         batches: dict[Node, Batch | None] = {}
+        sweeps: list[Batch] = []
         single = self._single if place is not Place.GUTTER else None
         for index, request in enumerate(requests):
             key = request.key
             if place is not Place.GUTTER:
-                node = single or self.homes[self._home_ring.owner(key)]
-                batch = batches[node] if node in batches else self._admit(batches, node, place)
+                node = single or self.homes[self._owners.owner(key)]
+                if node in batches:
+                    batch = batches[node]
+                else:
+                    batch = batches[node] = self._admitted(node, place, sweeps, len(requests))
                 if batch is not None:
                     batch.at.append(index)
                     batch.requests.append(request)
                     continue
-                if is_write(request):
-                    self.soil(node)
+                if is_change(request):
+                    self.missed(node, key)
                 if place is Place.HOME:
                     continue
             if not self.gutter:
                 continue
             node = self.gutter[self._gutter_ring.owner(key)]
-            batch = batches[node] if node in batches else self._admit(batches, node, place)
+            if node in batches:
+                batch = batches[node]
+            else:
+                batch = batches[node] = self._admit(node)
             if batch is not None:
                 batch.at.append(index)
                 shorter = request.ttl > GUTTER_LIFE
                 batch.requests.append(request._replace(ttl=GUTTER_LIFE) if shorter else request)
-        return [batch for batch in batches.values() if batch], [UNKNOWN] * len(requests)
+        spare = [UNKNOWN] * (len(requests) + 1)
+        return [*sweeps, *(batch for batch in batches.values() if batch)], spare
 
-    def _admit(self, batches: dict[Node, Batch | None], node: Node, place: Place) -> Batch | None:
-        batch = None
-        if not node.is_dirty or place is Place.HOME:
-            try:
-                batch = Batch(node, node.breaker.admit(), self._now(), [], [])
-            except BreakerOpenError:
-                batch = None
-        batches[node] = batch
-        return batch
+    def planned_at(self, node: Node, requests: Sequence[Request]) -> list[Batch]:
+        """Return what goes to one server, of which another said that it has the keys."""
+        batch = None if node.is_dirty else self._admit(node)
+        if batch is None:
+            for request in requests:
+                if is_change(request):
+                    self.missed(node, request.key)
+            return []
+        batch.at.extend(range(len(requests)))
+        batch.requests.extend(requests)
+        return [batch]
 
-    def succeeded(self, batch: Batch) -> None:
+    def _admit(self, node: Node) -> Batch | None:
+        try:
+            return Batch(node, node.breaker.admit(), self._now(), [], [])
+        except BreakerOpenError:
+            return None
+
+    def _admitted(self, node: Node, place: Place, sweeps: list[Batch], spare: int) -> Batch | None:
+        """Return the batch for a home, or None when it is not to be used.
+
+        A dirty one is given a batch of its own, once: what it missed is deleted there.
+        """
+        if not node.breaker.is_closed and node.left_alone():
+            self._tell(node)
+        if node.is_dirty:
+            now = self._now()
+            keys = node.to_sweep(now, at_once=place is Place.HOME)
+            if keys is not None:
+                try:
+                    probe = node.breaker.admit()
+                except BreakerOpenError:
+                    node.unswept(keys)
+                    return None
+                deletes = [Request(Op.DELETE, key) for key in keys]
+                sweep = Batch(node, probe, now, [], [_NOBODYS, *deletes])
+                sweep.swept = keys
+                sweep.at.extend([spare] * len(sweep.requests))
+                if place is Place.HOME:
+                    return sweep
+                sweeps.append(sweep)
+            if place is not Place.HOME:
+                return None
+        return self._admit(node)
+
+    def _tell(self, node: Node) -> None:
+        if self._on_dirty is not None:
+            self._on_dirty(node.name)
+
+    def succeeded(self, batch: Batch, answers: Sequence[Answer]) -> None:
         """Note that a server answered."""
-        batch.node.breaker.succeeded(self._now() - batch.began, batch.probe)
+        now = self._now()
+        batch.node.breaker.succeeded(now - batch.began, batch.probe)
+        if batch.swept is not None:
+            said = zip(batch.swept, answers[1:], strict=False)
+            batch.node.swept(now)
+            for key in [key for key, answer in said if answer.outcome is not Outcome.DONE]:
+                self.missed(self.home(key), key)  # of a cluster it may be another's by now
 
     def failed(self, batch: Batch, error: BaseException) -> None:
         """Note that a server did not answer."""
         batch.node.breaker.failed(error, self._now() - batch.began, batch.probe)
+        self._unheard(batch)
 
     def abandoned(self, batch: Batch) -> None:
         """Note that nobody waits for its answer any more."""
         batch.node.breaker.abandoned(batch.probe)
+        self._unheard(batch)
+
+    def _unheard(self, batch: Batch) -> None:
+        if batch.swept is not None:
+            batch.node.unswept(batch.swept)
+        for request in batch.requests:
+            if request.op is Op.DELETE:  # a machine's last word: nothing comes after it
+                self.missed(batch.node, request.key)

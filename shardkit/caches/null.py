@@ -27,6 +27,7 @@ class NullCache:
 
     has_gutter = False
     dirty: frozenset[str] = frozenset()
+    must_flush: frozenset[str] = frozenset()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Answer as an empty server that keeps nothing."""
@@ -53,6 +54,7 @@ class AsyncNullCache:
 
     has_gutter = False
     dirty: frozenset[str] = frozenset()
+    must_flush: frozenset[str] = frozenset()
 
     async def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Answer as an empty server that keeps nothing."""

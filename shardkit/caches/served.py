@@ -10,15 +10,20 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol, Unpack
 
-from shardkit.caches.backend import DEADLINE, Place
-from shardkit.caches.nodes import Batch, Node, Nodes
-from shardkit.caching.operations import Answer, Request
-from shardkit.clock import SYSTEM, Clock
+from shardkit.caches.backend import Place
+from shardkit.caches.node import Batch, Node
+from shardkit.caches.nodes import Nodes
+from shardkit.caches.serving import Given, Serving
+from shardkit.caching.operations import UNKNOWN, Answer, Request
 from shardkit.forks import ForkSafeLock
 
 __all__ = ["Deadline", "ServedCache", "ServerConnection"]
+
+
+_MOMENT: Final = 0.01
+"""Seconds to read a reply that has arrived while another server was waited for."""
 
 
 class Deadline:
@@ -29,6 +34,10 @@ class Deadline:
     def __init__(self, seconds: float, now: Callable[[], float]) -> None:
         self._now = now
         self._at = now() + seconds
+
+    def is_after(self, other: Deadline) -> bool:
+        """Tell which is later."""
+        return self._at > other._at
 
     def left(self) -> float:
         """Return the seconds that are left, more than 0."""
@@ -79,6 +88,14 @@ class _Pool:
         for connection in free:
             if connection is not None:
                 connection.shut()  # closes the child's copy only
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the next connection is open already, as far as anybody knows."""
+        try:
+            return self._free[-1] is not None
+        except IndexError:
+            return False
 
     def acquire(self, deadline: Deadline) -> ServerConnection:
         """Return a connection; `TimeoutError` when none came free in time."""
@@ -134,51 +151,42 @@ class _Pool:
             self._give(None)
 
 
-class ServedCache:
+class ServedCache(Serving):
     """A backend over servers; see `shardkit.caches.backend.Backend`.
 
     Args:
-        nodes: the servers.
+        servers: their names.
         connect: makes a connection to one; opens nothing yet.
-        deadline: seconds a call may take.
-        connections: most connections to each server.
-        clock: source of time.
+        options: see `serving.Options`.
     """
 
     def __init__(
         self,
-        nodes: Nodes,
+        servers: Sequence[str],
         connect: Callable[[Node], ServerConnection],
-        *,
-        deadline: float = DEADLINE,
-        connections: int = 32,
-        clock: Clock = SYSTEM,
+        **options: Unpack[Given],
     ) -> None:
-        self.nodes = nodes
+        super().__init__(servers, **options)
         self._connect = connect
-        self._connections = connections
-        self._seconds = deadline
-        self._now = clock.monotonic
         self._pools: dict[Node, _Pool] = {}
-
-    @property
-    def has_gutter(self) -> bool:
-        """Whether there is a gutter to repair, too."""
-        return bool(self.nodes.gutter)
-
-    @property
-    def dirty(self) -> frozenset[str]:
-        """Names of the servers that nobody reads for now."""
-        return self.nodes.dirty
-
-    def home(self, key: str) -> str:
-        """Return the name of the server that a key belongs to."""
-        return self.nodes.home(key).name
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys; answer them in their order."""
         batches, answers = self.nodes.plan(requests, place)
-        deadline = Deadline(self._seconds, self._now)
+        self._carry(batches, answers, Deadline(self.seconds, self.now))
+        if len(answers) > len(requests):
+            answers.pop()
+        return answers
+
+    def asks(self, node: Node, requests: Sequence[Request]) -> list[Answer]:
+        """Carry out requests on one server, whatever it is asked usually."""
+        answers = [UNKNOWN] * len(requests)
+        batches = self.nodes.planned_at(node, requests)
+        self._carry(batches, answers, Deadline(self.seconds, self.now))
+        return answers
+
+    def _carry(self, batches: Sequence[Batch], answers: list[Answer], deadline: Deadline) -> None:
+        """Send batches, all before the first reply is read, and put the answers in their places."""
         if len(batches) == 1:  # nearly always
             exchange = _Exchange(self.nodes, batches[0], deadline)
             try:
@@ -187,24 +195,27 @@ class ServedCache:
             except BaseException:
                 exchange.abandon()
                 raise
-            return answers
+            return
         waiting: deque[_Exchange] = deque()
+        # A server that does not answer must not cost the others theirs: of a server that stands
+        # still, connecting takes all the time there is. So connections that are open come first,
+        # and whoever comes after the deadline is still given a moment: its reply is here by now.
+        planned = deque(sorted(batches, key=lambda batch: not self._pool(batch.node).is_warm))
         try:
-            for batch in batches:
-                waiting.append(exchange := _Exchange(self.nodes, batch, deadline))
-                if not exchange.begin(self._pool(batch.node)):
+            while planned:
+                waiting.append(exchange := _Exchange(self.nodes, planned[0], deadline))
+                planned.popleft()
+                if not exchange.begin(self._pool(exchange.node)):
                     waiting.pop()
             while waiting:
+                waiting[0].waits_from(self.now(), Deadline(_MOMENT, self.now))
                 waiting[0].finish(answers)
                 waiting.popleft()
         finally:
             for exchange in waiting:  # interrupted: nobody will read these replies
                 exchange.abandon()
-        return answers
-
-    def readmit(self, name: str) -> bool:
-        """Read a server again: everything it missed has been repaired there."""
-        return self.nodes.readmit(name)
+            for batch in planned:
+                self.nodes.abandoned(batch)
 
     def close(self) -> None:
         """Close every connection; later calls open new ones."""
@@ -214,7 +225,7 @@ class ServedCache:
     def _pool(self, node: Node) -> _Pool:
         pool = self._pools.get(node)
         if pool is None:
-            made = _Pool(lambda: self._connect(node), self._connections)
+            made = _Pool(lambda: self._connect(node), self.connections)
             pool = self._pools.setdefault(node, made)
         return pool
 
@@ -263,9 +274,20 @@ class _Exchange:
             return
         self._connection = None
         self._pool.release(connection, keep=True)
-        self._nodes.succeeded(batch)
+        self._nodes.succeeded(batch, answered)
         for index, answer in zip(batch.at, answered, strict=True):
             answers[index] = answer
+
+    @property
+    def node(self) -> Node:
+        """The server."""
+        return self._batch.node
+
+    def waits_from(self, now: float, at_least: Deadline) -> None:
+        """Count its time from now on: until now others were waited for."""
+        self._batch.began = now
+        if at_least.is_after(self._deadline):
+            self._deadline = at_least
 
     def abandon(self) -> None:
         """Close the connection: its replies will not be read."""

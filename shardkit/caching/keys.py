@@ -1,9 +1,11 @@
 """Names of entries: what has to be equal for two processes to share one.
 
-    generation : epoch : logical shard : table : primary key : schema
+    generation : epoch : logical shard : table : primary key
 
-A move or a failover raises the epoch, a deploy with other columns changes the schema, and an
-operator who trusts nothing raises the generation: each makes every entry before it a miss.
+A move or a failover raises the epoch, and an operator who trusts nothing raises the generation:
+each makes every entry before it a miss. Programs with other columns share the name and not the
+bytes, which begin with the `schema_hash`: so whoever changes a row, old program or new, finds
+its entry.
 """
 
 from __future__ import annotations
@@ -28,30 +30,28 @@ _TAGS: Final[dict[type, str]] = {
 
 
 def cache_key(
-    generation: int,
+    generation: int | str,
     epoch: int,
     logical_shard: int,
     table: str,
     primary_key: Sequence[Any],
-    *,
-    schema: str,
 ) -> str:
     """Return the name of a row's entry: printable ASCII, no spaces, at most 250 bytes.
 
     Names that would be anything else, of text keys mostly, are a hash of what they would be.
 
     Args:
-        generation: of the whole cache; raised to forget everything.
+        generation: of the whole cache; raised to forget everything. Names its cluster too where
+            several share servers.
         epoch: of the logical shard's owner.
         logical_shard: the row's.
         table: its name.
         primary_key: its values, in the order of the columns.
-        schema: `schema_hash` of the columns that are cached.
     """
     values = ",".join(
         [str(value) if type(value) is int else _written(value) for value in primary_key]
     )
-    key = f"{generation}:{epoch}:{logical_shard}:{table.translate(_ESCAPES)}:{values}:{schema}"
+    key = f"{generation}:{epoch}:{logical_shard}:{table.translate(_ESCAPES)}:{values}"
     if len(key) <= LONGEST_KEY and key.isascii() and key.isprintable() and " " not in key:
         return key
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()

@@ -97,6 +97,8 @@ class Reader(NamedTuple):
     def advance(self, answer: Answer) -> Reader:
         """Return the machine after an answer to its request."""
         if self.phase is Phase.ASK:
+            if answer.kind is Kind.VALUE and answer.outcome is Outcome.FOUND:  # nearly always
+                return self._shown(answer)
             return self._asked(answer)
         if self.phase is Phase.FILL:  # stored, or somebody was quicker: the row is good
             return self._replace(phase=Phase.DONE, cas=None)

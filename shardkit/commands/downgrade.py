@@ -38,7 +38,7 @@ def downgrade_command(
 ) -> None:
     """Undo every revision after one, newest first. What is dropped does not come back."""
     percentages = rollout.parse(wave) if wave else ()
-    topology, revisions, _ = inputs(config, migrations, models)
+    topology, revisions, _, _ = inputs(config, migrations, models)
     location, folder = source(config, migrations)
     undone = ops.load_undone(location, revisions, target, folder=folder)
     out = console(stderr=as_json)

@@ -31,7 +31,7 @@ def drift_command(
     as_json: JsonOption = False,
 ) -> None:
     """Compare logical shards with the revisions and the models; exits with 1 if any differs."""
-    topology, revisions, _ = inputs(config, migrations, models)
+    topology, revisions, _, _ = inputs(config, migrations, models)
     found = drift(topology, revisions, metadata=models_of(config, models))
     if as_json:
         print_json(_json(found))

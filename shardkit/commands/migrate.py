@@ -118,7 +118,7 @@ def apply_command(
     Safe to interrupt, to kill and to run again: a rerun continues.
     """
     percentages = rollout.parse(wave) if wave else None
-    topology, revisions, rules = inputs(config, migrations, models)
+    topology, revisions, rules, cached = inputs(config, migrations, models)
     if dry_run:
         planned = ops.plan(topology, revisions, rules=rules, phase=phase)
         print_plan(planned, percentages, as_json=as_json)
@@ -155,6 +155,7 @@ def apply_command(
                 topology,
                 revisions,
                 rules=rules,
+                cached=cached,
                 limits=limits,
                 on_plan=on_plan,
                 on_done=on_done,
@@ -189,7 +190,7 @@ def plan_command(
 ) -> None:
     """Print what apply would do, with the SQL and its dangers; the same as apply --dry-run."""
     percentages = rollout.parse(wave) if wave else None
-    topology, revisions, rules = inputs(config, migrations, models)
+    topology, revisions, rules, _ = inputs(config, migrations, models)
     planned = ops.plan(topology, revisions, rules=rules, phase=phase)
     print_plan(planned, percentages, as_json=as_json)
 
@@ -203,7 +204,7 @@ def status_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show how many logical shards are at which revision, and which lag behind."""
-    topology, revisions, rules = inputs(config, migrations, models)
+    topology, revisions, rules, _ = inputs(config, migrations, models)
     found = ops.status(topology, revisions, rules=rules)
     if as_json:
         print_json(status_json(found))
@@ -230,7 +231,7 @@ def status_command(
 
 def inputs(
     given: Path | None, migrations: str | None, models: str | None
-) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None]:
+) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None, ops.Cached | None]:
     """Return what the options and the configuration name.
 
     Raises:
@@ -243,7 +244,8 @@ def inputs(
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
     models = models or settings.migrations.models
     rules = ops.load_rules(models) if models else None
-    return topology, ops.load_revisions(location, folder=folder), rules
+    cached = ops.load_cached(models) if models else None
+    return topology, ops.load_revisions(location, folder=folder), rules, cached
 
 
 def source(given: Path | None, migrations: str | None) -> tuple[str, Path]:

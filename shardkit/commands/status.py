@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
 from shardkit.commands.options import ConfigOption, JsonOption
 from shardkit.commands.output import console
-from shardkit.config import default_file, load
+from shardkit.config import CacheConfig, default_file, load
 from shardkit.ops.status import EndpointStatus, is_healthy, read_status
+
+if TYPE_CHECKING:  # the `cache` extra
+    from shardkit.ops.cachestatus import CacheStatus
 
 __all__ = ["status"]
 
@@ -21,22 +25,54 @@ _UNKNOWN = "?"
 def status(*, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show every endpoint: role, lag in bytes and seconds, breaker, epoch, connections.
 
-    Exits with 1 when one does not answer or is not what the configuration says.
+    And every server of the cache, with what it holds and was asked. Exits with 1 when an endpoint
+    does not answer or is not what the configuration says; a cache is not needed.
     """
-    _, topology = load(config or default_file())
+    settings, topology = load(config or default_file())
     found = read_status(topology)
+    caches = _caches(settings.found_cache)
     if as_json:
         document = {
             "cluster": topology.name,
             "healthy": is_healthy(found),
             "endpoints": [asdict(each) for each in found],
+            "cache": [asdict(each) for each in caches],
         }
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
         _print(found)
+        if caches:
+            _print_caches(caches)
     if not is_healthy(found):
         raise typer.Exit(1)
+
+
+def _caches(config: CacheConfig) -> list[CacheStatus]:
+    if not config.nodes:  # and then the `cache` extra may not be there
+        return []
+    from shardkit.ops.cachestatus import read_cache_status
+
+    return read_cache_status(config)
+
+
+def _print_caches(found: list[CacheStatus]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("cache", "backend", "reachable"):
+        table.add_column(name, overflow="fold")
+    for name in ("entries", "reads", "evictions"):
+        table.add_column(name, justify="right")
+    for each in found:
+        table.add_row(
+            escape(each.server),
+            f"{each.backend}, gutter" if each.is_gutter else each.backend,
+            "yes" if each.is_reachable else f"[red]no: {escape(each.error or '')}[/red]",
+            *(_number(n, ",") for n in (each.entries, each.reads, each.evictions)),
+        )
+    console().print(table)
 
 
 def _print(found: list[EndpointStatus]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from psycopg import sql
 
 from shardkit.ids import EPOCH_MS
+from shardkit.ops import cachetriggers
 from shardkit.ops.idfunctions import id_statements
 from shardkit.ops.logfunctions import log_statements
 from shardkit.ops.lookuptable import lookup_statements
@@ -87,6 +88,7 @@ def admin_statements(
         *id_statements(app_role=app_role),
         *log_statements(app_role=app_role),
         *outbox_admin_statements(app_role=app_role),
+        *cachetriggers.function_statements(),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
@@ -156,6 +158,7 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         ),
         *lookup_statements(schema, role),
         *outbox_statements(logical_shard, app_role=app_role),
+        *cachetriggers.sequence_statements(logical_shard, app_role=app_role),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

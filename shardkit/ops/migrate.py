@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sqlalchemy import MetaData
 
+from shardkit.cacheable import cached_tables
 from shardkit.errors import (
     ConfigurationError,
     ShardkitError,
@@ -34,11 +35,13 @@ from shardkit.ops.limits import Limits
 from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
 from shardkit.ops.primaries import connections, lock, read, read_one
 from shardkit.ops.revisions import Revision, load, locate
+from shardkit.ops.triggers import with_triggers
 from shardkit.ops.waves import DEFAULT, Wave
 from shardkit.ops.waves import waves as divide
 from shardkit.topology import Topology
 
 __all__ = [
+    "Cached",
     "Limits",
     "MigrationOutcome",
     "MigrationPlan",
@@ -48,6 +51,7 @@ __all__ = [
     "Rules",
     "apply",
     "downgrade",
+    "load_cached",
     "load_metadata",
     "load_revisions",
     "load_rules",
@@ -59,6 +63,9 @@ __all__ = [
 
 Rules = Mapping[str, str]
 """How the rows of tables are placed, as text by table."""
+
+Cached = Mapping[str, Sequence[str]]
+"""The cached tables, with the columns of their primary keys: `shardkit.cacheable.cached_tables`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,15 @@ def load_rules(location: str) -> Rules:
         ConfigurationError: there is no such thing.
     """
     return rules_of(load_metadata(location))
+
+
+def load_cached(location: str) -> Cached:
+    """Return the tables of the cached models of a `migrations.models`.
+
+    Raises:
+        ConfigurationError: there is no such thing.
+    """
+    return cached_tables(load_metadata(location))
 
 
 def load_metadata(location: str) -> MetaData:
@@ -197,6 +213,7 @@ def apply(
     revisions: Sequence[Revision],
     *,
     rules: Rules | None = None,
+    cached: Cached | None = None,
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
@@ -214,6 +231,8 @@ def apply(
         topology: the cluster.
         revisions: oldest first, from `load_revisions`.
         rules: of the models, from `load_rules`, recorded where none are; None leaves them alone.
+        cached: cached tables, from `load_cached`, which get their triggers after the revisions;
+            None leaves them alone.
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
@@ -238,7 +257,7 @@ def apply(
             on_plan(decided)
         percentages = DEFAULT if waves is None else waves
         staged = roll_out(decided, percentages, smallest=smallest) if percentages else ()
-        return run(
+        outcome = run(
             topology,
             decided,
             found,
@@ -247,6 +266,7 @@ def apply(
             waves=staged,
             on_wave=on_wave,
         )
+        return with_triggers(outcome, found, cached, limits) if cached else outcome
 
 
 def downgrade(

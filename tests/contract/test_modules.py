@@ -51,18 +51,20 @@ def test_sessions_override_nothing_of_sqlalchemys_by_accident() -> None:
     """SQLAlchemy's `Session` has private names too; a clash would break it silently."""
     from sqlalchemy.orm import Session
 
-    from shardkit import ReadSession, WriteSession, binds, emitter, session, writer
+    from shardkit import ReadSession, WriteSession, binds, cachedsession, emitter, session, writer
     from shardkit.binds import BoundSession
+    from shardkit.cachedsession import CachedSession
     from shardkit.emitter import EmittingSession
 
     theirs = {*dir(Session), *vars(Session())}
     meant = {
-        "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "close", "commit", "connection",
+        "_bulk_save_mappings", "_connection_for_bind", "_execute_internal", "_identity_lookup", "close",
+        "commit", "connection",
         "connection_callable", "flush", "get", "get_bind", "rollback",
     }  # fmt: skip
-    classes = (BoundSession, ReadSession, EmittingSession, WriteSession)
+    classes = (BoundSession, CachedSession, ReadSession, EmittingSession, WriteSession)
     defined = {name for each in classes for name in vars(each)}
-    source = "".join(map(inspect.getsource, (binds, session, emitter, writer)))
+    source = "".join(map(inspect.getsource, (binds, cachedsession, session, emitter, writer)))
     assigned = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", source)
     assert assigned
     ours = {name for name in (*defined, *assigned) if not name.startswith("__")}

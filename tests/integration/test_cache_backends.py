@@ -22,20 +22,24 @@ from shardkit.caches.memcached import Memcached
 from shardkit.caches.memory import AsyncMemoryCache, MemoryCache
 from shardkit.caches.null import AsyncNullCache, NullCache
 from shardkit.caches.redis import AsyncRedis, Redis
+from shardkit.caches.redis_cluster import AsyncRedisCluster, RedisCluster
 from shardkit.caching.entries import LARGEST_ENTRY, encode
 from shardkit.caching.keys import cache_key
 from shardkit.caching.operations import UNKNOWN, Answer, Entry, Kind, Op, Outcome, Request, apply
 from shardkit.testing import FaultProxy, wait_until
 from tests.fixtures.caches import NewServer
 from tests.fixtures.pauses import within
+from tests.fixtures.redis_clusters import RedisCluster as RunningCluster
 
 pytestmark = pytest.mark.integration
 
-KINDS = {
+KINDS: dict[tuple[str, str], Any] = {
     ("memcached", "sync"): Memcached,
     ("memcached", "async"): AsyncMemcached,
     ("redis", "sync"): Redis,
     ("redis", "async"): AsyncRedis,
+    ("cluster", "sync"): RedisCluster,
+    ("cluster", "async"): AsyncRedisCluster,
 }
 LONG = 30.0
 PATIENT = 1.0
@@ -90,9 +94,13 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["memory", "memcached", "3 memcacheds", "redis", "2 redises"])
+@pytest.fixture(params=["memory", "memcached", "3 memcacheds", "redis", "2 redises", "cluster"])
 def backend(
-    request: pytest.FixtureRequest, mode: str, cache_server: NewServer, open_cache: Open
+    request: pytest.FixtureRequest,
+    mode: str,
+    cache_server: NewServer,
+    cluster_of_three: Callable[[], RunningCluster],
+    open_cache: Open,
 ) -> Iterator[Any]:
     n, _, name = str(request.param).rpartition(" ")
     if name == "memory":
@@ -101,6 +109,11 @@ def backend(
             return
         with asyncio.Runner() as runner:
             yield InLoop(AsyncMemoryCache(), runner)
+        return
+    if name == "cluster":
+        running = cluster_of_three()
+        running.empty()
+        yield open_cache("cluster", mode, running.urls)
         return
     kind = "memcached" if name.startswith("memcached") else "redis"
     servers = [cache_server(kind).server for _ in range(int(n or 1))]
@@ -137,7 +150,7 @@ def test_protocols() -> None:
     assert isinstance(AsyncMemoryCache(), AsyncBackend)
     assert isinstance(AsyncNullCache(), AsyncBackend)
     for (_, mode), made in KINDS.items():
-        servers = ["redis://127.0.0.1:1"] if "Redis" in made.__name__ else ["127.0.0.1:1"]
+        servers = ["redis://127.0.0.1:1"] if "Redis" in str(made) else ["127.0.0.1:1"]
         assert isinstance(made(servers), Backend if mode == "sync" else AsyncBackend)
 
 
@@ -213,8 +226,8 @@ def test_the_machines_run_on_it(backend: Any) -> None:
     ],
 )
 def test_hostile_keys(backend: Any, name: str) -> None:
-    key = cache_key(1, 1, 5, "users", (name,), schema="s")
-    other = cache_key(1, 1, 5, "users", (name + "a",), schema="s")
+    key = cache_key(1, 1, 5, "users", (name,))
+    other = cache_key(1, 1, 5, "users", (name + "a",))
     keep(backend, key, 1, b"mine")
     assert one(backend, lease(key)).payload == b"mine"
     assert one(backend, Request(Op.READ, other)).outcome is Outcome.NOTHING
@@ -323,8 +336,11 @@ def test_a_frozen_server_costs_the_deadline_and_no_more(
     kind: str, mode: str, cache_server: NewServer, open_cache: Open
 ) -> None:
     server = cache_server(kind)
+    keep(open_cache(kind, mode, [server.server]), "k", 1, b"v")
     backend = open_cache(kind, mode, [server.server], deadline=0.05)
-    keep(backend, "k", 1, b"v")
+    wait_until(
+        lambda: one(backend, lease("k")).payload == b"v", timeout=10, what="it is reached in time"
+    )
     server.freeze()
     for _ in range(5):
         with within(0.3):
@@ -336,6 +352,24 @@ def test_a_frozen_server_costs_the_deadline_and_no_more(
     )
 
 
+def test_a_frozen_server_costs_the_others_nothing(
+    kind: str, mode: str, cache_server: NewServer, open_cache: Open
+) -> None:
+    frozen, *others = (cache_server(kind) for _ in range(3))
+    backend = open_cache(kind, mode, [each.server for each in (frozen, *others)], deadline=0.5)
+    keys = [f"k{n}" for n in range(60)]
+    marked = backend.run([put(key, 1) for key in keys])
+    backend.run([store(k, m.cas, 1, b"v") for k, m in zip(keys, marked, strict=True)])
+    backend.run([lease(key) for key in keys])  # scripts are loaded now
+    frozen.freeze()
+    for _ in range(6):
+        found = backend.run([lease(key) for key in keys])
+        for key, answer in zip(keys, found, strict=True):
+            is_frozen = backend.home(key) == backend.nodes.homes[0].name
+            assert answer.payload == (b"" if is_frozen else b"v")
+    assert [node.breaker.is_closed for node in backend.nodes.homes] == [False, True, True]
+
+
 def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
     kind: str, mode: str, cache_server: NewServer, open_cache: Open
 ) -> None:
@@ -345,7 +379,10 @@ def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
     with FaultProxy("127.0.0.1", server.port, protocol="tcp") as proxy:
         address = f"127.0.0.1:{proxy.port}"
         address = f"redis://{address}/0" if kind == "redis" else address
-        backend = open_cache(kind, mode, [address], gutter=[gutter.server], on_dirty=told.append)
+        backend = open_cache(
+            kind, mode, [address], gutter=[gutter.server], on_dirty=told.append, hold=0.3
+        )
+        stranger = open_cache(kind, mode, [server.server])  # was never cut off
         keep(backend, "k", 1, b"old")
         proxy.refuse()
         wait_until(
@@ -357,31 +394,54 @@ def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
         (name,) = backend.dirty
         assert told == [name] == [backend.home("k")]
         assert one(backend, lease("k")).payload == b"new"
+        assert one(stranger, lease("k")).payload == b"old"
         proxy.heal()
-        home: Any = {"place": Place.HOME}
         wait_until(
-            lambda: one(backend, Request(Op.READ, "k"), **home).payload == b"old",
-            timeout=10,
-            what="it is back with its old data",
+            lambda: one(backend, lease("k")).payload != b"old" and not backend.dirty,
+            timeout=20,
+            what="it is read again",
         )
-        assert one(backend, lease("k")).payload == b"new"
-
-        def is_repaired() -> bool:
-            repair = Repair("k", 2)
-            while repair.request is not None:
-                repair = repair.advance(one(backend, repair.request, **home))
-            return repair.is_clean
-
-        # One that gets no answer, as over a connection from before, is repeated.
-        wait_until(is_repaired, timeout=10, what="a repair has its answers")
-        assert backend.readmit(name)
-        assert not backend.dirty
-        assert one(backend, lease("k")).outcome is Outcome.WON
+        assert one(stranger, lease("k")).payload == b""
+        assert one(backend, lease("k")).payload == b""
         keep(backend, "k", 3, b"newer")
-        backend.nodes.soil(backend.nodes.homes[0])
+        backend.nodes.missed(backend.nodes.homes[0], "other")
         assert backend.flush(name)
+        assert not backend.dirty
         assert one(backend, Request(Op.READ, "k")).outcome is Outcome.NOTHING
         backend.close()
+
+
+def test_the_relay_repairs_a_server_while_nobody_reads_it(
+    kind: str, mode: str, cache_server: NewServer, open_cache: Open
+) -> None:
+    server = cache_server(kind)
+    readers = open_cache(kind, mode, [server.server], hold=3600.0)
+    relay = open_cache(kind, mode, [server.server], deadline=0.05)
+    keep(readers, "k", 1, b"old")
+    server.freeze()
+    while readers.nodes.homes[0].breaker.is_closed:  # trips on five calls in a row
+        assert one(readers, lease("k")) == UNKNOWN
+    assert one(readers, lease("k")) == UNKNOWN
+    home: Any = {"place": Place.HOME}
+
+    def repair() -> bool:
+        machine = Repair("k", 2)
+        while machine.request is not None:
+            machine = machine.advance(one(relay, machine.request, **home))
+        return machine.is_clean
+
+    assert not repair()
+    server.thaw()
+    wait_until(repair, timeout=20, what="the relay reaches it")
+    wait_until(
+        lambda: one(readers, lease("k")) == UNKNOWN and readers.nodes.homes[0].breaker.is_closed,
+        timeout=20,
+        what="it answers them, too",
+    )
+    for _ in range(10):
+        assert one(readers, lease("k")) == UNKNOWN, "held"
+    assert readers.readmit(readers.home("k"))
+    assert one(readers, lease("k")).outcome is Outcome.WON
 
 
 def test_a_gutter_keeps_nothing_for_long(

@@ -60,6 +60,7 @@ class Configuration:
         previous: whether markers carry the value they replace.
         epochs: whether the epoch is part of the key.
         lives: whether the backend tells one life of the server from another.
+        floors: whether readers are of the session that wrote what was acknowledged last.
     """
 
     protocol: str = "P9"
@@ -71,6 +72,7 @@ class Configuration:
     previous: bool = False
     epochs: bool = True
     lives: bool = True
+    floors: bool = False
 
     def __str__(self) -> str:
         faults = "+".join(f"{n if n > 1 else ''}{name}" for name, n in self.faults) or "none"
@@ -82,6 +84,7 @@ class Configuration:
                 ("serve previous", self.previous),
                 ("epoch not in the key", not self.epochs),
                 ("lives not told apart", not self.lives),
+                ("own writes", self.floors),
             )
             if holds
         )
@@ -401,9 +404,11 @@ class Model:
         key = self._key_of(i)
         row = self.rows.values[s[_FIRST + key]]
         number = s[i]
+        c = self.c
         if actor.step == 0:
             machine: Any = (
-                Reader(f"k{key}", patience=_PATIENCE)
+                # Versions count as serials do, but after a failover.
+                Reader(f"k{key}", floor=row.acknowledged if c.floors else 0, patience=_PATIENCE)
                 if self.ours or self.c.protocol in {"P5", "P7"}
                 else ControlReader(self.c.protocol, f"k{key}")
             )

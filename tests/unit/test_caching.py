@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit.caches.meta import ProtocolViolation, Replies
-from shardkit.caches.nodes import Nodes
+from shardkit.caches.meta import Life, ProtocolViolation, Replies, answers_of, quick_answer
 from shardkit.caches.ring import Ring
 from shardkit.caching.entries import decode, encode
 from shardkit.caching.floors import SessionFloor
@@ -28,11 +27,11 @@ from shardkit.testing import FakeClock
 
 
 def key(*values: Any, table: str = "t") -> str:
-    return cache_key(1, 2, 3, table, values, schema="s")
+    return cache_key(1, 2, 3, table, values)
 
 
 def test_a_key_reads_as_what_it_is() -> None:
-    assert cache_key(1, 2, 42, "photos", (12345,), schema="abc") == "1:2:42:photos:12345:abc"
+    assert cache_key(1, 2, 42, "photos", (12345,)) == "1:2:42:photos:12345"
 
 
 def test_keys_of_different_rows_differ() -> None:
@@ -168,22 +167,33 @@ def test_a_ring_shares_evenly_and_moves_little() -> None:
     assert 0.05 < len(moved) / len(keys) < 0.25
 
 
-def test_only_what_leaves_something_old_makes_a_server_dirty() -> None:
-    told: list[str] = []
-    nodes = Nodes(["a:1"], on_dirty=told.append)
-    nodes.homes[0].breaker.open()
-    for op in (Op.LEASE, Op.READ, Op.STORE, Op.REMOVE):
-        assert nodes.plan([Request(op, "k", 1)])[0] == []
-    assert not nodes.dirty
-    assert nodes.plan([Request(Op.DELETE, "k")])[0] == []
-    assert nodes.dirty == {"a:1"}
-    assert nodes.plan([Request(Op.PUT, "k"), Request(Op.PUT, "l")])[0] == []
-    assert told == ["a:1"]
-
-
 STREAM = (
     b"VA 5 c17 W\r\nVA \r\n\r\nHD c18\r\nEN\r\nNF\r\nEX\r\nSERVER_ERROR out of memory c1\r\nHD\r\n"
 )
+
+
+PIECES = st.sampled_from(
+    [b"VA ", b"5", b"0", b"14", b" c17", b" c", b" W", b" Z", b"\r\n", b"EN", b"hello", b"x",
+     encode(Kind.ABSENCE, 0, b""), b"9" * 30, b" ", b"VA 5 c17\r\nhello\r\n",
+     b"VA 14 c3\r\n" + encode(Kind.ABSENCE, 0, b"") + b"\r\n"]
+)  # fmt: skip
+
+
+@given(st.lists(PIECES, max_size=7).map(b"".join))
+def test_the_quick_way_says_what_the_long_way_says(data: bytes) -> None:
+    life = Life("a:1", b"life")
+    quick = quick_answer(data, life)
+    if quick is not None:
+        replies = Replies(1)
+        replies.feed(data)
+        assert [quick] == answers_of([Request(Op.LEASE, "k")], [0], replies.replies, life)
+
+
+def test_a_hit_goes_the_quick_way() -> None:
+    data = encode(Kind.VALUE, 7, b"row")
+    found = quick_answer(b"VA %d c17\r\n%b\r\n" % (len(data), data), Life("a:1", b"life"))
+    assert found is not None
+    assert (found.version, found.payload, found.cas) == (7, b"row", (("a:1", b"life"), 17))
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=6))

@@ -54,6 +54,17 @@ def test_a_good_file_becomes_a_topology(tmp_path: Path) -> None:
     assert "hunter2" not in f"{settings!r} {topology!r}"
 
 
+def test_a_cache_is_at_the_servers_named_or_at_that_of_the_services(tmp_path: Path) -> None:
+    settings, _ = load(write(tmp_path, GOOD))
+    assert not settings.found_cache.is_on
+    text = GOOD + '\n[cache]\nbackend = "redis"\n'
+    settings, _ = load(write(tmp_path, text))
+    assert settings.found_cache.nodes == ("redis://127.0.0.1:6379/0",)
+    settings, _ = load(write(tmp_path, text + 'nodes = ["redis://b:1", "redis://c:1"]\n'))
+    assert settings.found_cache.nodes == ("redis://b:1", "redis://c:1")
+    assert settings.found_cache.timeout == 0.05
+
+
 POOLED = GOOD.replace(
     '"3-6"\n', '"3-6"\npooler = "pgbouncer 1.24"\nadmin = "postgresql://adm@127.0.0.1:5503/demo"\n'
 ).replace('5503/demo"\n\n', '6432/demo"\nreader = "postgresql://app:hunter2@127.0.0.1:6432/r"\n\n')
@@ -94,6 +105,29 @@ BAD = [
     ("misspelt table", "[services]", "[servces]", "servces: unknown key; did you mean 'services'"),
     ("misspelt pool key", "[services]", "[pool]\nsise = 3\n[services]",
      "pool.sise: unknown key; did you mean 'size'"),
+    ("a cache of no known kind", "[services]", '[cache]\nbackend = "varnish"\n[services]',
+     "cache.backend: Input should be 'memcached', 'redis', 'redis-cluster', 'memory' or 'none'"),
+    ("a cache nowhere", "[services]", '[cache]\nbackend = "memcached"\n[services]',
+     "cache.nodes: where is memcached? Name its servers here, or one under [services]"),
+    ("a cache that may take long", "[services]",
+     '[cache]\nbackend = "redis"\ntimeout = 0.2\n[services]', "cache.timeout: "),
+    ("a Memcached that is a Redis", "[services]",
+     '[cache]\nbackend = "memcached"\nnodes = ["redis://a:1"]\n[services]',
+     "cache: nodes: 'redis://a:1' is no address; write host:port"),
+    ("a Redis that is a Memcached", "[services]",
+     '[cache]\nbackend = "redis"\ngutter = ["a:11211"]\n[services]',
+     "cache: gutter: 'a:11211' is no Redis; write redis://host:port/0"),
+    ("a port that is none", "[services]",
+     '[cache]\nbackend = "memcached"\nnodes = ["a:99999"]\n[services]', "'a:99999' is no address"),
+    ("one cache twice", "[services]",
+     '[cache]\nbackend = "memcached"\nnodes = ["a:1"]\ngutter = ["a:1"]\n[services]',
+     "cache: nodes: a:1 is named twice"),
+    ("servers of no cache", "[services]", '[cache]\nnodes = ["a:1"]\n[services]',
+     "cache: nodes: the backend 'none' has no servers"),
+    ("services that are no cache", 'redis = "redis://127.0.0.1:6379/0"',
+     'memcached = "here"\n[cache]\nbackend = "memcached"', "services.memcached: nodes: 'here'"),
+    ("misspelt cache key", "[services]", "[cache]\ntimeuot = 0.01\n[services]",
+     "cache.timeuot: unknown key; did you mean 'timeout'"),
     ("two endpoints on one port", "5502", "5501", "already physical.alpha.primary"),
     ("two physical shards on one port", "5503", "5501", "already physical.alpha.primary"),
     ("overlap", '"3-6"', '"2-6"', "2 is already placed on 'alpha'"),

@@ -1,0 +1,246 @@
+"""The part of a reading session that asks the cache: objects by primary key, and related ones.
+
+The base of `shardkit.session`. The cache is asked where an object is looked for by its primary key
+and nothing else is said: what has options, locks or criteria goes to the database, and so do
+sessions that write, whose transaction may see what nobody else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
+from sqlalchemy.orm import Load, Mapper, ORMExecuteState, Session
+from sqlalchemy.orm.base import LoaderCallableStatus, PassiveFlag
+from sqlalchemy.sql import operators
+
+from shardkit.binds import BoundSession
+from shardkit.checks import is_idle
+from shardkit.events import CacheRead, caller
+from shardkit.instances import instance_of
+from shardkit.statements import AllShards
+from shardkit.topology import Role
+
+if TYPE_CHECKING:  # the `cache` extra
+    from shardkit.cached import CachePlan
+    from shardkit.cachereads import CacheReads
+    from shardkit.caching.tally import CacheCounts
+
+__all__ = ["ELSEWHERE", "CachedSession"]
+
+ELSEWHERE: Final = object()
+"""The session has to read the object itself."""
+
+_WITH_SQL: Final = PassiveFlag.SQL_OK | PassiveFlag.RELATED_OBJECT_OK
+
+
+class CachedSession(BoundSession):
+    """A session that may ask the cache for objects by primary key.
+
+    *Invariant:* what it makes of a cached row is what it would have made of the row.
+    """
+
+    def _uses_cache(self) -> bool:
+        """Tell whether this session may be shown cached rows at all.
+
+        Not where primaries are asked for by name, and not where the program has listeners for
+        statements: what they would change of one cannot be known without it.
+        """
+        return (
+            self._cluster.cache is not None
+            and self.role is Role.REPLICA
+            and not self._fresh.asks_primaries
+            and len(self.dispatch.do_orm_execute) == 1
+        )
+
+    def _cache_plan(self, mapper: Mapper[Any]) -> CachePlan | None:
+        """Return how objects of a class are cached, or None when they are not."""
+        cache = self._cluster.cache
+        plan = None if cache is None else cache.plan(mapper)
+        return plan if plan is not None and plan.loads_alone else None
+
+    def _cached_one(self, plan: CachePlan, shard: int, identity: tuple[Any, ...]) -> Any:
+        """Return the object of a primary key, None where there is no row, or `ELSEWHERE`."""
+        cluster = self._cluster
+        started = cluster.clock.monotonic() if cluster.listeners else 0.0
+        found, counts = self._cache_reads().one(plan, shard, identity, self._primaries)
+        if cluster.listeners:
+            self._tell_cached(plan, 1, counts, started)
+        if not found.is_known:
+            return ELSEWHERE
+        return None if found.values is None else instance_of(self, plan, found.values)
+
+    def _cached_many(
+        self, plan: CachePlan, wanted: Mapping[Any, tuple[int, tuple[Any, ...]]]
+    ) -> dict[Any, Any]:
+        """Return objects, or None where there is no row; those of others are left out.
+
+        Args:
+            plan: of their class.
+            wanted: logical shard and primary key of each, by anything.
+        """
+        cluster = self._cluster
+        started = cluster.clock.monotonic() if cluster.listeners else 0.0
+        found, counts = self._cache_reads().many(plan, list(wanted.values()), self._primaries)
+        if cluster.listeners:
+            self._tell_cached(plan, len(wanted), counts, started)
+        objects = {}
+        for name, (_, identity) in wanted.items():
+            row = found[identity]
+            if row.is_known:
+                values = row.values
+                objects[name] = None if values is None else instance_of(self, plan, values)
+        return objects
+
+    def _identity_lookup(  # type: ignore[override]  # SQLAlchemy does not promise the types
+        self,
+        mapper: Any,
+        primary_key_identity: Any,
+        identity_token: Any = None,
+        passive: PassiveFlag = PassiveFlag.PASSIVE_OFF,
+        lazy_loaded_from: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Find an object in the session, and a related one in the cache; called by SQLAlchemy."""
+        found = super()._identity_lookup(
+            mapper,
+            primary_key_identity,
+            identity_token=identity_token,
+            passive=passive,
+            lazy_loaded_from=lazy_loaded_from,
+            **options,
+        )
+        if (
+            found is not None
+            or lazy_loaded_from is None
+            or lazy_loaded_from.load_options
+            or identity_token is not None
+            or passive & _WITH_SQL != _WITH_SQL
+            or not isinstance(mapper, Mapper)
+            or _refuses_sql(lazy_loaded_from.mapper, mapper)
+            or not self._uses_cache()
+        ):
+            return found
+        plan = self._cache_plan(mapper)
+        identity = tuple(primary_key_identity)
+        if plan is None or not plan.names_row(identity):
+            return None
+        related = self._cached_one(plan, self._shard_of(mapper, identity), identity)
+        if related is ELSEWHERE:
+            return None
+        # What SQLAlchemy takes for "there is none", without asking the database.
+        return LoaderCallableStatus.PASSIVE_CLASS_MISMATCH if related is None else related
+
+    def _related(self, state: ORMExecuteState) -> IteratorResult[Any] | None:
+        """Answer the statement by which `selectinload` loads objects by primary key, or None."""
+        if not (state.is_relationship_load and state.is_select and self._uses_cache()):
+            return None
+        mapper = state.bind_mapper
+        plan = None if mapper is None else self._cache_plan(mapper)
+        if plan is None or not _is_by_key(state, plan):
+            return None
+        keys: list[Any] = state.parameters["primary_keys"]  # type: ignore[index, call-overload]
+        objects = self.get_many(plan.mapper, keys)
+        rows = [(key, found) for key, found in zip(keys, objects, strict=True) if found is not None]
+        return IteratorResult(SimpleResultMetaData(["key", "object"]), iter(rows))
+
+    # -- to be provided
+
+    def get_many(self, entity: Any, idents: Any) -> list[Any]:
+        """Return objects by primary key; see `ReadSession.get_many`."""
+        raise NotImplementedError
+
+    def _shard_of(self, mapper: Mapper[Any], identity: tuple[Any, ...]) -> int:
+        """Return the logical shard of a primary key of a sharded class."""
+        raise NotImplementedError
+
+    def _new_on_primaries(self) -> Session:
+        """Return a new session that asks primaries."""
+        raise NotImplementedError
+
+    # -- parts
+
+    def _cache_reads(self) -> CacheReads:
+        cache = self._cluster.cache
+        assert cache is not None, "it is used"
+        return cache.reads
+
+    def _primaries(self, shards: Sequence[int]) -> AbstractContextManager[Session]:
+        """Return what reads logical shards from their primaries: this session if it cannot but.
+
+        Another needs a second connection from a pool of which others want one, too. One that has
+        replicas to go to would go on there when its connection breaks, and fill with old rows; and
+        while it streams it has a transaction.
+        """
+        physical = self._cluster.topology.physical
+        for name in self._cluster.group(shards):
+            held = self._roots.get(name)
+            if physical[name].replicas or (held is not None and not is_idle(held[1])):
+                return self._new_on_primaries()
+        return nullcontext(self)
+
+    def _tell_cached(
+        self, plan: CachePlan, n_rows: int, counts: CacheCounts | None, started: float
+    ) -> None:
+        cluster = self._cluster
+        cluster.listeners.emit(
+            CacheRead(
+                session=self._number,
+                subject=plan.name,
+                rows=n_rows,
+                hits=1 if counts is None else counts.hits,
+                misses=0 if counts is None else counts.misses,
+                fills=0 if counts is None else counts.fills,
+                waits=0 if counts is None else counts.waits,
+                garbage=0 if counts is None else counts.garbage,
+                unanswered=0 if counts is None else counts.unanswered,
+                seconds=cluster.clock.monotonic() - started,
+                caller=caller(),
+            )
+        )
+
+
+@lru_cache(maxsize=4096)
+def _refuses_sql(parent: Mapper[Any], related: Mapper[Any]) -> bool:
+    """Tell whether a class has a relationship to another that must not send SQL."""
+    return any(
+        each.lazy == "raise_on_sql" and each.mapper is related for each in parent.relationships
+    )
+
+
+def _is_by_key(state: ORMExecuteState, plan: CachePlan) -> bool:
+    """Tell whether a statement loads whole objects by primary key and nothing beside them."""
+    statement: Any = state.statement
+    keys = plan.mapper.primary_key
+    columns, criteria = statement._raw_columns, statement._where_criteria
+    if len(keys) != 1 or len(columns) != 2 or columns[0] is not keys[0] or len(criteria) != 1:
+        return False
+    entity = columns[1]._annotations.get("parententity")
+    listed = criteria[0]
+    if (
+        entity is not plan.mapper
+        or getattr(listed, "operator", None) is not operators.in_op
+        or listed.left is not keys[0]
+        or getattr(listed.right, "key", None) != "primary_keys"
+        or not isinstance(state.parameters, Mapping)
+        or state.execution_options.get("populate_existing")
+    ):
+        return False
+    path: Any = state.loader_strategy_path
+    return path is not None and all(
+        _ends_before(option, path.natural_path) for option in statement._with_options
+    )
+
+
+def _ends_before(option: Any, path: tuple[Any, ...]) -> bool:
+    """Tell whether an option says nothing about what a relationship's objects load."""
+    if isinstance(option, AllShards):
+        return True
+    return isinstance(option, Load) and all(
+        element.path.natural_path[: len(path)] != path
+        or len(element.path.natural_path) <= len(path) + 1
+        for element in option.context
+    )

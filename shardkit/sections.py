@@ -1,0 +1,342 @@
+"""The sections of `shardkit.toml` as values: what may stand in each.
+
+One class a section, validated by itself; `shardkit.config` reads the file, checks what concerns
+several sections, and makes the topology.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
+
+__all__ = [
+    "MAX_ROWS",
+    "STATEMENT_TIMEOUT",
+    "AdminLogin",
+    "CacheConfig",
+    "ClusterConfig",
+    "LimitsConfig",
+    "MigrationsConfig",
+    "PgBouncerConfig",
+    "PhysicalConfig",
+    "PoolConfig",
+    "ReplicaConfig",
+    "ReplicasConfig",
+    "Section",
+    "TokensConfig",
+    "parse_ranges",
+]
+
+
+class Section(BaseModel):
+    """A section: immutable, and nothing in it that is not known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
+
+
+class ClusterConfig(Section):
+    """`[cluster]`: what is fixed when the cluster is created."""
+
+    name: Name
+    logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
+
+
+class AdminLogin(Section):
+    """`[admin]`: the login that owns schemas and runs migrations."""
+
+    user: Annotated[str, Field(min_length=1, max_length=63)]
+    password: SecretStr | None = None
+    password_file: str | None = None
+
+    def secret(self, folder: Path) -> str | None:
+        """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
+        if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
+            return from_environment
+        if self.password_file is not None:
+            return (folder / self.password_file).read_text(encoding="utf-8").strip()
+        return self.password.get_secret_value() if self.password else None
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return value
+
+
+class PoolConfig(Section):
+    """`[pool]`: connections per endpoint and process."""
+
+    size: Annotated[int, Field(ge=1, le=1000)] = 5
+    overflow: Annotated[int, Field(ge=0, le=1000)] = 5
+    timeout: Annotated[float, Field(gt=0, le=300)] = 5.0
+    connect_timeout: Annotated[int, Field(ge=1, le=300)] = 5
+    prepare_statements: bool | None = None
+    """None: yes, but not behind a PgBouncer older than 1.21 or of unknown version, which cannot
+    carry them. From 1.21 to 1.23 it needs `max_prepared_statements` above 0."""
+
+    @field_validator("timeout")
+    @classmethod
+    def _is_finite(cls, value: float) -> float:
+        return _finite(value)
+
+
+MAX_ROWS = 300_000
+"""Rows a statement may fetch from several logical shards. Source: Vitess, max_memory_rows."""
+
+STATEMENT_TIMEOUT = 30.0
+"""Seconds a session waits for one answer: longer than any statement of a service should take,
+shorter than the minutes after which TCP finds that a peer is gone."""
+
+
+class LimitsConfig(Section):
+    """`[limits]`: how far statements may go that do not say it themselves."""
+
+    max_rows: Annotated[int, Field(ge=1, le=2**31)] = MAX_ROWS
+    """Rows fetched from all servers together, before they are merged."""
+
+    statement_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = (
+        STATEMENT_TIMEOUT
+    )
+    """Seconds a session waits for one answer of a server, where no deadline says less."""
+
+    adaptive: bool = False
+    """Whether the number of sessions at a time on one server follows how quickly it answers."""
+
+
+class ReplicasConfig(Section):
+    """`[replicas]`: how readers use replicas; durations in seconds."""
+
+    region: str | None = None
+    """Where this process runs; `SHARDKIT_REGION` in the environment wins. None for nowhere."""
+
+    patience: Annotated[float, Field(ge=0, le=10)] = 0.02
+    """How long a replica may wait for log that it has not replayed, before the primary is asked.
+    Source: `python -m benchmarks stale`."""
+
+    hedge: bool = False
+    """Whether a read that takes longer than 19 of 20 do is asked of a second replica as well. For
+    threads; at most one read of twenty is."""
+
+    probe_interval: Annotated[float, Field(ge=0.01, le=60)] = 0.1
+    """Between two questions to each server about its log."""
+
+    @field_validator("patience", "probe_interval")
+    @classmethod
+    def _is_finite(cls, value: float) -> float:
+        return _finite(value)
+
+    @property
+    def here(self) -> str:
+        """The region of this process; empty for none."""
+        return os.environ.get("SHARDKIT_REGION") or self.region or ""
+
+
+class TokensConfig(Section):
+    """`[tokens]`: what signs tokens that leave the process."""
+
+    keys: tuple[SecretStr, ...] = Field(default=(), strict=False)
+    """At least 16 bytes each; the first signs, all are accepted."""
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return the keys; `SHARDKIT_TOKEN_KEYS`, separated by commas, wins."""
+        if from_environment := os.environ.get("SHARDKIT_TOKEN_KEYS"):
+            return tuple(key.strip() for key in from_environment.split(","))
+        return tuple(key.get_secret_value() for key in self.keys)
+
+
+class ReplicaConfig(Section):
+    """One of `physical.replicas`, where an address alone does not say enough."""
+
+    url: SecretStr
+    region: str = ""
+    """Where it stands."""
+
+    standby: str = ""
+    """Its name in `synchronous_standby_names`; empty when commits do not wait for it."""
+
+    server: SecretStr | None = None
+    """Address of PostgreSQL itself, when `url` names a PgBouncer; `shardkit pgbouncer render` needs
+    it. Login and password are those of `url`."""
+
+
+class PgBouncerConfig(Section):
+    """`[pgbouncer]`: what `shardkit pgbouncer render` cannot know from the servers."""
+
+    processes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Programs that use the cluster at the same time; pools are as large as they need."""
+
+    poolers: Annotated[int, Field(ge=1, le=1000)] = 1
+    """PgBouncers in front of each server, which share its connections."""
+
+    listen_addr: str = ""
+    """Where it listens; empty for the host of `primary`, or the loopback."""
+
+    port: Annotated[int, Field(ge=1, le=65_535)] = 6432
+    """Where it listens, while `primary` names the server itself."""
+
+    sockets: str = ""
+    """Folder of the unix socket; empty for that of the files."""
+
+    auth_user: str = ""
+    """Login that asks the servers for the verifiers of others; empty for a list of passwords."""
+
+    auth_query: str = "SELECT name, secret FROM shardkit_pooler.secret($1)"
+    """What it asks; the function is described in docs/pgbouncer.md."""
+
+    client_tls_cert: str = ""
+    client_tls_key: str = ""
+    client_tls_ca: str = ""
+    """Files of the certificate shown to clients, which requires TLS, and of whom to trust."""
+
+    server_tls_ca: str = ""
+    """File of who signs the servers' certificates, which are then verified with their names."""
+
+    settings: Mapping[str, str] = Field(default_factory=dict)
+    """Further settings by name; they win."""
+
+
+class MigrationsConfig(Section):
+    """`[migrations]`: where the revisions of the application's tables and its models are."""
+
+    location: Annotated[str, Field(min_length=1)] | None = None
+    """`package:folder`, or a path from the folder of the file; None when there are none."""
+
+    models: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`module:Base` of a module that imports every model; None leaves unrecorded how rows are
+    placed."""
+
+
+class PhysicalConfig(Section):
+    """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
+
+    name: Name
+    logical_shards: str
+    primary: SecretStr
+    replicas: tuple[SecretStr | ReplicaConfig, ...] = Field(default=(), strict=False)
+    admin: SecretStr | None = None
+    """Direct address of the primary for commands, when `primary` names a PgBouncer."""
+
+    reader: SecretStr | None = None
+    """Address of the primary for readers, when `primary` names a PgBouncer."""
+
+    pooler: Annotated[str, Field(pattern=r"^pgbouncer( \d{1,4}(\.\d{1,4}){1,3})?$")] | None = None
+    """`pgbouncer`, or `pgbouncer 1.24`, when `primary` and `replicas` name one in transaction
+    mode; None when they are PostgreSQL."""
+
+    @model_validator(mode="after")
+    def _commands_go_straight(self) -> Self:
+        if self.pooler is not None and self.admin is None:
+            raise ValueError(
+                f"admin: physical shard {self.name!r} has a pooler; "
+                "give the address of the server itself, for commands"
+            )
+        return self
+
+    @property
+    def replica_configs(self) -> tuple[ReplicaConfig, ...]:
+        """The replicas, in the order written."""
+        return tuple(
+            replica if isinstance(replica, ReplicaConfig) else ReplicaConfig(url=replica)
+            for replica in self.replicas
+        )
+
+    @property
+    def shard_numbers(self) -> tuple[int, ...]:
+        """The logical shards of the ranges, in the order written."""
+        return tuple(parse_ranges(self.logical_shards))
+
+    @property
+    def pooler_in_front(self) -> Pooler | None:
+        """The pooler as a value."""
+        if self.pooler is None:
+            return None
+        numbers = self.pooler.partition(" ")[2]
+        return Pooler(tuple(int(number) for number in numbers.split(".") if number))
+
+
+class CacheConfig(Section):
+    """`[cache]`: where rows of classes with `__cache_ttl__` are cached; durations in seconds."""
+
+    backend: Literal["memcached", "redis", "redis-cluster", "memory", "none"] = "none"
+    """`memory` is this process alone, for tests: other processes would not see what it writes."""
+
+    nodes: tuple[str, ...] = Field(default=(), strict=False, repr=False)
+    """The servers: `host:port` of a Memcached, `redis://host:port/0` of a Redis; of a Redis Cluster
+    some of them, its others are found. The same in every
+    process, and never shortened: a server that is gone keeps its place. The one of `[services]`
+    when it is left out."""
+
+    gutter: tuple[str, ...] = Field(default=(), strict=False, repr=False)
+    """Servers that stand in, for seconds, for those that are left alone."""
+
+    timeout: Annotated[float, Field(gt=0, le=0.05, allow_inf_nan=False)] = 0.05
+    """How long a call may take; then the request goes on without the cache."""
+
+    connections: Annotated[int, Field(ge=1, le=1000)] = 32
+    """To each server, per process."""
+
+    generation: Annotated[int, Field(ge=1, le=2**31)] = 1
+    """Raised to forget everything that is cached."""
+
+    serve_previous: bool = False
+    """Whether readers are shown the previous value of a row while a writer commits it."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is cached."""
+        return self.backend != "none"
+
+    @model_validator(mode="after")
+    def _names_servers(self) -> Self:
+        has_servers = self.backend in {"memcached", "redis", "redis-cluster"}
+        if not has_servers and (self.nodes or self.gutter):
+            raise ValueError(
+                f"nodes: the backend {self.backend!r} has no servers; "
+                'leave them out, or say backend = "memcached" or "redis"'
+            )
+        for key, names in (("nodes", self.nodes), ("gutter", self.gutter)):
+            for name in names:
+                self._check(key, name)
+        names = (*self.nodes, *self.gutter)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"nodes: {twice[0]} is named twice; name each server once")
+        return self
+
+    def _check(self, key: str, name: str) -> None:
+        is_url = "://" in name
+        if self.backend.startswith("redis") and not name.startswith(("redis://", "rediss://")):
+            raise ValueError(f"{key}: {name!r} is no Redis; write redis://host:port/0")
+        if self.backend == "memcached":
+            _, _, port = name.rpartition(":")
+            if is_url or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+                raise ValueError(f"{key}: {name!r} is no address; write host:port")
+
+
+def parse_ranges(text: str) -> Iterable[int]:
+    """Yield the numbers of `"0-7, 16"`.
+
+    Raises:
+        ValueError: the text is not a list of numbers and ascending ranges.
+    """
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit()) or (
+            dash and not (last.isascii() and last.isdigit())
+        ):
+            raise ValueError(f"logical_shards: {part.strip()!r} is not a number or a range a-b")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low or high >= MAX_LOGICAL_SHARDS:
+            raise ValueError(
+                f"logical_shards: {part.strip()!r} must ascend and stay below {MAX_LOGICAL_SHARDS}"
+            )
+        yield from range(low, high + 1)
