@@ -120,7 +120,6 @@ class PhysicalRun:
         }
         self._round = 0
         self._queue: deque[ShardWork] = deque()
-        self._share = 1
         self._first = connection
         self._limits = limits
         self._on_done = on_done
@@ -172,8 +171,6 @@ class PhysicalRun:
             if item.logical_shard not in self.laggards
             and (logical_shards is None or item.logical_shard in logical_shards)
         )
-        share = math.ceil(len(self._queue) / self._limits.connections)
-        self._share = max(1, min(BATCH, share))
         n_more = min(self._limits.connections, len(self._queue)) - 1
         if n_more < 1:
             self._drain(self._first)
@@ -226,9 +223,10 @@ class PhysicalRun:
                 raise self._failure(connection, error, _Part("", ()), None) from error
 
     def _take(self) -> list[ShardWork]:
-        """Return what goes into the next round trip; each ends with a wait for the disk."""
+        """Return what goes into the next round trip: its share of what is left, and no more."""
+        share = math.ceil(len(self._queue) / (2 * self._limits.connections))
         batch: list[ShardWork] = []
-        while len(batch) < self._share:
+        while len(batch) < max(1, min(BATCH, share)):
             try:
                 batch.append(self._queue.popleft())
             except IndexError:
