@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -69,6 +69,9 @@ uniqueness: setup ## 20 million ids under forks, kills and clock steps, and no i
 
 halves: setup ## 310 kills in atomic commits over two servers, and no commit half done
 	@$(BIN)/python -m benchmarks halves $(ARGS)
+
+migrate-kill: setup ## kill a migration before each of its statements, and no logical shard is half done
+	@SHARDKIT_KILL_STEP=1 SHARDKIT_KILL_SECONDS=7200 $(BIN)/python -m pytest -s tests/fault/test_migrate_kill.py $(ARGS)
 
 stale: setup ## a million writes, each read at once from replicas, and no read is stale
 	@$(BIN)/python -m benchmarks stale $(ARGS)

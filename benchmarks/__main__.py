@@ -11,7 +11,16 @@ import sys
 
 import benchmarks
 
-SHARED = ("__main__", "cacheroles", "cachetrace", "measure", "outage", "promoted", "published")
+SHARED = (
+    "__main__",
+    "cacheroles",
+    "cachetrace",
+    "measure",
+    "outage",
+    "promoted",
+    "published",
+    "tenants",
+)
 """Modules that are no benchmarks."""
 
 LONG = ("cachechaos", "chaos", "halves", "lookup", "stale", "uniqueness")

@@ -1,98 +1,242 @@
-"""How long migrations over 64 logical shards take, against Alembic once per schema.
+"""Ten revisions over many schemas: shardkit, Alembic once per schema, django-tenants.
 
-Two primaries of the embedded cluster, fsync on, the application's own revisions. The baseline
-is what people write first: `alembic upgrade head` in a loop, one schema after the other, with
-Alembic's own version table in each.
+One primary of the embedded cluster, fsync on; the schemas exist, and get the same tables, columns
+and indexes from each. Alembic runs as its cookbook has it for tenants, `alembic -x tenant=schema
+upgrade head` for one schema after the other, on a sample of them, times their number; and once
+more in a loop inside one process, which spares it its start, the reading of revisions and nothing
+else (`…_in_process`). django-tenants runs `migrate_schemas` in a process of its own, timed without
+its start, with the faster of its executors.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from alembic import command
+from alembic.config import Config
 
 from benchmarks.measure import report, servers
 from shardkit.config import load
 from shardkit.local import LocalCluster
 from shardkit.ops import migrate
-from shardkit.ops.revisions import locate
 from shardkit.topology import Topology, schema_name
 
-LOCATION = "app:migrations"
-N_LOGICAL_SHARDS = 64
-PEERS = ("Alembic, once per schema",)
+PEERS = ("Alembic, once per schema", "django-tenants, migrate_schemas")
+TARGETS = {
+    "vs_alembic_per_schema": "≥ 15",
+    "vs_django_tenants": "≥ 8",
+    "vs_alembic_per_schema_nothing_to_do": "≥ 100",
+}
+
+BODIES = (
+    'op.create_table("items", big("id", primary_key=True), big("owner_id"), text("title"))',
+    'op.create_table("notes", big("id", primary_key=True), big("item_id"), text("body"))',
+    'op.add_column("items", text("subtitle"))',
+    'op.add_column("items", big("views", nullable=False, server_default="0"))',
+    'op.add_column("notes", big("author_id"))',
+    'op.create_index("items_owner", "items", ["owner_id"])',
+    'op.create_table("tags", big("id", primary_key=True), big("item_id"), text("label"))',
+    'op.add_column("tags", big("weight", nullable=False, server_default="1"))',
+    'op.create_index("notes_item", "notes", ["item_id"])',
+    'op.create_index("tags_item", "tags", ["item_id"])',
+)
+"""What each revision does; `benchmarks.tenants` says the same in Django's words."""
+
+HEAD = '''"""Revision {n}."""
+import sqlalchemy as sa
+from alembic import op
+revision = "r{n:02}"
+down_revision = {down}
+
+
+def big(name, **options):
+    return sa.Column(name, sa.BigInteger, autoincrement=False, **options)
+
+
+def text(name):
+    return sa.Column(name, sa.Text)
+
+
+def upgrade():
+    {body}
+'''
+
+ENV = """
+from alembic import context
+from sqlalchemy import create_engine, pool, text
+
+schema = context.get_x_argument(as_dictionary=True)["tenant"]
+engine = create_engine(context.config.get_main_option("sqlalchemy.url"), poolclass=pool.NullPool)
+with engine.connect() as connection:
+    connection.execute(text(f'set search_path to "{schema}"'))
+    connection.commit()
+    connection.dialect.default_schema_name = schema
+    context.configure(connection=connection)
+    with context.begin_transaction():
+        context.run_migrations()
+"""
 
 
 def main(*, as_json: bool, quick: bool = False) -> None:
-    with servers(logical_shards=N_LOGICAL_SHARDS, fsync=True) as local:
-        times = measure(local, rounds=2 if quick else 5)
+    n = 64 if quick else 256
+    with servers(physical=1, logical_shards=n, fsync=True) as local:
+        times = measure(local, n)
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     figures = {
-        f"vs_alembic_per_schema{suffix}": medians[f"Alembic per schema, {what}"]
-        / medians[f"shardkit migrate apply, {what}"]
-        for suffix, what in (("", "fresh"), ("_nothing_to_do", "nothing to do"))
+        f"vs_{name}{suffix}": medians[f"{peer}, {what}"] / medians[f"shardkit, {what}"]
+        for suffix, what in (("", "10 revisions"), ("_nothing_to_do", "nothing to do"))
+        for name, peer in (
+            ("alembic_per_schema", "Alembic per schema"),
+            ("alembic_in_process", "Alembic in a loop"),
+            ("django_tenants", "django-tenants"),
+        )
     }
-    report("migrate", figures, peers=PEERS, medians=medians, targets={}, as_json=as_json)
+    for size in () if quick else (1024, 4096):
+        with servers(physical=1, logical_shards=size, fsync=True) as local:
+            found = ours(local)
+        medians |= {f"{name}, {size}": values[0] for name, values in found.items()}
+        figures[f"seconds_{size}"] = medians[f"shardkit, 10 revisions, {size}"]
+        figures[f"seconds_{size}_nothing_to_do"] = medians[f"shardkit, nothing to do, {size}"]
+    figures |= {"schemas": n, "seconds": medians["shardkit, 10 revisions"]}
+    report("migrate", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)
 
 
-def measure(local: LocalCluster, *, rounds: int) -> dict[str, list[float]]:
+def measure(local: LocalCluster, n: int) -> dict[str, list[float]]:
+    """Time every arm, ours before, between and after the others, so that noise hits all alike."""
+    _, topology = load(local.config_path)
+    found = [ours(local)]
+    results = alembic(local, topology, n)
+    found.append(ours(local))
+    results |= django(local, topology, n)
+    found.append(ours(local))
+    return results | {name: [value for each in found for value in each[name]] for name in found[0]}
+
+
+def ours(local: LocalCluster, *, rounds: int = 1) -> dict[str, list[float]]:
     _, topology = load(local.config_path)
     results: dict[str, list[float]] = {}
-
-    def timed(name: str, step: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        step()
-        results.setdefault(name, []).append(time.perf_counter() - start)
-
-    def shardkit() -> None:
-        revisions = migrate.load_revisions(LOCATION, folder=Path())
-        outcome = migrate.apply(topology, revisions)
-        if outcome.error:
-            raise outcome.error
-
-    for _ in range(rounds):
-        emptied(local)
-        timed("Alembic per schema, fresh", lambda: alembic(topology))
-        timed("Alembic per schema, nothing to do", lambda: alembic(topology))
-        emptied(local)
-        timed("shardkit migrate apply, fresh", shardkit)
-        timed("shardkit migrate apply, nothing to do", shardkit)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        for _ in range(rounds):
+            emptied(local)
+            started(topology)
+            for what in ("10 revisions", "nothing to do"):
+                start = time.perf_counter()
+                outcome = migrate.apply(topology, migrate.load_revisions(folder, folder=Path()))
+                results.setdefault(f"shardkit, {what}", []).append(time.perf_counter() - start)
+                if outcome.error:
+                    raise outcome.error
     return results
 
 
-def emptied(local: LocalCluster) -> None:
-    """Give both servers an empty database again."""
-    for physical in ("alpha", "beta"):
-        dsn = local.superuser_dsn(local.primary(physical).name, "postgres")
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            connection.execute("DROP DATABASE shardkit WITH (FORCE)")
-            connection.execute("CREATE DATABASE shardkit OWNER shardkit_admin")
+def started(topology: Topology) -> None:
+    """Make every logical shard, without any table of the application's."""
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = migrate.apply(topology, migrate.load_revisions(folder, folder=Path()))
+        if outcome.error:
+            raise outcome.error
 
 
-def alembic(topology: Topology) -> None:
+def write(folder: Path) -> None:
+    """Write the revisions as an Alembic environment."""
+    (folder / "versions").mkdir()
+    (folder / "env.py").write_text(ENV)
+    (folder / "script.py.mako").touch()
+    for n, body in enumerate(BODIES, start=1):
+        down = f'"r{n - 1:02}"' if n > 1 else "None"
+        text = HEAD.format(n=n, down=down, body=body)
+        (folder / "versions" / f"r{n:02}.py").write_text(text)
+
+
+def alembic(local: LocalCluster, topology: Topology, n: int) -> dict[str, list[float]]:
     """Upgrade one schema after the other, as a loop around Alembic does."""
-    script = ScriptDirectory(str(locate(LOCATION, folder=Path())))
-    for name, shard in topology.physical.items():
-        engine = create_engine(shard.admin_url)
-        for number in topology.shard_map.owned_by(name):
-            schema = schema_name(number)
-            with engine.begin() as connection:
-                connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
-                connection.execute(text(f"SET LOCAL search_path = {schema}"))
-                context = MigrationContext.configure(
-                    connection,
-                    opts={
-                        "fn": lambda revision, _: script._upgrade_revs("head", revision),  # noqa: SLF001  what alembic.command.upgrade calls
-                        "version_table_schema": schema,
-                    },
+    emptied(local)
+    url = topology.physical["alpha"].admin_url
+    schemas(topology, n)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        config = Config()
+        config.set_main_option("script_location", folder)
+        text = url.render_as_string(hide_password=False).replace("%", "%%")
+        config.set_main_option("sqlalchemy.url", text)
+        for what in ("10 revisions", "nothing to do"):
+            start = time.perf_counter()
+            for number in range(n):
+                options = type("Options", (), {"x": [f"tenant={schema_name(number)}"]})
+                config.cmd_opts = options()
+                command.upgrade(config, "head")
+            results[f"Alembic in a loop, {what}"] = [time.perf_counter() - start]
+        emptied(local)
+        schemas(topology, n)
+        (Path(folder) / "alembic.ini").write_text(
+            f"[alembic]\nscript_location = {folder}\nsqlalchemy.url = {text}\n"
+        )
+        sample = range(0, n, max(1, n // SAMPLE))
+        for what in ("10 revisions", "nothing to do"):
+            start = time.perf_counter()
+            for number in sample:
+                subprocess.run(
+                    [
+                        *(sys.executable, "-m", "alembic", "-c", f"{folder}/alembic.ini"),
+                        *("-x", f"tenant={schema_name(number)}", "upgrade", "head"),
+                    ],
+                    check=True,
+                    capture_output=True,
                 )
-                with Operations.context(context):
-                    context.run_migrations()
-        engine.dispose()
+            seconds = time.perf_counter() - start
+            results[f"Alembic per schema, {what}"] = [seconds * n / len(sample)]
+    return results
+
+
+SAMPLE = 16
+"""Schemas that get a process of Alembic each."""
+
+
+def django(local: LocalCluster, topology: Topology, n: int) -> dict[str, list[float]]:
+    """Let django-tenants do the same in a process of its own."""
+    best: dict[str, list[float]] = {}
+    url = topology.physical["alpha"].admin_url
+    for executor in ("standard", "multiprocessing"):
+        emptied(local)
+        schemas(topology, n)
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.tenants", str(n), executor],
+            env=os.environ | {"TENANTS_URL": url.render_as_string(hide_password=False)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if run.returncode:
+            sys.exit(
+                f"django-tenants failed; it comes with the extra `bench`\n{run.stderr[-3000:]}"
+            )
+        found = json.loads(run.stdout.splitlines()[-1])
+        for what, seconds in found.items():
+            name = f"django-tenants, {what}"
+            best[name] = [min(seconds, *best.get(name, [seconds]))]
+    return best
+
+
+def schemas(topology: Topology, n: int) -> None:
+    url = topology.physical["alpha"].admin_url.set(drivername="postgresql")
+    dsn = url.render_as_string(hide_password=False)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for number in range(n):
+            connection.execute(f"CREATE SCHEMA {schema_name(number)}")
+
+
+def emptied(local: LocalCluster) -> None:
+    """Give the server an empty database again."""
+    dsn = local.superuser_dsn(local.primary("alpha").name, "postgres")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("DROP DATABASE shardkit WITH (FORCE)")
+        connection.execute("CREATE DATABASE shardkit OWNER shardkit_admin")

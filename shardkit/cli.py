@@ -26,6 +26,8 @@ from shardkit.commands import (
     status,
     twophase,
 )
+from shardkit.commands import downgrade as _downgrade  # noqa: F401  adds itself to migrate
+from shardkit.commands import drift as _drift  # noqa: F401  adds itself to migrate
 from shardkit.errors import (
     ConfigurationError,
     IdError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from sqlalchemy import LargeBinary, String
+from sqlalchemy import Index, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
@@ -28,9 +28,9 @@ class User(Sharded, Base):
     display_name: Mapped[str] = mapped_column(String(60))
     bio: Mapped[str] = mapped_column(String(300), default="")
     password_hash: Mapped[str] = mapped_column(String(200))
-    photo_count: Mapped[int] = mapped_column(default=0)
-    follower_count: Mapped[int] = mapped_column(default=0)
-    following_count: Mapped[int] = mapped_column(default=0)
+    photo_count: Mapped[int] = mapped_column(default=0, server_default="0")
+    follower_count: Mapped[int] = mapped_column(default=0, server_default="0")
+    following_count: Mapped[int] = mapped_column(default=0, server_default="0")
     created_at: Mapped[dt.datetime]
 
 
@@ -39,6 +39,7 @@ class LoginSession(Sharded, Base):
 
     __tablename__ = "login_sessions"
     __shard_key__ = "user_id"
+    __table_args__ = (Index("login_sessions_user_id_idx", "user_id"),)
 
     user_id: Mapped[int]
     token_hash: Mapped[bytes] = mapped_column(LargeBinary(32))

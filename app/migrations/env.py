@@ -1,8 +1,8 @@
-"""Alembic's entry point; `shardkit migrate` runs it once for every logical shard.
+"""Alembic's entry point, for `alembic revision --autogenerate` against one logical shard.
 
-The runner passes an open connection in `config.attributes["connection"]`, its search path set
-to the schema of one logical shard, so revisions name tables without a schema. The transaction,
-its timeouts and its lock are the runner's.
+Whoever calls passes an open connection in `config.attributes["connection"]`, its search path set
+to the schema of one logical shard, so revisions name tables without a schema. `shardkit migrate`
+does not come here: it renders the revisions itself (docs/migrations.md).
 """
 
 from __future__ import annotations

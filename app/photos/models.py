@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from sqlalchemy import String
+from sqlalchemy import Index, String, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
@@ -22,14 +22,15 @@ class Photo(Sharded, Base):
 
     __tablename__ = "photos"
     __shard_key__ = "owner_id"
+    __table_args__ = (Index("photos_owner_id_id_idx", "owner_id", text("id DESC")),)
 
     owner_id: Mapped[int]
     caption: Mapped[str] = mapped_column(String(2200))
     width: Mapped[int]
     height: Mapped[int]
     blob_key: Mapped[str] = mapped_column(String(32))
-    like_count: Mapped[int] = mapped_column(default=0)
-    comment_count: Mapped[int] = mapped_column(default=0)
+    like_count: Mapped[int] = mapped_column(default=0, server_default="0")
+    comment_count: Mapped[int] = mapped_column(default=0, server_default="0")
     created_at: Mapped[dt.datetime]
 
 
@@ -49,6 +50,7 @@ class Comment(Sharded, Base):
 
     __tablename__ = "comments"
     __shard_key__ = "photo_id"
+    __table_args__ = (Index("comments_photo_id_id_idx", "photo_id", "id"),)
 
     photo_id: Mapped[int]
     author_id: Mapped[int]

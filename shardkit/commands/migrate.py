@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections import Counter
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sqlalchemy import MetaData
 
+from shardkit.commands.migrated import (
+    outcome_json,
+    print_json,
+    print_outcome,
+    print_plan,
+    status_json,
+)
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.commands.output import console
 from shardkit.config import default_file, format_ranges, load
-from shardkit.errors import ConfigurationError, TryAgainError
+from shardkit.errors import ConfigurationError
 from shardkit.ops import migrate as ops
+from shardkit.ops import waves as rollout
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
-__all__ = ["app"]
+__all__ = [
+    "MigrationsOption",
+    "ModelsOption",
+    "WaveOption",
+    "app",
+    "inputs",
+    "models_of",
+    "source",
+]
 
 app = typer.Typer(no_args_is_help=True, help="Bring every logical shard to the newest revision.")
 
@@ -37,6 +55,30 @@ ModelsOption = Annotated[
         "--models",
         help="The models, as module:Base, to record how they place rows; instead of "
         "migrations.models.",
+    ),
+]
+WaveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wave",
+        help='Roll out in waves: per cent of the logical shards, as "canary,1,10,50,100", or "all" '
+        f"for one; unasked, that from {rollout.SMALLEST} logical shards on.",
+    ),
+]
+
+
+class Phase(StrEnum):
+    """How far to go."""
+
+    PRE = "pre"
+    POST = "post"
+
+
+PhaseOption = Annotated[
+    Phase | None,
+    typer.Option(
+        "--phase",
+        help="pre: before the new code runs, stop at the first post revision; post: all of them.",
     ),
 ]
 DEFAULTS = ops.Limits()
@@ -60,6 +102,14 @@ def apply_command(
     connections: Annotated[
         int, typer.Option(min=1, max=32, help="Transactions at once per physical shard.")
     ] = DEFAULTS.connections,
+    max_lag: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Bytes of log a replica may be behind; the run waits, then halts."
+        ),
+    ] = DEFAULTS.max_lag_bytes,
+    wave: WaveOption = None,
+    phase: PhaseOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,15 +117,18 @@ def apply_command(
 
     Safe to interrupt, to kill and to run again: a rerun continues.
     """
-    topology, revisions, rules, cached = _inputs(config, migrations, models)
+    percentages = rollout.parse(wave) if wave else None
+    topology, revisions, rules, cached = inputs(config, migrations, models)
     if dry_run:
-        _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
+        planned = ops.plan(topology, revisions, rules=rules, phase=phase)
+        print_plan(planned, percentages, as_json=as_json)
         return
     limits = ops.Limits(
         lock_timeout=lock_timeout,
         lock_attempts=lock_attempts,
         statement_timeout=statement_timeout,
         connections=connections,
+        max_lag_bytes=max_lag,
     )
     columns = (
         TextColumn("{task.description}"),
@@ -86,24 +139,41 @@ def apply_command(
     out = console(stderr=True)
     with Progress(*columns, console=out, disable=as_json or not out.is_terminal) as bar:
         tasks = {}
+        counts: Counter[str] = Counter()
 
         def on_plan(plan: ops.MigrationPlan) -> None:
             for part in plan.physical:
+                counts[part.physical] = len(part.work)
                 tasks[part.physical] = bar.add_task(part.physical, total=len(part.work))
 
-        outcome = ops.apply(
-            topology,
-            revisions,
-            rules=rules,
-            cached=cached,
-            limits=limits,
-            on_plan=on_plan,
-            on_done=lambda physical, _logical_shard: bar.advance(tasks[physical]),
-        )
+        def on_done(physical: str, _logical_shard: int) -> None:
+            counts[physical] -= 1
+            bar.advance(tasks[physical])
+
+        try:
+            outcome = ops.apply(
+                topology,
+                revisions,
+                rules=rules,
+                cached=cached,
+                limits=limits,
+                on_plan=on_plan,
+                on_done=on_done,
+                waves=percentages,
+                smallest=rollout.SMALLEST if percentages is None else 0,
+                on_wave=lambda each: bar.print(
+                    f"wave {each.name}: {len(each.logical_shards)} logical shards"
+                ),
+                phase=phase,
+            )
+        except KeyboardInterrupt:
+            left = ", ".join(f"{name}: {n} left" for name, n in counts.items())
+            bar.print(f"interrupted between transactions; {left}; a rerun continues")
+            raise
     if as_json:
-        _print_json(_outcome_json(outcome))
+        print_json(outcome_json(outcome))
     else:
-        _print_outcome(outcome)
+        print_outcome(outcome)
     if outcome.error:
         raise outcome.error
 
@@ -114,11 +184,15 @@ def plan_command(
     *,
     migrations: MigrationsOption = None,
     models: ModelsOption = None,
+    wave: WaveOption = None,
+    phase: PhaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what apply would do, with the SQL; the same as apply --dry-run."""
-    topology, revisions, rules, _ = _inputs(config, migrations, models)
-    _print_plan(ops.plan(topology, revisions, rules=rules), as_json=as_json)
+    """Print what apply would do, with the SQL and its dangers; the same as apply --dry-run."""
+    percentages = rollout.parse(wave) if wave else None
+    topology, revisions, rules, _ = inputs(config, migrations, models)
+    planned = ops.plan(topology, revisions, rules=rules, phase=phase)
+    print_plan(planned, percentages, as_json=as_json)
 
 
 @app.command("status")
@@ -130,10 +204,10 @@ def status_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show how many logical shards are at which revision, and which lag behind."""
-    topology, revisions, rules, _ = _inputs(config, migrations, models)
+    topology, revisions, rules, _ = inputs(config, migrations, models)
     found = ops.status(topology, revisions, rules=rules)
     if as_json:
-        _print_json(_status_json(found))
+        print_json(status_json(found))
     else:
         table = Table(
             "physical shard", "logical shards", "revision", "pending", "laggards", box=None
@@ -155,118 +229,44 @@ def status_command(
         raise errors[0]
 
 
-def _inputs(
+def inputs(
     given: Path | None, migrations: str | None, models: str | None
 ) -> tuple[Topology, tuple[Revision, ...], ops.Rules | None, ops.Cached | None]:
-    config = given or default_file()
-    settings, topology = load(config)
-    location = migrations or settings.migrations.location
-    if location is None:
-        raise ConfigurationError(
-            f"{config}: migrations.location is not set",
-            hint='add [migrations] location = "package:folder", or give --migrations',
-        )
+    """Return what the options and the configuration name.
+
+    Raises:
+        ConfigurationError: something is not there.
+        MigrationError: a revision cannot be used.
+    """
+    settings, topology = load(given or default_file())
+    location, folder = source(given, migrations)
     if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
-    folder = Path() if migrations else config.parent
     models = models or settings.migrations.models
     rules = ops.load_rules(models) if models else None
     cached = ops.load_cached(models) if models else None
     return topology, ops.load_revisions(location, folder=folder), rules, cached
 
 
-def _print_plan(plan: ops.MigrationPlan, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(_plan_json(plan))
-        return
-    out = console()
-    for revision in plan.pending:
-        out.print(f"-- {revision.id} {revision.summary}", style="bold", markup=False)
-        for statement in revision.statements:
-            out.print(f"{statement};", markup=False)
-    for part in plan.physical:
-        out.print(f"{part.physical}: {_summary(part)}", markup=False)
+def source(given: Path | None, migrations: str | None) -> tuple[str, Path]:
+    """Return where the revisions are, and what a path to them is relative to.
+
+    Raises:
+        ConfigurationError: nobody says where they are.
+    """
+    config = given or default_file()
+    settings, _ = load(config)
+    location = migrations or settings.migrations.location
+    if location is None:
+        raise ConfigurationError(
+            f"{config}: migrations.location is not set",
+            hint='add [migrations] location = "package:folder", or give --migrations',
+        )
+    return location, Path() if migrations else config.parent
 
 
-def _summary(part: ops.PhysicalPlan) -> str:
-    if part.error:
-        return f"left alone: {part.error}"
-    new = [work.logical_shard for work in part.work if work.is_new]
-    used = [work.logical_shard for work in part.work if not work.is_new]
-    parts = [
-        f"create {format_ranges(new)}" if new else "",
-        f"migrate {format_ranges(used)}" if used else "",
-        "complete the admin schema" if part.admin else "",
-        f"record how {', '.join(sorted(part.rules))} place their rows" if part.rules else "",
-        f"{part.n_current} current" if part.n_current else "",
-        *(f"wait for {number}: {why}" for number, why in part.waiting.items()),
-    ]
-    return "; ".join(text for text in parts if text) or "nothing placed here"
-
-
-def _print_outcome(outcome: ops.MigrationOutcome) -> None:
-    out = console()
-    for part in outcome.plan.physical:
-        done = outcome.done.get(part.physical, ())
-        if part.physical in outcome.failed:
-            text = f"failed after {len(done)} of {len(part.work)} logical shards"
-        elif not part.work and not part.waiting:
-            text = f"nothing to do, {part.n_current} logical shards current"
-        else:
-            text = f"{len(done)} of {len(part.work) + len(part.waiting)} logical shards migrated"
-        out.print(f"{part.physical}: {text}", markup=False)
-
-
-def _plan_json(plan: ops.MigrationPlan) -> dict[str, Any]:
-    return {
-        "pending": [
-            {"revision": r.id, "summary": r.summary, "statements": r.statements}
-            for r in plan.pending
-        ],
-        "physical": {
-            part.physical: {
-                "admin": part.admin,
-                "rules": part.rules,
-                "create": [w.logical_shard for w in part.work if w.is_new],
-                "migrate": {
-                    w.logical_shard: [r.id for r in w.revisions] for w in part.work if not w.is_new
-                },
-                "current": part.n_current,
-                "waiting": part.waiting,
-                "error": str(part.error) if part.error else None,
-            }
-            for part in plan.physical
-        },
-    }
-
-
-def _outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
-    return {
-        "done": outcome.done,
-        "failed": {name: str(error) for name, error in outcome.failed.items()},
-        "laggards": {number: str(error) for number, error in outcome.laggards.items()},
-        "retryable": isinstance(outcome.error, TryAgainError),
-    }
-
-
-def _status_json(found: ops.MigrationStatus) -> dict[str, Any]:
-    return {
-        "head": found.head,
-        "current": found.is_current,
-        "physical": {
-            entry.physical: {
-                "logical_shards": entry.n_logical_shards,
-                "at": entry.at,
-                "pending": entry.pending,
-                "laggards": entry.laggards,
-                "unrecorded": entry.unrecorded,
-                "error": str(entry.error) if entry.error else None,
-            }
-            for entry in found.physical
-        },
-    }
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    json.dump(document, sys.stdout, indent=2)
-    print()
+def models_of(given: Path | None, models: str | None) -> MetaData | None:
+    """Return the metadata of the models, or None when none are named."""
+    settings, _ = load(given or default_file())
+    location = models or settings.migrations.models
+    return ops.load_metadata(location) if location else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console"]
+__all__ = ["console", "printable"]
 
 # Wider than any row: a pipe or a log file has no width of its own, and a cell that is folded
 # over several lines cannot be searched.
@@ -26,3 +26,8 @@ def console(*, stderr: bool = False, markup: bool = True) -> Console:
     if not found.is_terminal and not stderr:
         found = Console(highlight=False, markup=markup, width=_UNBOUNDED)
     return found
+
+
+def printable(text: str) -> str:
+    """Return text without what steers a terminal, lines and tabs kept."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

@@ -9,7 +9,8 @@ Called by `shardkit.ops.migrate`; decides nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +20,11 @@ from psycopg import sql
 from shardkit.models import REFERENCE_SCHEMA
 from shardkit.ops.catalog import admin_statements, logical_shard_statements, rule_statements
 from shardkit.ops.revisions import Revision
+from shardkit.ops.steps import MARK, Step, at_once
 from shardkit.topology import PhysicalShard, schema_name
 
 __all__ = [
+    "FORMAT",
     "OWN",
     "Identity",
     "Ledger",
@@ -29,13 +32,22 @@ __all__ = [
     "admin_script",
     "logical_shard_digest",
     "read",
+    "read_shards",
+    "recorded",
     "reference_script",
     "rules_script",
     "shard_script",
+    "step_script",
+    "summary",
+    "summary_script",
 ]
 
 OWN = "shardkit"
 """Ledger row of the objects shardkit itself keeps in a logical shard's schema."""
+
+FORMAT = 2
+"""Version of what is stored: 2 has the ledger's columns `step` and `overrides`. A newer one is
+refused, since it may mean something this version does not know."""
 
 SCHEMAS_PER_QUERY = 512
 """Ledgers read in one statement; each holds one lock of `max_locks_per_transaction`."""
@@ -72,6 +84,8 @@ class Ledger:
         applied: checksum by revision, by logical shard; no entry before the first.
         rules: how the rows of tables are placed, as far as it was recorded, by table.
         reference: checksum by revision of what was done to reference tables.
+        partial: statements done of a revision under way, and its checksum, by revision, by
+            logical shard.
     """
 
     identity: Identity | None = None
@@ -81,10 +95,41 @@ class Ledger:
     applied: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
     reference: Mapping[str, str] = field(default_factory=dict)
+    partial: Mapping[int, Mapping[str, tuple[int, str]]] = field(default_factory=dict)
 
 
-def read(connection: psycopg.Connection[Any]) -> Ledger:
-    """Return the ledger of one physical shard, in six queries whatever its size."""
+def summary(applied: Mapping[str, str]) -> str:
+    """Return a digest of all that is applied to a logical shard: the comment of its schema.
+
+    Written in the transaction that makes it true, it saves reading the ledger of a logical shard
+    that is current. A comment that says anything else is no statement at all.
+    """
+    return f"shardkit ledger {_digest(json.dumps(sorted(applied.items())))}"
+
+
+def summary_script(logical_shard: int, applied: Mapping[str, str] | None) -> str:
+    """Return the SQL that writes the digest down; None takes it away."""
+    # SHARE UPDATE EXCLUSIVE on the schema, which nobody else asks for.
+    text = sql.SQL("COMMENT ON SCHEMA {} IS {}").format(
+        sql.Identifier(schema_name(logical_shard)), summary(applied) if applied else None
+    )
+    return text.as_string(None)
+
+
+def read(
+    connection: psycopg.Connection[Any],
+    *,
+    current: Mapping[str, str] | None = None,
+    digest: str | None = None,
+) -> Ledger:
+    """Return the ledger of one physical shard, in seven queries whatever its size.
+
+    Args:
+        connection: to its primary.
+        current: what a logical shard with nothing to do has applied; those that say so need no
+            look at their ledgers.
+        digest: of the admin schema; a server with another one is read in full.
+    """
     # AccessShareLock on catalogues only.
     used = connection.execute(
         "SELECT to_regclass('shardkit.identity') IS NOT NULL, "
@@ -103,18 +148,18 @@ def read(connection: psycopg.Connection[Any]) -> Ledger:
         "'shard_%s.shardkit_version', lpad(o.logical_shard::text, 4, '0'))) IS NOT NULL "
         "FROM shardkit.ownership AS o ORDER BY o.logical_shard"
     ).fetchall()
-    applied: dict[int, dict[str, str]] = {n: {} for n, *_, has_ledger in owned if has_ledger}
-    numbers = list(applied)
-    for start in range(0, len(numbers), SCHEMAS_PER_QUERY):
-        # AccessShareLock on each ledger.
-        query = sql.SQL(" UNION ALL ").join(
-            sql.SQL("SELECT {}, revision, checksum FROM {}").format(
-                n, sql.Identifier(schema_name(n), "shardkit_version")
-            )
-            for n in numbers[start : start + SCHEMAS_PER_QUERY]
+    numbers = [n for n, *_, has_ledger in owned if has_ledger]
+    known = set()
+    if current is not None and digest is not None and digest == used[1]:
+        rows = connection.execute(
+            "SELECT o.logical_shard FROM shardkit.ownership AS o JOIN pg_namespace AS n ON "
+            "n.nspname = format('shard_%%s', lpad(o.logical_shard::text, 4, '0')) "
+            "WHERE obj_description(n.oid, 'pg_namespace') = %s",
+            (summary(current),),
         )
-        for number, revision, checksum in connection.execute(query):
-            applied[number][revision] = checksum
+        known = {n for (n,) in rows}
+    applied, partial = read_shards(connection, [n for n in numbers if n not in known])
+    applied |= {n: dict(current or {}) for n in known}
     rules: dict[str, str] = {}
     if used[3]:
         rules.update(connection.execute("SELECT table_name, rule FROM shardkit.placement"))
@@ -131,7 +176,32 @@ def read(connection: psycopg.Connection[Any]) -> Ledger:
         applied=applied,
         rules=rules,
         reference=reference,
+        partial=partial,
     )
+
+
+def read_shards(
+    connection: psycopg.Connection[Any], numbers: Sequence[int]
+) -> tuple[dict[int, dict[str, str]], dict[int, dict[str, tuple[int, str]]]]:
+    """Return what is applied and what is half applied in logical shards that have a ledger."""
+    applied: dict[int, dict[str, str]] = {n: {} for n in numbers}
+    partial: dict[int, dict[str, tuple[int, str]]] = {}
+    for start in range(0, len(numbers), SCHEMAS_PER_QUERY):
+        # AccessShareLock on each ledger. One row for each: a ledger is read as a whole. As JSON,
+        # since a ledger of an older version has fewer columns.
+        query = " UNION ALL ".join(
+            f"SELECT {n}, jsonb_agg(to_jsonb(l) - 'applied_at') "
+            f'FROM "{schema_name(n)}".shardkit_version AS l'
+            for n in numbers[start : start + SCHEMAS_PER_QUERY]
+        )
+        for number, rows in connection.execute(query.encode()):
+            for row in rows or ():
+                if row.get("step") is None:
+                    applied[number][row["revision"]] = row["checksum"]
+                else:
+                    half = partial.setdefault(number, {})
+                    half[row["revision"]] = (row["step"], row["checksum"])
+    return applied, partial
 
 
 def reference_script(revision: Revision) -> str:
@@ -140,7 +210,11 @@ def reference_script(revision: Revision) -> str:
     return _text(
         [
             sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(REFERENCE_SCHEMA)),
-            *(sql.SQL(text) for text in revision.reference),
+            # Without CONCURRENTLY, which a transaction does not allow: these tables are small.
+            *(
+                sql.SQL(text.replace(MARK, REFERENCE_SCHEMA))
+                for text in at_once(revision.reference)
+            ),
             done.format(revision.id, revision.checksum),
         ]
     )
@@ -158,7 +232,7 @@ def admin_script(shard: PhysicalShard, *, cluster: str, n_logical_shards: int) -
         app_role=shard.primary.url.username or "",
     )
     text = _text(statements)
-    digest = f"shardkit {_digest(text)}"
+    digest = f"shardkit format {FORMAT} {_digest(text)}"
     comment = sql.SQL("COMMENT ON SCHEMA shardkit IS {}").format(digest)
     return _text([sql.SQL(text), comment]), digest
 
@@ -193,15 +267,69 @@ def shard_script(
     # No other schema: an unqualified name is this logical shard's or a built-in.
     parts.append(sql.SQL("SET LOCAL search_path = {}").format(schema))
     for revision in revisions:
-        parts += [sql.SQL(text) for text in revision.statements]
+        name = schema_name(logical_shard)
+        parts += [sql.SQL(text.replace(MARK, name)) for text in at_once(revision.statements)]
         ledger.append(sql.SQL("({}, {})").format(revision.id, revision.checksum))
-    parts.append(
-        sql.SQL(
-            "INSERT INTO {}.shardkit_version (revision, checksum) VALUES {} ON CONFLICT (revision) "
-            "DO UPDATE SET checksum = excluded.checksum, applied_at = excluded.applied_at"
-        ).format(schema, sql.SQL(", ").join(ledger))
-    )
+    parts.append(_DONE.format(schema, sql.SQL(", ").join(ledger)))
     return _text(parts)
+
+
+def step_script(revision: Revision, step: Step) -> str:
+    """Return the SQL of one step for any logical shard, its ledger row included.
+
+    To be rendered with `shardkit.ops.steps.render`; without BEGIN and COMMIT.
+    """
+    schema = sql.Identifier(MARK)
+    # Tables carry their schema already. The path is for what a text cannot tell: types, functions,
+    # and names in strings; LOCAL, it ends with the transaction.
+    parts: list[sql.Composable] = [sql.SQL("SET LOCAL search_path = {}").format(schema)]
+    parts += [sql.SQL(text) for text in step.statements]
+    parts.append(recorded(revision, step))
+    return _text(parts)
+
+
+def recorded(revision: Revision, step: Step, *, begun: str | None = None) -> sql.Composable:
+    """Return the statement that writes down what is done of a revision, for any logical shard.
+
+    Args:
+        revision: which.
+        step: the last that is done; with `begun`, the one that begins.
+        begun: index that is about to be built or dropped outside a transaction.
+    """
+    schema = sql.Identifier(MARK)
+    if revision.is_undone:
+        if step.is_last and begun is None:
+            return sql.SQL("DELETE FROM {}.shardkit_version WHERE revision = {}").format(
+                schema, revision.id
+            )
+    elif step.is_last and begun is None:
+        values = sql.SQL("({}, {})").format(revision.id, revision.checksum)
+        done: sql.Composable = _DONE.format(schema, values)
+        if revision.allowed:
+            why = json.dumps(dict(revision.allowed), sort_keys=True)
+            done = sql.SQL("\n;\n").join(
+                [
+                    done,
+                    sql.SQL(
+                        "UPDATE {}.shardkit_version SET overrides = {} WHERE revision = {}"
+                    ).format(schema, why, revision.id),
+                ]
+            )
+        return done
+    end = step.end if begun is None else step.end - len(step.statements)
+    return sql.SQL(
+        "INSERT INTO {}.shardkit_version (revision, checksum, step, building) "
+        "VALUES ({}, {}, {}, {}) ON CONFLICT (revision) DO UPDATE SET "
+        "checksum = excluded.checksum, applied_at = excluded.applied_at, step = excluded.step, "
+        "building = excluded.building"
+    ).format(schema, revision.id, revision.checksum, end, begun)
+
+
+_DONE = sql.SQL(
+    "INSERT INTO {}.shardkit_version (revision, checksum) VALUES {} ON CONFLICT (revision) "
+    "DO UPDATE SET checksum = excluded.checksum, applied_at = excluded.applied_at, step = NULL, "
+    "building = NULL"
+)
 
 
 def _own_statements(logical_shard: int, app_role: str) -> list[sql.Composable]:
@@ -211,6 +339,11 @@ def _own_statements(logical_shard: int, app_role: str) -> list[sql.Composable]:
         sql.SQL(
             "CREATE TABLE IF NOT EXISTS {} (revision text PRIMARY KEY, checksum text NOT NULL, "
             "applied_at timestamptz NOT NULL DEFAULT now())"
+        ).format(ledger),
+        # NULL once all of a revision is done; why a rule was set aside for it.
+        sql.SQL(
+            "ALTER TABLE {} ADD COLUMN IF NOT EXISTS step integer, "
+            "ADD COLUMN IF NOT EXISTS building text, ADD COLUMN IF NOT EXISTS overrides json"
         ).format(ledger),
         # Default privileges of the schema would let the application write here.
         sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, sql.Identifier(app_role)),

@@ -13,35 +13,31 @@ transaction runs is `shardkit.ops.apply`, what is to be done is `shardkit.ops.pl
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import threading
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import psycopg
 from sqlalchemy import MetaData
 
 from shardkit.cacheable import cached_tables
 from shardkit.errors import (
     ConfigurationError,
-    EndpointUnavailableError,
-    MigrationError,
-    RefusedError,
     ShardkitError,
-    TryAgainError,
 )
 from shardkit.models import rules_of
-from shardkit.ops import cachetriggers
-from shardkit.ops.apply import Limits, MigrationOutcome, run
-from shardkit.ops.direct import connect
-from shardkit.ops.ledger import Ledger, read
+from shardkit.ops.apply import MigrationOutcome, run
+from shardkit.ops.downgrade import decide_back, newer
+from shardkit.ops.guard import dangers, refuse
+from shardkit.ops.limits import Limits
 from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
+from shardkit.ops.primaries import connections, lock, read, read_one
 from shardkit.ops.revisions import Revision, load, locate
+from shardkit.ops.triggers import with_triggers
+from shardkit.ops.waves import DEFAULT, Wave
+from shardkit.ops.waves import waves as divide
 from shardkit.topology import Topology
 
 __all__ = [
@@ -54,27 +50,22 @@ __all__ = [
     "PhysicalStatus",
     "Rules",
     "apply",
+    "downgrade",
     "load_cached",
     "load_metadata",
     "load_revisions",
     "load_rules",
+    "load_undone",
     "plan",
+    "roll_out",
     "status",
 ]
-
-LOCK_KEY = 0x7368_6172_646B_6974
-"""Key of the session lock that keeps runners apart: "shardkit" in ASCII."""
-
-LOCK_PAUSE = 0.1
-"""Seconds between two attempts to get it."""
 
 Rules = Mapping[str, str]
 """How the rows of tables are placed, as text by table."""
 
 Cached = Mapping[str, Sequence[str]]
 """The cached tables, with the columns of their primary keys: `shardkit.cacheable.cached_tables`."""
-
-Connections = dict[str, psycopg.Connection[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +169,22 @@ def load_metadata(location: str) -> MetaData:
     return metadata
 
 
+def roll_out(
+    plan: MigrationPlan, percentages: Sequence[float], *, smallest: int = 0
+) -> tuple[Wave, ...]:
+    """Return the waves of a plan; logical shards that do not exist yet have nobody to protect."""
+    parts = [part.work for part in plan.physical]
+    if all(work.is_new for work in itertools.chain(*parts)) or plan.n_work < smallest:
+        percentages = (100.0,)
+    return divide([[work.logical_shard for work in part] for part in parts], percentages)
+
+
 def plan(
-    topology: Topology, revisions: Sequence[Revision], *, rules: Rules | None = None
+    topology: Topology,
+    revisions: Sequence[Revision],
+    *,
+    rules: Rules | None = None,
+    phase: str | None = None,
 ) -> MigrationPlan:
     """Return what `apply` would do now; changes nothing.
 
@@ -187,12 +192,20 @@ def plan(
         topology: the cluster.
         revisions: oldest first, from `load_revisions`.
         rules: of the models, from `load_rules`; None leaves them alone.
+        phase: as in `apply`.
 
     Raises:
         RefusedError: `apply` would be refused, and why.
     """
-    with _connections(topology) as (connections, failures):
-        return decide(topology, revisions, _read(connections) | failures, rules)
+    with connections(topology) as (found, failures):
+        decided = decide(
+            topology,
+            revisions,
+            read(topology, revisions, found) | failures,
+            rules,
+            phase=phase,
+        )
+        return replace(decided, dangers=dangers(decided, found))
 
 
 def apply(
@@ -204,6 +217,10 @@ def apply(
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
+    waves: Sequence[float] | None = (),
+    smallest: int = 0,
+    on_wave: Callable[[Wave], None] | None = None,
+    phase: str | None = None,
 ) -> MigrationOutcome:
     """Bring every logical shard to the newest revision, creating those that do not exist.
 
@@ -219,58 +236,106 @@ def apply(
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
+        waves: per cent of the logical shards that already exist which a roll-out reaches, wave
+            by wave; None for those of `shardkit.ops.waves`, empty for all at once.
+        smallest: logical shards to migrate below which it is all at once.
+        on_wave: called before each wave.
+        phase: "pre" leaves alone the first pending revision of the phase "post" and all after it.
 
     Raises:
         RefusedError: nothing was changed: another runner is at work, a server belongs to
-            something else, an applied revision was edited, or rows were placed by another rule
-            than the model's.
+            something else, an applied revision was edited, rows were placed by another rule
+            than the model's, or a revision would hurt those who use the tables.
     """
-    with _connections(topology) as (connections, failures):
+    with connections(topology) as (found, failures):
         limits = limits or Limits()
-        _lock(connections, limits.patience)
-        decided = decide(topology, revisions, _read(connections) | failures, rules)
+        lock(found, limits.patience)
+        ledgers = read(topology, revisions, found) | failures
+        decided = decide(topology, revisions, ledgers, rules, phase=phase)
+        refuse(dangers(decided, found, small_bytes=limits.small_bytes))
         if on_plan:
             on_plan(decided)
+        percentages = DEFAULT if waves is None else waves
+        staged = roll_out(decided, percentages, smallest=smallest) if percentages else ()
         outcome = run(
             topology,
             decided,
-            connections,
+            found,
             limits=limits,
             on_done=on_done or (lambda _physical, _logical_shard: None),
+            waves=staged,
+            on_wave=on_wave,
         )
-        return _with_triggers(outcome, connections, cached, limits) if cached else outcome
+        return with_triggers(outcome, found, cached, limits) if cached else outcome
 
 
-def _with_triggers(
-    outcome: MigrationOutcome, connections: Connections, cached: Cached, limits: Limits
+def downgrade(
+    topology: Topology,
+    revisions: Sequence[Revision],
+    undone: Sequence[Revision],
+    *,
+    limits: Limits | None = None,
+    dry_run: bool = False,
+    on_plan: Callable[[MigrationPlan], None] | None = None,
+    on_done: Callable[[str, int], None] | None = None,
+    waves: Sequence[float] | None = (),
+    on_wave: Callable[[Wave], None] | None = None,
 ) -> MigrationOutcome:
-    """Create what triggers cached tables lack, and return the outcome with what went wrong."""
-    failed = dict(outcome.failed)
-    for name, connection in connections.items():
-        if name in failed:
-            continue
-        # AccessShareLock.
-        query = "SELECT logical_shard FROM shardkit.ownership WHERE state = 'active' ORDER BY 1"
-        try:
-            owned = [row[0] for row in connection.execute(query)]
-            numbers = [number for number in owned if number not in outcome.laggards]
-            cachetriggers.complete(
-                connection,
-                numbers,
-                cached,
-                lock_timeout=limits.lock_timeout,
-                attempts=limits.lock_attempts,
-            )
-        except psycopg.errors.LockNotAvailable as error:
-            failed[name] = TryAgainError(
-                f"no lock for the triggers of a cached table: {str(error).splitlines()[0]}"
-            )
-        except psycopg.Error as error:
-            failed[name] = MigrationError(
-                f"the triggers of cached tables: {str(error).strip().splitlines()[0]}",
-                endpoint=name,
-            )
-    return replace(outcome, failed=failed)
+    """Undo revisions on every logical shard that has them; what they took away stays away.
+
+    Args:
+        topology: the cluster.
+        revisions: all of them, oldest first, from `load_revisions`.
+        undone: those to undo, newest first, from `load_undone`.
+        limits: as in `apply`, and what follows too.
+        dry_run: decide, and change nothing.
+        on_plan: as in `apply`.
+        on_done: as in `apply`.
+        waves: as in `apply`.
+        on_wave: as in `apply`.
+
+    Raises:
+        RefusedError: nothing was changed: as in `apply`, or reference tables would change.
+    """
+    with connections(topology) as (found, failures):
+        limits = limits or Limits()
+        if not dry_run:
+            lock(found, limits.patience)
+        ledgers = {name: read_one(name, found[name]) for name in found} | failures
+        decided = decide_back(topology, revisions, undone, ledgers)
+        if on_plan:
+            on_plan(decided)
+        if dry_run:
+            return MigrationOutcome(decided, {part.physical: () for part in decided.physical})
+        percentages = DEFAULT if waves is None else waves
+        return run(
+            topology,
+            decided,
+            found,
+            limits=limits,
+            on_done=on_done or (lambda _physical, _logical_shard: None),
+            waves=roll_out(decided, percentages) if percentages else (),
+            on_wave=on_wave,
+        )
+
+
+def load_undone(
+    location: str, revisions: Sequence[Revision], target: str, *, folder: Path
+) -> tuple[Revision, ...]:
+    """Return the `downgrade()` of every revision after one, newest first.
+
+    Args:
+        location: as in `load_revisions`.
+        revisions: all of them.
+        target: the revision to go back to, or "base".
+        folder: as in `load_revisions`.
+
+    Raises:
+        RefusedError: there is no such revision.
+        MigrationError: one of them cannot be undone.
+    """
+    ids = newer(revisions, target)
+    return tuple(reversed(load(locate(location, folder=folder), undo=ids))) if ids else ()
 
 
 def status(
@@ -286,8 +351,8 @@ def status(
     Raises:
         RefusedError: a server belongs to something else, or an applied revision was edited.
     """
-    with _connections(topology) as (connections, failures):
-        ledgers = _read(connections)
+    with connections(topology) as (found, failures):
+        ledgers = read(topology, revisions, found)
         decided = decide(topology, revisions, ledgers | failures, rules)
     entries = []
     for physical in decided.physical:
@@ -316,61 +381,3 @@ def status(
             )
         )
     return MigrationStatus(revisions[-1].id if revisions else None, tuple(entries))
-
-
-@contextlib.contextmanager
-def _connections(
-    topology: Topology,
-) -> Iterator[tuple[Connections, dict[str, Ledger | ShardkitError]]]:
-    """Connect to every primary at once; closing them releases their locks."""
-    connections: Connections = {}
-    failures: dict[str, Ledger | ShardkitError] = {}
-    with contextlib.ExitStack() as stack:
-        with ThreadPoolExecutor(max(1, len(topology.physical))) as pool:
-            futures = {
-                name: pool.submit(connect, shard, application="shardkit migrate")
-                for name, shard in topology.physical.items()
-            }
-        for name, future in futures.items():
-            try:
-                connections[name] = future.result()
-            except EndpointUnavailableError as error:
-                failures[name] = error
-            else:
-                stack.callback(connections[name].close)
-        yield connections, failures
-
-
-def _lock(connections: Connections, patience: float) -> None:
-    """Take the session lock on every server, always in the same order.
-
-    Raises:
-        RefusedError: another runner holds one.
-    """
-    for name in sorted(connections):
-        for left in range(round(patience / LOCK_PAUSE), -1, -1):
-            # A session lock, released by the server when the connection ends.
-            row = (
-                connections[name].execute("SELECT pg_try_advisory_lock(%s)", (LOCK_KEY,)).fetchone()
-            )
-            if row and row[0]:
-                break
-            if not left:
-                raise RefusedError(
-                    f"another `shardkit migrate` is at work on physical shard {name!r}",
-                    hint="wait for it to end; nothing was changed",
-                )
-            threading.Event().wait(LOCK_PAUSE)
-
-
-def _read(connections: Connections) -> dict[str, Ledger | ShardkitError]:
-    def one(name: str) -> Ledger | ShardkitError:
-        try:
-            return read(connections[name])
-        except psycopg.OperationalError as error:
-            return EndpointUnavailableError(
-                f"physical shard {name!r} went away", hint=str(error).strip()
-            )
-
-    with ThreadPoolExecutor(max(1, len(connections))) as pool:
-        return dict(zip(connections, pool.map(one, connections), strict=True))

@@ -6,12 +6,15 @@ decides the same, and it refuses before anything has changed. It never opens a c
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from shardkit.errors import RefusedError, ShardkitError
 from shardkit.ids import EPOCH_MS
-from shardkit.ops.ledger import OWN, Identity, Ledger, admin_script, logical_shard_digest
+from shardkit.ops.ledger import FORMAT, OWN, Identity, Ledger, admin_script, logical_shard_digest
 from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
@@ -27,12 +30,14 @@ class ShardWork:
         own: whether the objects shardkit keeps there are created or completed.
         is_new: whether its schema does not exist yet.
         revisions: what is applied, in order.
+        done: statements of the first of them that an earlier run has committed.
     """
 
     logical_shard: int
     own: bool
     is_new: bool
     revisions: tuple[Revision, ...]
+    done: int = 0
 
     @property
     def transactions(self) -> tuple[tuple[bool, tuple[Revision, ...]], ...]:
@@ -89,7 +94,8 @@ class PhysicalPlan:
             for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
                 if start < end or own:
                     some = work.revisions[start:end]
-                    parts[n].append(ShardWork(work.logical_shard, own, is_new, some))
+                    done = work.done if start == 0 else 0
+                    parts[n].append(ShardWork(work.logical_shard, own, is_new, some, done))
                     own = False
         return tuple((head, tuple(part)) for head, part in zip(heads, parts, strict=True))
 
@@ -108,10 +114,12 @@ class MigrationPlan:
     Attributes:
         revisions: every known revision, oldest first.
         physical: one plan per physical shard, in the order of the configuration.
+        dangers: what counts against it, from `shardkit.ops.guard`.
     """
 
     revisions: tuple[Revision, ...]
     physical: tuple[PhysicalPlan, ...]
+    dangers: tuple[Any, ...] = ()
 
     @property
     def n_work(self) -> int:
@@ -131,6 +139,8 @@ def decide(
     revisions: Sequence[Revision],
     ledgers: Mapping[str, Ledger | ShardkitError],
     rules: Mapping[str, str] | None = None,
+    *,
+    phase: str | None = None,
 ) -> MigrationPlan:
     """Return what every logical shard still needs.
 
@@ -139,6 +149,7 @@ def decide(
         revisions: oldest first.
         ledgers: what each physical shard says, or why it says nothing, by name.
         rules: how the models place the rows of their tables; None when they are not known.
+        phase: "pre" leaves alone the first pending revision of the phase "post" and all after it.
 
     Raises:
         RefusedError: a server belongs to something else, a logical shard has two owners, or
@@ -163,10 +174,17 @@ def decide(
             # Where rows and configuration disagree, silence may hide a logical shard's home.
             uncertain = silent if moved else []
             planned = _plan(
-                topology, name, found, owners=owners, revisions=revisions, uncertain=uncertain
+                topology,
+                name,
+                found,
+                owners=owners,
+                revisions=revisions,
+                uncertain=uncertain,
+                phase=phase,
             )
             new = {table: rule for table, rule in rules.items() if table not in found.rules}
-            reference = tuple(r for r in revisions if r.reference and r.id not in found.reference)
+            wanted = _in_phase([r for r in revisions if r.id not in found.reference], phase)
+            reference = tuple(revision for revision in wanted if revision.reference)
             plans.append(replace(planned, rules=new, reference=reference, order=tuple(revisions)))
     return MigrationPlan(tuple(revisions), tuple(plans))
 
@@ -179,6 +197,7 @@ def _plan(
     owners: Mapping[int, str],
     revisions: Sequence[Revision],
     uncertain: Sequence[str],
+    phase: str | None,
 ) -> PhysicalPlan:
     shard = topology.physical[name]
     own_digest = logical_shard_digest(shard.primary.url.username or "")
@@ -199,16 +218,35 @@ def _plan(
             continue
         applied = ledger.applied.get(number, {})
         own = applied.get(OWN) != own_digest
-        missing = tuple(revision for revision in revisions if revision.id not in applied)
+        half = ledger.partial.get(number, {})
+        missing = tuple(r for r in revisions if r.id not in applied)
+        if not is_new and (applied or half):
+            missing = _in_phase(missing, phase)
         if own or missing:
-            work.append(ShardWork(number, own, is_new or not applied, missing))
+            done = half[missing[0].id][0] if missing and missing[0].id in half else 0
+            is_unused = is_new or not (applied or half)
+            work.append(ShardWork(number, own, is_unused, missing, done))
         else:
             n_current += 1
     admin = ledger.identity is None or ledger.digest != admin_digest
     return PhysicalPlan(name, admin, tuple(work), n_current, waiting)
 
 
+def _in_phase(missing: Sequence[Revision], phase: str | None) -> tuple[Revision, ...]:
+    """Return what comes before the first revision of another phase; revisions keep their order."""
+    if phase != "pre":
+        return tuple(missing)
+    return tuple(itertools.takewhile(lambda revision: revision.phase == "pre", missing))
+
+
 def _check_identity(topology: Topology, name: str, ledger: Ledger) -> None:
+    stored = re.match(r"shardkit format (\d+) ", ledger.digest or "")
+    if stored and int(stored[1]) > FORMAT:
+        raise RefusedError(
+            f"physical shard {name!r} was set up by a newer shardkit: its format is {stored[1]}, "
+            f"this version knows {FORMAT}",
+            hint="upgrade shardkit; nothing was changed",
+        )
     if ledger.is_replica:
         raise RefusedError(
             f"physical shard {name!r}: the address of its primary leads to a replica",
@@ -243,6 +281,15 @@ def _check_revisions(name: str, ledger: Ledger, revisions: Sequence[Revision]) -
                 f"it was applied on {name!r}",
                 hint="restore its file and write the change as a new revision",
             )
+    for number, half in ledger.partial.items():
+        for revision, (_, checksum) in half.items():
+            if checksum != expected.get(revision):
+                raise RefusedError(
+                    f"revision {revision} was edited, is being undone, or is unknown here, while "
+                    f"it is half done on {name!r}",
+                    hint="restore its file and run again, or finish the downgrade",
+                    logical_shard=number,
+                )
     for number, applied in ledger.applied.items():
         if ledger.ownership[number].state == "retired":
             continue

@@ -16,8 +16,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +27,7 @@ from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Dialect
 
 from shardkit.errors import ConfigurationError, MigrationError
-from shardkit.ops.safety import check
+from shardkit.ops.safety import Finding, check, examine, rules
 
 __all__ = ["Revision", "load", "locate"]
 
@@ -43,6 +43,10 @@ class Revision:
         statements: the SQL of `upgrade()` for every logical shard, in order; possibly empty.
         reference: that about reference tables, for every physical shard, in order.
         checksum: digest of the statements, white space apart; kept in the ledger.
+        phase: `pre` runs before the new code, `post` once the old code is gone.
+        allowed: rules the author sets aside, each with the reason.
+        hazards: what the safety rules have against it, other than what is refused everywhere.
+        is_undone: whether the statements are those of `downgrade()`.
     """
 
     id: str
@@ -51,6 +55,10 @@ class Revision:
     statements: tuple[str, ...]
     checksum: str
     reference: tuple[str, ...] = ()
+    phase: str = "pre"
+    allowed: Mapping[str, str] = field(default_factory=dict)
+    hazards: tuple[Finding, ...] = ()
+    is_undone: bool = False
 
 
 # What a statement works on, where that is a table or an index of a table in the schema of
@@ -64,6 +72,9 @@ _ON_REFERENCE = re.compile(
     r'|TRUNCATE\s+(?:TABLE\s+)?)(?:reference|"reference")\s*\.',
     re.IGNORECASE | re.DOTALL,
 )
+
+
+_PHASE = re.compile(r"(?:^|_)(pre|post)(?:_|$)")
 
 
 def locate(location: str, *, folder: Path) -> Path:
@@ -98,11 +109,12 @@ def locate(location: str, *, folder: Path) -> Path:
     return found
 
 
-def load(folder: Path) -> tuple[Revision, ...]:
+def load(folder: Path, *, undo: Collection[str] = ()) -> tuple[Revision, ...]:
     """Read and render every revision of a folder, oldest first; possibly none.
 
     Args:
         folder: holds the revision files, directly or in `versions/` as Alembic lays it out.
+        undo: revisions of which `downgrade()` is rendered; the others are left out then.
 
     Raises:
         MigrationError: a revision cannot be loaded or rendered, has several heads, or contains
@@ -124,6 +136,10 @@ def load(folder: Path) -> tuple[Revision, ...]:
         raise MigrationError(
             f"{folder}: there are {len(heads)} heads: {', '.join(sorted(heads))}",
             hint="merge them with `alembic merge heads`",
+        )
+    if undo:
+        return tuple(
+            _render(item, is_undone=True) for item in reversed(scripts) if item.revision in undo
         )
     return tuple(_render(item) for item in reversed(scripts))
 
@@ -154,7 +170,29 @@ class _NoConnection:
         raise AttributeError(f"there is no connection to call {name}() on")
 
 
-def _render(script: Script) -> Revision:
+def _render(script: Script, *, is_undone: bool = False) -> Revision:
+    statements = _emitted(script, "downgrade" if is_undone else "upgrade")
+    phase = _phase(script)
+    own = tuple(_plain(text) for text in statements if not _ON_REFERENCE.match(text))
+    reference = tuple(_plain(text) for text in statements if _ON_REFERENCE.match(text))
+    # What undoes a revision is meant to take away.
+    hazards = () if is_undone else examine([*reference, *own], phase=phase)
+    return Revision(
+        id=script.revision,
+        summary=_printable((script.doc or "").strip().splitlines()[0]) if script.doc else "",
+        path=Path(script.path),
+        statements=own,
+        checksum=("undo " if is_undone else "") + checksum(statements),
+        reference=reference,
+        phase=phase,
+        allowed=_allowed(script, hazards) if not is_undone else {},
+        hazards=hazards,
+        is_undone=is_undone,
+    )
+
+
+def _emitted(script: Script, function: str) -> list[str]:
+    """Return what upgrade() or downgrade() emits, every promise of the runner kept."""
     statements: list[str] = []
     context = MigrationContext.configure(
         dialect_name="postgresql",
@@ -167,10 +205,10 @@ def _render(script: Script) -> Revision:
     context.impl.static_output = statements.append  # type: ignore[method-assign, assignment]
     try:
         with Operations.context(context):
-            script.module.upgrade()
+            getattr(script.module, function)()
     except Exception as error:
         raise MigrationError(
-            f"revision {script.revision}: upgrade() cannot be written as plain SQL: {error}",
+            f"revision {script.revision}: {function}() cannot be written as plain SQL: {error}",
             hint="it runs without a connection; use op.* and op.execute() with literal SQL, "
             f"and bulk_insert() with typed columns, in {script.path}",
         ) from error
@@ -180,14 +218,52 @@ def _render(script: Script) -> Revision:
                 f"revision {script.revision} {finding.problem}: {finding.statement}",
                 hint=finding.remedy,
             )
-    return Revision(
-        id=script.revision,
-        summary=(script.doc or "").strip().splitlines()[0] if script.doc else "",
-        path=Path(script.path),
-        statements=tuple(_plain(text) for text in statements if not _ON_REFERENCE.match(text)),
-        checksum=checksum(statements),
-        reference=tuple(_plain(text) for text in statements if _ON_REFERENCE.match(text)),
-    )
+    return statements
+
+
+def _phase(script: Script) -> str:
+    """Return the phase a revision says, by `phase = "post"` in it or in its name; else `pre`."""
+    said = getattr(script.module, "phase", None)
+    if said is None:
+        found = _PHASE.search(script.revision) or _PHASE.search(Path(script.path).stem)
+        said = found[1] if found else "pre"
+    if said not in {"pre", "post"}:
+        raise MigrationError(
+            f"revision {script.revision}: its phase is {said!r}", hint='write "pre" or "post"'
+        )
+    return str(said)
+
+
+def _allowed(script: Script, hazards: tuple[Finding, ...]) -> Mapping[str, str]:
+    """Return the rules that `allow = {"rule": "reason"}` sets aside, each with its reason."""
+    allowed = getattr(script.module, "allow", {})
+    known = {each.name for each in rules() if each.when != "promise"}
+    found = {finding.rule for finding in hazards}
+    where = f"revision {script.revision}: allow"
+    if not isinstance(allowed, Mapping):
+        raise MigrationError(f"{where} is no dictionary", hint='write {"rule": "reason"}')
+    for name, reason in allowed.items():
+        if name not in known:
+            raise MigrationError(
+                f"{where} names {name!r}, which is no rule that can be set aside",
+                hint="the rules are in docs/migrations.md",
+            )
+        if not isinstance(reason, str) or len(reason.strip()) < 10:
+            raise MigrationError(
+                f"{where}[{name!r}] gives no reason",
+                hint="say in a sentence why it is safe here; it is kept in the ledger",
+            )
+        if name not in found:
+            raise MigrationError(
+                f"{where} names {name!r}, which nothing in the revision breaks",
+                hint="leave it out",
+            )
+    return dict(allowed)
+
+
+def _printable(text: str) -> str:
+    """Return text without what steers a terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def _plain(text: str) -> str:

@@ -203,6 +203,7 @@ def test_an_interrupt_finishes_what_is_under_way(site: Site) -> None:
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "Traceback" not in errors
+    assert "alpha: 2 left" in errors
     assert site.apply().error is None
 
 

@@ -71,7 +71,8 @@ def test_the_checksum_ignores_layout_but_not_meaning(tmp_path: Path, write: Writ
         "raise RuntimeError",
         'op.execute("COMMIT")',
         'op.execute("SET search_path = public")',
-        'op.create_index("i", "t", ["a"], postgresql_concurrently=True)',
+        'op.execute("CREATE INDEX CONCURRENTLY ON t (a)")',
+        'op.execute("CREATE TABL t ()")',
         'with op.get_context().autocommit_block(): op.execute("SELECT 1")',
         'op.create_table("t", sa.Column("a", sa.Integer), schema="shard_0001")',
     ],
@@ -160,3 +161,35 @@ def test_statements_about_reference_tables_are_kept_apart(
     (tmp_path / "script.py.mako").write_text("")
     [revision] = load(tmp_path)
     assert (bool(revision.reference), bool(revision.statements)) == (is_about, not is_about)
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ('phase = "later"', "phase"),
+        ("allow = ['drop-column']", "dictionary"),
+        ('allow = {"no-such-rule": "because it is so"}', "no rule"),
+        ('allow = {"schema-change": "because it is so"}', "no rule"),
+        ('allow = {"drop-column": ""}', "no reason"),
+        ('allow = {"rename-table": "because it is so"}', "nothing in the revision"),
+    ],
+)
+def test_an_override_names_a_broken_rule_and_a_reason(
+    tmp_path: Path, write: Write, lines: str, why: str
+) -> None:
+    write("r1", f'op.drop_column("t", "a")\n\n\n{lines}')
+    with pytest.raises(MigrationError, match=why):
+        load(tmp_path)
+
+
+def test_a_revision_keeps_its_phase_its_hazards_and_what_it_sets_aside(
+    tmp_path: Path, write: Write
+) -> None:
+    why = "nobody has read it since 2020"
+    write("r1", f'op.drop_column("t", "a")\n\n\nallow = {{"drop-column": "{why}"}}')
+    write("r2_post_x", 'op.drop_column("t", "b")', "r1")
+    first, second = load(tmp_path)
+    assert (first.phase, second.phase) == ("pre", "post")
+    assert first.allowed == {"drop-column": why}
+    assert [finding.rule for finding in first.hazards] == ["drop-column"]
+    assert not second.hazards

@@ -1,0 +1,81 @@
+"""What a failed transaction of a migration means, and whose fault it is.
+
+Called by `shardkit.ops.physical`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+
+from shardkit.ops.ledger import shard_script
+from shardkit.ops.revisions import Revision
+from shardkit.ops.steps import at_once, render
+from shardkit.topology import schema_name
+
+__all__ = ["culprit", "first_line", "holders"]
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+def culprit(
+    connection: Connection,
+    revisions: Sequence[Revision],
+    logical_shard: int | None,
+    *,
+    begin: str,
+    app_role: str,
+) -> str:
+    """Return which revision fails, by trying them one at a time and rolling back.
+
+    Args:
+        connection: outside a transaction.
+        revisions: that were run in one transaction.
+        logical_shard: where, or None for the admin schema and reference tables.
+        begin: SQL that opens a transaction with its limits.
+        app_role: the application's login.
+    """
+    if logical_shard is None:
+        about = f"revision {revisions[0].id} of reference tables" if revisions else ""
+        return about or "the admin schema"
+    if len(revisions) == 1:
+        return f"revision {revisions[0].id}"
+    name = "the objects of shardkit itself"
+    try:
+        connection.execute(begin.encode())
+        own = shard_script(logical_shard, own=True, app_role=app_role, revisions=())
+        connection.execute(own.encode())
+        for revision in revisions:
+            name = f"revision {revision.id}"
+            text = "\n;\n".join(at_once(revision.statements))
+            connection.execute(render(text, logical_shard).encode())
+    except psycopg.Error:
+        return name
+    finally:
+        if not connection.broken:
+            connection.rollback()
+    return f"revisions {', '.join(revision.id for revision in revisions)}"
+
+
+def holders(connection: Connection, logical_shard: int | None) -> str | None:
+    """Return who holds locks on a logical shard's tables, for the error's hint."""
+    if logical_shard is None:
+        return None
+    # AccessShareLock on catalogues only.
+    rows = connection.execute(
+        "SELECT DISTINCT a.pid, a.usename, coalesce(nullif(a.application_name, ''), '?') "
+        "FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation "
+        "JOIN pg_stat_activity AS a ON a.pid = l.pid "
+        "WHERE c.relnamespace = to_regnamespace(%s) AND l.granted AND a.pid <> pg_backend_pid() "
+        "ORDER BY a.pid LIMIT 3",
+        (schema_name(logical_shard),),
+    ).fetchall()
+    held = ", ".join(f"process {pid} ({user}, {name})" for pid, user, name in rows)
+    return f"locks are held by {held}" if held else "the holder has gone meanwhile; try again"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, or its kind when it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
