@@ -16,6 +16,7 @@ from sqlalchemy import URL
 __all__ = [
     "MAX_LOGICAL_SHARDS",
     "Endpoint",
+    "Hold",
     "PhysicalShard",
     "Pooler",
     "Role",
@@ -31,6 +32,19 @@ MAX_LOGICAL_SHARDS = 8192
 def schema_name(logical_shard: int) -> str:
     """Return the PostgreSQL schema of a logical shard: 42 gives `shard_0042`."""
     return f"shard_{logical_shard:04d}"
+
+
+class Hold(StrEnum):
+    """Why a logical shard cannot be used as ever for now."""
+
+    FENCED = "fenced"
+    """It is being moved: it is read as ever, and writes wait."""
+
+    HANDED_OVER = "handed over"
+    """It has moved and is not open yet where it went: everything waits."""
+
+    DISPUTED = "disputed"
+    """Two physical shards say that they own it: nothing is written to either."""
 
 
 class Role(StrEnum):
@@ -128,11 +142,12 @@ class ShardMap:
     """Owner of every logical shard.
 
     *Invariant:* `owners[n]` names the physical shard of logical shard n; `epochs[n]` counts
-    its hand-overs, starting at 1.
+    its hand-overs, starting at 1; `held[n]` is there while it cannot be used as ever.
     """
 
     owners: tuple[str, ...]
     epochs: tuple[int, ...]
+    held: Mapping[int, Hold] = field(default_factory=dict, hash=False)
 
     def __len__(self) -> int:
         return len(self.owners)

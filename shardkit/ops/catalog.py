@@ -21,6 +21,7 @@ from shardkit.ops.idfunctions import id_statements
 from shardkit.ops.logfunctions import log_statements
 from shardkit.ops.lookuptable import lookup_statements
 from shardkit.ops.outboxtables import outbox_admin_statements, outbox_statements
+from shardkit.ops.ownershiptables import ownership_statements
 from shardkit.topology import schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
@@ -93,6 +94,7 @@ def admin_statements(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
         ).format(cluster, physical, n_logical_shards, EPOCH_MS),
+        *ownership_statements(app_role=app_role),
     ]
 
 
