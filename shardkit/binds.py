@@ -8,7 +8,7 @@ schema. A reader's connection that breaks is replaced by one to another endpoint
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -26,13 +26,14 @@ from shardkit.errors import (
     NoShardKeyError,
     OverloadedError,
     PoolTimeoutError,
+    ShardMovedError,
     UnavailableError,
 )
 from shardkit.events import ReplicaPassedOver
 from shardkit.freshness import Freshness, driver_of
 from shardkit.races import Race
 from shardkit.streams import Streams
-from shardkit.topology import Endpoint, Role
+from shardkit.topology import Endpoint, Role, ShardMap
 
 __all__ = ["BoundSession"]
 
@@ -67,6 +68,10 @@ class BoundSession(Session):
         self._number = next(_NUMBERS)
         self._fresh = Freshness(connections, after, max_lag)
         self._after = after or ""
+        # Whether somebody whose token this one has knows of moves that this process does not.
+        self._is_behind = after is not None and self._fresh.is_ahead_of(
+            connections.topology.shard_map
+        )
         self._roots: dict[str, tuple[Endpoint, Connection]] = {}
         self._shard_views: dict[Engine, tuple[Connection, Connection]] = {}
         self._streams = Streams()
@@ -99,6 +104,28 @@ class BoundSession(Session):
         held = self._roots.get(physical)
         return None if held is None else held[0]
 
+    # -- who owns what
+
+    def _physical_of(self, logical_shard: int) -> str:
+        """Return the owner of a logical shard that is about to be used."""
+        cluster = self._cluster
+        physical = cluster.physical_of(logical_shard)
+        if self._is_behind or not cluster.owners.is_current(physical):
+            return self._map_of((logical_shard,)).owners[logical_shard]
+        return physical
+
+    def _map_of(self, logical_shards: Sequence[int]) -> ShardMap:
+        """Return the shard map by which logical shards are about to be used."""
+        cluster = self._cluster
+        if self._is_behind:
+            self._is_behind = self._fresh.is_ahead_of(cluster.owners.ask())
+        return cluster.owners.opened(logical_shards, writes=False)
+
+    def _group(self, logical_shards: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """Return logical shards that are about to be used by physical shard."""
+        self._map_of(logical_shards)
+        return self._cluster.grouped(logical_shards)
+
     # -- connections
 
     def get_bind(self, mapper: Any = None, *, logical_shard: int | None = None, **_: Any) -> Engine:
@@ -108,7 +135,7 @@ class BoundSession(Session):
                 "the operation names no logical shard",
                 hint="use objects of sharded classes, or select() with a shard key",
             )
-        physical = self._cluster.physical_of(logical_shard)
+        physical = self._physical_of(logical_shard)
         endpoint = (self._roots.get(physical) or self._open(physical, logical_shard))[0]
         if isinstance(mapper, Mapper):
             self._cluster.fingerprints.check(mapper)
@@ -116,7 +143,7 @@ class BoundSession(Session):
 
     def _connection_to(self, logical_shard: int) -> Connection:
         """Return this session's connection to a logical shard, opening it on first use."""
-        physical = self._cluster.physical_of(logical_shard)
+        physical = self._physical_of(logical_shard)
         if physical not in self._roots:
             return self._open(physical, logical_shard)[1]
         return self._connection_for_bind(self.get_bind(logical_shard=logical_shard))
@@ -250,11 +277,16 @@ class BoundSession(Session):
 
     def _elsewhere(self, work: Callable[[], T]) -> T:
         """Do what reads, and do it again on other endpoints; see `_execute_internal`."""
-        before = self._avoided
+        before, has_moved = self._avoided, False
         try:
             while True:
                 try:
                     return work()
+                except ShardMovedError as error:
+                    # It has said where to; a second time it is for the caller to try again.
+                    if has_moved or not self._can_retry():
+                        raise
+                    has_moved = error.retryable
                 except DBAPIError as error:
                     if self._leave_refusing():
                         continue

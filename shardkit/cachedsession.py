@@ -53,6 +53,7 @@ class CachedSession(BoundSession):
             self._cluster.cache is not None
             and self.role is Role.REPLICA
             and not self._fresh.asks_primaries
+            and not self._is_behind
             and len(self.dispatch.do_orm_execute) == 1
         )
 
@@ -65,6 +66,7 @@ class CachedSession(BoundSession):
     def _cached_one(self, plan: CachePlan, shard: int, identity: tuple[Any, ...]) -> Any:
         """Return the object of a primary key, None where there is no row, or `ELSEWHERE`."""
         cluster = self._cluster
+        self._physical_of(shard)  # the entry's name has the epoch in it, which must not be old
         started = cluster.clock.monotonic() if cluster.listeners else 0.0
         found, counts = self._cache_reads().one(plan, shard, identity, self._primaries)
         if cluster.listeners:
@@ -83,6 +85,7 @@ class CachedSession(BoundSession):
             wanted: logical shard and primary key of each, by anything.
         """
         cluster = self._cluster
+        self._map_of([shard for shard, _ in wanted.values()])
         started = cluster.clock.monotonic() if cluster.listeners else 0.0
         found, counts = self._cache_reads().many(plan, list(wanted.values()), self._primaries)
         if cluster.listeners:
@@ -176,7 +179,7 @@ class CachedSession(BoundSession):
         while it streams it has a transaction.
         """
         physical = self._cluster.topology.physical
-        for name in self._cluster.group(shards):
+        for name in self._cluster.grouped(shards):
             held = self._roots.get(name)
             if physical[name].replicas or (held is not None and not is_idle(held[1])):
                 return self._new_on_primaries()

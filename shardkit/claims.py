@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 from sqlalchemy import Connection, Delete, Insert, Update, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,15 +38,6 @@ Connect = Callable[[int], Connection]
 """Returns the session's connection to a logical shard."""
 
 
-class Servers(Protocol):
-    """What claims need of the cluster."""
-
-    lookups: Lookups
-
-    def physical_of(self, logical_shard: int, /) -> str:
-        """Return the name of the physical shard that holds a logical shard."""
-
-
 _LOG: Final = logging.getLogger("shardkit.lookup")
 
 # RowShareLock, and locks rows in the order of their ids: nobody else changes what they hold while
@@ -62,13 +53,21 @@ class Claims(Participant):
 
     Args:
         session: whose transaction it is.
-        servers: the cluster.
+        lookups: the lookup rows of the cluster.
+        physical_of: returns the physical shard that the session uses for a logical shard.
         connect: returns the session's connection to a logical shard.
     """
 
-    def __init__(self, session: Session, servers: Servers, connect: Connect) -> None:
+    def __init__(
+        self,
+        session: Session,
+        lookups: Lookups,
+        physical_of: Callable[[int], str],
+        connect: Connect,
+    ) -> None:
         self._session = session
-        self._servers = servers
+        self._lookups = lookups
+        self._physical_of = physical_of
         self._connect = connect
         self._flushing: dict[int, Mapping[Lookup, Value | None]] = {}
         self.ended()
@@ -85,13 +84,13 @@ class Claims(Participant):
     @property
     def shards(self) -> set[int]:
         """The logical shards whose lookup rows a later reader must have seen."""
-        total = self._servers.lookups.total
+        total = self._lookups.total
         return {value.home(total) for value in self._taken}
 
     @property
     def physical(self) -> set[str]:
         """Names of the physical shards whose lookup rows a later reader must have seen."""
-        return {self._servers.physical_of(shard) for shard in self.shards}
+        return {self._physical_of(shard) for shard in self.shards}
 
     # -- objects
 
@@ -247,7 +246,7 @@ class Claims(Participant):
         self._tickets.add(self._ticket)
         for row_id in wanted.values():
             shard = ids.shard_of(row_id)
-            physical = self._servers.physical_of(shard)
+            physical = self._physical_of(shard)
             if physical not in self._held_on:
                 self._connect(shard).exec_driver_sql(_HOLD, {"ticket": self._ticket})
                 self._held_on.add(physical)
@@ -255,7 +254,7 @@ class Claims(Participant):
         for value, row_id in wanted.items():
             self._taken.setdefault(value, set()).add(row_id)
         tickets = frozenset(self._tickets)
-        self._servers.lookups.run(
+        self._lookups.run(
             [
                 Task(
                     value,
@@ -269,7 +268,7 @@ class Claims(Participant):
     def _has(self, value: Value, row_id: int) -> bool:
         """Tell whether a row has a value as this transaction sees it."""
         shard = ids.shard_of(row_id)
-        if self._servers.physical_of(shard) not in self._held_on:
+        if self._physical_of(shard) not in self._held_on:
             return True  # committed, and not of this transaction
         return stored_value(self._connect(shard), value.lookup, row_id) == value
 
@@ -339,6 +338,6 @@ class Claims(Participant):
             for value, row_ids in concerned.items()
         ]
         try:
-            self._servers.lookups.run(tasks)
+            self._lookups.run(tasks)
         except (ShardkitError, SQLAlchemyError) as error:
             _LOG.warning("%d lookup rows are left to whoever comes next: %s", len(tasks), error)

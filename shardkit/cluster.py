@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from shardkit import config, deadlines, units
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.config import (
+    MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     CacheConfig,
@@ -57,6 +58,7 @@ class _Opened(Generic[C]):
         replicas: ReplicasConfig | None = None,
         token_keys: Sequence[str] = (),
         cache: CacheConfig | None = None,
+        map_age: float = MAP_AGE,
     ) -> None:
         self.token_keys = tuple(token_keys)
         self.connections = self._connections_class(
@@ -68,6 +70,7 @@ class _Opened(Generic[C]):
             adaptive=adaptive,
             replicas=replicas,
             cache=cache,
+            map_age=deadlines.positive(map_age, "map_age"),
         )
 
     @classmethod
@@ -93,11 +96,12 @@ class _Opened(Generic[C]):
             replicas=settings.replicas,
             token_keys=settings.tokens.secrets(),
             cache=settings.found_cache,
+            map_age=settings.limits.map_age,
         )
 
     @property
     def topology(self) -> Topology:
-        """Endpoints and shard map."""
+        """Endpoints, and the shard map as this process knows it now."""
         return self.connections.topology
 
     def listen(self, listener: Listener) -> Callable[[], None]:
@@ -130,6 +134,8 @@ class Cluster(_Opened[Connections]):
         token_keys: what signs tokens that leave the process, the newest first; for
             `shardkit.contrib.asgi`.
         cache: where rows of classes with `__cache_ttl__` are cached; None for nowhere.
+        map_age: seconds for which what a server said of the logical shards that it owns counts;
+            then it is asked again before they are used, cached rows included.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP

@@ -18,6 +18,7 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [limits]
     max_rows = 300_000                       # rows a statement over logical shards may fetch
     statement_timeout = 30.0                 # seconds for one answer, where no deadline says less
+    map_age = 5.0                            # seconds; then a server is asked what it owns
     adaptive = false                         # true: shed what a server cannot answer quickly
 
     [replicas]
@@ -81,6 +82,7 @@ from sqlalchemy.exc import ArgumentError
 
 from shardkit.errors import ConfigurationError
 from shardkit.sections import (
+    MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     AdminLogin,
@@ -100,6 +102,7 @@ from shardkit.sections import (
 from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
 
 __all__ = [
+    "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",

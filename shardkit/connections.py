@@ -29,6 +29,7 @@ from shardkit import fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import (
+    MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     CacheConfig,
@@ -47,19 +48,23 @@ from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
 from shardkit.guards import guards
 from shardkit.hedging import Hedges
+from shardkit.heldmap import HeldMap
 from shardkit.keys import shown
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
+from shardkit.mapwatch import AsyncMapWatch, MapWatch
 from shardkit.minting import IdMinter
+from shardkit.owners import Owners
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.plans import Plans
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
 from shardkit.replicas import Member, ReplicaSet
+from shardkit.retry import MOVED
 from shardkit.router import Router
 from shardkit.schemas import SchemaPreparer
-from shardkit.topology import Endpoint, Role, Topology, schema_name
+from shardkit.topology import Endpoint, Role, ShardMap, Topology, schema_name
 
 if TYPE_CHECKING:  # the `cache` extra
     from shardkit.rowcache import AsyncRowCache, RowCache
@@ -106,6 +111,7 @@ class _Core:
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
 
     _probes_class: type[Probes | AsyncProbes]
+    _watch_class: type[MapWatch | AsyncMapWatch]
     _cursor_class: type[gates.Cursor | gates.AsyncCursor]
     _writing: ClassVar[Mapping[str, Any]]
     """How connections that write are made, for the driver."""
@@ -121,6 +127,7 @@ class _Core:
         adaptive: bool = False,
         replicas: ReplicasConfig | None = None,
         cache: CacheConfig | None = None,
+        map_age: float = MAP_AGE,
         clock: Clock = SYSTEM,
     ) -> None:
         reading = replicas or ReplicasConfig()
@@ -146,7 +153,16 @@ class _Core:
             for name, shard in topology.physical.items()
         }
         self.hedges = {name: Hedges() for name in topology.physical} if reading.hedge else {}
-        self.knowledge = Knowledge.of(topology, self.replica_sets, reading.patience)
+        self._reading_patience = reading.patience
+        held = HeldMap(
+            topology.shard_map,
+            topology.physical,
+            max_age=map_age,
+            on_change=self._changed,
+            clock=clock,
+        )
+        self.map_watch = self._watch_class(topology, held, clock=clock)
+        self.owners = Owners(held, self.map_watch, self.pause, clock=clock)
         self.probes = self._probes_class(
             topology,
             self.replica_sets,
@@ -162,8 +178,7 @@ class _Core:
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
         self.physical = frozenset(topology.physical)
-        owned = {name: topology.shard_map.owned_by(name) for name in topology.physical}
-        self._everything = {name: shards for name, shards in owned.items() if shards}
+        self._changed(topology.shard_map)
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_connections(reference()))
 
@@ -198,7 +213,7 @@ class _Core:
             event.listen(engine, "checkout", replace_if_dead)
             if self.guards[endpoint].limit is not None:
                 event.listen(engine, "checkin", _released)
-            event.listen(engine, "handle_error", fences.refusal)
+            event.listen(engine, "handle_error", fences.refuses(self.owners, endpoint))
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             if purpose is Purpose.READ:
@@ -241,12 +256,32 @@ class _Core:
             )
         return self.topology.shard_map.owner(logical_shard)
 
+    def _changed(self, shard_map: ShardMap) -> None:
+        """Take a new shard map; called from where it is asked for, and waits for nothing."""
+        topology = Topology(self.topology.name, self.topology.physical, shard_map)
+        owned = {name: shard_map.owned_by(name) for name in topology.physical}
+        self.knowledge = Knowledge.of(topology, self.replica_sets, self._reading_patience)
+        self._everything = {name: shards for name, shards in owned.items() if shards}
+        self.topology = topology
+
     def primary_of(self, physical: str) -> Endpoint:
         """Return the primary of a physical shard."""
         return self.topology.physical[physical].primary
 
     def group(self, logical_shards: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
-        """Return logical shards by physical shard, each group in the order given."""
+        """Return logical shards that are about to be read by physical shard.
+
+        Raises:
+            ShardFencedError: one has moved and does not open in time (retryable).
+        """
+        self.owners.opened(logical_shards, writes=False)
+        return self.grouped(logical_shards)
+
+    def grouped(self, logical_shards: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """Return logical shards by physical shard, each group in the order given.
+
+        As far as this process knows; asks nobody.
+        """
         if len(logical_shards) == self.router.total:
             return self._everything
         groups: dict[str, list[int]] = {}
@@ -258,6 +293,8 @@ class _Core:
         """Note that an endpoint did not answer, and tell the listeners."""
         if endpoint.role is Role.REPLICA:
             self.replica_sets[endpoint.physical].failed(endpoint)
+        else:
+            self.owners.doubt(endpoint.physical)
         if self.listeners:
             self.listeners.emit(
                 EndpointFailed(endpoint.physical, endpoint.role.value, str(endpoint), error)
@@ -305,10 +342,15 @@ class _Core:
         """Run tasks at the same time; return result or exception of each, in order."""
         raise NotImplementedError
 
+    def pause(self, seconds: float) -> None:
+        """Wait for nothing in particular."""
+        raise NotImplementedError
+
     # -- statements of shardkit's own
 
     def lease_ids(self, counts: Mapping[int, int]) -> dict[int, int]:
         """Reserve ranges of ids; see `shardkit.leasing.lease_ids`."""
+        self.owners.opened([n for n in counts if 0 <= n < self.router.total], writes=True)
         return lease_ids(self, counts, self.router.total)
 
     def ask(
@@ -336,9 +378,10 @@ class _Core:
             self.failed(endpoint, error)
             raise
         except DBAPIError as error:
-            if error.connection_invalidated:
-                raise connection_error(error, endpoint) from error
-            raise
+            found = self._told(error, endpoint)
+            if found is error:
+                raise
+            raise found from error
 
     def written(self, physical: str) -> tuple[int, gates.Position]:
         """Return which server a primary is, and a log position beyond all that it has committed.
@@ -370,9 +413,25 @@ class _Core:
             self.failed(endpoint, error)
             raise
         except DBAPIError as error:
-            if error.connection_invalidated:
-                raise connection_error(error, endpoint) from error
-            raise
+            found = self._told(error, endpoint)
+            if found is error:
+                raise
+            raise found from error
+
+    def _told(self, error: DBAPIError, endpoint: Endpoint) -> Exception:
+        """Return what an error of a statement of shardkit's own means."""
+        if error.connection_invalidated:
+            return connection_error(error, endpoint)
+        before, physical = self.topology.shard_map, endpoint.physical
+        if getattr(error.orig, "sqlstate", None) not in MOVED:
+            return error
+        now = self.owners.ask([physical])
+        for n in before.owned_by(physical):
+            if now.owners[n] != physical:
+                return fences.moved(n, now.owners[n])
+            if n in now.held:
+                return fences.still_closed(n, now)
+        return error
 
     def awaited(self, what: str) -> None:
         """Refuse to go on where a server cannot be asked; under asyncio, in `route`."""
@@ -408,9 +467,11 @@ class Connections(_Core):
     """Connections for threads."""
 
     _probes_class = Probes
+    _watch_class = MapWatch
     _cursor_class = gates.Cursor
     _writing: ClassVar[Mapping[str, Any]] = {"cursor_factory": gates.WriteCursor}
     probes: Probes
+    map_watch: MapWatch
 
     @cached_property
     def cache(self) -> RowCache | None:
@@ -423,6 +484,7 @@ class Connections(_Core):
     def close(self) -> None:
         """Close every pooled connection; those in use close when they are returned."""
         self.probes.close()
+        self.map_watch.close()
         if "cache" in self.__dict__ and self.cache is not None:  # not to make it now
             self.cache.close()
         races.settle()
@@ -438,17 +500,23 @@ class Connections(_Core):
         """Run tasks at the same time, in the caller's thread."""
         return parallel.run(tasks)
 
+    def pause(self, seconds: float) -> None:
+        """Wait in this thread."""
+        self.clock.sleep(seconds)
+
 
 class AsyncConnections(_Core):
     """Connections for one event loop; every method runs inside SQLAlchemy's greenlet."""
 
     _probes_class = AsyncProbes
+    _watch_class = AsyncMapWatch
     _cursor_class = gates.AsyncCursor
     _writing: ClassVar[Mapping[str, Any]] = {
         "async_creator_fn": gates.AsyncWriter.open,
         "cursor_factory": gates.AsyncWriteCursor,
     }
     probes: AsyncProbes
+    map_watch: AsyncMapWatch
 
     @cached_property
     def cache(self) -> AsyncRowCache | None:
@@ -461,6 +529,7 @@ class AsyncConnections(_Core):
     async def close(self) -> None:
         """Close every pooled connection."""
         await self.probes.close()
+        await self.map_watch.close()
         if "cache" in self.__dict__ and self.cache is not None:
             await self.cache.close()
         await races.settle_tasks()
@@ -484,6 +553,10 @@ class AsyncConnections(_Core):
             raise UnsupportedStatementError(
                 what, hint="await session.run_sync(lambda sync: sync.route(statement))"
             )
+
+    def pause(self, seconds: float) -> None:
+        """Wait in this task."""
+        await_only(asyncio.sleep(seconds))
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""
@@ -549,3 +622,4 @@ def _forget_connections(cluster: _Core | None) -> None:
         for engine in cluster._engines.values():
             engine.dispose(close=False)
         cluster.probes.forget()
+        cluster.map_watch.forget()

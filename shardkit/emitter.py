@@ -120,7 +120,7 @@ class EmittingSession(ReachingSession):
         shard = self._shard_near(near)
         if shard is None:
             raise InvalidEventError("an object that was not stored has no place yet")
-        return shard, self._cluster.physical_of(shard)
+        return shard, self._physical_of(shard)
 
     def handle(
         self,

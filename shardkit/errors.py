@@ -25,6 +25,7 @@
     │   ├── OverloadedError               retryable
     │   ├── PoolTimeoutError              retryable
     │   ├── ShardFencedError              retryable
+    │   ├── ShardMovedError               retryable
     │   ├── StatementTimeoutError         retryable
     │   ├── ValueBusyError                retryable
     │   └── DeadlineExceededError         retryable
@@ -200,6 +201,10 @@ class PoolTimeoutError(UnavailableError):
 
 class ShardFencedError(UnavailableError):
     """A logical shard does not admit the statement, as when it is moved; try again."""
+
+
+class ShardMovedError(UnavailableError):
+    """A logical shard has moved to another physical shard while it was used; try again."""
 
 
 class StatementTimeoutError(UnavailableError):

@@ -1,25 +1,27 @@
-"""Tells that a logical shard is fenced: the application role may not use its tables any more.
+"""Tells that a logical shard is fenced or has moved: the application may not use its tables here.
 
 A fence is a REVOKE, so that PostgreSQL keeps it whatever the client knows. What it answers then
-becomes `ShardFencedError`, which names the logical shard. Called for the engines of
-`shardkit.connections`, and by sessions for the server of a scatter. Source: docs/architecture.md,
-decision 7.
+becomes `ShardFencedError` or `ShardMovedError`, which name the logical shard. Called for
+the engines of `shardkit.connections`, and by sessions for the server of a scatter.
+Source: docs/moves.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-import psycopg
 from sqlalchemy import Table
 from sqlalchemy.sql.visitors import iterate
 
-from shardkit.errors import ShardFencedError
+from shardkit.errors import ShardFencedError, ShardMovedError
+from shardkit.retry import MOVED, READ_ONLY
 from shardkit.schemas import ANY_SCHEMA
-from shardkit.topology import schema_name
+from shardkit.topology import Endpoint, Hold, ShardMap, schema_name
 
-__all__ = ["first_fenced", "refusal"]
+__all__ = ["first_fenced", "moved", "refuses", "still_closed"]
+
+_NO_RIGHT: Final = "42501"
 
 # Reads the catalogue only; takes no lock on the tables it is about.
 _FENCED: Final = """
@@ -33,26 +35,82 @@ ORDER BY n.nspname LIMIT 1
 """
 
 
-def refusal(context: Any) -> Exception | None:
-    """Return the error of a statement refused by a fence: SQLAlchemy's `handle_error` hook.
+class Owners(Protocol):
+    """What knows who owns what."""
 
-    Only statements about the schemas of logical shards count. Of one about many, which is fenced
-    has to be asked: `first_fenced`.
+    def distrust(self, physical: str, /) -> None:
+        """Have a physical shard asked what it owns before it is used again."""
+
+    def whereabouts(self, logical_shard: int, /) -> tuple[str, Hold | None]:
+        """Ask who owns a logical shard; return its owner, and why it cannot be used as ever."""
+
+
+def refuses(owners: Owners, endpoint: Endpoint) -> Callable[[Any], Exception | None]:
+    """Return SQLAlchemy's `handle_error` hook for the connections to a server.
+
+    Whatever says that a logical shard may be here no more has its server asked what it owns before
+    it is used again. Only statements about the schemas of logical shards become errors of
+    shardkit. Of one about many, which is fenced has to be asked: `first_fenced`.
+
+    Args:
+        owners: told of it, and asked.
+        endpoint: the server.
     """
-    if not isinstance(context.original_exception, psycopg.errors.InsufficientPrivilege):
-        return None
-    connection = context.connection
-    schemas = {} if connection is None else connection.get_execution_options().get(
-        "schema_translate_map") or {}  # fmt: skip
-    schema = schemas.get(None)
-    if schema is None:
-        return None
-    shard = None if schema == ANY_SCHEMA else int(schema.rpartition("_")[2])
-    reason = str(context.original_exception).strip().splitlines()[0]
+
+    def refusal(context: Any) -> Exception | None:
+        error = context.original_exception
+        code = getattr(error, "sqlstate", None)
+        if code not in MOVED:
+            return None
+        owners.distrust(endpoint.physical)
+        connection = context.connection
+        schemas = {} if connection is None else connection.get_execution_options().get(
+            "schema_translate_map") or {}  # fmt: skip
+        schema = schemas.get(None)
+        if schema is None or code == READ_ONLY:
+            return None
+        shard = None if schema == ANY_SCHEMA else int(schema.rpartition("_")[2])
+        reason = str(error).strip().splitlines()[0]
+        if shard is not None:
+            owner, hold = owners.whereabouts(shard)
+            if owner != endpoint.physical:
+                return moved(shard, owner)
+            if hold is not None:
+                return ShardFencedError(
+                    f"it is {hold}: {reason}", logical_shard=shard, endpoint=str(endpoint)
+                )
+        if code != _NO_RIGHT:
+            return None  # a table that does not exist
+        return ShardFencedError(
+            f"the application role may not use the tables: {reason}",
+            logical_shard=shard,
+            hint="the logical shard is being moved; if it is not, run shardkit migrate apply",
+        )
+
+    return refusal
+
+
+def moved(logical_shard: int, owner: str) -> ShardMovedError:
+    """Return the error of a logical shard that is used where it is no more."""
+    return ShardMovedError(
+        f"it has moved to physical shard {owner!r}",
+        logical_shard=logical_shard,
+        hint="begin the transaction again; cluster.run() does so by itself",
+    )
+
+
+def still_closed(logical_shard: int, shard_map: ShardMap) -> ShardFencedError:
+    """Return the error of a logical shard that stays closed for as long as anybody waits."""
+    if shard_map.held.get(logical_shard) is Hold.DISPUTED:
+        return ShardFencedError(
+            f"two physical shards say that they own it, at epoch {shard_map.epochs[logical_shard]}",
+            logical_shard=logical_shard,
+            hint="nothing is written to either before shardkit move has settled it",
+        )
     return ShardFencedError(
-        f"the application role may not use the tables: {reason}",
-        logical_shard=shard,
-        hint="the logical shard is being moved; if it is not, run shardkit migrate apply",
+        f"it is {shard_map.held.get(logical_shard, Hold.FENCED)}, and not open yet",
+        logical_shard=logical_shard,
+        hint="it is being moved; try again, or allow more time",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from shardkit.gates import Gate, Gated, Position
 from shardkit.replicas import ReplicaSet
 from shardkit.tokens import ASK_PRIMARIES, ONLY_PRIMARY, Mark, Need, Token, both, joined, parse
-from shardkit.topology import Endpoint, Role, Topology
+from shardkit.topology import Endpoint, Role, ShardMap, Topology
 
 __all__ = ["Freshness", "Knowledge", "driver_of"]
 
@@ -98,6 +98,18 @@ class Freshness:
             return ASK_PRIMARIES
         marks = [*self._marks, *(m for name in self._gates if (m := self._mark(name)))]
         return joined([self._token, *(Token((mark,)) for mark in marks)]).text
+
+    def is_ahead_of(self, shard_map: ShardMap) -> bool:
+        """Tell whether the token is of a time after a move that a shard map does not know of."""
+        if self._token is None:
+            return False
+        epochs = shard_map.epochs
+        return any(
+            mark.epoch > epochs[n]
+            for mark in self._token.marks
+            for n in mark.shards or ()
+            if n < len(epochs)
+        )
 
     @property
     def asks_primaries(self) -> bool:

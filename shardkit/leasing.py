@@ -6,22 +6,34 @@ what it returns. Source: docs/ids.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import psycopg
 from sqlalchemy.exc import DBAPIError
 
-from shardkit.directories import Servers
+from shardkit.directories import Servers as Group
 from shardkit.errors import (
     ClockMovedBackError,
     ConfigurationError,
     IdRequestError,
+    ShardFencedError,
     UnavailableError,
 )
+from shardkit.fences import Owners, moved
 from shardkit.ids import MAX_LEASE
 from shardkit.minting import CLOCK_BEHIND, NOT_ACTIVE, NOT_HERE
 
 __all__ = ["lease_ids"]
+
+
+class Servers(Group, Protocol):
+    """What a lease needs of the cluster."""
+
+    @property
+    def owners(self) -> Owners:
+        """Who owns what."""
+
 
 _LEASE = """
 SELECT logical_shard, first_state
@@ -58,12 +70,14 @@ def lease_ids(servers: Servers, counts: Mapping[int, int], total: int) -> dict[i
         try:
             rows = servers.ask(physical, _LEASE, parameters, primary=True)
         except DBAPIError as error:
-            raise _lease_error(error, physical) from error
+            raise _lease_error(servers, error, physical, shards) from error
         firsts.update((row[0], row[1]) for row in rows)
     return firsts
 
 
-def _lease_error(error: DBAPIError, physical: str) -> Exception:
+def _lease_error(
+    servers: Servers, error: DBAPIError, physical: str, shards: Sequence[int]
+) -> Exception:
     """Return the shardkit error for a lease that failed, or the driver's when there is none."""
     cause, where = error.orig, f"{physical}/primary"
     if not isinstance(cause, psycopg.Error):
@@ -71,11 +85,17 @@ def _lease_error(error: DBAPIError, physical: str) -> Exception:
     reason = str(cause).strip().partition("\n")[0]
     if cause.sqlstate == CLOCK_BEHIND:
         return ClockMovedBackError(reason, endpoint=where)
+    if cause.sqlstate in {NOT_HERE, NOT_ACTIVE}:
+        servers.owners.distrust(physical)
+        for shard in shards:
+            owner, _ = servers.owners.whereabouts(shard)
+            if owner != physical:
+                return moved(shard, owner)
     if cause.sqlstate == NOT_HERE:
         hint = "correct its place in shardkit.toml, or run shardkit migrate apply"
         return ConfigurationError(reason, endpoint=where, hint=hint)
     if cause.sqlstate == NOT_ACTIVE:
-        return UnavailableError(reason, endpoint=where, hint="a move is under way")
+        return ShardFencedError(reason, endpoint=where, hint="a move is under way; try again")
     if isinstance(cause, psycopg.errors.LockNotAvailable):
         hint = "an open transaction that called shardkit.next_id holds them; keep it short"
         return UnavailableError("ids are locked", endpoint=where, hint=hint)

@@ -11,10 +11,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Final
 
 from shardkit.topology import Hold, ShardMap
 
-__all__ = ["Answer", "Claimed", "State", "accepted", "claims_of", "merged"]
+__all__ = ["LIFT_AFTER", "Answer", "Claimed", "State", "accepted", "claims_of", "merged"]
+
+
+LIFT_AFTER: Final = 5.0
+"""Seconds, by the database's clock, after which anybody may lift a fence: a mover that died blocks
+writes for no longer."""
 
 
 class State(StrEnum):

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import threading
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import psycopg
 from psycopg import AsyncConnection
 
+from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.gates import lsn_of
 from shardkit.replicas import ReplicaSet, Sample
 from shardkit.topology import Endpoint, Topology
 
-__all__ = ["AsyncProbes", "Probes"]
+__all__ = ["AsyncProbes", "PausedError", "Probes", "answered"]
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ FROM pg_catalog.pg_is_in_recovery() AS r
 """
 
 
-class _PausedError(TimeoutError):
+class PausedError(TimeoutError):
     """This process did not run for a while, so no server is to blame for the silence."""
 
 
@@ -78,7 +77,7 @@ class _Prober:
                 await self._follow(endpoint, replicas)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 _LOG.debug("%s does not answer: %s", endpoint, type(error).__name__)
-                if not isinstance(error, _PausedError) and not replicas.is_down(endpoint):
+                if not isinstance(error, PausedError) and not replicas.is_down(endpoint):
                     replicas.failed(endpoint)
             await asyncio.sleep(self._interval * 5)  # nobody is to be flooded with logins
 
@@ -116,7 +115,7 @@ async def answered(seconds: float, clock: Clock) -> AsyncIterator[None]:
         clock: source of monotonic time.
 
     Raises:
-        _PausedError: it took twice as long to notice, so that this process was not running.
+        PausedError: it took twice as long to notice, so that this process was not running.
         TimeoutError: the server did not answer in time.
     """
     began = clock.monotonic()
@@ -125,7 +124,7 @@ async def answered(seconds: float, clock: Clock) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         if clock.monotonic() - began > 2 * seconds:
-            raise _PausedError from None
+            raise PausedError from None
         raise
 
 
@@ -144,89 +143,19 @@ def _sample(
     )
 
 
-class Probes:
+class Probes(Background):
     """The probes of a `Cluster`: one daemon thread. Thread-safe; a fork starts anew."""
 
     def __init__(self, topology: Topology, replica_sets: Mapping[str, ReplicaSet], *,
                  interval: float, timeout: float, clock: Clock = SYSTEM) -> None:  # fmt: skip
-        self._prober = _Prober(
-            topology, replica_sets, interval=interval, timeout=timeout, clock=clock
-        )
-        self._lock = threading.Lock()
-        self._process: int | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._is_closed = False
-
-    def start(self) -> None:
-        """Start asking, unless it has been started in this process."""
-        if self._process == os.getpid() or self._is_closed:
-            return
-        with self._lock:
-            if self._process == os.getpid():
-                return
-            self._process = os.getpid()
-            started = threading.Event()
-            self._thread = threading.Thread(
-                target=self._run, args=(started,), name="shardkit probes", daemon=True
-            )
-            self._thread.start()
-        started.wait()
-
-    def forget(self) -> None:
-        """Leave the parent's thread and sockets to the parent, in the child of a fork."""
-        self._lock = threading.Lock()
-        self._process = None
-
-    def close(self) -> None:
-        """Stop asking and wait for the end of it."""
-        with self._lock:
-            self._is_closed = True
-            if self._process != os.getpid() or self._loop is None or self._thread is None:
-                return
-            self._process = None
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._cancel)
-        self._thread.join()
-
-    def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def _run(self, started: threading.Event) -> None:
-        async def ask() -> None:
-            self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-            started.set()
-            await self._prober.run()
-
-        with suppress(asyncio.CancelledError):
-            asyncio.run(ask())
+        prober = _Prober(topology, replica_sets, interval=interval, timeout=timeout, clock=clock)
+        super().__init__(prober.run, "shardkit probes")
 
 
-class AsyncProbes:
+class AsyncProbes(AsyncBackground):
     """The probes of an `AsyncCluster`: one task of its event loop."""
 
     def __init__(self, topology: Topology, replica_sets: Mapping[str, ReplicaSet], *,
                  interval: float, timeout: float, clock: Clock = SYSTEM) -> None:  # fmt: skip
-        self._prober = _Prober(
-            topology, replica_sets, interval=interval, timeout=timeout, clock=clock
-        )
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Start asking, unless it has been started."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._prober.run())
-
-    def forget(self) -> None:
-        """Leave the parent's task to the parent, in the child of a fork."""
-        self._task = None
-
-    async def close(self) -> None:
-        """Stop asking and wait for the end of it."""
-        task, self._task = self._task, None
-        if task is not None and not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        prober = _Prober(topology, replica_sets, interval=interval, timeout=timeout, clock=clock)
+        super().__init__(prober.run)

@@ -6,12 +6,13 @@ comes the token of a commit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from shardkit import fences
 from shardkit.agreement import Agreement
 from shardkit.claims import Claims
 from shardkit.connections import AsyncConnections, Connections
@@ -20,6 +21,7 @@ from shardkit.freshness import driver_of
 from shardkit.gates import Position
 from shardkit.session import ReadSession
 from shardkit.tokens import Token, joined, mint
+from shardkit.topology import ShardMap
 
 __all__ = ["ReachingSession"]
 
@@ -35,7 +37,8 @@ class ReachingSession(ReadSession):
         self._written: set[str] = set()
         self._written_shards: set[int] = set()
         self._token = Token()
-        self._claims = Claims(self, connections, self._connection_to)
+        self._map: ShardMap | None = None
+        self._claims = Claims(self, connections.lookups, self._physical_of, self._connection_to)
         self._agreement = Agreement(connections, self._written_roots, self._number)
 
     @property
@@ -43,10 +46,66 @@ class ReachingSession(ReadSession):
         """After a commit, what a later reader must have seen; an empty string before."""
         return self._token.text if self._token.marks or not self._token.is_readable else ""
 
+    # -- who owns what
+
+    def _physical_of(self, logical_shard: int) -> str:
+        """Return the owner of a logical shard by the map that the transaction began with.
+
+        One transaction, one map: else it could write to two physical shards without knowing.
+        """
+        shard_map = self._map
+        if shard_map is None:
+            self._cluster.physical_of(logical_shard)
+            shard_map = self._map = super()._map_of((logical_shard,))
+        return shard_map.owner(logical_shard)
+
+    def _map_of(self, logical_shards: Sequence[int]) -> ShardMap:
+        if self._map is None:
+            self._map = super()._map_of(logical_shards)
+        return self._map
+
+    def _group(self, logical_shards: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        if self._map_of(logical_shards) is self._cluster.topology.shard_map:
+            return self._cluster.grouped(logical_shards)
+        groups: dict[str, list[int]] = {}
+        for shard in logical_shards:
+            groups.setdefault(self._physical_of(shard), []).append(shard)
+        return {physical: tuple(shards) for physical, shards in groups.items()}
+
+    def _admit(self, shards: set[int]) -> None:
+        """Wait until logical shards can be written to; the transaction then keeps to their owners.
+
+        Raises:
+            ShardFencedError: one is being moved, and the deadline is over, or this transaction
+                holds locks already, with which nobody waits (retryable).
+            ShardMovedError: one has moved since the transaction began (retryable).
+        """
+        cluster, begun = self._cluster, self._map
+        if begun is cluster.topology.shard_map and not begun.held:
+            return
+        closed = cluster.topology.shard_map.held.keys() & shards
+        if self._written and closed:
+            raise fences.still_closed(min(closed), cluster.topology.shard_map)
+        found = cluster.owners.opened(shards, writes=True)
+        if not self._roots or begun is None:
+            self._map = found
+            return
+        for shard in shards:
+            if found.owners[shard] != begun.owners[shard]:
+                raise fences.moved(shard, found.owners[shard])
+
+    # -- what is written
+
     def _note_written(
         self, shards: Iterable[int], described: Callable[[], dict[str, list[str]]] = dict
     ) -> None:
         noted = set(shards)
+        self._admit(noted)
+        self._note_reached(noted, described)
+
+    def _note_reached(
+        self, noted: set[int], described: Callable[[], dict[str, list[str]]] = dict
+    ) -> None:
         self._written = self._allowed(noted, described)
         self._written_shards |= noted
         for physical in self._written:
@@ -55,7 +114,7 @@ class ReachingSession(ReadSession):
 
     def _note_everywhere(self) -> None:
         """Note that every server is written to: a token is for every reader of it."""
-        self._note_written(range(self._cluster.router.total))
+        self._note_reached(set(range(self._cluster.router.total)))
         self._written |= set(self._cluster.physical)
 
     def _written_roots(self) -> dict[str, Connection]:
@@ -77,7 +136,7 @@ class ReachingSession(ReadSession):
         Raises:
             CrossShardWriteError: they are several, and the session is not atomic.
         """
-        together = {self._cluster.physical_of(shard) for shard in shards} | self._written
+        together = {self._physical_of(shard) for shard in shards} | self._written
         if len(together) > 1 and not self._atomic:
             names = described()
             what = "; ".join(
@@ -93,12 +152,10 @@ class ReachingSession(ReadSession):
 
     def _minted(self) -> Token:
         """Return the token of what was just committed."""
-        cluster = self._cluster
-        epochs = cluster.topology.shard_map.epochs
+        shards_seen = sorted(self._written_shards | self._claims.shards)
+        epochs = self._map_of(shards_seen).epochs
         tokens: list[Token] = []
-        for physical, shards in cluster.group(
-            sorted(self._written_shards | self._claims.shards)
-        ).items():
+        for physical, shards in self._group(shards_seen).items():
             found = self._position(physical)
             if found is None:
                 return Token(is_readable=False)

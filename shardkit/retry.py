@@ -20,9 +20,15 @@ from sqlalchemy.exc import DBAPIError
 
 from shardkit import deadlines
 from shardkit.clock import SYSTEM, Clock
-from shardkit.errors import DeadlineExceededError, GatherError, ShardkitError
+from shardkit.errors import (
+    DeadlineExceededError,
+    GatherError,
+    ShardFencedError,
+    ShardkitError,
+    ShardMovedError,
+)
 
-__all__ = ["Attempts", "RetryBudget", "is_transient"]
+__all__ = ["MOVED", "READ_ONLY", "Attempts", "RetryBudget", "is_moving", "is_transient"]
 
 WINDOW: Final = 10
 """Seconds over which a budget counts."""
@@ -37,10 +43,16 @@ ATTEMPTS: Final = 3
 """Attempts of one unit of work, the first included. With more, one call that cannot succeed would
 use the budget of many that could."""
 
+MOVES: Final = 10
+"""Attempts while logical shards move under it: each first waits until it can be used, so that they
+are few, and another move may begin meanwhile."""
+
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 1.0
 
-_MOVED: Final = frozenset({"42501", "42P01", "3F000", "25006"})
+READ_ONLY: Final = "25006"
+
+MOVED: Final = frozenset({"42501", "42P01", "3F000", READ_ONLY})
 """No privilege, no table, no schema, read only: how a server says that a logical shard has moved.
 
 Source: PostgreSQL manual, appendix A; docs/architecture.md, decision 7.
@@ -115,7 +127,14 @@ def is_transient(error: BaseException) -> bool:
     code = getattr(error.orig, "sqlstate", None)
     if code is None:
         return error.connection_invalidated
-    return code in _MOVED or code in _AGAIN or code.startswith("08")
+    return code in MOVED or code in _AGAIN or code.startswith("08")
+
+
+def is_moving(error: BaseException) -> bool:
+    """Tell whether a logical shard was not where it was looked for, or not open there."""
+    if isinstance(error, ShardFencedError | ShardMovedError):
+        return True
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in MOVED
 
 
 class Attempts:
@@ -174,7 +193,7 @@ class Attempts:
         assert error is not None, "asked after a failure"
         found = deadlines.current()
         return (
-            state.attempt_number >= self._limit
+            state.attempt_number >= (MOVES if is_moving(error) else self._limit)
             or (found is not None and found.left() <= state.upcoming_sleep)
             or not self._spend(error)
         )

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
 
 __all__ = [
+    "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",
@@ -98,6 +99,10 @@ STATEMENT_TIMEOUT = 30.0
 shorter than the minutes after which TCP finds that a peer is gone."""
 
 
+MAP_AGE = 5.0
+"""Seconds after which a process does not use a logical shard without having asked who owns it."""
+
+
 class LimitsConfig(Section):
     """`[limits]`: how far statements may go that do not say it themselves."""
 
@@ -108,6 +113,9 @@ class LimitsConfig(Section):
         STATEMENT_TIMEOUT
     )
     """Seconds a session waits for one answer of a server, where no deadline says less."""
+
+    map_age: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = MAP_AGE
+    """Seconds for which what a server said of the logical shards that it owns counts."""
 
     adaptive: bool = False
     """Whether the number of sessions at a time on one server follows how quickly it answers."""

@@ -242,7 +242,7 @@ class ReadSession(CachedSession):
             branch = plan.branch
         texts = (
             (physical, scatter.sql_of(branch, scatter.of(plan, some, max_rows)))
-            for physical, some in cluster.group(shards).items()
+            for physical, some in cluster.grouped(shards).items()
         )
         return Route(tuple(shards), cluster.router.total, self.role, tuple(texts))
 
@@ -421,7 +421,7 @@ class ReadSession(CachedSession):
             cluster.fingerprints.check(state.bind_mapper)
         gathering = self._gathering(state, plan, limits)
         started = cluster.clock.monotonic()
-        groups = cluster.group(shards)
+        groups = self._group(shards)
         failures = self._asked(state, gathering, groups)
         failures = self._asked_where_lost(state, gathering, groups, failures)
         refused = self._fresh.refused()
@@ -566,7 +566,7 @@ class ReadSession(CachedSession):
         cluster = self._cluster
         if len(shards) == 1:
             self._connection_to(shards[0])
-        physical = tuple(cluster.group(shards))
+        physical = tuple(self._group(shards))
         kinds = ("select", "insert", "update", "delete")
         mapper = state.bind_mapper
         cluster.listeners.emit(

@@ -25,7 +25,7 @@ from shardkit.errors import NoShardKeyError, OutcomeUnknownError, ShardkitError
 from shardkit.guards import EndpointGuard
 from shardkit.operations import KEEP, Operation, Record
 from shardkit.placing import sharding_of_mapper
-from shardkit.retry import Attempts, is_transient
+from shardkit.retry import Attempts, is_moving, is_transient
 from shardkit.strategies import EMBEDDED
 from shardkit.topology import Endpoint
 from shardkit.writer import WriteSession
@@ -169,7 +169,8 @@ def _attempts(name: Named | None, guards: Mapping[Endpoint, EndpointGuard]) -> A
 
     def spend(error: BaseException) -> bool:
         guard = by_name.get(getattr(error, "endpoint", None) or "")
-        # A deadlock is nobody's failure: what the attempts of one unit allow is enough.
-        return not isinstance(error, ShardkitError) or guard is None or guard.budget.spend()
+        # A deadlock or a move is nobody's failure: what the attempts of one unit allow is enough.
+        is_nobodys = is_moving(error) or not isinstance(error, ShardkitError)
+        return is_nobodys or guard is None or guard.budget.spend()
 
     return Attempts(is_retryable, spend)

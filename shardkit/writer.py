@@ -222,7 +222,7 @@ class WriteSession(ModifyingSession):
                     obj
                 ).mapper.primary_key_from_instance(obj)
                 name = f"{type(obj).__name__} {', '.join(map(str, identity))}"
-                described.setdefault(self._cluster.physical_of(shard), []).append(name)
+                described.setdefault(self._physical_of(shard), []).append(name)
         return described
 
     def _stored_shard(self, obj: Any) -> int | None:
@@ -303,6 +303,7 @@ class WriteSession(ModifyingSession):
 
     def _ended(self) -> None:
         """Forget the connections of a finished transaction; SQLAlchemy has returned them."""
+        self._map = None
         self._written.clear()
         self._written_shards.clear()
         self._streams.abandon()

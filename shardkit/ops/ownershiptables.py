@@ -14,11 +14,9 @@ from typing import Final
 
 from psycopg import sql
 
-__all__ = ["LIFT_AFTER", "TIMELINE", "ownership_statements"]
+from shardkit.ownership import LIFT_AFTER
 
-LIFT_AFTER: Final = 5.0
-"""Seconds, by the database's clock, after which anybody may lift a fence: a mover that died blocks
-writes for no longer."""
+__all__ = ["TIMELINE", "ownership_statements"]
 
 TIMELINE: Final = (
     "('x' || pg_catalog.substr(pg_catalog.pg_walfile_name("

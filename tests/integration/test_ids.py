@@ -15,12 +15,11 @@ import pytest
 from sqlalchemy.util import greenlet_spawn
 
 import shardkit
-from shardkit import AsyncCluster, Cluster, ids
+from shardkit import AsyncCluster, Cluster, deadline, ids
 from shardkit.cli import main
 from shardkit.clock import SYSTEM
 from shardkit.errors import (
     ClockMovedBackError,
-    ConfigurationError,
     EndpointUnavailableError,
     IdRequestError,
     UnavailableError,
@@ -181,7 +180,7 @@ def test_a_logical_shard_that_does_not_exist_is_refused(cluster: Cluster, shard:
 def test_a_server_that_does_not_hold_the_shard_says_so(ready: Site) -> None:
     swapped = ShardMap(tuple(reversed(ready.topology.shard_map.owners)), (1,) * 8)
     wrong = Topology(ready.topology.name, ready.topology.physical, swapped)
-    with Cluster(wrong) as cluster, pytest.raises(ConfigurationError, match="does not exist"):
+    with Cluster(wrong) as cluster:  # its map is what the servers say
         cluster.connections.ids.mint({SHARD: 1})
     with ready.app("alpha") as app:
         for shard in (7, 9999, -1, None):
@@ -199,7 +198,7 @@ def test_a_lease_of_a_wrong_length_is_refused_by_the_server(ready: Site, n: int 
 def test_a_shard_that_is_not_active_gives_no_ids(ready: Site, cluster: Cluster) -> None:
     with ready.admin("alpha") as admin:
         admin.execute("UPDATE shardkit.ownership SET state = 'fenced' WHERE logical_shard = 2")
-        with pytest.raises(UnavailableError, match="fenced") as caught:
+        with deadline(0.5), pytest.raises(UnavailableError, match="fenced") as caught:
             cluster.connections.ids.mint({SHARD: 1})
         assert caught.value.retryable
 
@@ -215,7 +214,7 @@ async def test_under_asyncio_a_lease_fails_with_the_same_errors(ready: Site) -> 
             await greenlet_spawn(mint, {SHARD: 100})
         with ready.admin("alpha") as admin:
             admin.execute("UPDATE shardkit.ownership SET state = 'fenced' WHERE logical_shard = 1")
-        with pytest.raises(UnavailableError, match="fenced"):
+        with deadline(0.5), pytest.raises(UnavailableError, match="fenced"):
             await greenlet_spawn(mint, {1: 1})
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shardkit.probes import _PausedError, answered
+from shardkit.probes import PausedError, answered
 from shardkit.testing import FakeClock
 
 
@@ -19,9 +19,9 @@ async def _wait_in_vain(clock: FakeClock, seconds: float) -> None:
 def test_a_server_that_does_not_answer_is_to_blame() -> None:
     with pytest.raises(TimeoutError) as caught:
         asyncio.run(_wait_in_vain(FakeClock(), 0.001))
-    assert not isinstance(caught.value, _PausedError)
+    assert not isinstance(caught.value, PausedError)
 
 
 def test_after_a_pause_of_this_process_no_server_is_to_blame() -> None:
-    with pytest.raises(_PausedError):
+    with pytest.raises(PausedError):
         asyncio.run(_wait_in_vain(FakeClock(), 10.0))

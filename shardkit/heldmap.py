@@ -1,0 +1,159 @@
+"""The shard map as this process holds it: what the servers said, when, and whether that will do.
+
+What a primary said counts for `max_age` seconds on the monotonic clock, from when it was asked;
+whoever uses one of its logical shards later has it asked first. Only a logical shard's owner can
+give it away, so it is the owner's answer that has to be young. A server that is silent keeps what
+it owns: silence changes no owner. Opens no connection: `shardkit.mapwatch` asks.
+Thread-safe. Source: docs/moves.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from shardkit.clock import SYSTEM, Clock
+from shardkit.forks import ForkSafeLock
+from shardkit.ownership import Answer, accepted, merged
+from shardkit.topology import ShardMap
+
+__all__ = ["HeldMap"]
+
+_SOON: Final = 1.0
+"""Seconds after which a server that did not answer is asked again before it is used."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What is known of asking one server.
+
+    Attributes:
+        wanted: number of the last question that somebody waits for.
+        answered: number of the last question that was answered, or given up.
+        trusted_from: number of the first question whose answer is believed for its full time.
+    """
+
+    wanted: int = 0
+    answered: int = 0
+    trusted_from: int = 0
+
+
+class HeldMap:
+    """The shard map of one cluster.
+
+    Args:
+        first: the first placement.
+        physical: names of all physical shards.
+        max_age: seconds for which an answer counts.
+        on_change: told the new map, with the lock held; not to wait for anything.
+        clock: source of monotonic time.
+
+    Attributes:
+        map: the map now.
+        expires: monotonic time until which what a physical shard said counts, by name.
+    """
+
+    def __init__(
+        self,
+        first: ShardMap,
+        physical: Collection[str],
+        *,
+        max_age: float,
+        on_change: Callable[[ShardMap], None] = lambda _map: None,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self.map = first
+        self.max_age = max_age
+        self.expires = dict.fromkeys(physical, -math.inf)
+        self._first = first
+        self._physical = frozenset(physical)
+        self._answers: dict[str, Answer] = {}
+        self._asked = {name: _Asked() for name in physical}
+        self._waiting: list[tuple[Mapping[str, int], Callable[[], None]]] = []
+        self._on_change = on_change
+        self._clock = clock
+        self._guard = ForkSafeLock(self._forget)
+
+    def is_current(self, physical: str) -> bool:
+        """Tell whether what a physical shard said still counts."""
+        return self._clock.monotonic() < self.expires[physical]
+
+    def distrust(self, physical: str) -> None:
+        """Have a physical shard asked before it is used again: it may have lost something."""
+        with self._guard.lock:
+            asked = self._asked[physical]
+            asked.wanted += 1
+            asked.trusted_from = asked.wanted
+            self.expires[physical] = -math.inf
+
+    # -- who waits
+
+    def wanted(self, physical: Collection[str]) -> dict[str, int]:
+        """Note that somebody waits for fresh answers; return which, for `when_answered`."""
+        with self._guard.lock:
+            for name in physical:
+                self._asked[name].wanted += 1
+            return {name: self._asked[name].wanted for name in physical}
+
+    def when_answered(self, wanted: Mapping[str, int], tell: Callable[[], None]) -> None:
+        """Call a function as soon as questions have been answered, or given up; perhaps now."""
+        with self._guard.lock:
+            if not self._is_answered(wanted):
+                self._waiting.append((wanted, tell))
+                return
+        tell()
+
+    def forget(self, tell: Callable[[], None]) -> None:
+        """Call a function of `when_answered` no more."""
+        with self._guard.lock:
+            self._waiting = [pair for pair in self._waiting if pair[1] is not tell]
+
+    # -- who asks
+
+    def asking(self, physical: str) -> int:
+        """Return the number of the question that is about to be asked."""
+        return self._asked[physical].wanted
+
+    def told(self, physical: str, question: int, at: float, answer: Answer) -> None:
+        """Take what a primary has said.
+
+        Args:
+            physical: name of the physical shard.
+            question: from `asking`.
+            at: monotonic time at which it was asked.
+            answer: what it said.
+        """
+        with self._guard.lock:
+            believed = accepted(self._answers.get(physical), answer)
+            if believed is not None and believed != self._answers.get(physical):
+                self._answers[physical] = believed
+                found = merged(self._first, self._answers, self.map, self._physical)
+                if found != self.map:
+                    self._on_change(found)
+                    self.map = found
+            self._heard(physical, question, at + self.max_age)
+
+    def silent(self, physical: str, question: int) -> None:
+        """Note that a primary did not answer: what it said last goes on counting."""
+        with self._guard.lock:
+            self._heard(physical, question, self._clock.monotonic() + _SOON)
+
+    def _heard(self, physical: str, question: int, until: float) -> None:
+        asked = self._asked[physical]
+        if question >= asked.trusted_from:
+            self.expires[physical] = max(self.expires[physical], until)
+        asked.answered = max(asked.answered, question)
+        ready = [pair for pair in self._waiting if self._is_answered(pair[0])]
+        for pair in ready:
+            self._waiting.remove(pair)
+            pair[1]()
+
+    def _is_answered(self, wanted: Mapping[str, int]) -> bool:
+        return all(self._asked[name].answered >= number for name, number in wanted.items())
+
+    def _forget(self) -> None:
+        """Run in a forked child: who asks is in the parent."""
+        self._waiting = []
+        self.expires = dict.fromkeys(self.expires, -math.inf)

@@ -1,0 +1,199 @@
+"""Asks every primary who owns what, now and then and whenever somebody must know.
+
+Runs beside the sessions, like `shardkit.probes`: one small connection for each physical shard,
+from the first use of the cluster on. Only what a primary says of itself is taken, if it is the
+physical shard that the configuration says. It also lifts fences whose mover has gone silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any, Final
+
+import psycopg
+from psycopg import AsyncConnection
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+from shardkit import deadlines
+from shardkit.background import AsyncBackground, Background
+from shardkit.clock import SYSTEM, Clock
+from shardkit.heldmap import HeldMap
+from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
+from shardkit.probes import answered
+from shardkit.topology import Topology
+
+__all__ = ["PATIENCE", "AsyncMapWatch", "MapWatch"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+PATIENCE: Final = 1.0
+"""Seconds that a primary has to say what it owns, and that whoever must know waits for that."""
+
+_AGAIN: Final = 0.5
+"""Seconds after which a primary that did not answer is asked again by itself."""
+
+# AccessShareLock on small tables. Columns that an older version lacks are read as JSON.
+_ASK: Final = f"""
+SELECT i.cluster, i.physical, s.system_identifier, to_jsonb(i) ->> 'timeline',
+    CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN ('x' || pg_catalog.substr(
+        pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::bigint
+    END,
+    (SELECT pg_catalog.string_agg(pg_catalog.concat_ws(
+        ' ', o.logical_shard, o.epoch, o.state, o.moved_to), ',' ORDER BY o.logical_shard)
+        FROM shardkit.ownership AS o),
+    ARRAY(SELECT o.logical_shard FROM shardkit.ownership AS o WHERE o.state = 'fenced'
+        AND (to_jsonb(o) ->> 'fenced_at')::timestamptz
+            < pg_catalog.clock_timestamp() - interval '{LIFT_AFTER} s')
+FROM shardkit.identity AS i, pg_catalog.pg_control_system() AS s
+"""
+
+_LIFT: Final = "SELECT shardkit.lift_expired_fence(%s)"
+
+
+class _NotBelievedError(Exception):
+    """A server answered that is not the primary that was asked for."""
+
+
+class _Watcher:
+    """Asks the primaries of a cluster until it is cancelled."""
+
+    def __init__(self, topology: Topology, held: HeldMap, clock: Clock) -> None:
+        self._topology = topology
+        self._held = held
+        self._clock = clock
+        self._interval = held.max_age / 2
+        self._calls: dict[str, asyncio.Event] = {}
+        self._texts: dict[str, tuple[str, dict[int, Claimed]]] = {}
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        self._calls = {name: asyncio.Event() for name in self._topology.physical}
+        async with asyncio.TaskGroup() as group:
+            for name in self._topology.physical:
+                group.create_task(self._watch(name))
+
+    def hurry(self, physical: Collection[str]) -> None:
+        """Ask some of them now; in the loop that runs this."""
+        for name in physical:
+            if name in self._calls:
+                self._calls[name].set()
+
+    async def _watch(self, name: str) -> None:
+        while True:
+            try:
+                await self._follow(name)
+            except (psycopg.Error, OSError, TimeoutError, ValueError, _NotBelievedError) as error:
+                _LOG.debug("%s does not say what it owns: %s", name, error)
+            self._held.silent(name, self._held.asking(name))
+            await self._called(name, _AGAIN)
+
+    async def _follow(self, name: str) -> None:
+        url = self._topology.physical[name].primary.url.set(drivername="postgresql")
+        connection: AsyncConnection[Any] | None = None
+        try:
+            async with answered(PATIENCE, self._clock):
+                connection = await AsyncConnection.connect(
+                    url.render_as_string(hide_password=False),
+                    autocommit=True,
+                    application_name="shardkit map",
+                    prepare_threshold=None,
+                )
+            while True:
+                question, at = self._held.asking(name), self._clock.monotonic()
+                async with answered(PATIENCE, self._clock):
+                    row: Any = await (await connection.execute(_ASK)).fetchone()
+                answer, expired = self._answer(name, row)
+                self._held.told(name, question, at, answer)
+                for number in expired:
+                    async with answered(PATIENCE, self._clock):
+                        lifted: Any = await (await connection.execute(_LIFT, (number,))).fetchone()
+                    if lifted[0]:
+                        _LOG.warning("lifted the fence of logical shard %d on %s", number, name)
+                        self._calls[name].set()
+                await self._called(name, self._interval)
+        finally:
+            if connection is not None:
+                connection.pgconn.finish()  # at once: nothing is under way that matters
+
+    def _answer(self, name: str, row: Any) -> tuple[Answer, list[int]]:
+        if row is None or tuple(row[:2]) != (self._topology.name, name) or row[4] is None:
+            raise _NotBelievedError("it is another server, or no primary")
+        _, _, system, registered, timeline, text, expired = row
+        if name not in self._texts or self._texts[name][0] != text:
+            self._texts[name] = (text, claims_of(text or ""))
+        rows = self._texts[name][1]
+        number = None if registered is None else int(registered)
+        return Answer(system, timeline, rows, number), expired
+
+    async def _called(self, name: str, seconds: float) -> None:
+        """Wait until somebody must know, or for a while."""
+        call = self._calls[name]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await call.wait()
+        call.clear()
+
+
+class MapWatch(Background):
+    """What asks for a `Cluster`: one daemon thread. Thread-safe; a fork starts anew."""
+
+    def __init__(self, topology: Topology, held: HeldMap, *, clock: Clock = SYSTEM) -> None:
+        self._watcher = _Watcher(topology, held, clock)
+        self._held = held
+        super().__init__(self._watcher.run, "shardkit map")
+
+    def refresh(self, physical: Collection[str]) -> None:
+        """Have physical shards asked, and wait until they have answered or do not."""
+        wanted = self._held.wanted(physical)
+        done = threading.Event()
+        tell = done.set
+        self._held.when_answered(wanted, tell)
+        self.start()
+        self.call(lambda: self._watcher.hurry(physical))
+        if not done.wait(deadlines.left(PATIENCE)):
+            self._held.forget(tell)
+            for name, question in wanted.items():
+                self._held.silent(name, question)
+
+    def hurry(self, physical: Collection[str]) -> None:
+        """Have physical shards asked soon, if this one asks at all."""
+        self.call(lambda: self._watcher.hurry(physical))
+
+
+class AsyncMapWatch(AsyncBackground):
+    """What asks for an `AsyncCluster`: one task of its event loop."""
+
+    def __init__(self, topology: Topology, held: HeldMap, *, clock: Clock = SYSTEM) -> None:
+        self._watcher = _Watcher(topology, held, clock)
+        self._held = held
+        super().__init__(self._watcher.run)
+
+    def refresh(self, physical: Collection[str]) -> None:
+        """Have physical shards asked, and wait for that; in SQLAlchemy's greenlet."""
+        if not in_greenlet():  # `session.route` is not awaited, and runs nothing
+            return
+        await_only(self._refresh(physical))
+
+    async def _refresh(self, physical: Collection[str]) -> None:
+        wanted = self._held.wanted(physical)
+        done = asyncio.Event()
+        tell = done.set
+        self._held.when_answered(wanted, tell)
+        self.start()
+        self.hurry(physical)
+        try:
+            async with asyncio.timeout(deadlines.left(PATIENCE)):
+                await done.wait()
+        except TimeoutError:
+            self._held.forget(tell)
+            for name, question in wanted.items():
+                self._held.silent(name, question)
+
+    def hurry(self, physical: Collection[str]) -> None:
+        """Have physical shards asked soon, if this one asks at all."""
+        self._watcher.hurry(physical)
