@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 from sqlalchemy import Connection, Delete, Insert, Update, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,6 +38,12 @@ Connect = Callable[[int], Connection]
 """Returns the session's connection to a logical shard."""
 
 
+class Servers(Protocol):
+    """What claims need of the cluster."""
+
+    lookups: Lookups
+
+
 _LOG: Final = logging.getLogger("shardkit.lookup")
 
 # RowShareLock, and locks rows in the order of their ids: nobody else changes what they hold while
@@ -53,7 +59,7 @@ class Claims(Participant):
 
     Args:
         session: whose transaction it is.
-        lookups: the lookup rows of the cluster.
+        servers: the cluster.
         physical_of: returns the physical shard that the session uses for a logical shard.
         connect: returns the session's connection to a logical shard.
     """
@@ -61,12 +67,12 @@ class Claims(Participant):
     def __init__(
         self,
         session: Session,
-        lookups: Lookups,
+        servers: Servers,
         physical_of: Callable[[int], str],
         connect: Connect,
     ) -> None:
         self._session = session
-        self._lookups = lookups
+        self._servers = servers
         self._physical_of = physical_of
         self._connect = connect
         self._flushing: dict[int, Mapping[Lookup, Value | None]] = {}
@@ -84,7 +90,7 @@ class Claims(Participant):
     @property
     def shards(self) -> set[int]:
         """The logical shards whose lookup rows a later reader must have seen."""
-        total = self._lookups.total
+        total = self._servers.lookups.total
         return {value.home(total) for value in self._taken}
 
     @property
@@ -254,7 +260,7 @@ class Claims(Participant):
         for value, row_id in wanted.items():
             self._taken.setdefault(value, set()).add(row_id)
         tickets = frozenset(self._tickets)
-        self._lookups.run(
+        self._servers.lookups.run(
             [
                 Task(
                     value,
@@ -338,6 +344,6 @@ class Claims(Participant):
             for value, row_ids in concerned.items()
         ]
         try:
-            self._lookups.run(tasks)
+            self._servers.lookups.run(tasks)
         except (ShardkitError, SQLAlchemyError) as error:
             _LOG.warning("%d lookup rows are left to whoever comes next: %s", len(tasks), error)

@@ -43,7 +43,8 @@ A file looks like this (written by `shardkit local up`, or by hand):
 
     [[physical]]
     name = "alpha"
-    logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
+    logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"; "" for none.
+                                             # The first placement: the servers know where they are
     primary = "postgresql://shardkit_app:…@127.0.0.1:5501/shardkit"
     replicas = [
         "postgresql://shardkit_app:…@127.0.0.1:5502/shardkit",

@@ -13,7 +13,7 @@ import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -170,8 +170,9 @@ class _Core:
             timeout=1.0,
             clock=clock,
         )
+        self._policy = placement
         self.placement = bound(placement, topology, self._loads, clock=clock)
-        self.directories = Directories(self, self.placement, clock=clock)
+        self.directories = Directories(self, self._place, clock=clock)
         self.lookups = Lookups(self, topology.n_logical_shards)
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self.fingerprints = Fingerprints()
@@ -260,6 +261,8 @@ class _Core:
         """Take a new shard map; called from where it is asked for, and waits for nothing."""
         topology = Topology(self.topology.name, self.topology.physical, shard_map)
         owned = {name: shard_map.owned_by(name) for name in topology.physical}
+        with suppress(ConfigurationError):  # it names a place that has no logical shard any more
+            self.placement = bound(self._policy, topology, self._loads, clock=self.clock)
         self.knowledge = Knowledge.of(topology, self.replica_sets, self._reading_patience)
         self._everything = {name: shards for name, shards in owned.items() if shards}
         self.topology = topology
@@ -435,6 +438,10 @@ class _Core:
 
     def awaited(self, what: str) -> None:
         """Refuse to go on where a server cannot be asked; under asyncio, in `route`."""
+
+    def _place(self, n_logical_shards: int) -> int:
+        """Choose a logical shard by the placement of the moment."""
+        return self.placement(n_logical_shards)
 
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))

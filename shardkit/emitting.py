@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import instance_state
 
-from shardkit.errors import EventTooLargeError, InvalidEventError, UnavailableError
+from shardkit.errors import EventTooLargeError, InvalidEventError, ShardFencedError
 from shardkit.topology import schema_name
 
 __all__ = [
@@ -256,14 +256,14 @@ def send(
         connection.exec_driver_sql(statement, parameters)
 
 
-def refusal(error: DBAPIError) -> UnavailableError | None:
+def refusal(error: DBAPIError) -> ShardFencedError | None:
     """Return the error of an outbox that takes no events now, or None when it is another one."""
     if not isinstance(error.orig, psycopg.errors.NotNullViolation):
         return None
     if error.orig.diag.table_name != "shardkit_outbox":
         return None
     schema = error.orig.diag.schema_name or ""
-    found = UnavailableError("its logical shard takes no events now", hint="it is being moved")
+    found = ShardFencedError("it takes no events now", hint="it is being moved; try again")
     found.logical_shard = int(schema.removeprefix("shard_"))
     return found
 

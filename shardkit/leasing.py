@@ -88,9 +88,11 @@ def _lease_error(
     if cause.sqlstate in {NOT_HERE, NOT_ACTIVE}:
         servers.owners.distrust(physical)
         for shard in shards:
-            owner, _ = servers.owners.whereabouts(shard)
+            owner, hold = servers.owners.whereabouts(shard)
             if owner != physical:
                 return moved(shard, owner)
+            if hold is not None:
+                return ShardFencedError(f"it is {hold}: {reason}", logical_shard=shard)
     if cause.sqlstate == NOT_HERE:
         hint = "correct its place in shardkit.toml, or run shardkit migrate apply"
         return ConfigurationError(reason, endpoint=where, hint=hint)

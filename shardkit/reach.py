@@ -38,7 +38,7 @@ class ReachingSession(ReadSession):
         self._written_shards: set[int] = set()
         self._token = Token()
         self._map: ShardMap | None = None
-        self._claims = Claims(self, connections.lookups, self._physical_of, self._connection_to)
+        self._claims = Claims(self, connections, self._physical_of, self._connection_to)
         self._agreement = Agreement(connections, self._written_roots, self._number)
 
     @property

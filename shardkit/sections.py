@@ -228,7 +228,9 @@ class PhysicalConfig(Section):
     """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
 
     name: Name
-    logical_shards: str
+    logical_shards: str = ""
+    """Ranges and numbers; none for a server that logical shards are to be moved to."""
+
     primary: SecretStr
     replicas: tuple[SecretStr | ReplicaConfig, ...] = Field(default=(), strict=False)
     admin: SecretStr | None = None
@@ -261,7 +263,7 @@ class PhysicalConfig(Section):
     @property
     def shard_numbers(self) -> tuple[int, ...]:
         """The logical shards of the ranges, in the order written."""
-        return tuple(parse_ranges(self.logical_shards))
+        return tuple(parse_ranges(self.logical_shards)) if self.logical_shards.strip() else ()
 
     @property
     def pooler_in_front(self) -> Pooler | None:

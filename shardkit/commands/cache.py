@@ -93,6 +93,7 @@ def audit_command(
     shows something older than what had been committed.
     """
     from shardkit.ops import cache as ops
+    from shardkit.ops.placed import as_placed
 
     file = config or default_file()
     settings, topology = load(file)
@@ -105,7 +106,7 @@ def audit_command(
     if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
     plans, delays = ops.plans_in(location), after or ops.DELAYS
-    report = ops.audit(topology, settings.found_cache, plans, rows=rows, delays=delays)
+    report = ops.audit(as_placed(topology), settings.found_cache, plans, rows=rows, delays=delays)
     if metrics is not None:
         ops.write_metrics(report, metrics)
     if as_json:

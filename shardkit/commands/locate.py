@@ -13,6 +13,7 @@ from shardkit.commands.options import ConfigOption, JsonOption
 from shardkit.config import default_file, load
 from shardkit.keys import KeyType
 from shardkit.ops import locate as ops
+from shardkit.ops.placed import as_placed
 
 __all__ = ["locate"]
 
@@ -39,7 +40,7 @@ def locate(
         raise typer.BadParameter("give an ID or --key VALUE, one of them")
     if id is not None and (table is not None or key_type is not None):
         raise typer.BadParameter("--table and --type go with --key; an id says by itself")
-    _, topology = load(config or default_file())
+    topology = as_placed(load(config or default_file())[1])
     if id is not None:
         found = ops.locate_id(topology, id)
     else:

@@ -154,7 +154,7 @@ def run(
         UnavailableError: a server does not answer; what was done stays done (retryable).
     """
     scan = _Scan(cluster, lookup, kind, limits, clock)
-    owned = cluster.topology.shard_map.owned_by
+    owned = cluster.connections.owners.ask().owned_by
     groups = [
         [shard for shard in owned(name) if shard >= limits.from_shard]
         for name in cluster.topology.physical
@@ -169,7 +169,8 @@ def run(
             on_shard(shard)
         return report
 
-    with ThreadPoolExecutor(len(groups)) as pool:
+    groups = [group for group in groups if group]
+    with ThreadPoolExecutor(len(groups) or 1) as pool:
         return _together(lookup.name, list(pool.map(work, groups)))
 
 

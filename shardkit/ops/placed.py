@@ -1,0 +1,54 @@
+"""The topology with the shard map of the moment, for commands: asked of every primary at once.
+
+Commands look where the ownership rows say, as clusters do (`shardkit.mapwatch`); what a silent
+server owns is taken from the others, or from the first placement.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import psycopg
+
+from shardkit.errors import EndpointUnavailableError
+from shardkit.ops.direct import connect
+from shardkit.ownership import Answer, claims_of, merged
+from shardkit.topology import PhysicalShard, Topology
+
+__all__ = ["as_placed"]
+
+# AccessShareLock on a small table.
+_ROWS = """
+SELECT pg_catalog.string_agg(pg_catalog.concat_ws(' ', logical_shard, epoch, state, moved_to), ',')
+FROM shardkit.ownership
+"""
+
+
+def as_placed(topology: Topology) -> Topology:
+    """Return the topology with the shard map that the ownership rows make now.
+
+    Args:
+        topology: as the configuration says; its admin logins are used.
+    """
+    shards = [*topology.physical.values()]
+    with ThreadPoolExecutor(len(shards)) as pool:
+        found = [*pool.map(_answer, shards)]
+    answers = {
+        shard.name: answer
+        for shard, answer in zip(shards, found, strict=True)
+        if answer is not None
+    }
+    first = topology.shard_map
+    shard_map = merged(first, answers, first, topology.physical)
+    return Topology(topology.name, topology.physical, shard_map)
+
+
+def _answer(shard: PhysicalShard) -> Answer | None:
+    with (
+        suppress(EndpointUnavailableError, psycopg.Error),
+        connect(shard, application="shardkit map") as connection,
+    ):
+        row = connection.execute(_ROWS).fetchone()
+        return Answer(0, 0, claims_of(row[0] or "" if row else ""))
+    return None
