@@ -26,6 +26,7 @@ from shardkit.errors import (
     NoShardKeyError,
     OverloadedError,
     PoolTimeoutError,
+    ShardFencedError,
     ShardMovedError,
     UnavailableError,
 )
@@ -125,6 +126,20 @@ class BoundSession(Session):
         """Return logical shards that are about to be used by physical shard."""
         self._map_of(logical_shards)
         return self._cluster.grouped(logical_shards)
+
+    def _has_moved(
+        self,
+        failures: Mapping[str, Exception],
+        groups: Mapping[str, Sequence[int]],
+        shards: Sequence[int],
+    ) -> bool:
+        """Tell whether logical shards were asked for where they are no more, and may be again."""
+        fenced = [name for name, e in failures.items() if isinstance(e, ShardFencedError)]
+        if not fenced or not self._can_retry():
+            return False
+        for name in fenced:
+            self._cluster.owners.distrust(name)
+        return self._group(shards) != groups
 
     # -- connections
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from shardkit.cacheable import identity_of
+from shardkit.emitting import EPOCH_SHIFT
 from shardkit.errors import UnavailableError
 from shardkit.sections import CacheConfig
 
@@ -62,8 +63,12 @@ class CacheRepairs:
         wanted: dict[str, int] = {}
         for event in events:
             table, tags = event.payload["table"], event.payload["tags"]
+            # Its id is its place, negated, which begins with the epoch it was written at: an entry
+            # of a later one was made of rows that have the change already.
+            epoch = (-event.id >> EPOCH_SHIFT) or None if event.id < 0 else None
             for values, version in event.payload["rows"]:
-                key = names.key_of(table, event.logical_shard, identity_of(tags, values))
+                identity = identity_of(tags, values)
+                key = names.key_of(table, event.logical_shard, identity, epoch=epoch)
                 wanted[key] = max(version, wanted.get(key, 0))
         keys = list(wanted)
         places = (Place.HOME, Place.GUTTER) if servers.has_gutter else (Place.HOME,)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Collection
 from contextlib import suppress
@@ -139,6 +140,11 @@ class _Watcher:
         call.clear()
 
 
+def _patience() -> float:
+    """Return how long to wait for an answer: at most half of what is left for all of it."""
+    return min(PATIENCE, deadlines.left(math.inf) / 2)
+
+
 class MapWatch(Background):
     """What asks for a `Cluster`: one daemon thread. Thread-safe; a fork starts anew."""
 
@@ -155,7 +161,7 @@ class MapWatch(Background):
         self._held.when_answered(wanted, tell)
         self.start()
         self.call(lambda: self._watcher.hurry(physical))
-        if not done.wait(deadlines.left(PATIENCE)):
+        if not done.wait(_patience()):
             self._held.forget(tell)
             for name, question in wanted.items():
                 self._held.silent(name, question)
@@ -187,7 +193,7 @@ class AsyncMapWatch(AsyncBackground):
         self.start()
         self.hurry(physical)
         try:
-            async with asyncio.timeout(deadlines.left(PATIENCE)):
+            async with asyncio.timeout(_patience()):
                 await done.wait()
         except TimeoutError:
             self._held.forget(tell)

@@ -83,9 +83,12 @@ class Rows:
         """
         return self.key_of(plan.table.name, logical_shard, identity)
 
-    def key_of(self, table: str, logical_shard: int, identity: Sequence[Any]) -> str:
-        """Return the name of the entry of a row of a table."""
-        epoch = self._source.topology.shard_map.epochs[logical_shard]
+    def key_of(
+        self, table: str, logical_shard: int, identity: Sequence[Any], *, epoch: int | None = None
+    ) -> str:
+        """Return the name of the entry of a row of a table; None for the epoch of this moment."""
+        if epoch is None:
+            epoch = self._source.topology.shard_map.epochs[logical_shard]
         return cache_key(self._generation, epoch, logical_shard, table, identity)
 
     @cached_property

@@ -431,6 +431,9 @@ class ReadSession(CachedSession):
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
+        if self._has_moved(failures, groups, shards):
+            gathering.close()
+            return self._gather(state, shards, key)
         self._name_fenced(failures, plan.branch, groups)
         if cluster.listeners and len(shards) > 1:
             line = caller()

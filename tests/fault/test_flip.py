@@ -331,6 +331,23 @@ def test_a_session_is_told_where_a_shard_went_and_the_next_one_goes_there(pair: 
         mover.close()
 
 
+def test_a_reader_follows_by_itself_whatever_it_asks(pair: Pair) -> None:
+    with Cluster(pair.topology, pool=POOL, map_age=60.0) as cluster:
+        owner = new_user(cluster, 3)
+        users = select(User.id).options(all_shards())
+        streamed = users.execution_options(yield_per=2)
+        with cluster.reader() as session:
+            before = sorted(session.scalars(users))
+            for ask in (
+                lambda: session.get(User, owner, populate_existing=True) is not None,
+                lambda: sorted(session.scalars(users)) == before,
+                lambda: sorted(session.scalars(streamed)) == before,
+                lambda: len(session.scalars(select(User).where(User.id.in_([owner]))).all()) == 1,
+            ):
+                pair.mover(3).run()
+                assert ask()
+
+
 def test_unique_names_stay_unique_across_a_flip(pair: Pair) -> None:
     names = itertools.count()
     taken: list[str] = []
