@@ -36,6 +36,11 @@ class Background:
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has ended for good."""
+        return self._is_closed
+
     def start(self) -> None:
         """Start, unless it has been started in this process."""
         if self._process == os.getpid() or self._is_closed:

@@ -111,7 +111,7 @@ class BoundSession(Session):
         """Return the owner of a logical shard that is about to be used."""
         cluster = self._cluster
         physical = cluster.physical_of(logical_shard)
-        if self._is_behind or not cluster.owners.is_current(physical):
+        if self._is_behind or cluster.clock.monotonic() >= cluster.held.good_until:
             return self._map_of((logical_shard,)).owners[logical_shard]
         return physical
 

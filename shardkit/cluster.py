@@ -189,9 +189,10 @@ class Cluster(_Opened[Connections]):
 
         It is run again, up to three times in all and while the retry budget of the server and the
         deadline allow, after errors that are known to have committed nothing: servers that go
-        away, deadlocks, serialization failures, logical shards that have moved. With a name it is
-        also run again after a lost answer to COMMIT, and does its work once however often it is
-        run: a later run returns the result of the first.
+        away, deadlocks, serialization failures. While a logical shard is moved it waits, and goes
+        on where that went, within the deadline or for ten seconds. With a name it is also run
+        again after a lost answer to COMMIT, and does its work once however often it is run: a
+        later run returns the result of the first.
 
         Args:
             fn: given a fresh session each time; must not commit, nor do what cannot be undone.

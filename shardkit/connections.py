@@ -162,6 +162,7 @@ class _Core:
             clock=clock,
         )
         self.map_watch = self._watch_class(topology, held, clock=clock)
+        self.held = held
         self.owners = Owners(held, self.map_watch, self.pause, clock=clock)
         self.probes = self._probes_class(
             topology,

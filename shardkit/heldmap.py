@@ -21,8 +21,9 @@ from shardkit.topology import ShardMap
 
 __all__ = ["HeldMap"]
 
-_SOON: Final = 1.0
-"""Seconds after which a server that did not answer is asked again before it is used."""
+_SOON: Final = 3.0
+"""Seconds after which a server that did not answer is asked again before it is used: longer than
+`shardkit.mapwatch` takes to ask it by itself, so that nobody else waits for one that is gone."""
 
 
 @dataclass(slots=True)
@@ -53,6 +54,8 @@ class HeldMap:
     Attributes:
         map: the map now.
         expires: monotonic time until which what a physical shard said counts, by name.
+        good_until: monotonic time until which every logical shard can be used, for anything; what
+            each use of one looks at.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class HeldMap:
         self.map = first
         self.max_age = max_age
         self.expires = dict.fromkeys(physical, -math.inf)
+        self.good_until = -math.inf
         self._first = first
         self._physical = frozenset(physical)
         self._answers: dict[str, Answer] = {}
@@ -86,7 +90,7 @@ class HeldMap:
             asked = self._asked[physical]
             asked.wanted += 1
             asked.trusted_from = asked.wanted
-            self.expires[physical] = -math.inf
+            self.expires[physical] = self.good_until = -math.inf
 
     # -- who waits
 
@@ -144,6 +148,7 @@ class HeldMap:
         asked = self._asked[physical]
         if question >= asked.trusted_from:
             self.expires[physical] = max(self.expires[physical], until)
+        self.good_until = -math.inf if self.map.held else min(self.expires.values())
         asked.answered = max(asked.answered, question)
         ready = [pair for pair in self._waiting if self._is_answered(pair[0])]
         for pair in ready:
@@ -157,3 +162,4 @@ class HeldMap:
         """Run in a forked child: who asks is in the parent."""
         self._waiting = []
         self.expires = dict.fromkeys(self.expires, -math.inf)
+        self.good_until = -math.inf

@@ -155,6 +155,10 @@ class MapWatch(Background):
 
     def refresh(self, physical: Collection[str]) -> None:
         """Have physical shards asked, and wait until they have answered or do not."""
+        if self.is_closed:  # sessions that are still open go on with what is known
+            for name in physical:
+                self._held.silent(name, self._held.asking(name))
+            return
         wanted = self._held.wanted(physical)
         done = threading.Event()
         tell = done.set

@@ -54,10 +54,6 @@ class Owners:
         self._pause = pause
         self._clock = clock
 
-    def is_current(self, physical: str) -> bool:
-        """Tell whether the logical shards of a physical shard can be used without a question."""
-        return not self.held.map.held and self._clock.monotonic() < self.held.expires[physical]
-
     def current(self, logical_shards: Collection[int]) -> ShardMap:
         """Return the shard map; what it says of some logical shards is no older than it may be."""
         held = self.held

@@ -80,9 +80,12 @@ class ReachingSession(ReadSession):
                 holds locks already, with which nobody waits (retryable).
             ShardMovedError: one has moved since the transaction began (retryable).
         """
-        cluster, begun = self._cluster, self._map
-        if begun is cluster.topology.shard_map and not begun.held:
-            return
+        cluster, begun, found = self._cluster, self._map, self._cluster.topology.shard_map
+        if cluster.clock.monotonic() < cluster.held.good_until:
+            if begun is None or not self._roots:
+                self._map = begun = found
+            if begun is found:
+                return
         closed = cluster.topology.shard_map.held.keys() & shards
         if self._written and closed:
             raise fences.still_closed(min(closed), cluster.topology.shard_map)

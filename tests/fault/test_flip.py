@@ -338,12 +338,13 @@ def test_a_reader_follows_by_itself_whatever_it_asks(pair: Pair) -> None:
         streamed = users.execution_options(yield_per=2)
         with cluster.reader() as session:
             before = sorted(session.scalars(users))
-            for ask in (
+            asks: list[Callable[[], bool]] = [
                 lambda: session.get(User, owner, populate_existing=True) is not None,
                 lambda: sorted(session.scalars(users)) == before,
                 lambda: sorted(session.scalars(streamed)) == before,
                 lambda: len(session.scalars(select(User).where(User.id.in_([owner]))).all()) == 1,
-            ):
+            ]
+            for ask in asks:
                 pair.mover(3).run()
                 assert ask()
 

@@ -73,8 +73,10 @@ def test_everybody_is_asked_before_the_first_use_and_the_owner_after_that() -> N
     assert world.owner(0) == "alpha"
     assert world.owner(2) == "beta"
     assert len(world.servers.asked) == 2
+    assert world.held.good_until == pytest.approx(5.0)
     world.clock.advance(0.2)
-    assert not world.owners.is_current("alpha")
+    assert not world.held.is_current("alpha")
+    assert world.held.good_until < world.clock.monotonic()
     assert world.owner(0) == "alpha"
     assert world.servers.asked[2:] == ["alpha"]
 
@@ -126,6 +128,7 @@ def test_whoever_writes_waits_for_a_fence_and_readers_do_not() -> None:
     world = World(alpha="0 1 fenced beta,1 1 active", beta="2 1 active")
     found = world.owners.opened((0,), writes=False)
     assert found.held == {0: Hold.FENCED}
+    assert world.held.good_until < 0, "every use looks at it"
     before = world.clock.monotonic()
     with pytest.raises(ShardFencedError, match="fenced") as closed:
         world.owners.opened((0,), writes=True)
