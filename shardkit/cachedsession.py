@@ -174,10 +174,10 @@ class CachedSession(BoundSession):
             17
         """
         identity = derived.identity(key)
+        shard = self._decided(lambda router: derived.shard_of(router, identity))
         if self._uses_cache() and derived.names_row(identity):
             plan = self._derived_plan(derived)
             started = self._cluster.clock.monotonic() if self._cluster.listeners else 0.0
-            shard = self._decided(lambda router: derived.shard_of(router, identity))
             found, counts = self._cache_reads().one(plan, shard, identity, self._primaries)
             if self._cluster.listeners:
                 self._tell_cached(plan, 1, counts, started)

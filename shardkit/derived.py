@@ -54,7 +54,7 @@ _ORDERS: Final[Mapping[Any, str]] = {
     operators.nulls_last_op: "NULLS LAST",
 }
 
-V = TypeVar("V")
+V_co = TypeVar("V_co", covariant=True)
 
 
 class Watch(NamedTuple):
@@ -97,7 +97,7 @@ class Cached(NamedTuple):
         return cls(cached_tables(metadata), tuple(found))
 
 
-class Derived(Generic[V]):
+class Derived(Generic[V_co]):
     """A list or a count of the rows of a table that have one key; see the two kinds.
 
     Attributes:
@@ -191,9 +191,9 @@ class Derived(Generic[V]):
         found = select(self.value).where(*matches).limit(self.limit)
         return found.order_by(*(_ordering(column, how) for column, how in self.order))
 
-    def result(self, found: Sequence[Any]) -> V:
+    def result(self, found: Sequence[Any]) -> V_co:
         """Return the answer of `statement`, of its first column."""
-        return cast("V", list(found) if self.value is not None else found[0])
+        return cast("V_co", list(found) if self.value is not None else found[0])
 
     # -- what is watched
 

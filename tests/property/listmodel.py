@@ -64,7 +64,8 @@ class ListModel(Model):
     def __init__(self, configuration: Configuration) -> None:
         super().__init__(configuration)
         assert "failover" not in self.names
-        assert not (configuration.deletes or configuration.previous)
+        assert not configuration.deletes
+        assert not configuration.previous
 
     def starts(self) -> Iterator[State]:
         """Every list cached as it is, and none."""
