@@ -22,4 +22,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop the versions, after the triggers that write them."""
     for table in ("users", "photos"):
+        for trigger in ("version", "inserted", "updated", "deleted"):
+            op.execute(f"DROP TRIGGER IF EXISTS shardkit_{trigger} ON {table}")
         op.drop_column(table, "version")
