@@ -119,10 +119,9 @@ LISTS_WITHOUT = (
     (lists("crash", protocol="P8"), "A"),
     (lists("replica"), "A"),
     (lists(next=True), "A"),  # versions that say which transactions had begun, not which had ended
-    (lists("restart", lives=False), "A"),
     (lists("3lost", writers=1), "B"),
 )
-QUICK_LISTS = (lists("crash"), lists("rollback+crash"), lists("3lost", writers=1, floors=True))
+QUICK_LISTS = (lists("crash"), lists("rollback+crash"))
 QUICK = (
     configuration(readers=1, n_keys=2),
     *(configuration(column, readers=1) for column in ("evict+crash", "lost", "late", "expire")),
