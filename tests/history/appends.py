@@ -62,6 +62,15 @@ class Key:
         self.passing: set[Any] = set()
         self.odd: list[tuple[int, list[Any]]] = []
 
+    def agreed(self) -> int:
+        """Return how many versions all reads agree on; beyond it a length says nothing."""
+        n = len(self.order)
+        for _, read in self.odd:
+            n = min(n, len(read))
+            while self.order[:n] != read[:n]:
+                n -= 1
+        return n
+
 
 class Appends:
     """All transactions of a history, by number.

@@ -115,7 +115,7 @@ class Graph:
         writers = [key.writers.get(value, -1) for value in key.order]
         writers = [w if w >= 0 and counted[w] else -1 for w in writers]
         if key.odd:  # there is one order only as far as all agree
-            writers = writers[: _agreed(key)]
+            writers = writers[: key.agreed()]
         n = len(writers)
         before = -1
         for i, writer in enumerate(writers):
@@ -198,13 +198,3 @@ class Graph:
                 if source in nodes and target in nodes:
                     out[source].append(Edge(Kind.REALTIME, target))
         return out
-
-
-def _agreed(key: Key) -> int:
-    """Return how many versions all reads of a list agree on."""
-    n = len(key.order)
-    for _, read in key.odd:
-        n = min(n, len(read))
-        while key.order[:n] != read[:n]:
-            n -= 1
-    return n

@@ -192,7 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in empty:
         print(f"{name} has checked nothing: that is no proof of anything")
     n_processes = len(ledger.processes)
-    print(f"{ledger.total:,} operations of {n_processes} processes in {seconds:.1f} s of CPU: ", end="")
+    print(
+        f"{ledger.total:,} operations of {n_processes} processes in {seconds:.1f} s of CPU: ",
+        end="",
+    )
     print(f"{violations:,} violations" if violations else "no violation")
     return code
 

@@ -101,7 +101,7 @@ def _passing(verdict: Verdict, appends: Appends, key: Key, values: list[object],
     """Tell of a value that was overwritten in its transaction and yet was the last one read."""
     value = values[at]
     writer = key.writers[value]
-    if values is not key.order:
+    if values is not key.order or at >= key.agreed():
         return
     for reader, length in zip(key.readers, key.lengths, strict=True):
         if length == at + 1 and reader != writer:
@@ -155,6 +155,7 @@ def _recency(verdict: Verdict, appends: Appends, key: Key) -> None:
         behind.append(earliest)
     behind.reverse()
     lost: dict[object, int] = {}
+    agreed = key.agreed()
     for reader, length in zip(key.readers, key.lengths, strict=True):
         if length >= len(behind) or flags[reader] & REPLICA:
             continue
@@ -164,7 +165,7 @@ def _recency(verdict: Verdict, appends: Appends, key: Key) -> None:
         missed = [value for known, _, value in gone if known < appends.invoked[reader]]
         for value in missed:
             lost.setdefault(value, reader)
-        if not missed:
+        if not missed and length <= agreed:
             verdict.found(
                 "stale read",
                 f"{_name(appends, reader)} read {length} values of {key.name}, "

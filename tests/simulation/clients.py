@@ -33,6 +33,10 @@ class FailedError(Exception):
     """The transaction certainly did not commit."""
 
 
+class RefusedError(FailedError):
+    """It was not to be: nothing has failed."""
+
+
 class UnknownError(Exception):
     """The transaction may have committed."""
 
@@ -103,10 +107,11 @@ class Client:
             except FailedError as failed:
                 why = str(failed)
                 yield Call(self.owner(shard), ("rollback", name), 0.05)
-                if attempt + 1 < attempts:
+                is_refused = isinstance(failed, RefusedError)
+                if attempt + 1 < attempts and not is_refused:
                     yield self.random.random() * 0.02 * (attempt + 1)
                     continue
-                self.journal.fail(op, why=why)
+                self.journal.fail(op, why=why, is_refused=is_refused)
                 return None
             except UnknownError as unknown:
                 if "blind retry" in self.bugs and attempt + 1 < attempts:
@@ -139,6 +144,7 @@ class Client:
             do.append(["append", key, world.serial()] if is_append else ["read", key])
         is_snapshot = draw.random() < 0.8
         level = "repeatable read" if is_snapshot else "read committed"
+        fails = draw.random() < 0.1
         op = self.begin("append", do, shard, level=level)
 
         def body(name: str) -> Work:
@@ -152,6 +158,8 @@ class Client:
                 else:
                     read = yield from self.ask(shard, "read", name, is_snapshot, place)
                     got.append(list(read or ()))
+            if fails:
+                raise RefusedError("the program changed its mind")
             return got
 
         yield from self.run(op, shard, body)
@@ -218,7 +226,7 @@ class Client:
                 yield from self.commit(shard, name)
             return None
 
-        yield from self.run(op, shard, body, attempts=_ATTEMPTS)
+        yield from self.run(op, shard, body)
 
     def _balances(self, shard: int, name: str) -> Work:
         changes = yield from self.ask(shard, "scan", name, True, shard, "accounts")
@@ -240,11 +248,11 @@ class Client:
             is_snapshot = "double claim" not in self.bugs
             owner = yield from self.ask(shard, "read", transaction, is_snapshot, place)
             if owner is not None:
-                raise FailedError("taken")
+                raise RefusedError("taken")
             yield from self.ask(shard, "update", transaction, is_snapshot, place, "set", self.name)
             return None
 
-        yield from self.run(op, shard, body, attempts=1)
+        yield from self.run(op, shard, body)
 
     def row(self) -> Work:
         """Write a row or read it from a replica, in a session of its own."""
@@ -297,7 +305,7 @@ class Client:
             if transaction != name:
                 yield from self.commit(shard, transaction)
             if fails:
-                raise FailedError("the program changed its mind")
+                raise RefusedError("the program changed its mind")
             return position
 
-        yield from self.run(op, shard, body, attempts=1 if fails else _ATTEMPTS)
+        yield from self.run(op, shard, body)

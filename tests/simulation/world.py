@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from tests.simulation.clients import ACCOUNTS, Client, FailedError, UnknownError
-from tests.simulation.database import Database, Error, Ok, Shard
+from tests.simulation.database import Database, Ok, Shard
 from tests.simulation.journal import Journal
 from tests.simulation.scheduler import LOST, Call, Simulation, Steps
 
@@ -28,7 +28,9 @@ class World:
         bugs: protections that are left out.
         n_clients: how many there are.
         n_operations: of each.
+        kinds: what they do.
         is_calm: whether there are no faults and no moves.
+        lag: seconds that replicas are behind at most.
         is_traced: whether to keep the trace.
 
     Attributes:
@@ -46,6 +48,7 @@ class World:
         n_operations: int = 12,
         kinds: tuple[str, ...] = _KINDS,
         is_calm: bool = False,
+        lag: float = 0.01,
         is_traced: bool = False,
     ) -> None:
         self.simulation = simulation = Simulation(seed, is_traced=is_traced)
@@ -54,6 +57,8 @@ class World:
         self.n_shards = 2
         self.n_moves = self.n_failovers = 0
         self.databases = {name: Database(simulation, name, bugs) for name in ("alpha", "beta")}
+        for database in self.databases.values():
+            database.lag = lag
         self.effects = Database(simulation, "effects", frozenset())
         self.effects.shards[0] = Shard("active", 1)
         self._serial = 0
@@ -236,24 +241,32 @@ class World:
         place, name = (0, "effects", event), f"{client.name}.{event}"
         once = "effect not deduplicated" not in self.bugs
         seen = yield Call(self.effects, ("read", name, True, place), 0.2)
-        if seen is LOST or isinstance(seen, Error):
-            self.journal.unknown(op)
-            raise FailedError
+        if not isinstance(seen, Ok):
+            yield from self._give_up(op, name)
         if seen.value is None or not once:
             yield from self._effect(op, name, place)
         self.journal.ok(op)
         # Gone from the outbox: position -1 stands for a row that is deleted.
         where = (shard, "outbox", event)
-        yield from client.ask(shard, "update", name, False, where, "set", (key, -1))
-        yield from client.commit(shard, name)
+        try:
+            yield from client.ask(shard, "update", name, False, where, "set", (key, -1))
+            yield from client.commit(shard, name)
+        except (FailedError, UnknownError):
+            yield Call(client.owner(shard), ("rollback", name), 0.05)
+            raise
 
     def _effect(self, op: Any, name: str, place: Any) -> Steps:
         done = yield Call(self.effects, ("update", name, True, place, "add", 1), 0.2)
         if isinstance(done, Ok):
             done = yield Call(self.effects, ("commit", name), 0.2)
         if not isinstance(done, Ok):
-            self.journal.unknown(op)
-            raise FailedError
+            yield from self._give_up(op, name)
+
+    def _give_up(self, op: Any, name: str) -> Steps:
+        """Leave a delivery to the next look, and no lock behind."""
+        self.journal.unknown(op)
+        yield Call(self.effects, ("rollback", name), 0.05)
+        raise FailedError
 
     def _looks(self) -> Steps:
         """Read everything once all is healed."""
