@@ -34,7 +34,7 @@ from tests.history.k6 import (
 from tests.history.ledger import Ledger
 from tests.history.records import HistoryError, Operation, find
 
-__all__ = ["Limits", "judge", "main", "report", "vacuous"]
+__all__ = ["DEFAULT", "Limits", "judge", "main", "report", "vacuous"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Limits:
     rate: float = 0.999
 
 
+DEFAULT: Final = Limits()
 JUDGES: Final[Mapping[str, Callable[[Ledger, Limits], Verdict]]] = {
     "appends": lambda led, _: judge_appends(led.appends, has_one_clock=led.has_one_clock),
     "registers": lambda led, _: judge_registers(led),
@@ -73,7 +74,7 @@ JUDGES: Final[Mapping[str, Callable[[Ledger, Limits], Verdict]]] = {
 _SHOWN: Final = 5
 
 
-def judge(ledger: Ledger, limits: Limits = Limits()) -> dict[str, Verdict]:
+def judge(ledger: Ledger, limits: Limits = DEFAULT) -> dict[str, Verdict]:
     """Return what every judge says, by name."""
     return {name: ask(ledger, limits) for name, ask in JUDGES.items()}
 

@@ -87,6 +87,7 @@ class Operation:
         return f"<{self.process} #{self.n} {self.kind} {self.do} {self.outcome.name} {self.got}>"
 
 
+_BEGUN: Final = frozenset(("at", "kind", "do"))
 _OUTCOMES: Final = {"ok": Outcome.OK, "fail": Outcome.FAIL, "info": Outcome.UNKNOWN}
 
 
@@ -121,6 +122,8 @@ def read_file(path: Path) -> Iterator[dict[str, Any] | Operation]:
                 if n <= last:
                     raise HistoryError(f"{path.name}:{number}: operation {n} after {last}")
                 last, pending[n] = n, line
+                if not line.keys() >= _BEGUN:
+                    raise KeyError(*_BEGUN - line.keys())
             elif kind in _OUTCOMES:
                 yield _operation(process, pending.pop(line["n"]), line)
             elif kind in {"fact", "end"}:

@@ -61,9 +61,7 @@ class BreakerWorld:
             try:
                 probe = breaker.admit()
             except BreakerOpenError as error:
-                assert not was_closed
-                assert 0.0 <= (error.retry_after or 0.0) <= _RULES.longest_open_time * 1.2
-                self.refused += 1
+                self._refused(error, was_closed=was_closed)
                 self.journal.fail(op, why="open")
                 continue
             assert was_closed or probe is not None
@@ -86,6 +84,12 @@ class BreakerWorld:
                 breaker.succeeded(seconds, probe)
                 self.journal.ok(op)
             simulation.say(name, f"breaker {breaker.current_state}")
+
+    def _refused(self, error: BreakerOpenError, *, was_closed: bool) -> None:
+        longest = _RULES.longest_open * (1 + _RULES.jitter)
+        assert not was_closed, "refused by a breaker that is closed"
+        assert 0.0 <= (error.retry_after or 0.0) <= longest, "a time to wait that cannot be"
+        self.refused += 1
 
     def _only(self, probe: Probe) -> None:
         now = self.simulation.now

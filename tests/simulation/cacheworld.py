@@ -138,7 +138,7 @@ class CacheWorld:
         self._count += 1
         name = f"{session}.{self._count}"
         update = ("update", name, False, (0, "rows", key), "add", 1)
-        locked = yield Call(self.database, update, 0.5)
+        locked = noted = yield Call(self.database, update, 0.5)
         if isinstance(locked, Ok):
             event = (0, "outbox", f"{self._count}")
             said = ("update", name, False, event, "set", (key, locked.value))

@@ -66,6 +66,10 @@ class Client:
         """Return the server that it takes for the owner."""
         return self.world.databases[self._owners.get(shard, self.world.home(shard))]
 
+    def take_owner(self, shard: int, name: str) -> None:
+        """Take a server for the owner of a logical shard."""
+        self._owners[shard] = name
+
     def ask(self, shard: int, *request: Any) -> Work:
         """Send a statement to the owner; return what it answers.
 
@@ -178,6 +182,25 @@ class Client:
         else:
             op = self.begin("register", ["read", place[2]], shard)
             yield from self.run(op, shard, lambda n: self.ask(shard, "read", n, False, place))
+
+    def look(self, shard: int) -> Work:
+        """Read everything of a logical shard, for good."""
+        more: dict[str, Any] = {"final": True, "endpoint": "primary"}
+        op = self.begin("set", ["read", f"s{shard}"], shard, **more)
+        yield from self.run(op, shard, lambda n: self._elements(shard, n))
+        op = self.begin("bank", ["read", f"b{shard}"], shard, **more)
+        yield from self.run(op, shard, lambda n: self._balances(shard, n))
+        do = [["read", f"k{shard}.{key}"] for key in range(3)]
+        op = self.begin("append", do, shard, level="repeatable read")
+
+        def body(name: str) -> Work:
+            got = []
+            for _, key in do:
+                read = yield from self.ask(shard, "read", name, True, (shard, "lists", key))
+                got.append(list(read or ()))
+            return got
+
+        yield from self.run(op, shard, body)
 
     def element(self) -> Work:
         """Add an element to a set, by an id that the database mints, or read the set."""

@@ -209,7 +209,7 @@ class World:
         """Deliver events at least once, in order of position, and take effect once."""
         cursors: dict[int, str] = {}
         while True:
-            yield 0.03
+            yield 0.1
             for shard in range(self.n_shards):
                 yield from self._deliver(shard, cursors)
             if self.simulation.now > _SETTLED - 0.2:
@@ -218,7 +218,7 @@ class World:
     def _deliver(self, shard: int, cursors: dict[int, str]) -> Steps:
         client = Client(self, f"relay{self.serial()}")
         self._relaying = client.name
-        client._owners[shard] = self.owner_of(shard)
+        client.take_owner(shard, self.owner_of(shard))
         name = f"{client.name}.look"
         try:
             waiting = yield from client.ask(shard, "scan", name, True, shard, "outbox")
@@ -270,22 +270,9 @@ class World:
 
     def _looks(self) -> Steps:
         """Read everything once all is healed."""
-        witness = self._witness
         for shard in range(self.n_shards):
-            witness._owners[shard] = self.owner_of(shard)
-            op = witness.begin("set", ["read", f"s{shard}"], shard, final=True, endpoint="primary")
-            yield from witness.run(op, shard, lambda n, s=shard: witness._elements(s, n))
-            op = witness.begin("bank", ["read", f"b{shard}"], shard, final=True)
-            yield from witness.run(op, shard, lambda n, s=shard: witness._balances(s, n))
-            for key in range(3):
-                do = [["read", f"k{shard}.{key}"]]
-                op = witness.begin("append", do, shard, level="repeatable read")
-                place = (shard, "lists", f"k{shard}.{key}")
-                yield from witness.run(op, shard, lambda n, p=place: self._list(p, n))
-        op = witness.begin("effects", ["effects"], 0, final=True)
+            self._witness.take_owner(shard, self.owner_of(shard))
+            yield from self._witness.look(shard)
+        op = self.journal.invoke("witness", "effects", ["effects"], final=True)
         found = self.effects.scan(0, "effects", self.effects.sequence)
         self.journal.ok(op, [event for event, n in found for _ in range(n)])
-
-    def _list(self, place: Any, name: str) -> Steps:
-        read = yield from self._witness.ask(place[0], "read", name, True, place)
-        return [list(read or ())]
