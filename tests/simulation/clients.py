@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["ACCOUNTS", "Client", "FailedError", "UnknownError"]
 
 ACCOUNTS: Final = {"a": 10, "b": 10, "c": 10}
-_ATTEMPTS: Final = 4
+_ATTEMPTS: Final = 7
 _TIMEOUT: Final = 0.5
-DEADLINE: Final = 8.0
+DEADLINE: Final = 40.0
 """Seconds that a client's deadline allows: more than its attempts may take together."""
 
 Work = Generator[Any, Any, Any]

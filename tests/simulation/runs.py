@@ -39,7 +39,7 @@ WORLDS: Final[Mapping[str, Kind]] = {
     # The relay looks every 50 ms; a cache that is frozen or mute keeps it for less than this.
     "cache": Kind(CacheWorld, ("sessions", "caches"), Limits(bound=0.75)),
     # The longest open time with its jitter, the probes, and callers that die with one.
-    "breaker": Kind(BreakerWorld, ("liveness",), Limits(within=180.0, rate=0.9)),
+    "breaker": Kind(BreakerWorld, ("liveness",), Limits(within=180.0)),
 }
 
 

@@ -22,7 +22,8 @@ class Counter(Server):
 
 def _asks(server: Counter, answers: list[Any], n: int = 1, timeout: float = 1.0) -> Steps:
     for i in range(n):
-        answers.append((yield Call(server, i, timeout)))
+        answer = yield Call(server, i, timeout)
+        answers.append(answer)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -18,7 +18,7 @@ from tests.simulation.cacheworld import CacheWorld
 from tests.simulation.runs import run
 from tests.simulation.world import World
 
-SEEDS = {"database": 400, "cache": 900, "breaker": 700}
+SEEDS = {"database": 400, "cache": 1000, "breaker": 600}
 """Two thousand in all; `python -m tests.simulation 0 --seeds 10000` has more."""
 
 
@@ -56,7 +56,7 @@ def test_nothing_is_found_where_nothing_is_wrong(world: str) -> None:
     assert not rare, counts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 1 << 60),
     n_clients=st.integers(1, 8),
