@@ -1,4 +1,4 @@
-"""How long does judging take? `python -m tests.history.measure [TRANSACTIONS]`
+"""How long judging takes: `python -m tests.history.measure [TRANSACTIONS]`.
 
 Writes the history of that many transactions of three steps each, of sixteen clients at a time, with
 the recorder, and judges it: a million by default. Prints CPU seconds and memory at its peak.
