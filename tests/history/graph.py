@@ -134,7 +134,8 @@ class Graph:
                     yield writer, Kind.WR, reader, length
             if flags[reader] & SNAPSHOT:
                 after = writers[length] if length < n else (last[0] if last else -1)
-                if after >= 0 and after != reader:
+                # Whoever read half of a transaction (G1b) is not before the other half of it.
+                if after >= 0 and after != reader and not (length and after == writers[length - 1]):
                     yield reader, Kind.RW, after, length
 
     def _unseen(self, key: Key) -> list[int]:

@@ -155,7 +155,7 @@ def _recency(verdict: Verdict, appends: Appends, key: Key) -> None:
         behind.append(earliest)
     behind.reverse()
     lost: dict[object, int] = {}
-    agreed = key.agreed()
+    agreed, told = key.agreed(), -1
     for reader, length in zip(key.readers, key.lengths, strict=True):
         if length >= len(behind) or flags[reader] & REPLICA:
             continue
@@ -165,7 +165,8 @@ def _recency(verdict: Verdict, appends: Appends, key: Key) -> None:
         missed = [value for known, _, value in gone if known < appends.invoked[reader]]
         for value in missed:
             lost.setdefault(value, reader)
-        if not missed and length <= agreed:
+        if not missed and length <= agreed and reader != told:
+            told = reader
             verdict.found(
                 "stale read",
                 f"{_name(appends, reader)} read {length} values of {key.name}, "

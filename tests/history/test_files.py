@@ -215,4 +215,4 @@ def test_twice_the_history_takes_about_twice_the_time() -> None:
         return time.process_time() - began
 
     seconds(500)
-    assert min(seconds(16_000) for _ in range(2)) < 8 * min(seconds(4_000) for _ in range(2))
+    assert min(seconds(8_000) for _ in range(2)) < 8 * min(seconds(2_000) for _ in range(2))
