@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -51,6 +51,12 @@ test-oracle: setup ## compare 50,000 statements with one server; CASES=n for mor
 
 model-check: setup ## every interleaving of the cache protocol under faults; about ten minutes
 	@$(BIN)/python -m tests.property.modelcheck $(ARGS)
+
+# Seeds of each simulated world.
+SEEDS ?= 10000
+
+simulate: setup ## run 10,000 seeds of each simulated world; SEEDS=n for more or fewer
+	@$(BIN)/python -m tests.simulation 0 --seeds $(SEEDS) $(ARGS)
 
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .
