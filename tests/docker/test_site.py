@@ -147,7 +147,9 @@ def keep_on(ana: Visitor, ben: Visitor, *, since: float) -> None:
         assert comment.status_code == 201, comment.text
         after += is_over
     failed = [each.at - since for each in ana.failures + ben.failures]
-    print(f"{len(published)} photos; {len(failed)} attempts failed, the last after {max(failed, default=0):.1f} s")
+    print(
+        f"{len(published)} photos; {len(failed)} attempts failed, the last after {max(failed, default=0):.1f} s"
+    )
     late = [each for each in ana.failures + ben.failures if each.at > since + WINDOW]
     assert not late, f"{WINDOW:g} s after the death, attempts still fail: {late}"
 
