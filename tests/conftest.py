@@ -14,4 +14,6 @@ pytest_plugins = [
     "tests.fixtures.site",
     "tests.fixtures.skips",
     "tests.fixtures.sockets",
+    "tests.fixtures.stack",
+    "tests.fixtures.visitors",
 ]
