@@ -269,12 +269,11 @@ def _creation(
     topology: Topology, shard: PhysicalShard, metadata: MetaData
 ) -> Iterator[list[sql.SQL | sql.Composed]]:
     """Yield the transactions that set up one physical shard."""
-    role = str(shard.primary.url.username)
     yield catalog.admin_statements(
         cluster=topology.name,
         physical=shard.name,
         n_logical_shards=topology.n_logical_shards,
-        app_role=role,
+        roles=shard.roles,
     )
     yield catalog.rule_statements(rules_of(metadata))
     tables = metadata.sorted_tables
@@ -283,7 +282,7 @@ def _creation(
     for number in topology.shard_map.owned_by(shard.name):
         path = sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(schema_name(number)))
         yield [
-            *catalog.logical_shard_statements(number, app_role=role),
+            *catalog.logical_shard_statements(number, roles=shard.roles),
             path,
             *sharded,
             *cachetriggers.trigger_statements(number, cached_tables(metadata)),

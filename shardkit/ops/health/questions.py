@@ -210,7 +210,7 @@ def ask_state(topology: Topology, shard: PhysicalShard) -> State:
             admin_digest=ledger.admin_script(
                 shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
             )[1],
-            shard_digest=ledger.logical_shard_digest(app),
+            shard_digest=ledger.logical_shard_digest(shard.roles),
             schemas=schemas,
             ids=tuple(_id_states(connection, owned)),
             n_relations=relations,
