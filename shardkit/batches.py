@@ -19,6 +19,7 @@ from psycopg import sql
 from shardkit.emitting import CHANNEL, SLEEPING
 from shardkit.errors import ConfigurationError, EndpointUnavailableError
 from shardkit.outbox import Event
+from shardkit.secret import without_frames
 from shardkit.topology import PhysicalShard, schema_name
 
 __all__ = ["Batch", "Claims", "Taken"]
@@ -73,7 +74,7 @@ class Claims:
     def __init__(self, shard: PhysicalShard, *, lease: float) -> None:
         self.shard = shard
         self._lease = lease
-        url = shard.primary.url
+        url = shard.relay_url or shard.primary.url
         parameters: Mapping[str, Any] = {
             "connect_timeout": 5,
             "application_name": "shardkit relay",
@@ -92,7 +93,7 @@ class Claims:
             raise EndpointUnavailableError(
                 f"no connection: {str(error).strip().splitlines()[-1]}",
                 endpoint=str(shard.primary),
-            ) from error
+            ) from without_frames(error)
         # A pooler makes up the number it tells its clients.
         row = self.connection.execute("SELECT pg_backend_pid()").fetchone()
         self.is_direct = row is not None and row[0] == self.connection.info.backend_pid

@@ -72,24 +72,26 @@ class Login(Section):
             raise ValueError("cert and key: give both, or neither")
         return self
 
-    def secret(self, folder: Path, duty: str) -> Secret | None:
+    def secret(self, folder: Path, duty: str, *, key: str | None = None) -> Secret | None:
         """Return the password, or None; that of the environment wins.
 
         Args:
             folder: where a relative `password_file` is looked up.
             duty: what it is for: one of `DUTIES`, or `admin`.
+            key: what the file is called in messages; None for the key of `shardkit.toml`.
 
         Raises:
             ConfigurationError: the file is missing, unreadable or open to others.
         """
-        key = "admin" if duty == "admin" else f"roles.{duty}"
+        section = "admin" if duty == "admin" else f"roles.{duty}"
+        key = key or f"{section}.password_file"
         if from_environment := os.environ.get(f"SHARDKIT_{duty.upper()}_PASSWORD"):
             return _usable(from_environment, f"SHARDKIT_{duty.upper()}_PASSWORD")
         if self.password_file is not None:
-            file = checked(folder / self.password_file, f"{key}.password_file", is_secret=True)
-            return _usable(_contents(file, f"{key}.password_file"), f"{key}.password_file")
+            file = checked(folder / self.password_file, key, is_secret=True)
+            return _usable(_contents(file, key), key)
         if self.password is not None:
-            return _usable(self.password.get_secret_value(), f"{key}.password")
+            return _usable(self.password.get_secret_value(), f"{section}.password")
         return None
 
     def certificate(self, folder: Path, key: str) -> dict[str, str]:
@@ -113,7 +115,7 @@ class RolesConfig(Section):
 
     owner: str | None = None
     """Who owns schemas, tables and functions, and cannot log in; `shardkit_owner` once there is a
-    migrator or a mover, else the admin."""
+    migrator, else the admin."""
 
     app: Login | None = None
     migrator: Login | None = None
@@ -150,10 +152,15 @@ class RolesConfig(Section):
         """Return who owns everything."""
         if self.owner is not None:
             return self.owner
-        return "shardkit_owner" if self.migrator or self.mover else admin
+        return "shardkit_owner" if self.migrator else admin
 
     @model_validator(mode="after")
     def _are_different(self) -> Self:
+        if self.migrator is None and (self.owner is not None or self.mover is not None):
+            raise ValueError(
+                f"{'owner' if self.owner is not None else 'mover'}: needs a migrator, "
+                "who makes what the owner owns; add roles.migrator"
+            )
         taken = {self.owner_or(""): "owner"}
         for duty, _ in self.logins:
             name = self.user(duty)

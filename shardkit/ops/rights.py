@@ -81,7 +81,7 @@ SHARD_TABLES: Final[Mapping[str, Rights]] = {
     "shardkit_outbox": Rights(
         app="SELECT, INSERT",
         relay="SELECT, INSERT, DELETE",
-        monitor="SELECT (created), SELECT (position)",
+        monitor='SELECT (created), SELECT ("position")',
     ),
     "shardkit_outbox_retry": Rights(relay=ALL_ROWS, monitor="SELECT (due)"),
     "shardkit_outbox_dead": Rights(relay="SELECT, INSERT, DELETE", monitor="SELECT (id)"),
