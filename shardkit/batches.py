@@ -20,7 +20,7 @@ from shardkit.emitting import CHANNEL, SLEEPING
 from shardkit.errors import ConfigurationError, EndpointUnavailableError
 from shardkit.outbox import Event
 from shardkit.secret import without_frames
-from shardkit.topology import PhysicalShard, schema_name
+from shardkit.topology import PhysicalShard, libpq_options, schema_name
 
 __all__ = ["Batch", "Claims", "Taken"]
 
@@ -80,12 +80,7 @@ class Claims:
             "application_name": "shardkit relay",
             "keepalives_idle": 10,
             "tcp_user_timeout": 20_000,
-            **{k: v for k, v in url.query.items() if isinstance(v, str)},
-            "host": url.host,
-            "port": url.port or 5432,
-            "dbname": url.database,
-            "user": url.username,
-            "password": url.password,
+            **libpq_options(url),
         }
         try:
             self.connection = psycopg.connect(autocommit=True, prepare_threshold=2, **parameters)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 from sqlalchemy import URL
 
@@ -22,6 +23,7 @@ __all__ = [
     "RoleNames",
     "ShardMap",
     "Topology",
+    "libpq_options",
     "like",
     "schema_name",
 ]
@@ -42,6 +44,22 @@ def like(login: URL, url: URL) -> URL:
     found = url.set(username=login.username, query={**kept, **ours})
     # `set` takes None for "as it was".
     return found._replace(password=login.password)
+
+
+def libpq_options(url: URL) -> dict[str, Any]:
+    """Return what libpq connects with to reach an address.
+
+    As options and not as one text: SQLAlchemy and libpq do not agree on how to write a blank in a
+    password, and libpq shows the text when it complains.
+    """
+    return {
+        **{key: value for key, value in url.query.items() if isinstance(value, str)},
+        "host": url.host,
+        "port": url.port or 5432,
+        "dbname": url.database,
+        "user": url.username,
+        "password": url.password,
+    }
 
 
 _OF_LOGIN = frozenset({"sslcert", "sslkey"})

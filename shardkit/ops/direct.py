@@ -13,7 +13,7 @@ from sqlalchemy import URL
 
 from shardkit.errors import EndpointUnavailableError
 from shardkit.secret import without_frames
-from shardkit.topology import PhysicalShard
+from shardkit.topology import PhysicalShard, libpq_options
 from shardkit.waits import Connection
 
 __all__ = ["Unguarded", "connect", "is_refused", "parameters"]
@@ -42,12 +42,7 @@ def parameters(url: URL, *, application: str) -> dict[str, Any]:
     return {
         "connect_timeout": CONNECT_TIMEOUT,
         "application_name": application,
-        **url.query,
-        "host": url.host,
-        "port": url.port or 5432,
-        "dbname": url.database,
-        "user": url.username,
-        "password": url.password,
+        **libpq_options(url),
     }
 
 

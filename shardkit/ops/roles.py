@@ -208,21 +208,25 @@ def _database(facts: RoleFacts, roles: RoleNames) -> Iterator[Change]:
 
 
 def _owners(facts: RoleFacts, roles: RoleNames) -> Iterator[Change]:
-    owner = sql.Identifier(roles.owner)
     for thing in facts.things:
         if thing.owner == roles.owner or thing.is_linked:
             continue
+        text = "ALTER {kind} {name} OWNER TO {owner}"
+        if not _is_of(facts, thing.owner):
+            # Who may give a role away may be it for a moment.
+            text = f"GRANT {{former}} TO {{login}}; {text}; REVOKE {{former}} FROM {{login}}"
         texts = tuple(
-            sql.SQL("ALTER {} {} OWNER TO {}").format(sql.SQL(thing.kind), _name(thing, at), owner)
+            sql.SQL(text).format(
+                kind=sql.SQL(thing.kind),
+                name=_name(thing, at),
+                owner=sql.Identifier(roles.owner),
+                former=sql.Identifier(thing.owner),
+                login=sql.Identifier(facts.login.name),
+            )
             for at in thing.schemas
         )
-        needs = "" if _is_of(facts, thing.owner) else f"the owner, {thing.owner}"
-        yield Change(
-            f"{_called(thing)}: owned by {thing.owner}, to be {roles.owner}'s",
-            texts,
-            thing.schemas,
-            needs=needs,
-        )
+        what = f"{_called(thing)}: owned by {thing.owner}, to be {roles.owner}'s"
+        yield Change(what, texts, thing.schemas, needs=_needs_owner(facts, thing.owner))
 
 
 def _rights(facts: RoleFacts, roles: RoleNames) -> Iterator[Change]:
@@ -232,11 +236,9 @@ def _rights(facts: RoleFacts, roles: RoleNames) -> Iterator[Change]:
             wanted = {PUBLIC: frozenset[str](), **should.by_role(roles)}
             # After a change of owner, the former one's rights are the new one's.
             has = {role: found for role, found in thing.rights.items() if role != thing.owner}
-            wanted.pop(thing.owner, None)
-            kind = "TABLE" if thing.kind == "TABLE" else thing.kind
-            for what, verb, role in _differences(kind, wanted, has):
+            for what, verb, role in _differences(thing.kind, wanted, has):
                 texts = tuple(verb.format(thing=_name(thing, at), role=role) for at in schemas)
-                needs = "" if _is_of(facts, thing.owner) else f"the owner, {thing.owner}"
+                needs = _needs_owner(facts, thing.owner)
                 yield Change(f"{_called(thing)}: {what}", texts, schemas, needs=needs)
 
 
@@ -355,6 +357,13 @@ def _differences(
 def _is_of(facts: RoleFacts, owner: str) -> bool:
     """Return whether the login may act as an owner, once it has been made a member."""
     return facts.login.is_superuser or owner in facts.login.uses or owner not in facts.roles
+
+
+def _needs_owner(facts: RoleFacts, owner: str) -> str:
+    """Return what the login lacks to change what somebody owns; empty for nothing."""
+    if _is_of(facts, owner) or not _needs(facts, owner):
+        return ""
+    return f"the owner, {owner}"
 
 
 def _called(thing: Thing) -> str:

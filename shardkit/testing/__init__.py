@@ -29,7 +29,7 @@ from shardkit.models import REFERENCE_SCHEMA, rules_of
 from shardkit.ops import cachetriggers, catalog
 from shardkit.testing.faults import Counts, Fault, Shape, Trigger, Way, When
 from shardkit.testing.proxy import FaultProxy, reroute
-from shardkit.topology import PhysicalShard, Topology, schema_name
+from shardkit.topology import PhysicalShard, Topology, libpq_options, schema_name
 
 __all__ = [
     "Counts",
@@ -255,10 +255,7 @@ def create_tables(topology: Topology, metadata: MetaData) -> None:
         metadata: of the models.
     """
     for shard in topology.physical.values():
-        url = shard.admin_url.set(drivername="postgresql")
-        with psycopg.connect(
-            url.render_as_string(hide_password=False), autocommit=True
-        ) as connection:
+        with psycopg.connect(autocommit=True, **libpq_options(shard.admin_url)) as connection:
             for transaction in _creation(topology, shard, metadata):
                 with connection.transaction():
                     for statement in transaction:
