@@ -94,7 +94,7 @@ from sqlalchemy import make_url
 
 from shardkit.addresses import Addresses
 from shardkit.errors import ConfigurationError
-from shardkit.logins import AdminLogin, RolesConfig, Section, TlsConfig
+from shardkit.logins import AdminLogin, Login, RolesConfig, Section, TlsConfig
 from shardkit.sections import (
     MAX_ROWS,
     STATEMENT_TIMEOUT,
@@ -357,4 +357,6 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "cache": CacheConfig,
         "physical": PhysicalConfig,
     }
+    if len(location) == 2 and location[0] == "roles":
+        return sorted(Login.model_fields)
     return sorted(tables[location[0]].model_fields if location else Config.model_fields)

@@ -85,13 +85,14 @@ class Login(Section):
         """
         section = "admin" if duty == "admin" else f"roles.{duty}"
         key = key or f"{section}.password_file"
-        if from_environment := os.environ.get(f"SHARDKIT_{duty.upper()}_PASSWORD"):
-            return _usable(from_environment, f"SHARDKIT_{duty.upper()}_PASSWORD")
+        variable = f"SHARDKIT_{duty.upper()}_PASSWORD"
+        if from_environment := Secret(os.environ.get(variable, "")):
+            return _usable(from_environment, variable)
         if self.password_file is not None:
             file = checked(folder / self.password_file, key, is_secret=True)
             return _usable(_contents(file, key), key)
         if self.password is not None:
-            return _usable(self.password.get_secret_value(), f"{section}.password")
+            return _usable(Secret(self.password.get_secret_value()), f"{section}.password")
         return None
 
     def certificate(self, folder: Path, key: str) -> dict[str, str]:
@@ -272,7 +273,7 @@ def checked(file: Path, key: str, *, is_secret: bool = False, is_key: bool = Fal
     return file
 
 
-def _contents(file: Path, key: str) -> str:
+def _contents(file: Path, key: str) -> Secret:
     try:
         return Secret(file.read_text(encoding="utf-8").strip("\r\n"))
     except (OSError, UnicodeDecodeError):
@@ -281,7 +282,7 @@ def _contents(file: Path, key: str) -> str:
     raise ConfigurationError(f"{key}: {file}: cannot be read as UTF-8")
 
 
-def _usable(text: str, key: str) -> Secret:
-    if not text or any(character in text for character in "\0\r\n"):
+def _usable(text: Secret, key: str) -> Secret:
+    if not text or not {"\0", "\r", "\n"}.isdisjoint(text):
         raise ConfigurationError(f"{key}: is empty, or has more than one line; write the password")
-    return Secret(text)
+    return text

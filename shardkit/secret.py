@@ -37,5 +37,7 @@ def without_frames(error: E) -> E:
         if found is not None and id(found) not in seen:
             seen.add(id(found))
             found.__traceback__ = None
+            if hasattr(found, "_pgconn"):  # psycopg keeps there what it connected with
+                found._pgconn = None  # noqa: SLF001
             left += [found.__cause__, found.__context__, getattr(found, "orig", None)]
     return error

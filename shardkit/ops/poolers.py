@@ -25,6 +25,7 @@ from shardkit.ops.health.facts import Expected, Server
 from shardkit.ops.health.questions import ask_server
 from shardkit.ops.pgbouncer import PooledDatabase, PoolerSettings, render_ini, render_userlist
 from shardkit.parallel import run
+from shardkit.secret import Secret
 from shardkit.topology import Endpoint, PhysicalShard, Role, Topology
 
 __all__ = [
@@ -173,7 +174,11 @@ def _rendered(
     silent = tuple(_address(each.url) for each in seen if each.server is None)
     passwords = _passwords(shard, options, logins)
     return Rendered(
-        shard.name, render_ini(settings), render_userlist(passwords), tuple(databases), silent
+        shard.name,
+        render_ini(settings),
+        Secret(render_userlist(passwords)),
+        tuple(databases),
+        silent,
     )
 
 
@@ -256,7 +261,7 @@ def _passwords(
 ) -> dict[str, str]:
     # Who comes this way: sessions, relays, and who looks.
     urls = [shard.primary.url, shard.relay_url or shard.primary.url, shard.looking_url]
-    known = {**{url.username or "": str(url.password or "") for url in urls}, **logins}
+    known = {**{url.username or "": Secret(url.password or "") for url in urls}, **logins}
     wanted = (
         [options.auth_user]
         if options.auth_user

@@ -113,7 +113,8 @@ def _role(facts: RoleFacts, roles: RoleNames, name: str) -> Iterator[Change]:
     if state is None:
         words = [each.upper() for each in _ATTRIBUTES if each in wanted] or ["NOLOGIN"]
         text = sql.SQL("CREATE ROLE {} {}").format(sql.Identifier(name), sql.SQL(" ".join(words)))
-        needs = "" if _may(facts, *wanted - {"login"}) else "CREATEROLE"
+        needs = "" if _may(facts, *wanted - {"login"}) else "a superuser"
+        needs = needs if _may(facts) else "CREATEROLE"
         what = " ".join(["create role", name, *(["which replicates"] * ("replication" in wanted))])
         yield Change(what, (text,), needs=needs)
         return

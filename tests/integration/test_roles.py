@@ -346,7 +346,7 @@ def test_a_cluster_with_two_logins_gets_roles_and_hostile_names(
     lines = ["", "[roles]", f"owner = {json.dumps('own er')}"]
     for duty, name in names.items():
         lines.append(
-            f"{duty} = {{ user = {json.dumps(name)}, password = {json.dumps(f'p w{chr(39)}{duty}')} }}"
+            f"{duty} = {{ user = {json.dumps(name, ensure_ascii=False)}, password = {json.dumps(f'p w{chr(39)}{duty}')} }}"
         )
     local.config_path.write_text("\n".join([text, *lines, ""]), encoding="utf-8")
     _, topology = load(local.config_path)
