@@ -23,6 +23,7 @@ from shardkit.commands import (
     outbox,
     pgbouncer,
     reference,
+    roles,
     status,
     twophase,
 )
@@ -54,6 +55,7 @@ app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.add_typer(cache.app, name="cache")
 app.add_typer(pgbouncer.app, name="pgbouncer")
+app.add_typer(roles.app, name="roles")
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from shardkit.logins import Section
 from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
 
 __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
-    "AdminLogin",
     "CacheConfig",
     "ClusterConfig",
     "LimitsConfig",
@@ -29,16 +28,9 @@ __all__ = [
     "PoolConfig",
     "ReplicaConfig",
     "ReplicasConfig",
-    "Section",
     "TokensConfig",
     "parse_ranges",
 ]
-
-
-class Section(BaseModel):
-    """A section: immutable, and nothing in it that is not known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
@@ -49,22 +41,6 @@ class ClusterConfig(Section):
 
     name: Name
     logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
-
-
-class AdminLogin(Section):
-    """`[admin]`: the login that owns schemas and runs migrations."""
-
-    user: Annotated[str, Field(min_length=1, max_length=63)]
-    password: SecretStr | None = None
-    password_file: str | None = None
-
-    def secret(self, folder: Path) -> str | None:
-        """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
-        if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
-            return from_environment
-        if self.password_file is not None:
-            return (folder / self.password_file).read_text(encoding="utf-8").strip()
-        return self.password.get_secret_value() if self.password else None
 
 
 def _finite(value: float) -> float:

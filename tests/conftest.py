@@ -10,6 +10,7 @@ pytest_plugins = [
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.sharded",
+    "tests.fixtures.roled",
     "tests.fixtures.signals",
     "tests.fixtures.site",
     "tests.fixtures.skips",
