@@ -40,6 +40,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [pgbouncer]
     processes = 8                            # for `shardkit pgbouncer render`: docs/pgbouncer.md
 
+    [backup]
+    folder = "/srv/backups"                  # docs/backup.md
+
     [[physical]]
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
@@ -84,6 +87,7 @@ from shardkit.sections import (
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     AdminLogin,
+    BackupConfig,
     CacheConfig,
     ClusterConfig,
     LimitsConfig,
@@ -103,6 +107,7 @@ __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",
+    "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
     "Config",
@@ -139,6 +144,7 @@ class Config(Section):
     migrations: MigrationsConfig = MigrationsConfig()
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
     cache: CacheConfig = CacheConfig()
+    backup: BackupConfig = BackupConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -338,6 +344,7 @@ def _holds_secret(config: Config) -> bool:
     ]
     return (
         config.admin.password is not None
+        or config.backup.password is not None
         or bool(config.tokens.keys)
         or any("@" in node for node in (*config.cache.nodes, *config.cache.gutter))
         or any(make_url(u.get_secret_value()).password for u in urls)
@@ -368,6 +375,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "migrations": MigrationsConfig,
         "pgbouncer": PgBouncerConfig,
         "cache": CacheConfig,
+        "backup": BackupConfig,
         "physical": PhysicalConfig,
     }
     return sorted(tables[location[0]].model_fields if location else Config.model_fields)

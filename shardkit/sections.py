@@ -20,6 +20,7 @@ __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",
+    "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
     "LimitsConfig",
@@ -61,6 +62,35 @@ class AdminLogin(Section):
     def secret(self, folder: Path) -> str | None:
         """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
         if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
+            return from_environment
+        if self.password_file is not None:
+            return (folder / self.password_file).read_text(encoding="utf-8").strip()
+        return self.password.get_secret_value() if self.password else None
+
+
+class BackupConfig(Section):
+    """`[backup]`: where backups are kept, and who may copy the servers."""
+
+    folder: str = "backups"
+    """Where they are kept; a relative path counts from the folder of the file."""
+
+    user: str = ""
+    """Login with REPLICATION that copies the servers; empty for the admin's."""
+
+    password: SecretStr | None = None
+    password_file: str | None = None
+    """Its password; `SHARDKIT_BACKUP_PASSWORD` in the environment wins."""
+
+    keep: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How many backups `create` leaves; None for all."""
+
+    def secret(self, folder: Path) -> str | None:
+        """Return the password of the login, if it has one of its own.
+
+        Args:
+            folder: where a relative `password_file` is looked up.
+        """
+        if from_environment := os.environ.get("SHARDKIT_BACKUP_PASSWORD"):
             return from_environment
         if self.password_file is not None:
             return (folder / self.password_file).read_text(encoding="utf-8").strip()
