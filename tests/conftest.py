@@ -13,4 +13,5 @@ pytest_plugins = [
     "tests.fixtures.site",
     "tests.fixtures.skips",
     "tests.fixtures.sockets",
+    "tests.fixtures.backups",
 ]

@@ -124,6 +124,7 @@ def drill(
     *,
     to: str | None = None,
     scratch: Path | None = None,
+    sync: bool = True,
     revisions: Sequence[Revision] | None = None,
     metadata: MetaData | None = None,
     on_step: Callable[[str], None] = lambda _: None,
@@ -136,6 +137,7 @@ def drill(
         store: where backups are kept.
         to: a label, or `newest` for the newest of the archive; None for the backup's own.
         scratch: where the data go for the time; None for a folder of the system.
+        sync: whether the servers wait for the disk, as they would when it is earnest.
         revisions: of the application, oldest first; None leaves drift out.
         metadata: of the models; None leaves unique columns out.
         on_step: told what is done.
@@ -153,7 +155,7 @@ def drill(
         if server_account().is_switched:
             Path(folder).chmod(0o711)
         into = Path(folder) / "data"
-        with restored(topology, choice, into, on_step=on_step) as sides:
+        with restored(topology, choice, into, sync=sync, on_step=on_step) as sides:
             checks = [_labelled(sides, choice.label)]
             if choice.label == found.name:
                 checks += [_catalogue(sides, found), _rows(sides, found)]

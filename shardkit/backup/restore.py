@@ -204,6 +204,7 @@ def restored(
     choice: Choice,
     into: Path,
     *,
+    sync: bool = True,
     on_step: Callable[[str], None] = lambda _: None,
     clock: Clock = SYSTEM,
 ) -> Iterator[Sides]:
@@ -213,6 +214,7 @@ def restored(
         topology: of the cluster.
         choice: what is restored.
         into: where the data go; empty, or not there yet.
+        sync: whether the servers wait for the disk; False for data that are thrown away.
         on_step: told of `copied` and `recovered`.
         clock: what measures.
     """
@@ -233,7 +235,7 @@ def restored(
             server = RestoredServer.of(
                 name, part, into / name, sockets=Path(sockets), account=account, users=users
             )
-            server.aim(choice.label)
+            server.aim(choice.label, sync=sync)
             servers[name] = server
 
         def recover(name: str) -> None:

@@ -124,10 +124,12 @@ class RestoredServer(PostgresServer):
             (self.folder / name).unlink(missing_ok=True)
             write_file(self.folder / name, text, 0o600, self.account)
 
-    def aim(self, name: str) -> None:
+    def aim(self, name: str, *, sync: bool) -> None:
         """Make the first start replay the log up to a label and no further."""
         path = self.folder / CONFIG
         text = path.read_text(encoding="utf-8") + f"recovery_target_name = {_quoted(name)}\n"
+        if not sync:
+            text += "fsync = off\n"
         write_file(path, text, 0o600, self.account)
         for signal_file in ("standby.signal", "recovery.signal"):
             (self.folder / signal_file).unlink(missing_ok=True)

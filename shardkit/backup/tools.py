@@ -138,6 +138,8 @@ class Tools:
                 env={**child_environment(), **(secret or {})},
                 start_new_session=True,
                 umask=0o077,
+                # Like us they ignore SIGXFSZ, and so say that a file grew too large.
+                restore_signals=False,
             )
         except OSError as error:
             raise BackupError(f"{name} cannot be run: {error}") from error
@@ -218,10 +220,11 @@ class Tools:
 
 def failure(name: str, said: str, where: str | None) -> ShardkitError:
     """Return the error that tells why a program failed."""
-    last = said.splitlines()[-1] if said else "it said nothing"
-    if _FULL.search(said):
+    lines = said.splitlines() or ["it said nothing"]
+    last = lines[-1]
+    if full := [line for line in lines if _FULL.search(line)]:
         return BackupError(
-            f"{name}: {last}", hint="make room, or name another folder; nothing is left behind"
+            f"{name}: {full[0]}", hint="make room, or name another folder; nothing is left behind"
         )
     if _AWAY.search(said):
         return EndpointUnavailableError(

@@ -228,6 +228,9 @@ def drill(
     scratch: Annotated[
         Path | None, typer.Option(help="Where the data go for the time; else /var/tmp.")
     ] = None,
+    sync: Annotated[
+        bool, typer.Option(help="Wait for the disk, as when it is earnest; --no-sync is quicker.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Restore the newest backup on free ports, compare it with the label, measure, remove it."""
@@ -247,6 +250,7 @@ def drill(
         store,
         to=to,
         scratch=scratch,
+        sync=sync,
         revisions=None if location is None else load_revisions(location, folder=base),
         metadata=models_of(config, None),
     )
