@@ -24,6 +24,7 @@ from shardkit.commands import (
     outbox,
     pgbouncer,
     reference,
+    shardfiles,
     status,
     twophase,
 )
@@ -56,6 +57,8 @@ app.add_typer(outbox.app, name="outbox")
 app.add_typer(cache.app, name="cache")
 app.add_typer(backup.app, name="backup")
 app.add_typer(pgbouncer.app, name="pgbouncer")
+app.command("export")(shardfiles.export)
+app.command("import")(shardfiles.import_)
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)

@@ -155,7 +155,7 @@ def name_at(unix_ms: int) -> str:
     return f"{at:%Y%m%dT%H%M%S}.{unix_ms % 1000:03d}Z"
 
 
-def encode(value: Manifest | LabelFile) -> str:
+def encode(value: BaseModel) -> str:
     """Return the text of a file, its digest included."""
     content = value.model_dump(mode="json")
     return json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n"

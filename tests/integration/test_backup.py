@@ -195,7 +195,7 @@ def test_labels_of_the_archive_bring_back_what_came_after_the_backup(
     )  # fmt: skip
     try:
         wait_until(lambda: bool(home.store.labels()), 60.0, "a label in the archive")
-        number = max(home.acknowledged) + 1
+        number = next(home.numbers)
         with Cluster(home.topology) as cluster, cluster.writer(atomic=True) as session:
             session.add_all(home.pair(number))
             session.commit()
