@@ -43,6 +43,10 @@ _TABLES: Final = ("shardkit_directory", "shardkit_effects", "shardkit_lookup")
 LOCK_TIMEOUT: Final = 0.3
 """Seconds to queue for the locks; those who commit queue behind. Then all are let go."""
 
+LONG_LOCK_TIMEOUT: Final = 1.5
+"""The same for every eighth attempt: autovacuum lets go of a table, but only for those who have
+waited for `deadlock_timeout`, a second. Source: PostgreSQL manual, 24.1.6."""
+
 ATTEMPTS: Final = 40
 """With a pause of up to half a second in between: some twenty seconds, longer than handlers and
 commits take."""
@@ -169,12 +173,13 @@ def take(
         BackupError: the login may not do this.
     """
     label = None
-    for _ in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
+        timeout = LOCK_TIMEOUT if attempt % 8 else LONG_LOCK_TIMEOUT
         try:
             with contextlib.ExitStack() as stack:
                 for physical in sorted(sessions):
                     stack.enter_context(sessions[physical].transaction())
-                    _lock(sessions[physical])
+                    _lock(sessions[physical], timeout)
                 label = _points(sessions, name, snapshots)
             break
         except psycopg.errors.LockNotAvailable:
@@ -220,12 +225,12 @@ def _points(
     return Label(name, at.astimezone(dt.UTC), window, points)
 
 
-def _lock(connection: Connection) -> None:
+def _lock(connection: Connection, timeout: float) -> None:
     tables = connection.execute(_LOCKED, (list(_TABLES),)).fetchall()
     if tables:
         connection.execute(
             sql.SQL(_LOCK).format(
-                round(LOCK_TIMEOUT * 1000), sql.SQL(", ").join(sql.Identifier(*t) for t in tables)
+                round(timeout * 1000), sql.SQL(", ").join(sql.Identifier(*t) for t in tables)
             )
         )
 

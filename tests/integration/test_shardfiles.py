@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,25 @@ def source(pair: tuple[Path, Path]) -> Topology:
     return topology
 
 
-@pytest.fixture
-def exported(
-    pair: tuple[Path, Path],
-    source: Topology,  # noqa: ARG001  fills it
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+@pytest.fixture(scope="module")
+def original(
+    pair: tuple[Path, Path], source: Topology, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The files of that logical shard."""
-    folder = tmp_path / "files"
-    code, found, said = run(capsys, pair[0], "export", str(SHARD), "--into", str(folder))
-    assert code == 0, said
-    assert found["rows"]["photos"] == 20
+    folder = tmp_path_factory.mktemp("export") / "files"
+    command = ["export", str(SHARD), "--into", str(folder), "--config", str(pair[0])]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    assert read(folder).tables["photos"].rows == 20
+    assert content(source)["photos"][1] == read(folder).tables["photos"].sha256
     return folder
+
+
+@pytest.fixture
+def exported(original: Path, tmp_path: Path) -> Path:
+    """A copy of them, to be spoilt."""
+    return Path(shutil.copytree(original, tmp_path / "files"))
 
 
 @pytest.fixture
@@ -120,7 +127,8 @@ def target(pair: tuple[Path, Path]) -> Topology:
             DECLARE t record;
             BEGIN
                 FOR t IN SELECT schemaname, tablename FROM pg_tables
-                    WHERE schemaname LIKE 'shard\\_%' AND tablename <> 'shardkit_id_state' LOOP
+                    WHERE schemaname LIKE 'shard\\_%' AND tablename <> 'shardkit_id_state'
+                    AND pg_relation_size(format('%I.%I', schemaname, tablename)::regclass) > 0 LOOP
                     EXECUTE format('TRUNCATE %I.%I CASCADE', t.schemaname, t.tablename);
                 END LOOP;
             END $$
