@@ -28,7 +28,7 @@ from shardkit.backup.verify import needed, verify
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import Cluster
 from shardkit.errors import BackupError, ConfigurationError, RefusedError, TryAgainError
-from shardkit.local.account import Account, claim_folder, server_account
+from shardkit.local.account import Account, claim_folder, is_reachable, server_account
 from shardkit.local.binaries import SHARED_FOLDER
 from shardkit.local.ports import HOST
 from shardkit.topology import PhysicalShard, Topology
@@ -327,6 +327,12 @@ def _claim(into: Path, found: manifest.Manifest) -> None:
         into.mkdir(mode=0o711, parents=True, exist_ok=True)
     except OSError as error:
         raise RefusedError(f"{into}: cannot be made: {error.strerror}") from error
+    account = server_account()
+    if account.is_switched and not is_reachable(into, account):
+        raise RefusedError(
+            f"{into}: the user {account.name}, who runs PostgreSQL, cannot reach it",
+            hint="name a folder that others may pass through (mode 0711), and its parents too",
+        )
     free = shutil.disk_usage(into).free
     if free < found.size_bytes:
         raise RefusedError(

@@ -363,6 +363,12 @@ def test_the_oldest_go_and_the_others_stay(
     code, planned, _ = run(capsys, copy, "create", "--dry-run")
     assert code == 0
     assert set(planned["size_bytes"]) == {"alpha", "beta"}
+    # Of the archive, what no backup needs any more goes, too.
+    for number in (0, 0xFFFFFF):
+        (store.wal("alpha") / f"{1:08X}{0:08X}{number:08X}").parent.mkdir(
+            parents=True, exist_ok=True
+        )
+        (store.wal("alpha") / f"{1:08X}{0:08X}{number:08X}").touch()
     with load_on(home, threads=1):
         code, kept, said = run(capsys, copy, "create", "--keep", "1", "--no-rows")
     assert code == 0, said
@@ -370,5 +376,6 @@ def test_the_oldest_go_and_the_others_stay(
     code, listed, _ = run(capsys, copy, "list")
     assert [each["name"] for each in listed["backups"]] == [kept["name"]]
     assert not old.exists()
+    assert [path.name for path in store.wal("alpha").iterdir()] == ["000000010000000000FFFFFF"]
     code, good, _ = run(capsys, copy, "verify", "--all")
     assert (code, good) == (0, {kept["name"]: None})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +26,44 @@ from shardkit.ops.direct import connect
 from shardkit.testing import create_tables
 from shardkit.topology import Topology
 from shardkit.uniques import lookups_of
-from tests.fixtures.servers import lend, options
+from tests.fixtures.backups import Home
 from tests.models import Account, Base, Country, Like, Photo, Post, Profile, Tenant, User
 
 pytestmark = pytest.mark.integration
 
-SHARD = 5
+SHARD = 2
 SCHEMA_NAME = f"shard_{SHARD:04d}"
+"""On the physical shard alpha."""
+
+_EMPTY = """
+DO $$
+DECLARE t record;
+BEGIN
+    FOR t IN SELECT schemaname, tablename FROM pg_tables
+        WHERE schemaname LIKE 'shard\\_%' AND tablename <> 'shardkit_id_state'
+        AND pg_relation_size(format('%I.%I', schemaname, tablename)::regclass) > 0 LOOP
+        EXECUTE format('TRUNCATE %I.%I CASCADE', t.schemaname, t.tablename);
+    END LOOP;
+END $$
+"""
 
 
 @pytest.fixture(scope="module")
-def pair(
-    postgres_version: str,  # noqa: ARG001  skips when there is none
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Path, Path]]:
-    """The configurations of two clusters of the same shape, as two databases of one server."""
+def pair(home: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The configurations of two clusters of the same shape, as databases of the same servers."""
     folder = tmp_path_factory.mktemp("shardfiles")
-    shape = options(
-        physical=1, replicas=0, logical_shards=8, redis=False, memcached=False, pgbouncer=False
-    )
-    with lend(folder / "cluster", shape) as local:
-        files = [folder / f"{name}.toml" for name in ("one", "two")]
-        for file in files:
-            _configure(local, file)
-        yield files[0], files[1]
+    one, two = (folder / f"{name}.toml" for name in ("one", "two"))
+    _configure(home.local, one)
+    _configure(home.local, two)
+    return one, two
 
 
 def _configure(local: LocalCluster, file: Path) -> None:
-    with psycopg.connect(local.superuser_dsn("alpha_0", "postgres"), autocommit=True) as connection:
-        connection.execute(
-            sql.SQL("CREATE DATABASE {} OWNER shardkit_admin").format(sql.Identifier(file.stem))
-        )
+    for server in ("alpha_0", "beta_0"):
+        dsn = local.superuser_dsn(server, "postgres")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            database = sql.Identifier(file.stem)
+            connection.execute(sql.SQL("CREATE DATABASE {} OWNER shardkit_admin").format(database))
     file.touch(0o600)
     text = local.config_path.read_text().replace('/shardkit"', f'/{file.stem}"')
     file.write_text(text.replace('name = "local"', f'name = "{file.stem}"'))
@@ -120,20 +127,9 @@ def exported(original: Path, tmp_path: Path) -> Path:
 def target(pair: tuple[Path, Path]) -> Topology:
     """The other cluster, empty."""
     _, topology = load(pair[1])
-    with connect(topology.physical["alpha"], application="test") as connection:
-        connection.execute(
-            """
-            DO $$
-            DECLARE t record;
-            BEGIN
-                FOR t IN SELECT schemaname, tablename FROM pg_tables
-                    WHERE schemaname LIKE 'shard\\_%' AND tablename <> 'shardkit_id_state'
-                    AND pg_relation_size(format('%I.%I', schemaname, tablename)::regclass) > 0 LOOP
-                    EXECUTE format('TRUNCATE %I.%I CASCADE', t.schemaname, t.tablename);
-                END LOOP;
-            END $$
-            """
-        )
+    for shard in topology.physical.values():
+        with connect(shard, application="test") as connection:
+            connection.execute(_EMPTY)
     return topology
 
 
@@ -273,7 +269,7 @@ HOSTILE: dict[str, tuple[int, str, Callable[[Path], object]]] = {
     "a file twice": (1, "twice", lambda f: rewrite(f, lambda c: c["tables"]["users"].update(c["tables"]["photos"]))),
     "a table too many": (1, "tables", lambda f: rewrite(f, lambda c: c["tables"].update({'x"; DROP TABLE users': {**c["tables"]["users"], "file": "9999.copy"}}) or (f / "9999.copy").write_bytes(file_of(f, "users").read_bytes()))),
     "other columns": (1, "columns", lambda f: rewrite(f, lambda c: c["tables"]["users"].update(columns=["id", "pg_sleep(9)"]))),
-    "rows of another logical shard": (1, "of logical shard 6", moved_away),
+    "rows of another logical shard": (1, "of logical shard 3", moved_away),
     "a child without its parent": (1, "foreign key", lambda f: refill(f, "users", lambda d: d.split(b"\n", 1)[1])),
     "not in order": (1, "not what the file says", lambda f: refill(f, "users", lambda d: b"".join(reversed(d.splitlines(keepends=True))))),
     "no value of the type": (1, "invalid input", lambda f: refill(f, "users", lambda d: b"x" + d)),
@@ -310,11 +306,11 @@ def test_commands_refuse_what_they_cannot_do(
 ) -> None:
     assert (exported / SCHEMA).read_text().count("CREATE TABLE") > 10
     assert run(capsys, pair[0], "export", "8", "--into", str(exported / "x"))[0] == 2
-    assert run(capsys, pair[0], "export", "5", "--into", str(exported))[0] == 3
+    assert run(capsys, pair[0], "export", str(SHARD), "--into", str(exported))[0] == 3
     with connect(target.physical["alpha"], application="test") as connection:
         for state in ("fenced", "retired", "importing"):
             connection.execute(
-                "UPDATE shardkit.ownership SET state = %s WHERE logical_shard = 5", (state,)
+                "UPDATE shardkit.ownership SET state = %s WHERE logical_shard = 2", (state,)
             )
             assert run(capsys, pair[1], "import", str(exported))[0] == 3
         connection.execute("UPDATE shardkit.ownership SET state = 'active'")
