@@ -54,6 +54,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [pgbouncer]
     processes = 8                            # for `shardkit pgbouncer render`: docs/pgbouncer.md
 
+    [backup]
+    folder = "/srv/backups"                  # docs/backup.md
+
     [[physical]]
     name = "alpha"
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"
@@ -98,6 +101,7 @@ from shardkit.logins import AdminLogin, Login, RolesConfig, Section, TlsConfig
 from shardkit.sections import (
     MAX_ROWS,
     STATEMENT_TIMEOUT,
+    BackupConfig,
     CacheConfig,
     ClusterConfig,
     LimitsConfig,
@@ -116,6 +120,7 @@ __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",
+    "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
     "Config",
@@ -153,6 +158,7 @@ class Config(Section):
     migrations: MigrationsConfig = MigrationsConfig()
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
     cache: CacheConfig = CacheConfig()
+    backup: BackupConfig = BackupConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -323,6 +329,7 @@ def _holds_secret(config: Config) -> bool:
     return (
         config.admin.password is not None
         or any(login.password is not None for _, login in config.roles.logins)
+        or config.backup.password is not None
         or bool(config.tokens.keys)
         or any("@" in node for node in (*config.cache.nodes, *config.cache.gutter))
         or any(make_url(u.get_secret_value()).password for u in urls)
@@ -355,6 +362,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "migrations": MigrationsConfig,
         "pgbouncer": PgBouncerConfig,
         "cache": CacheConfig,
+        "backup": BackupConfig,
         "physical": PhysicalConfig,
     }
     if len(location) == 2 and location[0] == "roles":

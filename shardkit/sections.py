@@ -13,12 +13,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from shardkit.logins import Section
+from shardkit.logins import Login, Section
 from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
 
 __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
+    "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
     "LimitsConfig",
@@ -41,6 +42,19 @@ class ClusterConfig(Section):
 
     name: Name
     logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
+
+
+class BackupConfig(Login):
+    """`[backup]`: where backups are kept, and who may copy the servers.
+
+    The login needs REPLICATION; without a user it is the admin's.
+    """
+
+    folder: str = "backups"
+    """Where they are kept; a relative path counts from the folder of the file."""
+
+    keep: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How many backups `create` leaves; None for all."""
 
 
 def _finite(value: float) -> float:

@@ -17,4 +17,5 @@ pytest_plugins = [
     "tests.fixtures.sockets",
     "tests.fixtures.stack",
     "tests.fixtures.visitors",
+    "tests.fixtures.backups",
 ]

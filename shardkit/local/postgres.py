@@ -39,13 +39,14 @@ _BUILTIN_LOCALE = 17
 """First version with a locale of its own. Source: PostgreSQL 17 manual, 23.1.4."""
 
 _FUNCTIONS = (
-    "pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(), pg_wal_replay_resume()"
+    "pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(), "
+    "pg_wal_replay_resume(), pg_create_restore_point(text), pg_switch_wal()"
 )
 _PARAMETERS = (
     "primary_conninfo, synchronous_standby_names, recovery_min_apply_delay, "
     "default_transaction_read_only"
 )
-"""What `shardkit failover` and `doctor` need beyond owning the database."""
+"""What `shardkit failover`, `doctor` and `backup` need beyond owning the database."""
 
 _READY = "ready"
 _STATUS_LINE = 7
