@@ -13,7 +13,7 @@ import typer
 from shardkit.commands.migrated import print_json
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.commands.output import console, printable
-from shardkit.errors import BackupError, ConfigurationError
+from shardkit.errors import BackupError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help stays quick
     from shardkit.backup.drill import Drill
