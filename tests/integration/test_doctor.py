@@ -37,8 +37,6 @@ END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 's
 ALSO = {
     "schema-missing": {"not-looked-at"},
     "app-powers": {"roles-differ"},
-    "app-owns": {"roles-differ"},
-    "app-creates": {"roles-differ"},
 }
 
 
