@@ -245,8 +245,8 @@ def _rights(facts: RoleFacts, roles: RoleNames) -> Iterator[Change]:
 
 def _wanted(thing: Thing, resting: set[str]) -> Iterator[tuple[tuple[str, ...], Rights]]:
     """Yield the schemas in which one thing is to have the same rights."""
-    if thing.kind == "TYPE" or thing.name.startswith("shardkit_changed_"):
-        return  # a trigger's function, which nobody can call
+    if thing.kind == "TYPE" or (thing.kind == "ROUTINE" and thing.name.startswith("shardkit_")):
+        return  # functions of triggers, which nobody can call
     grouped: dict[Rights, list[str]] = {}
     for schema in thing.schemas:
         if schema in resting:
