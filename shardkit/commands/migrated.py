@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from shardkit.commands.output import console, printable
@@ -12,7 +13,15 @@ from shardkit.errors import TryAgainError
 from shardkit.ops import migrate as ops
 from shardkit.ops import waves as rollout
 
-__all__ = ["outcome_json", "plan_json", "print_json", "print_outcome", "print_plan", "status_json"]
+__all__ = [
+    "interrupted_json",
+    "outcome_json",
+    "plan_json",
+    "print_json",
+    "print_outcome",
+    "print_plan",
+    "status_json",
+]
 
 
 def print_plan(
@@ -75,6 +84,8 @@ def print_outcome(outcome: ops.MigrationOutcome) -> None:
             text = f"nothing to do, {part.n_current} logical shards current"
         else:
             text = f"{len(done)} of {len(part.work) + len(part.waiting)} logical shards migrated"
+        for revision, rows in outcome.filled.get(part.physical, {}).items():
+            text += f", {rows:,} rows of {revision}"
         out.print(f"{part.physical}: {text}", markup=False)
 
 
@@ -129,8 +140,14 @@ def outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
         "failed": {name: str(error) for name, error in outcome.failed.items()},
         "laggards": {number: str(error) for number, error in outcome.laggards.items()},
         "halted": outcome.halted,
+        "filled": outcome.filled,
         "retryable": isinstance(outcome.error, TryAgainError),
     }
+
+
+def interrupted_json(left: Mapping[str, int]) -> dict[str, Any]:
+    """Return what an interrupt leaves, for JSON."""
+    return {"interrupted": True, "left": dict(left)}
 
 
 def status_json(found: ops.MigrationStatus) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class Limits:
             no such rule.
         lag_patience: seconds to wait for it before the run halts.
         small_bytes: size up to which a table may be scanned or written anew under a lock.
+        backfill_seconds: that a batch of a backfill should take; whoever wants one of its rows
+            waits as long.
+        backfill_rate: rows a second that backfills go through on a physical shard; None for no
+            bound.
     """
 
     lock_timeout: float = 0.3
@@ -38,3 +42,5 @@ class Limits:
     max_lag_bytes: int | None = 64 << 20
     lag_patience: float = 60.0
     small_bytes: int = SMALL_BYTES
+    backfill_seconds: float = 0.1
+    backfill_rate: float | None = None

@@ -217,6 +217,7 @@ def apply(
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
+    on_rows: Callable[[str, str, int], None] | None = None,
     waves: Sequence[float] | None = (),
     smallest: int = 0,
     on_wave: Callable[[Wave], None] | None = None,
@@ -236,6 +237,8 @@ def apply(
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
+        on_rows: called with physical shard, revision and rows changed after each batch of a
+            backfill, from several threads.
         waves: per cent of the logical shards that already exist which a roll-out reaches, wave
             by wave; None for those of `shardkit.ops.waves`, empty for all at once.
         smallest: logical shards to migrate below which it is all at once.
@@ -263,6 +266,7 @@ def apply(
             found,
             limits=limits,
             on_done=on_done or (lambda _physical, _logical_shard: None),
+            on_rows=on_rows,
             waves=staged,
             on_wave=on_wave,
         )
