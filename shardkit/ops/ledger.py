@@ -85,6 +85,7 @@ class Ledger:
         applied: checksum by revision, by logical shard; no entry before the first.
         rules: how the rows of tables are placed, as far as it was recorded, by table.
         reference: checksum by revision of what was done to reference tables.
+        locked: who keeps migrations away and why, by logical shard: `shardkit.ops.ddllocks`.
         partial: statements done of a revision under way, and its checksum, by revision, by
             logical shard.
     """
@@ -97,6 +98,7 @@ class Ledger:
     rules: Mapping[str, str] = field(default_factory=dict)
     reference: Mapping[str, str] = field(default_factory=dict)
     partial: Mapping[int, Mapping[str, tuple[int, str]]] = field(default_factory=dict)
+    locked: Mapping[int, str] = field(default_factory=dict)
 
 
 def summary(applied: Mapping[str, str]) -> str:
@@ -123,7 +125,7 @@ def read(
     current: Mapping[str, str] | None = None,
     digest: str | None = None,
 ) -> Ledger:
-    """Return the ledger of one physical shard, in seven queries whatever its size.
+    """Return the ledger of one physical shard, in eight queries whatever its size.
 
     Args:
         connection: to its primary.
@@ -136,7 +138,8 @@ def read(
         "SELECT to_regclass('shardkit.identity') IS NOT NULL, "
         "obj_description(to_regnamespace('shardkit'), 'pg_namespace'), pg_is_in_recovery(), "
         "to_regclass('shardkit.placement') IS NOT NULL, "
-        "to_regclass('shardkit.reference_version') IS NOT NULL"
+        "to_regclass('shardkit.reference_version') IS NOT NULL, "
+        "to_regclass('shardkit.ddl_locks') IS NOT NULL"
     ).fetchone()
     if used is None or not used[0]:
         return Ledger(is_replica=bool(used and used[2]))
@@ -169,6 +172,14 @@ def read(
         reference.update(
             connection.execute("SELECT revision, checksum FROM shardkit.reference_version")
         )
+    locked: dict[int, str] = {}
+    if used[5]:
+        locked.update(
+            connection.execute(
+                "SELECT logical_shard, holder || ' since ' || to_char(since AT TIME ZONE 'UTC', "
+                "'YYYY-MM-DD HH24:MI') || ' UTC: ' || reason FROM shardkit.ddl_locks"
+            )
+        )
     return Ledger(
         identity=Identity(*row) if row else None,
         is_replica=used[2],
@@ -178,6 +189,7 @@ def read(
         rules=rules,
         reference=reference,
         partial=partial,
+        locked=locked,
     )
 
 

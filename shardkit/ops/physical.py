@@ -38,6 +38,7 @@ from shardkit.ops.limits import Limits
 from shardkit.ops.pace import BatchSize, Rate
 from shardkit.ops.parts import Part, Parts
 from shardkit.ops.plan import PhysicalPlan, ShardWork
+from shardkit.ops.queueing import Queue
 from shardkit.topology import Topology
 
 __all__ = ["PhysicalRun"]
@@ -95,6 +96,7 @@ class PhysicalRun:
         self._stop = stop
         self._is_staged = is_staged
         self._rate = Rate(limits.backfill_rate)
+        self._is_wary = False  # once somebody did not give way
         # SET LOCAL: both limits end with the transaction.
         self._begin = (
             f"BEGIN; SET LOCAL lock_timeout = {round(limits.lock_timeout * 1000)};"
@@ -218,6 +220,7 @@ class PhysicalRun:
             if connection.broken or connection.closed:
                 raise self._failure(connection, error, Part("", ()), None) from error
             connection.rollback()
+            self._is_wary |= isinstance(error, pg.LockNotAvailable)
             left = unfinished(connection, batch, self._parts.digest)
             numbers = {work.logical_shard for work in left}
             for work in batch:
@@ -306,23 +309,32 @@ class PhysicalRun:
         part: Part,
         logical_shard: int | None,
     ) -> None:
-        for attempt in range(1, self._limits.lock_attempts + 1):
+        last = self._limits.lock_attempts
+        queue = Queue(connection, logical_shard, part.tables, is_wary=self._is_wary)
+        for attempt in range(1, last + 1):
+            why: psycopg.Error | None = None
             try:
-                work()
+                # Who queues for a strong lock holds up all who come after: not behind a holder who
+                # has stayed through a pause already. The last attempt makes sure.
+                if attempt == last or not queue.is_held():
+                    work()
+                    return
             except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
                 connection.rollback()
-                bound = min(self._limits.longest_pause, 0.05 * 2**attempt)
-                pause = random.uniform(bound / 4, bound)  # noqa: S311  spreads retries
-                if attempt == self._limits.lock_attempts or self._stop.wait(pause):
-                    raise TryAgainError(
-                        f"no lock in {attempt} attempts: {first_line(error)}",
-                        hint=holders(connection, logical_shard),
-                        logical_shard=logical_shard,
-                    ) from error
+                self._is_wary = True
+                queue.note()
+                why = error
             except psycopg.Error as error:
                 raise self._failure(connection, error, part, logical_shard) from error
-            else:
-                return
+            bound = min(self._limits.longest_pause, 0.05 * 2**attempt)
+            pause = random.uniform(bound / 4, bound)  # noqa: S311  spreads retries
+            if attempt == last or self._stop.wait(pause):
+                said = first_line(why) if why else "whoever holds it stays"
+                raise TryAgainError(
+                    f"no lock in {attempt} attempts: {said}",
+                    hint=holders(connection, logical_shard),
+                    logical_shard=logical_shard,
+                ) from why
 
     def _failure(
         self,

@@ -204,6 +204,9 @@ def _plan(
         if not is_new and (state := ledger.ownership[number].state) != "active":
             waiting[number] = f"is {state}: a move is under way"
             continue
+        if number in ledger.locked:
+            waiting[number] = f"its DDL lock is held by {ledger.locked[number]}"
+            continue
         applied = ledger.applied.get(number, {})
         own = applied.get(OWN) != own_digest
         half = ledger.partial.get(number, {})
