@@ -21,7 +21,7 @@ from shardkit.commands.migrated import (
     status_json,
 )
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
-from shardkit.commands.output import console
+from shardkit.commands.output import console, printable
 from shardkit.commands.progress import Watching
 from shardkit.config import default_file, format_ranges, load
 from shardkit.errors import ConfigurationError
@@ -82,6 +82,8 @@ PhaseOption = Annotated[
     ),
 ]
 DEFAULTS = ops.Limits()
+LONG = 1.0
+"""Seconds of `--lock-timeout` above which users are warned: their own users wait as long."""
 
 
 @app.command("apply")
@@ -135,6 +137,11 @@ def apply_command(
         max_lag_bytes=max_lag,
         backfill_rate=backfill_rate,
     )
+    if lock_timeout > LONG:
+        typer.echo(
+            f"warning: each attempt may hold up those who use a table for {lock_timeout:g} s",
+            err=True,
+        )
     with Watching(quiet=as_json) as watching:
         try:
             outcome = ops.apply(
@@ -200,7 +207,7 @@ def status_command(
         )
         for entry in found.physical:
             if entry.error:
-                table.add_row(entry.physical, "?", f"unknown: {entry.error.message}")
+                table.add_row(entry.physical, "?", printable(f"unknown: {entry.error.message}"))
                 continue
             at = ", ".join(f"{rev or 'none'}: {n}" for rev, n in (entry.at or {}).items())
             pending = ", ".join(f"{rev}: {n}" for rev, n in (entry.pending or {}).items())

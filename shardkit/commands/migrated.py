@@ -44,16 +44,16 @@ def print_plan(
                 out.print(f"-- advice: {finding.problem}; {finding.remedy}", markup=False)
     for danger in plan.dangers:
         verdict = f"set aside: {danger.reason}" if danger.reason else "REFUSED"
-        out.print(
+        text = (
             f"{verdict}: {danger.revision.id} {danger.finding.problem} "
-            f"[{danger.finding.rule}]: {danger.finding.statement}",
-            markup=False,
+            f"[{danger.finding.rule}]: {danger.finding.statement}"
         )
+        out.print(printable(text), markup=False)
     if len(waves) > 1:
         sizes = ", ".join(f"{wave.name}: {len(wave.logical_shards)}" for wave in waves)
         out.print(f"waves: {sizes}", markup=False)
     for part in plan.physical:
-        out.print(f"{part.physical}: {summary(part)}", markup=False)
+        out.print(printable(f"{part.physical}: {summary(part)}"), markup=False)
 
 
 def summary(part: ops.PhysicalPlan) -> str:
