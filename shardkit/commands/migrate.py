@@ -210,7 +210,10 @@ def status_command(
                 table.add_row(entry.physical, "?", printable(f"unknown: {entry.error.message}"))
                 continue
             at = ", ".join(f"{rev or 'none'}: {n}" for rev, n in (entry.at or {}).items())
-            pending = ", ".join(f"{rev}: {n}" for rev, n in (entry.pending or {}).items())
+            begun = {rev: f" ({n} begun)" for rev, n in (entry.begun or {}).items()}
+            pending = ", ".join(
+                f"{rev}: {n}{begun.get(rev, '')}" for rev, n in (entry.pending or {}).items()
+            )
             laggards = format_ranges(entry.laggards)
             table.add_row(
                 entry.physical, str(entry.n_logical_shards), at, pending or "-", laggards or "-"

@@ -136,6 +136,7 @@ def plan_json(plan: ops.MigrationPlan, waves: tuple[rollout.Wave, ...]) -> dict[
 def outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
     """Return what a run did, for JSON."""
     return {
+        "planned": {p.physical: [w.logical_shard for w in p.work] for p in outcome.plan.physical},
         "done": outcome.done,
         "failed": {name: str(error) for name, error in outcome.failed.items()},
         "laggards": {number: str(error) for number, error in outcome.laggards.items()},
@@ -160,6 +161,7 @@ def status_json(found: ops.MigrationStatus) -> dict[str, Any]:
                 "logical_shards": entry.n_logical_shards,
                 "at": entry.at,
                 "pending": entry.pending,
+                "begun": entry.begun,
                 "laggards": entry.laggards,
                 "unrecorded": entry.unrecorded,
                 "error": str(entry.error) if entry.error else None,

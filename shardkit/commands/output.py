@@ -23,8 +23,8 @@ def console(*, stderr: bool = False, markup: bool = True) -> Console:
     from rich.console import Console
 
     found = Console(stderr=stderr, highlight=False, markup=markup)
-    if not found.is_terminal and not stderr:
-        found = Console(highlight=False, markup=markup, width=_UNBOUNDED)
+    if not found.is_terminal:
+        found = Console(stderr=stderr, highlight=False, markup=markup, width=_UNBOUNDED)
     return found
 
 

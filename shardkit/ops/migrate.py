@@ -31,6 +31,7 @@ from shardkit.models import rules_of
 from shardkit.ops.apply import MigrationOutcome, run
 from shardkit.ops.downgrade import decide_back, newer
 from shardkit.ops.guard import dangers, refuse
+from shardkit.ops.ledger import Ledger
 from shardkit.ops.limits import Limits
 from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
 from shardkit.ops.primaries import connections, lock, read, read_one
@@ -77,6 +78,7 @@ class PhysicalStatus:
         n_logical_shards: logical shards it holds or is to hold.
         at: number of logical shards by their last revision; "" stands for none.
         pending: number of logical shards by revision they lack.
+        begun: of those, the ones in which a part of the revision is done, as in a backfill.
         laggards: logical shards that lack something, ascending.
         error: why nothing is known, or None.
         reference: revisions whose part about reference tables is missing, in order.
@@ -88,6 +90,7 @@ class PhysicalStatus:
     n_logical_shards: int = 0
     at: Mapping[str, int] | None = None
     pending: Mapping[str, int] | None = None
+    begun: Mapping[str, int] | None = None
     laggards: tuple[int, ...] = ()
     error: ShardkitError | None = None
     unrecorded: tuple[str, ...] = ()
@@ -364,6 +367,8 @@ def status(
             entries.append(PhysicalStatus(physical.physical, error=physical.error))
             continue
         pending = Counter(r.id for work in physical.work for r in work.revisions)
+        ledger = ledgers[physical.physical]
+        partial = ledger.partial.values() if isinstance(ledger, Ledger) else ()
         at: Counter[str] = Counter()
         for work in physical.work:
             missing = {revision.id for revision in work.revisions}
@@ -377,6 +382,7 @@ def status(
                 n_logical_shards=len(physical.work) + physical.n_current + len(physical.waiting),
                 at=dict(at),
                 pending={r.id: pending[r.id] for r in revisions if pending[r.id]},
+                begun=dict(Counter(revision for half in partial for revision in half)),
                 laggards=tuple(
                     sorted([work.logical_shard for work in physical.work] + [*physical.waiting])
                 ),

@@ -102,6 +102,9 @@ def test_an_interrupted_backfill_says_what_is_left(filled: Site) -> None:
     found = json.loads(output)
     assert found["interrupted"]
     assert found["left"]["alpha"] > 0
+    [begun, _] = [entry.begun for entry in status(filled.topology, filled.revisions()).physical]
+    assert begun
+    assert 1 <= begun["r2"] <= len(ALPHA)
     assert filled.apply(replace(QUICK, patience=30.0)).error is None
     assert all(counts(filled, n) == ALL for n in ALPHA)
 
