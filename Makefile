@@ -18,9 +18,12 @@ setup: ## make .venv from requirements.lock; does nothing when it is up to date
 run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.0.0.1:8000
 	@$(BIN)/python -m app.run $(ARGS)
 
+# Files go to two workers, each with servers of its own: tests wait more than they compute.
+WORKERS ?= 2
+
 test: ## every test, on real servers; installs what they need when root on Debian
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # What goes through it; tests that cannot say why (`unpooled`), and the run prints it.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \

@@ -2,6 +2,7 @@
 
 pytest_plugins = [
     "tests.fixtures.caches",
+    "tests.fixtures.folders",
     "tests.fixtures.lateness",
     "tests.fixtures.poolers",
     "tests.fixtures.proxies",
