@@ -8,6 +8,7 @@ from shardkit.ops.backfills import tagged
 from shardkit.ops.parts import Parts
 from shardkit.ops.plan import PhysicalPlan, ShardWork
 from shardkit.ops.revisions import Revision
+from shardkit.topology import RoleNames
 
 
 def revision(name: str, *statements: str) -> Revision:
@@ -19,6 +20,8 @@ CHANGE = revision("r2", "ALTER TABLE u ADD b int", "CREATE INDEX i ON u (b)")
 LIVE = revision("r3", "ALTER TABLE t ADD b int")
 REFER = revision("r4", "CREATE TABLE v (a bigint REFERENCES t)")
 FILL = revision("r5", tagged("UPDATE t SET b = 1", rows=10))
+ROLES = RoleNames.of(app="app", admin="admin")
+
 AGAIN = revision("r6", "ALTER TABLE u ADD c int")
 
 
@@ -26,7 +29,7 @@ def transactions(*revisions: Revision, done: int = 0) -> list[list[str]]:
     """Return the revisions of each transaction, of a logical shard that exists."""
     work = ShardWork(7, False, False, revisions, done)
     plan = PhysicalPlan("alpha", work=(work,), order=revisions)
-    return [[each.id for each in part.revisions] for part in Parts(plan, "app").of(work, 0)]
+    return [[each.id for each in part.revisions] for part in Parts(plan, ROLES).of(work, 0)]
 
 
 def test_steps_on_tables_that_are_made_in_the_run_share_a_transaction() -> None:
@@ -46,7 +49,7 @@ def test_a_backfill_stands_alone_and_the_ledger_follows_it() -> None:
 def test_each_transaction_carries_its_ledger_rows_and_its_schema() -> None:
     work = ShardWork(7, False, False, (MAKE, CHANGE))
     plan = PhysicalPlan("alpha", work=(work,), order=(MAKE, CHANGE))
-    [part] = Parts(plan, "app").of(work, 0)
+    [part] = Parts(plan, ROLES).of(work, 0)
     assert "('r1', 'sum of r1', NULL), ('r2', 'sum of r2', NULL)" in part.script
     assert 'ALTER TABLE "shard_0007".u ADD b int' in part.script
     assert 'COMMENT ON SCHEMA "shard_0007"' in part.script
@@ -55,5 +58,5 @@ def test_each_transaction_carries_its_ledger_rows_and_its_schema() -> None:
 
 def test_tables_that_are_locked_are_named_for_those_who_look_first() -> None:
     work = ShardWork(7, False, False, (LIVE,))
-    [part] = Parts(PhysicalPlan("alpha", work=(work,), order=(LIVE,)), "app").of(work, 0)
+    [part] = Parts(PhysicalPlan("alpha", work=(work,), order=(LIVE,)), ROLES).of(work, 0)
     assert part.tables == frozenset({"t"})

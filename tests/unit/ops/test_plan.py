@@ -104,7 +104,7 @@ def test_a_used_schema_gets_a_transaction_per_revision_and_a_new_one_a_single() 
         {"alpha": ledger("alpha", {0: {"r1": "c"}}), "beta": Ledger()},
     )
     used, new = plan.physical[0].work
-    parts = Parts(plan.physical[0], "app")
+    parts = Parts(plan.physical[0], ROLES)
     own, then = parts.of(used, 0)
     assert (own.revisions, then.revisions) == ((), (R2,))
     [at_once] = parts.of(new, 0)
