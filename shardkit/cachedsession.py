@@ -206,10 +206,16 @@ class CachedSession(BoundSession):
             if asked:
                 found = self._cached_lists(derived, asked)
         rest = {key: each for key, each in wanted.items() if key not in found}
-        if len(rest) > 1 and isinstance(derived, CachedCount) and len(derived.key) == 1:
+        if (
+            len(rest) > 1
+            and isinstance(derived, CachedCount)
+            and len(derived.key) == 1
+            and all(map(derived.names_row, rest.values()))  # as the rows will have them
+        ):
             statement = derived.statement_of_many(list(rest.values()))
-            counts: Any = {key: n for key, n in self.execute(statement)}  # noqa: C416 - rows are no pairs
-            return {key: found[key] if key in found else counts.get(key, 0) for key in wanted}
+            counts: dict[Any, Any] = dict(tuple(row) for row in self.execute(statement))
+            found |= {key: counts.get(value, 0) for key, (value,) in rest.items()}
+            rest = {}
         for key, identity in rest.items():
             found[key] = derived.result(self.scalars(derived.statement(identity)).all())
         return {key: found[key] for key in wanted}

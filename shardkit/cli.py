@@ -24,6 +24,7 @@ from shardkit.commands import (
     outbox,
     pgbouncer,
     reference,
+    roles,
     shardfiles,
     status,
     twophase,
@@ -57,6 +58,7 @@ app.add_typer(outbox.app, name="outbox")
 app.add_typer(cache.app, name="cache")
 app.add_typer(backup.app, name="backup")
 app.add_typer(pgbouncer.app, name="pgbouncer")
+app.add_typer(roles.app, name="roles")
 app.command("export")(shardfiles.export)
 app.command("import")(shardfiles.import_)
 app.command("locate")(locate.locate)

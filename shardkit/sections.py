@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from shardkit.logins import Login, Section
 from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
 
 __all__ = [
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
-    "AdminLogin",
     "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
@@ -30,16 +29,9 @@ __all__ = [
     "PoolConfig",
     "ReplicaConfig",
     "ReplicasConfig",
-    "Section",
     "TokensConfig",
     "parse_ranges",
 ]
-
-
-class Section(BaseModel):
-    """A section: immutable, and nothing in it that is not known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
@@ -52,49 +44,17 @@ class ClusterConfig(Section):
     logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
 
 
-class AdminLogin(Section):
-    """`[admin]`: the login that owns schemas and runs migrations."""
+class BackupConfig(Login):
+    """`[backup]`: where backups are kept, and who may copy the servers.
 
-    user: Annotated[str, Field(min_length=1, max_length=63)]
-    password: SecretStr | None = None
-    password_file: str | None = None
-
-    def secret(self, folder: Path) -> str | None:
-        """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
-        if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
-            return from_environment
-        if self.password_file is not None:
-            return (folder / self.password_file).read_text(encoding="utf-8").strip()
-        return self.password.get_secret_value() if self.password else None
-
-
-class BackupConfig(Section):
-    """`[backup]`: where backups are kept, and who may copy the servers."""
+    The login needs REPLICATION; without a user it is the admin's.
+    """
 
     folder: str = "backups"
     """Where they are kept; a relative path counts from the folder of the file."""
 
-    user: str = ""
-    """Login with REPLICATION that copies the servers; empty for the admin's."""
-
-    password: SecretStr | None = None
-    password_file: str | None = None
-    """Its password; `SHARDKIT_BACKUP_PASSWORD` in the environment wins."""
-
     keep: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """How many backups `create` leaves; None for all."""
-
-    def secret(self, folder: Path) -> str | None:
-        """Return the password of the login, if it has one of its own.
-
-        Args:
-            folder: where a relative `password_file` is looked up.
-        """
-        if from_environment := os.environ.get("SHARDKIT_BACKUP_PASSWORD"):
-            return from_environment
-        if self.password_file is not None:
-            return (folder / self.password_file).read_text(encoding="utf-8").strip()
-        return self.password.get_secret_value() if self.password else None
 
 
 def _finite(value: float) -> float:

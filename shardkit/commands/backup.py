@@ -13,7 +13,7 @@ import typer
 from shardkit.commands.migrated import print_json
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.commands.output import console, printable
-from shardkit.errors import BackupError, ConfigurationError
+from shardkit.errors import BackupError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help stays quick
     from shardkit.backup.drill import Drill
@@ -91,7 +91,7 @@ def create(
         made = ops.create(
             topology,
             store,
-            user=settings.user,
+            user=settings.user or "",
             password=password,
             rows=rows,
             keep=keep or settings.keep,
@@ -284,7 +284,7 @@ def archive(
 
     settings, topology, store, password = _inputs(config, folder)
     if drop_slots:
-        dropped = ops.drop_slots(topology, user=settings.user, password=password)
+        dropped = ops.drop_slots(topology, user=settings.user or "", password=password)
         if as_json:
             print_json({"dropped": dropped})
         else:
@@ -305,7 +305,7 @@ def archive(
         store,
         stop,
         every=every,
-        user=settings.user,
+        user=settings.user or "",
         password=password,
         on_label=labelled,
         on_miss=lambda error: print(f"no label: {error.message}", file=sys.stderr),
@@ -324,10 +324,7 @@ def _inputs(
     settings: Config
     settings, topology = load(file)
     place = folder or file.parent / settings.backup.folder
-    try:
-        password = settings.backup.secret(file.parent)
-    except OSError as error:
-        raise ConfigurationError(f"{file}: backup.password_file: {error}") from None
+    password = settings.backup.secret(file.parent, "backup", key="backup.password_file")
     return settings.backup, topology, Store(place), password
 
 

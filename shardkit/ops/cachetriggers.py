@@ -88,21 +88,15 @@ ORDER BY 1, 2
 """
 
 
-def function_statements() -> list[sql.SQL | sql.Composed]:
+def function_statements() -> list[sql.SQL]:
     """Return the statements that create what all tables share, in the admin schema."""
-    return [
-        sql.SQL(_VERSION),
-        sql.SQL("REVOKE ALL ON FUNCTION shardkit.cache_version() FROM PUBLIC"),
-    ]
+    return [sql.SQL(_VERSION)]
 
 
-def sequence_statements(logical_shard: int, *, app_role: str) -> list[sql.SQL | sql.Composed]:
+def sequence_statements(logical_shard: int) -> list[sql.Composed]:
     """Return the statements that create the versions of one logical shard."""
     sequence = sql.Identifier(schema_name(logical_shard), "version_seq")
-    return [
-        sql.SQL("CREATE SEQUENCE IF NOT EXISTS {} AS bigint").format(sequence),
-        sql.SQL("GRANT USAGE ON SEQUENCE {} TO {}").format(sequence, sql.Identifier(app_role)),
-    ]
+    return [sql.SQL("CREATE SEQUENCE IF NOT EXISTS {} AS bigint").format(sequence)]
 
 
 def trigger_statements(

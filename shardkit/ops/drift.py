@@ -215,7 +215,7 @@ def _scratch(
     script = shard_script(
         _SCRATCH,
         own=True,
-        app_role=shard.primary.url.username or "",
+        roles=shard.roles,
         revisions=revisions,
     )
     schema = schema_name(_SCRATCH)

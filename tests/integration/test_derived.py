@@ -172,6 +172,8 @@ def test_many_are_one_round_trip_and_one_statement_for_each_server(
     with there.reader(after=ASK_PRIMARIES) as session:  # without the cache it says the same
         assert session.cached_many(n_tracks, owners) == counts
         assert session.cached_many(newest, owners[:2]) == {o: lists[o] for o in owners[:2]}
+        as_tuples = {(owner,): n for owner, n in counts.items()}
+        assert session.cached_many(n_tracks, as_tuples) == as_tuples
 
 
 def _insert(session: Any, owner: int, _: int) -> None:
