@@ -111,7 +111,7 @@ def test_no_commit_is_half_done_and_all_that_was_acknowledged_is_there(
     assert found["alpha"] == found["beta"]
     assert len(made.before) > 20
     assert made.before <= found["alpha"]
-    assert IN_DOUBT in found["alpha"]
+    assert max(found["alpha"]) >= IN_DOUBT
     assert home.acknowledged - found["alpha"], "the label is a point, not the end"
     with Cluster(sides.topology) as cluster, cluster.writer() as session:
         captions = session.scalars(select(Photo.caption).options(all_shards())).all()
