@@ -21,12 +21,12 @@ from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shardkit import tokens
-from shardkit.cacheable import cached_tables
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.derived import Cached
 from shardkit.events import Caller, Committed, Event, StatementRouted
 from shardkit.models import REFERENCE_SCHEMA, rules_of
-from shardkit.ops import cachetriggers, catalog
+from shardkit.ops import cachetriggers, catalog, derivedtriggers
 from shardkit.testing.faults import Counts, Fault, Shape, Trigger, Way, When
 from shardkit.testing.proxy import FaultProxy, reroute
 from shardkit.topology import PhysicalShard, Topology, schema_name
@@ -280,13 +280,15 @@ def _creation(
     tables = metadata.sorted_tables
     yield [ddl for t in tables if t.schema == REFERENCE_SCHEMA for ddl in _ddl(t)]
     sharded = [ddl for t in tables if t.schema is None for ddl in _ddl(t)]
+    cached = Cached.of(metadata)
     for number in topology.shard_map.owned_by(shard.name):
         path = sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(schema_name(number)))
         yield [
             *catalog.logical_shard_statements(number, app_role=role),
             path,
             *sharded,
-            *cachetriggers.trigger_statements(number, cached_tables(metadata)),
+            *cachetriggers.trigger_statements(number, cached.tables),
+            *derivedtriggers.watch_statements(number, cached.watches),
         ]
 
 
