@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill test-docker lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -39,6 +39,12 @@ test-pooler: ## the tests of sessions and of servers that die, through PgBouncer
 test-pooler-too: ## those of replicas, outbox and unique values as well; some minutes
 	@$(PYTHON) scripts/setup.py --system
 	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
+
+# A target of its own, since it needs what no package of this project brings: docs/docker.md.
+test-docker: setup ## bring the whole stack of docker/ up in containers, break it, tear it down
+	@docker info >/dev/null 2>&1 || { echo "make test-docker: no Docker engine answers \
+	(docker info fails); start one, see docs/docker.md" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/docker $(ARGS)
 
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)

@@ -1,7 +1,8 @@
 """The participant that keeps the cache in step with a writer's transaction.
 
 It knows which cached rows the transaction has changed and, where it can be told for sure, what
-they are now. Before COMMIT, while their locks are held, it puts markers in their places, all in
+they are now; lists and counts it learns from the server. Before COMMIT, while their locks are held,
+it puts markers in their places, all in
 one round trip per server of the cache; afterwards it stores the rows, or removes what is old. The
 steps of each row are `shardkit.cache.Writer`. The cache never fails a commit: what it does not
 answer, the relay repairs, of which the triggers of the tables have told it in the outbox
@@ -22,6 +23,7 @@ from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.cacheable import CHANGED, VERSION, identity_of, is_cached
+from shardkit.derived import is_watched, watched_columns
 from shardkit.emitting import EPOCH_SHIFT
 from shardkit.errors import ConfigurationError
 from shardkit.modifier import ModifyingSession
@@ -103,7 +105,8 @@ class CacheWrites(Participant):
     def concern(self, state: InstanceState[Any]) -> bool:
         """Tell whether something is to be done about an object that is written."""
         is_on = self._cache is not None or self._session._atomic
-        return is_on and is_cached(state.mapper.local_table)
+        table = state.mapper.local_table
+        return is_on and (is_cached(table) or is_watched(table))
 
     @property
     def _cache(self) -> Any:
@@ -120,9 +123,12 @@ class CacheWrites(Participant):
         for obj in (*session.new, *session.dirty, *session.deleted):
             state = instance_state(obj)
             table = state.mapper.local_table
+            if id(obj) in self._placed and (
+                self._changes_list(obj, state)
+                or (state.key is not None and not is_cached(table) and _reaches(table))
+            ):
+                self._ask((self._placed[id(obj)],))
             if not is_cached(table):
-                if state.key is not None and _reaches(table) and id(obj) in self._placed:
-                    self._ask((self._placed[id(obj)],))
                 continue
             if session._atomic:
                 self._hush(self._placed.get(id(obj)))
@@ -132,6 +138,14 @@ class CacheWrites(Participant):
             else:
                 known = None if VERSION in state.committed_state else state.dict.get(VERSION)
             self._versions[id(obj)] = known
+
+    def _changes_list(self, obj: Any, state: InstanceState[Any]) -> bool:
+        """Tell whether a list or count may be another when an object is written."""
+        if not is_watched(state.mapper.local_table):
+            return False
+        if state.key is None or obj in self._session.deleted:
+            return True
+        return not _watched_attributes(state.mapper).isdisjoint(state.committed_state)
 
     def flushed(self) -> None:
         """Note what was written, as it is now: later changes in place must not be cached.
@@ -180,7 +194,7 @@ class CacheWrites(Participant):
 
     def writing(self, statement: Any, found: Sequence[Part]) -> None:
         """Note where a statement changes cached rows: the server knows which."""
-        if is_cached(statement.table) or _reaches(statement.table):
+        if _concerns(statement.table):
             self._ask(part.shard for part in found)
 
     def said(self, statement: Any, shard: int) -> None:
@@ -188,8 +202,7 @@ class CacheWrites(Participant):
         if isinstance(statement, TextClause):
             may_change = not statement.text.lstrip().lower().startswith("select")
         else:
-            table = getattr(statement, "table", None)
-            may_change = is_cached(table) or _reaches(table)
+            may_change = _concerns(getattr(statement, "table", None))
         if may_change:
             self._ask((shard,))
 
@@ -348,6 +361,18 @@ def _nulls(mapper: Mapper[Any]) -> dict[str, None]:
 
 
 @lru_cache(maxsize=4096)
+def _watched_attributes(mapper: Mapper[Any]) -> frozenset[str]:
+    """Return the attributes of the columns on which lists and counts depend."""
+    columns = watched_columns(cast("Table", mapper.local_table))
+    return frozenset(key for key, c in mapper.columns.items() if c.name in columns)
+
+
+def _concerns(table: Any) -> bool:
+    """Tell whether a statement that changes a table may change what is cached."""
+    return is_cached(table) or is_watched(table) or _reaches(table)
+
+
+@lru_cache(maxsize=4096)
 def _reaches(table: Any) -> bool:
     """Tell whether the server itself changes cached rows when rows of a table go or change."""
     seen: set[Any] = set()
@@ -357,7 +382,7 @@ def _reaches(table: Any) -> bool:
         seen.add(parent)
         for child in parent.metadata.tables.values():
             if child not in seen and any(_acts(key, parent) for key in child.foreign_keys):
-                if is_cached(child):
+                if is_cached(child) or is_watched(child):
                     return True
                 waiting.append(child)
     return False

@@ -10,8 +10,12 @@ pytest_plugins = [
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.sharded",
+    "tests.fixtures.roled",
     "tests.fixtures.signals",
     "tests.fixtures.site",
     "tests.fixtures.skips",
     "tests.fixtures.sockets",
+    "tests.fixtures.stack",
+    "tests.fixtures.visitors",
+    "tests.fixtures.backups",
 ]

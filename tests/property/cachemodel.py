@@ -61,6 +61,8 @@ class Configuration:
         epochs: whether the epoch is part of the key.
         lives: whether the backend tells one life of the server from another.
         floors: whether readers are of the session that wrote what was acknowledged last.
+        lists: whether lists are written, whose writers do not lock each other.
+        next: whether a list is taken for as new as the newest transaction that had begun.
     """
 
     protocol: str = "P9"
@@ -73,6 +75,8 @@ class Configuration:
     epochs: bool = True
     lives: bool = True
     floors: bool = False
+    lists: bool = False
+    next: bool = False
 
     def __str__(self) -> str:
         faults = "+".join(f"{n if n > 1 else ''}{name}" for name, n in self.faults) or "none"
@@ -85,6 +89,8 @@ class Configuration:
                 ("epoch not in the key", not self.epochs),
                 ("lives not told apart", not self.lives),
                 ("own writes", self.floors),
+                ("lists", self.lists),
+                ("as new as the newest", self.next),
             )
             if holds
         )
