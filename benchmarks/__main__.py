@@ -23,7 +23,7 @@ SHARED = (
 )
 """Modules that are no benchmarks."""
 
-LONG = ("cachechaos", "chaos", "halves", "lookup", "stale", "uniqueness")
+LONG = ("cachechaos", "chaos", "halves", "lookup", "migrate_blocker", "stale", "uniqueness")
 """Benchmarks that take minutes, run only when named."""
 
 
