@@ -32,7 +32,7 @@ from tests.history.k6 import (
     judge_secrets,
 )
 from tests.history.ledger import Ledger
-from tests.history.records import HistoryError, Operation, find
+from tests.history.records import Fact, HistoryError, Operation, find
 
 __all__ = ["DEFAULT", "Limits", "judge", "main", "report", "vacuous"]
 
@@ -72,6 +72,8 @@ JUDGES: Final[Mapping[str, Callable[[Ledger, Limits], Verdict]]] = {
 """All judges, by the name that `--require` takes."""
 
 _SHOWN: Final = 5
+_AROUND: Final = 1_000_000_000
+"""Nanoseconds before and after a finding in which faults are told of."""
 
 
 def judge(ledger: Ledger, limits: Limits = DEFAULT) -> dict[str, Verdict]:
@@ -94,13 +96,18 @@ def vacuous(verdicts: Mapping[str, Verdict], required: Iterable[str] = ()) -> li
 
 
 def report(
-    verdicts: Mapping[str, Verdict], found: Mapping[Ref, Operation], *, most: int = _SHOWN
+    verdicts: Mapping[str, Verdict],
+    found: Mapping[Ref, Operation],
+    *,
+    faults: Sequence[Fact] = (),
+    most: int = _SHOWN,
 ) -> Iterable[str]:
     """Yield the lines that a human reads.
 
     Args:
         verdicts: of the judges.
         found: operations that findings name.
+        faults: all of them; those around a finding are told with it.
         most: findings of one name to show.
     """
     for name, verdict in verdicts.items():
@@ -117,26 +124,38 @@ def report(
             key = f"{finding.name}{finding.is_allowed}"
             shown[key] = shown.get(key, 0) + 1
             if shown[key] <= most and not finding.is_allowed:
-                yield from _explained(finding, found)
+                yield from _explained(finding, found, faults)
         for what, total in verdict.totals.items():
             yield f"       {total:,} of {what}"
 
 
-def _explained(finding: Finding, found: Mapping[Ref, Operation]) -> Iterable[str]:
+def _explained(
+    finding: Finding, found: Mapping[Ref, Operation], faults: Sequence[Fact]
+) -> Iterable[str]:
     yield f"     ▸ {finding.name}: {finding.summary}"
     for line in finding.story:
         yield f"         {line}"
-    for ref in dict.fromkeys(finding.operations):
-        op = found.get(ref)
-        if op is not None:
-            more = " ".join(f"{word}={value}" for word, value in op.more.items())
-            answered = "never" if op.answered is None else f"{op.answered / 1e9:.6f}"
-            did = json.dumps(op.do)
-            got = "" if op.got is None else f" → {_cut(json.dumps(op.got))}"
-            yield (
-                f"         {op.process} #{op.n} {op.kind} {_cut(did)} {op.outcome.name}{got}"
-                f" [{op.invoked / 1e9:.6f} … {answered} s] {more}".rstrip()
-            )
+    ops = [found[ref] for ref in dict.fromkeys(finding.operations) if ref in found]
+    for op in ops:
+        more = " ".join(f"{word}={value}" for word, value in op.more.items())
+        answered = "never" if op.answered is None else f"{op.answered / 1e9:.6f}"
+        got = "" if op.got is None else f" → {_cut(json.dumps(op.got))}"
+        yield (
+            f"         {op.process} #{op.n} {op.kind} {_cut(json.dumps(op.do))} {op.outcome.name}"
+            f"{got} [{op.invoked / 1e9:.6f} … {answered} s] {more}".rstrip()
+        )
+    if ops:
+        since = min(op.invoked for op in ops) - _AROUND
+        until = max(op.answered or op.invoked for op in ops) + _AROUND
+        near = [
+            fault
+            for fault in faults
+            if fault["began"] <= until and (fault.get("healed") or until) >= since
+        ]
+        for fault in near[:_SHOWN]:
+            healed = fault.get("healed")
+            end = "never" if healed is None else f"{healed / 1e9:.6f}"
+            yield f"         meanwhile: {fault['name']} [{fault['began'] / 1e9:.6f} … {end} s]"
 
 
 def _cut(text: str, most: int = 160) -> str:
@@ -188,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     refs = {ref for v in verdicts.values() for each in v.findings for ref in each.operations}
     found = find(given.folder, refs) if refs else {}
-    for line in report(verdicts, found, most=given.most):
+    for line in report(verdicts, found, faults=ledger.facts.get("fault", ()), most=given.most):
         print(line)
     for name in empty:
         print(f"{name} has checked nothing: that is no proof of anything")

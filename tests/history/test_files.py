@@ -161,6 +161,8 @@ def _record(folder: Path, *, is_broken: bool = False, has_reads: bool = True) ->
         recorder.ok(n, [list(values)] if has_reads else [])
         if is_broken and i == 20:
             values.pop()
+            now = time.monotonic_ns()
+            recorder.fact("fault", name="kill alpha", began=now - 10**10, healed=now)
     for recorder in recorders:
         recorder.end()
 
@@ -177,10 +179,11 @@ def test_the_command_says_that_all_is_well(
 
 def test_the_command_tells_the_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _record(tmp_path, is_broken=True)
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path), "--within", "0"]) == 1
     out = capsys.readouterr().out
     assert "incompatible order: x was read with two histories" in out
     assert "lost write: 20 of x is gone: client-2 #7 was told that it is there" in out
+    assert "meanwhile: kill alpha [" in out
     assert 'client-2 #7 append [["append", "x", 20], ["read", "x"]] OK' in out
     assert main([str(tmp_path), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)

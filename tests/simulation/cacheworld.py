@@ -196,11 +196,10 @@ class CacheWorld:
 
     def _relays(self) -> Steps:
         while self.simulation.now < _SETTLED - 0.2:
-            yield 0.05
+            yield 0.05 if self.simulation.now < _CHAOS + 0.5 else 0.2
             self._count += 1
             name = f"relay.{self._count}"
-            found = yield Call(self.database, ("scan", name, False, 0, "outbox"), 0.2)
-            yield Call(self.database, ("rollback", name), 0.05)
+            found = yield Call(self.database, ("peek", 0, "outbox"), 0.2)
             if isinstance(found, Ok):
                 for event, (key, version) in found.value.items():
                     if version >= 0:

@@ -126,6 +126,11 @@ class Database(Server):
             return
         reply(Ok(dict(self.scan(shard, table, self._point(t)))))
 
+    def _on_peek(self, reply: Reply, shard: int, table: str) -> None:
+        """Read a table in a transaction of its own."""
+        refused = self._refused(shard, None)
+        reply(refused or Ok(dict(self.scan(shard, table, self.sequence))))
+
     def _on_update(
         self, reply: Reply, name: Any, is_snapshot: bool, place: Place, how: str, value: Any
     ) -> None:
@@ -261,11 +266,13 @@ class Database(Server):
         own = self.shards[shard]
         if own.state == "fenced":
             own.state, own.moved_to = "retired", target
-            if "old owner writes" in self.bugs:
-                own.state = "active"
-            elif "epoch not raised" not in self.bugs:
+            if "epoch not raised" not in self.bugs:
                 own.epoch += 1
-        reply(Ok(own.epoch + ("old owner writes" in self.bugs)))
+            if "old owner writes" in self.bugs:
+                own.state, own.epoch = "active", own.epoch - 1
+                reply(Ok(own.epoch + 1))
+                return
+        reply(Ok(own.epoch) if own.state == "retired" else Error("not fenced"))
 
     def _on_activate(self, reply: Reply, shard: int, epoch: int, sequence: int) -> None:
         own = self.shards[shard]

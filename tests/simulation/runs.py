@@ -76,13 +76,15 @@ def run(world: str, seed: int, *, bug: str | None = None, is_traced: bool = Fals
         more = {"bugs": frozenset([bug]), **BUGS[bug].world}
     made = kind.make(seed, is_traced=is_traced, **more).run()
     records = made.journal.records
-    verdicts = judge(Ledger.of(records), kind.limits)
+    ledger = Ledger.of(records)
+    verdicts = judge(ledger, kind.limits)
     if kind.judges is not None:
         verdicts = {name: verdicts[name] for name in kind.judges}
     violations = sum(verdict.violations for verdict in verdicts.values())
     lines: list[str] = []
     if violations or is_traced:
         found = {(op.process, op.n): op for op in records if isinstance(op, Operation)}
-        lines = [f"world {world}, seed {seed}:", *report(verdicts, found)]
+        faults = ledger.facts.get("fault", ())
+        lines = [f"world {world}, seed {seed}:", *report(verdicts, found, faults=faults)]
     simulation = made.simulation
     return Result(made, verdicts, violations, simulation.trace, lines, simulation.n_steps)

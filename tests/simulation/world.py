@@ -192,17 +192,15 @@ class World:
         timeline = source.timeline
         changes, at = (yield from self._insist(source, "changes", shard, at)).value
         yield from self._insist(target, "import", shard, changes)
-        sequence = source.shards[shard].sequence
         if source.timeline != timeline:  # a failover has lifted the fence
             return
-        yield from self._decide(shard, source, target, sequence)
+        yield from self._decide(shard, source, target, answer.value)
 
     def _decide(self, shard: int, source: Database, target: Database, sequence: int) -> Steps:
-        epoch = (yield from self._insist(source, "retire", shard, target.name)).value
-        own = source.shards[shard]
-        if own.state != "retired" and "old owner writes" not in self.bugs:
+        decided = yield from self._insist(source, "retire", shard, target.name)
+        if not isinstance(decided, Ok):
             return  # the fence was lifted before the decision
-        yield from self._insist(target, "activate", shard, epoch, sequence)
+        yield from self._insist(target, "activate", shard, decided.value, sequence)
         self.n_moves += 1
 
     def _relays(self) -> Steps:
@@ -219,10 +217,8 @@ class World:
         client = Client(self, f"relay{self.serial()}")
         self._relaying = client.name
         client.take_owner(shard, self.owner_of(shard))
-        name = f"{client.name}.look"
         try:
-            waiting = yield from client.ask(shard, "scan", name, True, shard, "outbox")
-            yield Call(client.owner(shard), ("rollback", name), 0.05)
+            waiting = yield from client.ask(shard, "peek", shard, "outbox")
             by_id = "outbox by id" in self.bugs or "outbox by cursor" in self.bugs
             events = sorted(waiting, key=lambda event: event if by_id else waiting[event][1])
             for event in events:
