@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Column, FetchedValue, MetaData, Table, text
+from sqlalchemy import BigInteger, Column, FetchedValue, MetaData, Table
 from sqlalchemy.orm import ColumnProperty, Mapper, mapped_column
 from sqlalchemy.types import NullType
 
@@ -52,7 +52,7 @@ def version_column() -> Any:
     It has a default, so that it can be added to a table with rows in an instant. Source: ALTER
     TABLE, PostgreSQL manual: a constant default is not written to the rows.
     """
-    return mapped_column(BigInteger, nullable=False, server_default=text("0"))
+    return mapped_column(BigInteger, nullable=False, server_default="0")
 
 
 def cacheable_columns(
