@@ -23,7 +23,7 @@ SHARED = (
 )
 """Modules that are no benchmarks."""
 
-LONG = ("cachechaos", "chaos", "halves", "lookup", "stale", "uniqueness")
+LONG = ("cachechaos", "cachekills", "chaos", "halves", "lookup", "stale", "uniqueness")
 """Benchmarks that take minutes, run only when named."""
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.util import await_only
 
 from shardkit.cached import CachePlan, plan_of
 from shardkit.cachereads import CacheReads, Found
-from shardkit.caches.backend import AsyncBackend, Backend, Place
+from shardkit.caches.backend import AsyncBackend, Backend, Place, Underway
 from shardkit.caches.opening import async_backend, backend
 from shardkit.caching.floors import SessionFloor
 from shardkit.caching.keys import cache_key
@@ -45,9 +45,11 @@ class Rows:
         config: `[cache]`.
         tally: counts what sessions find.
         serves_previous: whether writers let readers have the previous value meanwhile.
+        is_async: whether it can be asked in SQLAlchemy's greenlet only.
     """
 
     backend: Any
+    is_async = False
     _flights: Flights[Found]
 
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
@@ -113,9 +115,25 @@ class Rows:
         """Carry out requests on different keys; see `shardkit.caches.backend.Backend.run`."""
         raise NotImplementedError
 
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later."""
+        raise NotImplementedError
+
     def pause(self, longest: float) -> None:
         """Wait a while, at most so many seconds: not all that wait shall ask at once."""
         raise NotImplementedError
+
+
+class _PutOff:
+    """Requests that are sent when their answers are wanted."""
+
+    def __init__(self, rows: Rows, requests: Sequence[Request]) -> None:
+        self._rows = rows
+        self._requests = requests
+
+    def answers(self) -> list[Answer]:
+        """Carry the requests out."""
+        return self._rows.run(self._requests)
 
 
 class RowCache(Rows):
@@ -132,6 +150,10 @@ class RowCache(Rows):
         """Carry out requests on different keys, in the backend's deadline."""
         return self.backend.run(requests, place=place)
 
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later by this thread."""
+        return self.backend.start(requests)
+
     def pause(self, longest: float) -> None:
         """Wait a while in this thread."""
         self._clock.sleep(random.uniform(0.0, longest))  # noqa: S311 - nobody gains by guessing
@@ -145,6 +167,7 @@ class AsyncRowCache(Rows):
     """The same for asyncio; `run` and `pause` are called inside SQLAlchemy's greenlet."""
 
     backend: AsyncBackend
+    is_async = True
 
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
@@ -154,6 +177,10 @@ class AsyncRowCache(Rows):
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys, in the backend's deadline."""
         return await_only(self.backend.run(requests, place=place))
+
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Put requests off until their answers are wanted."""
+        return _PutOff(self, requests)
 
     def pause(self, longest: float) -> None:
         """Wait a while in this task."""

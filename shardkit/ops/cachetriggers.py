@@ -55,6 +55,21 @@ _SAY: Final = """
             GROUP BY d.n) AS c
         WHERE o.logical_shard = {shard} AND o.state = 'active' OFFSET 0) AS e"""
 
+# The same for what nearly every statement changes: a few rows, in one event. It takes two thirds of
+# the time, so it is tried first; it says nothing where there are none or too many.
+_SAY_FEW: Final = """
+    INSERT INTO {schema}.shardkit_outbox (position, id, topic, payload)
+    SELECT e.place, -e.place, {topic}, e.payload FROM (
+        SELECT (SELECT o.epoch << {shift} FROM shardkit.ownership AS o
+                WHERE o.logical_shard = {shard} AND o.state = 'active')
+                + nextval({position}) AS place,
+            json_build_object('table', {name}, 'tags', {tags}::json,
+                'transaction', pg_current_xact_id()::text,
+                'rows', json_agg(json_build_array(json_build_array({columns}), {version})))
+                AS payload
+        FROM {rows} AS r HAVING count(*) BETWEEN 1 AND {most} OFFSET 0) AS e
+    WHERE e.place IS NOT NULL"""
+
 # A key that is gone has the version after its last one. `cache_since` is where the transaction's
 # first event is at the earliest: whoever asks for them begins there.
 _CHANGED: Final = """
@@ -65,7 +80,9 @@ BEGIN
             coalesce(pg_sequence_last_value({position}), 0)::text, true);
     END IF;
     IF TG_OP = 'DELETE' THEN{gone};
-    ELSE{fresh};
+    ELSE{few};
+        IF NOT FOUND THEN{fresh};
+        END IF;
     END IF;
     IF FOUND AND coalesce(current_setting('shardkit.quiet', true), '') <> 'on'
         AND NOT pg_try_advisory_xact_lock_shared({sleeping})
@@ -164,8 +181,10 @@ def _changed(
     names = [sql.Identifier("r", column.partition(":")[2]) for column in key]
     position = sql.Literal(POSITION)
 
-    def say(rows: str, version: str, condition: sql.Composable = _NOTHING) -> sql.Composed:
-        return sql.SQL(_SAY).format(
+    def say(
+        rows: str, version: str, condition: sql.Composable = _NOTHING, template: str = _SAY
+    ) -> sql.Composed:
+        return sql.SQL(template).format(
             schema=sql.Identifier(schema_name(logical_shard)),
             topic=sql.Literal(CHANGED),
             shift=EPOCH_SHIFT,
@@ -192,6 +211,7 @@ def _changed(
         function=function,
         position=position,
         gone=say("gone", "r.version + 1"),
+        few=say("fresh", "r.version", template=_SAY_FEW),
         fresh=say("fresh", "r.version"),
         renamed=renamed,
         sleeping=SLEEPING,
