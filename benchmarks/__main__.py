@@ -14,6 +14,8 @@ import benchmarks
 SHARED = (
     "__main__",
     "cacheroles",
+    "cachesessions",
+    "cachestages",
     "cachetrace",
     "measure",
     "outage",

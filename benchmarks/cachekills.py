@@ -29,13 +29,13 @@ from typing import Any, Final
 from sqlalchemy.orm import DeclarativeBase, Mapped
 
 from benchmarks.cachetrace import memcached
-from benchmarks.measure import report, servers
+from benchmarks.measure import report, servers, tables
 from shardkit import Cluster, Sharded, ids
 from shardkit.cache import Op, Outcome, Request
 from shardkit.cachewrites import CacheWrites
 from shardkit.config import CacheConfig, load
 from shardkit.relay import Relay
-from shardkit.testing import create_tables, wait_until
+from shardkit.testing import wait_until
 
 KILLS: Final = 300
 PEERS = ("the bound of 1 s",)
@@ -54,7 +54,7 @@ class Base(DeclarativeBase):
 
 
 class Account(Sharded, Base):
-    __tablename__ = "accounts"
+    __tablename__ = "cachekills"
     __cache_ttl__ = 3600.0
     n: Mapped[int]
 
@@ -125,17 +125,17 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         sys.exit(1)
 
 
-def run(config: Path, node: str, *, kills: int) -> Windows:
+def run(config: Path, node: str, *, kills: int, watched: float = _WATCHED) -> Windows:
     """Kill so many writers, one after the other, and watch what readers are shown.
 
     Args:
         config: of a cluster, in which a table is made if it is not there.
         node: a Memcached.
         kills: how many.
+        watched: seconds for which the row of the last one is polled.
     """
     _, topology = load(config)
-    create_tables(topology, Base.metadata)
-    with _cluster(config, node) as cluster:
+    with tables(topology, Base.metadata), _cluster(config, node) as cluster:
         accounts = [Account(n=0) for _ in range(kills)]
         for account in accounts:
             with cluster.writer() as session:
@@ -162,7 +162,7 @@ def run(config: Path, node: str, *, kills: int) -> Windows:
                 if not all(each.is_alive() for each in helpers):
                     raise AssertionError("the relay or the reader ended before the end")
             last = shared.committed[kills - 1]
-            wait_until(lambda: time.monotonic() > last + _WATCHED, _ENOUGH, "all were watched")
+            wait_until(lambda: time.monotonic() > last + watched, _ENOUGH, "all were watched")
         finally:
             shared.stop.set()
             for each in helpers:
@@ -228,7 +228,7 @@ def _write(shared: Shared, at: int) -> None:
 def _refill(shared: Shared, cluster: Cluster, key: int) -> None:
     """Have the marker evicted, and the row filled by a reader, which finds the old one."""
     assert cluster.cache is not None
-    name = cluster.cache.key_of("accounts", ids.shard_of(key), (key,))
+    name = cluster.cache.key_of("cachekills", ids.shard_of(key), (key,))
     gone = cluster.cache.run([Request(Op.DELETE, name)])[0]
     with shared.cluster() as other, other.reader() as session:
         shown = session.get_one(Account, key).n

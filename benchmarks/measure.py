@@ -20,9 +20,9 @@ from sqlalchemy import MetaData
 
 from shardkit.local import LocalCluster, LocalOptions
 from shardkit.testing import create_tables
-from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
+from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology, schema_name
 
-__all__ = ["database", "interleaved", "paired", "report", "servers"]
+__all__ = ["database", "interleaved", "paired", "report", "servers", "tables"]
 
 Arm = Callable[[], object]
 
@@ -140,6 +140,28 @@ def database(
     made = Topology(topology.name, physical, ShardMap(owners, (1,) * logical_shards))
     create_tables(made, metadata)
     return made
+
+
+@contextmanager
+def tables(topology: Topology, metadata: MetaData) -> Iterator[None]:
+    """Have the tables of models in every logical shard, and nothing of them afterwards."""
+    create_tables(topology, metadata)
+    try:
+        yield
+    finally:
+        for shard in topology.physical.values():
+            with connect(shard, admin=True) as connection:
+                for number in topology.shard_map.owned_by(shard.name):
+                    for table in metadata.sorted_tables:
+                        for kind, name in (
+                            ("TABLE", table.name),
+                            ("FUNCTION", f"shardkit_changed_{table.name}"),
+                        ):
+                            connection.execute(
+                                sql.SQL("DROP {} IF EXISTS {}").format(
+                                    sql.SQL(kind), sql.Identifier(schema_name(number), name)
+                                )
+                            )
 
 
 def connect(shard: PhysicalShard, *, admin: bool = False) -> psycopg.Connection[Any]:
