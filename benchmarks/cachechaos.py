@@ -34,7 +34,7 @@ from typing import Any, Final
 import psycopg
 
 from benchmarks.cacheroles import CHECKED
-from benchmarks.cachestages import N_ROWS, Machines, Sessions
+from benchmarks.cachestages import Machines, Sessions
 from benchmarks.measure import report, servers
 from shardkit.testing import FaultProxy, wait_until
 
@@ -230,10 +230,10 @@ def run(
         shared = stage.shared(
             (small.name, mortal.name, far.at(proxy.port)),
             (gutter.name,),
-            N_ROWS,
-            context.Array("q", N_ROWS, lock=False),
+            stage.n_rows,
+            context.Array("q", stage.n_rows, lock=False),
             context.Array("d", 3, lock=False),
-            context.Array("q", N_ROWS, lock=False),
+            context.Array("q", stage.n_rows, lock=False),
             context.Array("q", n * len(CHECKED), lock=False),
             context.Event(),
             bound,

@@ -27,6 +27,7 @@ from shardkit.caches.memcached import Memcached, split_address
 from shardkit.caches.ring import Ring
 from shardkit.caches.serving import RELAY_OPTIONS
 from shardkit.caching.rows import decode_row, encode_row
+from shardkit.errors import ShardkitError
 
 __all__ = [
     "CHECKED",
@@ -153,7 +154,7 @@ def in_children(shared: Any, process: int, work: Callable[[Any, int, random.Rand
             seed = shared.seed * 1_000_003 + process * 10_007 + number
             rng = random.Random(seed)  # noqa: S311  repeatable
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.3, 3.0))
-            with suppress(psycopg.Error):
+            with suppress(psycopg.Error, ShardkitError):
                 work(shared, process, rng)
             os._exit(0)
         os.waitpid(child, 0)

@@ -15,9 +15,11 @@ from benchmarks.measure import tables
 from shardkit.config import load
 from shardkit.topology import PhysicalShard
 
-__all__ = ["N_ROWS", "Machines", "Sessions"]
+__all__ = ["Machines", "Sessions"]
 
 N_ROWS: Final = 3000
+N_ITEMS: Final = 600
+"""Of sessions, which are slower: each is read as often."""
 
 Roles = tuple[Callable[..., None], Callable[..., None], Callable[..., None]]
 """The relay, who writes, who reads."""
@@ -27,6 +29,7 @@ class Machines:
     """The protocol's machines, driven by themselves, on a table of their own; in Memcached."""
 
     kind = "memcached"
+    n_rows = N_ROWS
 
     def __init__(self, config: Path) -> None:
         _, topology = load(config)
@@ -59,6 +62,8 @@ class Machines:
 class Sessions:
     """Real sessions, in Memcached or in Redis."""
 
+    n_rows = N_ITEMS
+
     def __init__(self, config: Path, kind: str) -> None:
         self.kind = kind
         self._config = config
@@ -74,7 +79,7 @@ class Sessions:
     def made(self, _database: psycopg.Connection[Any]) -> Iterator[None]:
         """Make the table, with rows, for a while."""
         with tables(self._topology, cachesessions.Base.metadata):
-            self._ids = cachesessions.fill(self._topology, self._shards, N_ROWS)
+            self._ids = cachesessions.fill(self._topology, self._shards, N_ITEMS)
             yield
 
     def shared(self, *common: Any) -> Any:

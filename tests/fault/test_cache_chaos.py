@@ -19,8 +19,8 @@ pytestmark = [
 
 ARMS: dict[str, tuple[Callable[[Path], Machines | Sessions], int]] = {
     "machines": (Machines, 30_000),
-    "sessions in memcached": (lambda config: Sessions(config, "memcached"), 8_000),
-    "sessions in redis": (lambda config: Sessions(config, "redis"), 8_000),
+    "sessions in memcached": (lambda config: Sessions(config, "memcached"), 2_000),
+    "sessions in redis": (lambda config: Sessions(config, "redis"), 2_000),
 }
 
 
