@@ -323,6 +323,7 @@ class CacheWrites(Participant):
         """
         steps, self._steps = self._steps, None
         self.flush_ended()
+        keys = [self._key(row) for row in self._changes] if ending is Ending.COMMITTED else []
         self._changes = {}
         self._keys = {}
         self._known = {}
@@ -330,14 +331,16 @@ class CacheWrites(Participant):
         self._quiet.clear()
         self._marks.clear()
         self._versions.clear()
-        if steps is None or ending is Ending.UNKNOWN:
-            return
-        try:
-            if ending is Ending.ROLLED_BACK:
-                steps.rolled_back()
-            steps.drive()
-        except Exception:  # noqa: BLE001 - the transaction is over
-            _LOG.exception("the cache is left to the relay")
+        if steps is not None and ending is not Ending.UNKNOWN:
+            try:
+                if ending is Ending.ROLLED_BACK:
+                    steps.rolled_back()
+                steps.drive()
+            except Exception:  # noqa: BLE001 - the transaction is over
+                _LOG.exception("the cache is left to the relay")
+        # What other processes have copied before has to end before this is acknowledged.
+        if keys and (seconds := self._cache.copies_end(keys)):
+            self._cache.wait(seconds)
 
     # -- savepoints
 

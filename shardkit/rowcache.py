@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from sqlalchemy.util import await_only
 from shardkit.cached import CachePlan, plan_of
 from shardkit.cachereads import CacheReads, Found
 from shardkit.caches.backend import AsyncBackend, Backend, Place, Underway
+from shardkit.caches.copies import AsyncCopiedCache, CopiedCache
 from shardkit.caches.opening import async_backend, backend
 from shardkit.caching.floors import SessionFloor
 from shardkit.caching.keys import cache_key
@@ -119,6 +120,17 @@ class Rows:
         """Send requests on different keys, whose answers are wanted later."""
         raise NotImplementedError
 
+    def copies_end(self, keys: Iterable[str]) -> float:
+        """Return in how many seconds no process has a copy of these entries from before."""
+        backend = self.backend
+        if isinstance(backend, CopiedCache | AsyncCopiedCache):
+            return backend.copies.wait(keys)
+        return 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Wait."""
+        raise NotImplementedError
+
     def pause(self, longest: float) -> None:
         """Wait a while, at most so many seconds: not all that wait shall ask at once."""
         raise NotImplementedError
@@ -144,6 +156,8 @@ class RowCache(Rows):
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
         self.backend = backend(config)
+        if config.copies:
+            self.backend = CopiedCache(self.backend, config.copies, clock=clock)
         self._flights = Flights()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
@@ -153,6 +167,10 @@ class RowCache(Rows):
     def start(self, requests: Sequence[Request]) -> Underway:
         """Send requests on different keys, whose answers are wanted later by this thread."""
         return self.backend.start(requests)
+
+    def wait(self, seconds: float) -> None:
+        """Wait in this thread."""
+        self._clock.sleep(seconds)
 
     def pause(self, longest: float) -> None:
         """Wait a while in this thread."""
@@ -172,6 +190,8 @@ class AsyncRowCache(Rows):
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
         self.backend = async_backend(config)
+        if config.copies:
+            self.backend = AsyncCopiedCache(self.backend, config.copies, clock=clock)
         self._flights = AsyncFlights()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
@@ -181,6 +201,10 @@ class AsyncRowCache(Rows):
     def start(self, requests: Sequence[Request]) -> Underway:
         """Put requests off until their answers are wanted."""
         return _PutOff(self, requests)
+
+    def wait(self, seconds: float) -> None:
+        """Wait in this task."""
+        await_only(asyncio.sleep(seconds))
 
     def pause(self, longest: float) -> None:
         """Wait a while in this task."""
