@@ -20,6 +20,8 @@ from shardkit.errors import NotCacheableError
 
 __all__ = [
     "CHANGED",
+    "LONGEST_TTL",
+    "TAGS",
     "VERSION",
     "cacheable_columns",
     "cached_tables",
@@ -37,7 +39,7 @@ CHANGED: Final = "shardkit.cache"
 
 _INFO: Final = "shardkit.cached"
 
-_TAGS: Final[dict[type, str]] = {int: "", str: "s", bytes: "b", UUID: "u"}
+TAGS: Final[dict[type, str]] = {int: "", str: "s", bytes: "b", UUID: "u"}
 """How `identity_of` reads the values of a key from JSON."""
 
 LONGEST_TTL: Final = 30 * 24 * 3600.0
@@ -176,7 +178,7 @@ def is_cached(table: Any) -> bool:
 def cached_tables(metadata: MetaData) -> dict[str, tuple[str, ...]]:
     """Return the columns of the primary key, as `tag:name`, of every cached table."""
     return {
-        table.name: tuple(f"{_TAGS[c.type.python_type]}:{c.name}" for c in table.primary_key)
+        table.name: tuple(f"{TAGS[c.type.python_type]}:{c.name}" for c in table.primary_key)
         for table in metadata.sorted_tables
         if is_cached(table)
     }

@@ -9,18 +9,30 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from sqlalchemy import ForeignKey, Table
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.cacheable import is_cached
+from shardkit.derived import is_watched, watched_columns
 
 if TYPE_CHECKING:  # the `cache` extra
     from shardkit.cached import CachePlan
 
-__all__ = ["ANY_VERSION", "NEW", "Change", "Row", "concerned", "gone", "now", "reaches"]
+__all__ = [
+    "ANY_VERSION",
+    "NEW",
+    "Change",
+    "Row",
+    "concerned",
+    "concerns",
+    "gone",
+    "now",
+    "reaches",
+    "watched_attributes",
+]
 
 NEW: Final = -1
 """Version of a row before it is inserted."""
@@ -100,6 +112,18 @@ def _nulls(mapper: Mapper[Any]) -> dict[str, None]:
 
 
 @lru_cache(maxsize=4096)
+def watched_attributes(mapper: Mapper[Any]) -> frozenset[str]:
+    """Return the attributes of the columns on which lists and counts depend."""
+    columns = watched_columns(cast("Table", mapper.local_table))
+    return frozenset(key for key, c in mapper.columns.items() if c.name in columns)
+
+
+def concerns(table: Any) -> bool:
+    """Tell whether a statement that changes a table may change what is cached."""
+    return is_cached(table) or is_watched(table) or reaches(table)
+
+
+@lru_cache(maxsize=4096)
 def reaches(table: Any) -> bool:
     """Tell whether the server itself changes cached rows when rows of a table go or change."""
     seen: set[Any] = set()
@@ -109,7 +133,7 @@ def reaches(table: Any) -> bool:
         seen.add(parent)
         for child in parent.metadata.tables.values():
             if child not in seen and any(_acts(key, parent) for key in child.foreign_keys):
-                if is_cached(child):
+                if is_cached(child) or is_watched(child):
                     return True
                 waiting.append(child)
     return False

@@ -1,7 +1,8 @@
 """The participant that keeps the cache in step with a writer's transaction.
 
 It knows which cached rows the transaction has changed and, where it can be told for sure, what
-they are now. Before COMMIT, while their locks are held, it puts markers in their places, all in
+they are now; lists and counts it learns from the server. Before COMMIT, while their locks are held,
+it puts markers in their places, all in
 one round trip per server of the cache; afterwards it stores the rows, or removes what is old. The
 steps of each row are `shardkit.cache.Writer`. The cache never fails a commit: what it does not
 answer, the relay repairs, of which the triggers of the tables have told it in the outbox
@@ -19,8 +20,20 @@ from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.cacheable import CHANGED, VERSION, identity_of, is_cached
-from shardkit.cachechanges import ANY_VERSION, NEW, Change, Row, concerned, gone, now, reaches
+from shardkit.cachechanges import (
+    ANY_VERSION,
+    NEW,
+    Change,
+    Row,
+    concerned,
+    concerns,
+    gone,
+    now,
+    reaches,
+    watched_attributes,
+)
 from shardkit.cachesteps import CacheSteps
+from shardkit.derived import is_watched
 from shardkit.emitting import EPOCH_SHIFT
 from shardkit.errors import ConfigurationError
 from shardkit.modifier import ModifyingSession
@@ -71,7 +84,8 @@ class CacheWrites(Participant):
     def concern(self, state: InstanceState[Any]) -> bool:
         """Tell whether something is to be done about an object that is written."""
         is_on = self._cache is not None or self._session._atomic
-        return is_on and is_cached(state.mapper.local_table)
+        table = state.mapper.local_table
+        return is_on and (is_cached(table) or is_watched(table))
 
     @property
     def _cache(self) -> Any:
@@ -88,9 +102,12 @@ class CacheWrites(Participant):
         for obj in (*session.new, *session.dirty, *session.deleted):
             state = instance_state(obj)
             table = state.mapper.local_table
+            if id(obj) in self._placed and (
+                self._changes_list(obj, state)
+                or (state.key is not None and not is_cached(table) and reaches(table))
+            ):
+                self._ask((self._placed[id(obj)],))
             if not is_cached(table):
-                if state.key is not None and reaches(table) and id(obj) in self._placed:
-                    self._ask((self._placed[id(obj)],))
                 continue
             if session._atomic:
                 self._hush(self._placed.get(id(obj)))
@@ -100,7 +117,8 @@ class CacheWrites(Participant):
             else:
                 known = None if VERSION in state.committed_state else state.dict.get(VERSION)
             self._versions[id(obj)] = known
-        if session._is_last_flush and self._versions and not session.in_nested_transaction():
+        is_last = session._is_last_flush and not session.in_nested_transaction()
+        if is_last and self._versions and self._cache is not None:
             self._meanwhile(self._mark_early)
 
     def _meanwhile(self, work: Callable[[], None]) -> None:
@@ -141,6 +159,14 @@ class CacheWrites(Participant):
         driver, self._driver = self._driver, None
         if driver is not None:
             driver.meanwhile = None
+
+    def _changes_list(self, obj: Any, state: InstanceState[Any]) -> bool:
+        """Tell whether a list or count may be another when an object is written."""
+        if not is_watched(state.mapper.local_table):
+            return False
+        if state.key is None or obj in self._session.deleted:
+            return True
+        return not watched_attributes(state.mapper).isdisjoint(state.committed_state)
 
     def flushed(self) -> None:
         """Note what was written, as it is now: later changes in place must not be cached.
@@ -200,7 +226,7 @@ class CacheWrites(Participant):
 
     def writing(self, statement: Any, found: Sequence[Part]) -> None:
         """Note where a statement changes cached rows: the server knows which."""
-        if is_cached(statement.table) or reaches(statement.table):
+        if concerns(statement.table):
             self._ask(part.shard for part in found)
 
     def said(self, statement: Any, shard: int) -> None:
@@ -208,8 +234,7 @@ class CacheWrites(Participant):
         if isinstance(statement, TextClause):
             may_change = not statement.text.lstrip().lower().startswith("select")
         else:
-            table = getattr(statement, "table", None)
-            may_change = is_cached(table) or reaches(table)
+            may_change = concerns(getattr(statement, "table", None))
         if may_change:
             self._ask((shard,))
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from shardkit.commands import (
+    backup,
     cache,
     doctor,
     ids,
@@ -23,6 +24,8 @@ from shardkit.commands import (
     outbox,
     pgbouncer,
     reference,
+    roles,
+    shardfiles,
     status,
     twophase,
 )
@@ -53,7 +56,11 @@ app.add_typer(reference.app, name="reference")
 app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.add_typer(cache.app, name="cache")
+app.add_typer(backup.app, name="backup")
 app.add_typer(pgbouncer.app, name="pgbouncer")
+app.add_typer(roles.app, name="roles")
+app.command("export")(shardfiles.export)
+app.command("import")(shardfiles.import_)
 app.command("locate")(locate.locate)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.util import await_only
 
 from shardkit.cached import CachePlan, plan_of
-from shardkit.cachereads import CacheReads, Found
+from shardkit.cachereads import CacheReads, Found, Plan
 from shardkit.caches.backend import AsyncBackend, Backend, Place, Underway
 from shardkit.caches.copies import AsyncCopiedCache, CopiedCache
 from shardkit.caches.opening import async_backend, backend
@@ -26,6 +26,8 @@ from shardkit.caching.keys import cache_key
 from shardkit.caching.operations import Answer, Request
 from shardkit.caching.tally import CacheCounts, Tally
 from shardkit.clock import SYSTEM, Clock
+from shardkit.derived import Derived
+from shardkit.derivedplan import DerivedPlan, derived_plan
 from shardkit.flights import AsyncFlights, Flights
 from shardkit.forks import ForkSafeLock
 from shardkit.sections import CacheConfig
@@ -76,20 +78,35 @@ class Rows:
         """
         return plan_of(mapper)
 
-    def key(self, plan: CachePlan, logical_shard: int, identity: Sequence[Any]) -> str:
-        """Return the name of a row's entry.
+    def derived_plan(self, derived: Derived[Any]) -> DerivedPlan:
+        """Return how a list or count is cached.
+
+        Raises:
+            NotCacheableError: it cannot be.
+        """
+        return derived_plan(derived)
+
+    def key(self, plan: Plan, logical_shard: int, identity: Sequence[Any]) -> str:
+        """Return the name of an entry.
 
         Args:
-            plan: of its class.
+            plan: of its class, or of the list or count.
             logical_shard: where it lies.
             identity: its primary key, for which `plan.names_row` holds.
         """
-        return self.key_of(plan.table.name, logical_shard, identity)
+        return self.key_of(plan.entry, logical_shard, identity)
 
     def key_of(self, table: str, logical_shard: int, identity: Sequence[Any]) -> str:
-        """Return the name of the entry of a row of a table."""
+        """Return the name of the entry of a row of a table, or of a list by its own name."""
         epoch = self._source.topology.shard_map.epochs[logical_shard]
         return cache_key(self._generation, epoch, logical_shard, table, identity)
+
+    def group(self, logical_shards: Sequence[int]) -> dict[str, list[int]]:
+        """Return logical shards by physical shard."""
+        owner, found = self._source.topology.shard_map.owner, dict[str, list[int]]()
+        for shard in logical_shards:
+            found.setdefault(owner(shard), []).append(shard)
+        return found
 
     @cached_property
     def reads(self) -> CacheReads:

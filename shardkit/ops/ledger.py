@@ -20,8 +20,9 @@ from psycopg import sql
 from shardkit.models import REFERENCE_SCHEMA
 from shardkit.ops.catalog import admin_statements, logical_shard_statements, rule_statements
 from shardkit.ops.revisions import Revision
+from shardkit.ops.rights import table_statements
 from shardkit.ops.steps import MARK, Step, at_once
-from shardkit.topology import PhysicalShard, schema_name
+from shardkit.topology import PhysicalShard, RoleNames, schema_name
 
 __all__ = [
     "FORMAT",
@@ -229,7 +230,7 @@ def admin_script(shard: PhysicalShard, *, cluster: str, n_logical_shards: int) -
         cluster=cluster,
         physical=shard.name,
         n_logical_shards=n_logical_shards,
-        app_role=shard.primary.url.username or "",
+        roles=shard.roles,
     )
     text = _text(statements)
     digest = f"shardkit format {FORMAT} {_digest(text)}"
@@ -242,28 +243,28 @@ def rules_script(rules: Mapping[str, str]) -> str:
     return _text(rule_statements(rules))
 
 
-def logical_shard_digest(app_role: str) -> str:
+def logical_shard_digest(roles: RoleNames) -> str:
     """Return the digest of the objects shardkit keeps in every logical shard."""
-    return _digest(_text(_own_statements(0, app_role)))
+    return _digest(_text(_own_statements(0, roles)))
 
 
 def shard_script(
-    logical_shard: int, *, own: bool, app_role: str, revisions: Iterable[Revision]
+    logical_shard: int, *, own: bool, roles: RoleNames, revisions: Iterable[Revision]
 ) -> str:
     """Return the SQL of one logical shard's transaction, without BEGIN and COMMIT.
 
     Args:
         logical_shard: whose schema it runs in.
         own: whether the objects shardkit owns are created or completed first.
-        app_role: the application's login, which gets its rights.
+        roles: who gets which rights.
         revisions: what is applied, in order.
     """
     schema = sql.Identifier(schema_name(logical_shard))
     parts: list[sql.Composable] = []
     ledger: list[sql.Composable] = []
     if own:
-        parts += _own_statements(logical_shard, app_role)
-        ledger.append(sql.SQL("({}, {})").format(OWN, logical_shard_digest(app_role)))
+        parts += _own_statements(logical_shard, roles)
+        ledger.append(sql.SQL("({}, {})").format(OWN, logical_shard_digest(roles)))
     # No other schema: an unqualified name is this logical shard's or a built-in.
     parts.append(sql.SQL("SET LOCAL search_path = {}").format(schema))
     for revision in revisions:
@@ -332,10 +333,10 @@ _DONE = sql.SQL(
 )
 
 
-def _own_statements(logical_shard: int, app_role: str) -> list[sql.Composable]:
+def _own_statements(logical_shard: int, roles: RoleNames) -> list[sql.Composable]:
     ledger = sql.Identifier(schema_name(logical_shard), "shardkit_version")
     return [
-        *logical_shard_statements(logical_shard, app_role=app_role),
+        *logical_shard_statements(logical_shard, roles=roles),
         sql.SQL(
             "CREATE TABLE IF NOT EXISTS {} (revision text PRIMARY KEY, checksum text NOT NULL, "
             "applied_at timestamptz NOT NULL DEFAULT now())"
@@ -345,9 +346,7 @@ def _own_statements(logical_shard: int, app_role: str) -> list[sql.Composable]:
             "ALTER TABLE {} ADD COLUMN IF NOT EXISTS step integer, "
             "ADD COLUMN IF NOT EXISTS building text, ADD COLUMN IF NOT EXISTS overrides json"
         ).format(ledger),
-        # Default privileges of the schema would let the application write here.
-        sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, sql.Identifier(app_role)),
-        sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, sql.Identifier(app_role)),
+        *table_statements(schema_name(logical_shard), ["shardkit_version"], roles),
     ]
 
 

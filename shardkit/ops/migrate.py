@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sqlalchemy import MetaData
 
-from shardkit.cacheable import cached_tables
+from shardkit.derived import Cached
 from shardkit.errors import (
     ConfigurationError,
     ShardkitError,
@@ -63,9 +63,6 @@ __all__ = [
 
 Rules = Mapping[str, str]
 """How the rows of tables are placed, as text by table."""
-
-Cached = Mapping[str, Sequence[str]]
-"""The cached tables, with the columns of their primary keys: `shardkit.cacheable.cached_tables`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +133,12 @@ def load_rules(location: str) -> Rules:
 
 
 def load_cached(location: str) -> Cached:
-    """Return the tables of the cached models of a `migrations.models`.
+    """Return what is cached of the models of a `migrations.models`: tables, lists and counts.
 
     Raises:
         ConfigurationError: there is no such thing.
     """
-    return cached_tables(load_metadata(location))
+    return Cached.of(load_metadata(location))
 
 
 def load_metadata(location: str) -> MetaData:

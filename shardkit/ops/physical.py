@@ -104,7 +104,7 @@ class PhysicalRun:
         self.rounds = plan.rounds
         self._topology = topology
         self._shard = topology.physical[plan.physical]
-        self._app_role = self._shard.primary.url.username or ""
+        self._roles = self._shard.roles
         self._admin = plan.admin
         self._rules = plan.rules
         self._last = {
@@ -247,7 +247,7 @@ class PhysicalRun:
             if connection.broken or connection.closed:
                 raise self._failure(connection, error, _Part("", ()), None) from error
             connection.rollback()
-            left = unfinished(connection, batch, logical_shard_digest(self._app_role))
+            left = unfinished(connection, batch, logical_shard_digest(self._roles))
             numbers = {work.logical_shard for work in left}
             for work in batch:
                 if work.logical_shard not in numbers:
@@ -287,7 +287,7 @@ class PhysicalRun:
         done = work.done
         for own, revisions in work.transactions:
             if own or work.is_new or not revisions:
-                script = shard_script(number, own=own, app_role=self._app_role, revisions=revisions)
+                script = shard_script(number, own=own, roles=self._roles, revisions=revisions)
                 found.append(_Part(script, revisions))
                 continue
             for revision in revisions:
@@ -306,7 +306,7 @@ class PhysicalRun:
         if is_undone:
             text = summary_script(number, None)
         elif is_last:
-            applied = {OWN: logical_shard_digest(self._app_role)}
+            applied = {OWN: logical_shard_digest(self._roles)}
             applied |= {revision.id: revision.checksum for revision in self._order}
             text = summary_script(number, applied)
         else:
@@ -387,7 +387,7 @@ class PhysicalRun:
             part.revisions,
             logical_shard,
             begin=self._begin,
-            app_role=self._app_role,
+            roles=self._roles,
         )
         return MigrationError(
             f"{who}: {first_line(error)}",

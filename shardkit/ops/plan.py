@@ -200,7 +200,7 @@ def _plan(
     phase: str | None,
 ) -> PhysicalPlan:
     shard = topology.physical[name]
-    own_digest = logical_shard_digest(shard.primary.url.username or "")
+    own_digest = logical_shard_digest(shard.roles)
     _, admin_digest = admin_script(
         shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
     )

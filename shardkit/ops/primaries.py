@@ -81,7 +81,7 @@ def read(
 
     def one(name: str) -> Ledger | ShardkitError:
         shard = topology.physical[name]
-        own = logical_shard_digest(shard.primary.url.username or "")
+        own = logical_shard_digest(shard.roles)
         _, digest = admin_script(
             shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
         )

@@ -62,6 +62,8 @@ class Configuration:
         lives: whether the backend tells one life of the server from another.
         floors: whether readers are of the session that wrote what was acknowledged last.
         early: whether markers are sent before the rows are locked, as soon as they are read.
+        lists: whether lists are written, whose writers do not lock each other.
+        next: whether a list is taken for as new as the newest transaction that had begun.
     """
 
     protocol: str = "P9"
@@ -75,6 +77,8 @@ class Configuration:
     lives: bool = True
     floors: bool = False
     early: bool = False
+    lists: bool = False
+    next: bool = False
 
     def __str__(self) -> str:
         faults = "+".join(f"{n if n > 1 else ''}{name}" for name, n in self.faults) or "none"
@@ -88,6 +92,8 @@ class Configuration:
                 ("lives not told apart", not self.lives),
                 ("own writes", self.floors),
                 ("early markers", self.early),
+                ("lists", self.lists),
+                ("as new as the newest", self.next),
             )
             if holds
         )

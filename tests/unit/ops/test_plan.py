@@ -20,10 +20,11 @@ from shardkit.ops.ledger import (
 )
 from shardkit.ops.plan import MigrationPlan, decide
 from shardkit.ops.revisions import Revision
-from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
+from shardkit.topology import Endpoint, PhysicalShard, Role, RoleNames, ShardMap, Topology
 
+ROLES = RoleNames.of(app="app", admin="admin")
 ACTIVE = Ownership(1, "active", None)
-OWN_ROW = {OWN: logical_shard_digest("app")}
+OWN_ROW = {OWN: logical_shard_digest(ROLES)}
 
 
 def physical(name: str) -> PhysicalShard:
@@ -199,11 +200,13 @@ def test_two_owners_at_one_epoch_are_refused() -> None:
 
 
 def test_the_script_of_a_shard_carries_its_ledger_row() -> None:
-    script = shard_script(42, own=False, app_role="app", revisions=[R1])
+    script = shard_script(42, own=False, roles=ROLES, revisions=[R1])
     assert script.startswith('SET LOCAL search_path = "shard_0042"\n;\nSELECT 1\n;\nINSERT INTO ')
     assert '"shard_0042".shardkit_version' in script
     assert "('r1', 'c')" in script
 
 
 def test_names_are_quoted_into_the_script() -> None:
-    assert '"odd""role"' in shard_script(1, own=True, app_role='odd"role', revisions=[])
+    assert '"odd""role"' in shard_script(
+        1, own=True, roles=RoleNames.of(app='odd"role', admin="adm"), revisions=[]
+    )
