@@ -25,7 +25,16 @@ SHARED = (
 )
 """Modules that are no benchmarks."""
 
-LONG = ("cachechaos", "cachekills", "chaos", "halves", "lookup", "stale", "uniqueness")
+LONG = (
+    "cachechaos",
+    "cachekills",
+    "chaos",
+    "halves",
+    "lookup",
+    "migrate_blocker",
+    "stale",
+    "uniqueness",
+)
 """Benchmarks that take minutes, run only when named."""
 
 

@@ -34,7 +34,7 @@ from psycopg import sql
 from shardkit.backup.rows import Connection
 from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import BackupError, TryAgainError
-from shardkit.ops.primaries import LOCK_KEY
+from shardkit.ops.ddllocks import MIGRATION_KEY
 
 __all__ = ["Label", "Point", "no_migration", "segment_of", "take"]
 
@@ -134,7 +134,7 @@ def no_migration(sessions: Mapping[str, Connection]) -> Iterator[None]:
         for physical in sorted(sessions):
             row = (
                 sessions[physical]
-                .execute("SELECT pg_try_advisory_lock_shared(%s)", (LOCK_KEY,))
+                .execute("SELECT pg_try_advisory_lock_shared(%s)", (MIGRATION_KEY,))
                 .fetchone()
             )
             if row != (True,):
@@ -147,7 +147,7 @@ def no_migration(sessions: Mapping[str, Connection]) -> Iterator[None]:
     finally:
         for connection in held:
             if not connection.closed:
-                connection.execute("SELECT pg_advisory_unlock_shared(%s)", (LOCK_KEY,))
+                connection.execute("SELECT pg_advisory_unlock_shared(%s)", (MIGRATION_KEY,))
 
 
 def take(

@@ -62,6 +62,12 @@ CREATE TABLE IF NOT EXISTS shardkit.reference_version (
     checksum text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+CREATE TABLE IF NOT EXISTS shardkit.ddl_locks (
+    logical_shard integer PRIMARY KEY,
+    holder text NOT NULL,
+    reason text NOT NULL,
+    since timestamptz NOT NULL DEFAULT now()
+);
 CREATE SCHEMA IF NOT EXISTS reference;
 """
 

@@ -27,8 +27,8 @@ from shardkit.errors import (
     ShardkitError,
     TryAgainError,
 )
+from shardkit.ops.ddllocks import MIGRATION_KEY
 from shardkit.ops.direct import connect, parameters
-from shardkit.ops.primaries import LOCK_KEY
 from shardkit.ops.rolefacts import RoleFacts
 from shardkit.ops.roles import Change, decide, managed
 from shardkit.ops.rolesread import read
@@ -170,7 +170,7 @@ def _applied(shard: PhysicalShard, *, login: URL | None) -> PhysicalRoles:
 
 def _lock(connection: Connection, shard: PhysicalShard) -> None:
     """Keep migrations and other runs away, to the end of the connection."""
-    row = connection.execute("SELECT pg_try_advisory_lock(%s)", (LOCK_KEY,)).fetchone()
+    row = connection.execute("SELECT pg_try_advisory_lock(%s)", (MIGRATION_KEY,)).fetchone()
     if row is None or not row[0]:
         raise RefusedError(
             f"`shardkit migrate` or `shardkit roles` is at work on physical shard {shard.name!r}",

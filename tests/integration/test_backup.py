@@ -24,8 +24,8 @@ from shardkit.backup.manifest import MANIFEST
 from shardkit.backup.restore import Sides, chosen, restored, settle
 from shardkit.backup.store import Store
 from shardkit.cli import main
+from shardkit.ops.ddllocks import MIGRATION_KEY
 from shardkit.ops.direct import connect
-from shardkit.ops.primaries import LOCK_KEY
 from shardkit.testing import wait_until
 from tests.fixtures.backups import IN_DOUBT, Home, Made, load_on
 from tests.models import Photo, User
@@ -340,7 +340,7 @@ def test_an_interrupted_backup_is_none_and_leaves_nothing(
         code, _, said = run(capsys, replace(home, store=store), "create")
     assert (code, "another command" in said) == (3, True)
     with connect(home.topology.physical["beta"], application="test") as connection:
-        connection.execute("SELECT pg_advisory_lock(%s)", (LOCK_KEY,))  # as a migration does
+        connection.execute("SELECT pg_advisory_lock(%s)", (MIGRATION_KEY,))  # as a migration does
         code, _, said = run(capsys, replace(home, store=store), "create", "--no-rows")
     assert (code, "migration" in said) == (4, True)
     assert {path.name for path in store.folder.iterdir()} == {"lock"}
