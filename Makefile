@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills halves migrate-kill test-docker lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -18,9 +18,12 @@ setup: ## make .venv from requirements.lock; does nothing when it is up to date
 run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.0.0.1:8000
 	@$(BIN)/python -m app.run $(ARGS)
 
+# Files go to two workers, each with servers of its own: tests wait more than they compute.
+WORKERS ?= 2
+
 test: ## every test, on real servers; installs what they need when root on Debian
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # What goes through it; tests that cannot say why (`unpooled`), and the run prints it.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
@@ -37,6 +40,12 @@ test-pooler-too: ## those of replicas, outbox and unique values as well; some mi
 	@$(PYTHON) scripts/setup.py --system
 	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
 
+# A target of its own, since it needs what no package of this project brings: docs/docker.md.
+test-docker: setup ## bring the whole stack of docker/ up in containers, break it, tear it down
+	@docker info >/dev/null 2>&1 || { echo "make test-docker: no Docker engine answers \
+	(docker info fails); start one, see docs/docker.md" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/docker $(ARGS)
+
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
 
@@ -48,6 +57,12 @@ test-oracle: setup ## compare 50,000 statements with one server; CASES=n for mor
 
 model-check: setup ## every interleaving of the cache protocol under faults; about ten minutes
 	@$(BIN)/python -m tests.property.modelcheck $(ARGS)
+
+# Seeds of each simulated world.
+SEEDS ?= 10000
+
+simulate: setup ## run 10,000 seeds of each simulated world; SEEDS=n for more or fewer
+	@$(BIN)/python -m tests.simulation 0 --seeds $(SEEDS) $(ARGS)
 
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .
@@ -84,6 +99,9 @@ outbox-chaos: setup ## a million events while relays are killed, and Celery besi
 
 test-chaos-cache: setup ## ten million reads of the cache under faults, and none is old; minutes
 	@$(BIN)/python -m benchmarks cachechaos $(ARGS)
+
+cache-kills: setup ## for how long something old is shown after writers are killed; a minute
+	@$(BIN)/python -m benchmarks cachekills $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

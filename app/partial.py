@@ -6,18 +6,21 @@ of them says so. Writers never read like this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Select
 
-from shardkit import AsyncReadSession, all_shards, deadline
+from shardkit import AsyncReadSession, CachedCount, all_shards, deadline
 from shardkit.errors import GatherError, UnavailableError
 
-__all__ = ["answered", "answered_or_none", "is_partial"]
+__all__ = ["FAILED", "PATIENCE", "answered", "answered_or_none", "counted", "is_partial"]
 
 PATIENCE: Final = 1.5
 """Seconds that servers have to give their part: a list does not wait for one that is frozen."""
+
+FAILED: Final = (GatherError, UnavailableError)
+"""What is raised where servers do not answer."""
 
 _KEY: Final = "app_partial"
 
@@ -44,9 +47,28 @@ async def answered_or_none(session: AsyncReadSession, statement: Select[Any]) ->
     """Return what `answered` does; no rows when no server answers."""
     try:
         return await answered(session, statement)
-    except (GatherError, UnavailableError):
+    except FAILED:
         session.info[_KEY] = True
         return ()
+
+
+async def counted(
+    session: AsyncReadSession, count: CachedCount, kept: Mapping[int, int]
+) -> Mapping[int, int]:
+    """Return counts by key; those that are kept in rows where servers do not answer.
+
+    Args:
+        session: a reader.
+        count: what is counted.
+        kept: the same counts as rows have them, by key.
+    """
+    if not kept or is_partial(session):
+        return kept
+    try:
+        with deadline(PATIENCE):
+            return await session.cached_many(count, kept)
+    except FAILED:
+        return kept
 
 
 def is_partial(session: AsyncReadSession) -> bool:

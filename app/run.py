@@ -34,7 +34,7 @@ from shardkit.errors import ConfigurationError, RefusedError, ShardkitError
 from shardkit.local import LocalCluster, LocalProgress, read_status
 from shardkit.ops import migrate
 
-__all__ = ["main"]
+__all__ = ["complete", "main"]
 
 MIGRATIONS = "app:migrations"
 MODELS = "app.tables:Base"
@@ -57,6 +57,7 @@ def main(
     """Start the cluster, migrate it, load a demo and serve the application until Ctrl-C."""
     try:
         with interruptible(), cluster(directory) as config:
+            complete(config)
             migrated(config)
             with relay(config):
                 if people:
@@ -115,6 +116,21 @@ def show_servers(local: LocalCluster) -> None:
     console.print(f"configuration: {local.config_path}", markup=False)
 
 
+def complete(config: Path) -> None:
+    """Add to a configuration file what the service needs: its migrations, and a cache if it can.
+
+    The Memcached of `[services]`, or the Redis; without either the service runs on databases.
+    """
+    present = tomllib.loads(config.read_text(encoding="utf-8"))
+    services = present.get("services", {})
+    with config.open("a", encoding="utf-8") as file:
+        if "migrations" not in present:  # so that the command `shardkit migrate` finds them too
+            file.write(f'\n[migrations]\nlocation = "{MIGRATIONS}"\nmodels = "{MODELS}"\n')
+        backend = next((name for name in ("memcached", "redis") if name in services), None)
+        if "cache" not in present and backend is not None:
+            file.write(f'\n[cache]\nbackend = "{backend}"\n')
+
+
 def migrated(config: Path) -> None:
     """Bring every logical shard to the newest revision.
 
@@ -122,10 +138,6 @@ def migrated(config: Path) -> None:
         MigrationError: not all of them are; a rerun continues.
     """
     topology = Cluster.from_file(config).topology
-    if "migrations" not in tomllib.loads(config.read_text(encoding="utf-8")):
-        # so that the command `shardkit migrate` finds them too
-        with config.open("a", encoding="utf-8") as file:
-            file.write(f'\n[migrations]\nlocation = "{MIGRATIONS}"\nmodels = "{MODELS}"\n')
     revisions = migrate.load_revisions(MIGRATIONS, folder=config.parent)
     with steps("logical shards") as show:
         done = 0

@@ -35,7 +35,11 @@ PROGRAMS = {
     "memcached": "memcached",
     "pgbouncer": "pgbouncer",
     "chromium": "chromium",
+    "openssl": "openssl",
 }
+
+# Servers with TLS, which those from pip lack; Debian has them beside the path.
+WITH_TLS = Path("/usr/lib/postgresql"), "*/bin/postgres"
 
 # Forbids a package's own daemon to start, for as long as the process that wrote it lives.
 POLICY = Path("/usr/sbin/policy-rc.d")
@@ -117,6 +121,9 @@ def pip_install(arguments: Sequence[str], log: IO[str], total: int) -> None:
 def system_packages() -> None:
     """Install the programs the tests use, or say what will be skipped."""
     missing = [package for program, package in PROGRAMS.items() if not has(program)]
+    folder, pattern = WITH_TLS
+    if not (has("postgres") or any(folder.glob(pattern))):
+        missing.append("postgresql")
     if missing:
         apt_install(missing, why=f"not found: {', '.join(missing)}", required=in_ci())
 

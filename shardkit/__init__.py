@@ -4,6 +4,7 @@ from shardkit import ids, tokens
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.deadlines import deadline
+from shardkit.derived import CachedCount, CachedList
 from shardkit.emitting import after_delete, after_insert, after_update
 from shardkit.guards import background
 from shardkit.models import Reference, Sharded
@@ -20,6 +21,8 @@ __all__ = [
     "AsyncCluster",
     "AsyncReadSession",
     "AsyncWriteSession",
+    "CachedCount",
+    "CachedList",
     "Cluster",
     "Directory",
     "LeastLoaded",

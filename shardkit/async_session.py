@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from shardkit.connections import AsyncConnections
+from shardkit.derived import Derived
 from shardkit.emitting import HasId
 from shardkit.router import Route
 from shardkit.session import ReadSession
@@ -19,6 +20,7 @@ from shardkit.writer import WriteSession
 __all__ = ["AsyncReadSession", "AsyncWriteSession"]
 
 _E = TypeVar("_E", bound=HasId)
+V = TypeVar("V")
 
 
 class AsyncReadSession(AsyncSession):
@@ -48,6 +50,14 @@ class AsyncReadSession(AsyncSession):
     ) -> list[Any]:
         """Return the rows of many primary keys, in their order. See `ReadSession.get_many`."""
         return await greenlet_spawn(self.sync_session.get_many, entity, idents, options=options)
+
+    async def cached(self, derived: Derived[V], key: Any) -> V:
+        """Return a cached list or count. See `ReadSession.cached`."""
+        return await greenlet_spawn(self.sync_session.cached, derived, key)
+
+    async def cached_many(self, derived: Derived[V], keys: Iterable[Any]) -> dict[Any, V]:
+        """Return cached lists or counts by their keys. See `ReadSession.cached_many`."""
+        return await greenlet_spawn(self.sync_session.cached_many, derived, keys)
 
     async def get_by(self, entity: Any, **unique: Any) -> Any:
         """Return the row that has a unique value, or None. See `ReadSession.get_by`."""

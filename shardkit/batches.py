@@ -19,7 +19,8 @@ from psycopg import sql
 from shardkit.emitting import CHANNEL, SLEEPING
 from shardkit.errors import ConfigurationError, EndpointUnavailableError
 from shardkit.outbox import Event
-from shardkit.topology import PhysicalShard, schema_name
+from shardkit.secret import without_frames
+from shardkit.topology import PhysicalShard, libpq_options, schema_name
 
 __all__ = ["Batch", "Claims", "Taken"]
 
@@ -73,18 +74,13 @@ class Claims:
     def __init__(self, shard: PhysicalShard, *, lease: float) -> None:
         self.shard = shard
         self._lease = lease
-        url = shard.primary.url
+        url = shard.relay_url or shard.primary.url
         parameters: Mapping[str, Any] = {
             "connect_timeout": 5,
             "application_name": "shardkit relay",
             "keepalives_idle": 10,
             "tcp_user_timeout": 20_000,
-            **{k: v for k, v in url.query.items() if isinstance(v, str)},
-            "host": url.host,
-            "port": url.port or 5432,
-            "dbname": url.database,
-            "user": url.username,
-            "password": url.password,
+            **libpq_options(url),
         }
         try:
             self.connection = psycopg.connect(autocommit=True, prepare_threshold=2, **parameters)
@@ -92,7 +88,7 @@ class Claims:
             raise EndpointUnavailableError(
                 f"no connection: {str(error).strip().splitlines()[-1]}",
                 endpoint=str(shard.primary),
-            ) from error
+            ) from without_frames(error)
         # A pooler makes up the number it tells its clients.
         row = self.connection.execute("SELECT pg_backend_pid()").fetchone()
         self.is_direct = row is not None and row[0] == self.connection.info.backend_pid

@@ -8,10 +8,10 @@ on its first use, with what to write instead. No I/O.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Column, Table, bindparam, select
+from sqlalchemy import ARRAY, Column, Table, any_, bindparam, select, tuple_
 from sqlalchemy.orm import Mapper
 
 from shardkit.cacheable import VERSION, cacheable_columns
@@ -20,7 +20,10 @@ from shardkit.caching.lives import DEFAULT_LIVES, Lives
 from shardkit.caching.rows import decode_row, encode_row
 from shardkit.errors import NotCacheableError
 
-__all__ = ["CachePlan", "plan_of"]
+__all__ = ["CachePlan", "Question", "plan_of"]
+
+Question = tuple[Any, Mapping[str, Any], int | None]
+"""A statement, its parameters, and the logical shard it is bound to, if it does not say that."""
 
 _LAZY: Final = frozenset({"select", True, "raise", "raise_on_sql", "dynamic", "write_only"})
 """What a relationship may do when its parent is loaded: nothing."""
@@ -121,6 +124,39 @@ class CachePlan:
             identity: its primary key, for which `names_row` holds.
         """
         return cache_key(generation, epoch, logical_shard, self.table.name, identity)
+
+    @property
+    def entry(self) -> str:
+        """What names of its entries begin with: the table."""
+        return self.table.name
+
+    def questions(
+        self,
+        wanted: Sequence[tuple[int, tuple[Any, ...]]],
+        group: Callable[[Sequence[int]], Mapping[str, Sequence[int]]],
+    ) -> Iterable[Question]:
+        """Yield the statements that read rows, in no order; few, whatever their number.
+
+        Args:
+            wanted: logical shard and primary key of each.
+            group: returns logical shards by physical shard.
+        """
+        if len(wanted) == 1:
+            ((shard, identity),) = wanted
+            yield self.one_row, {f"key_{n}": value for n, value in enumerate(identity)}, shard
+            return
+        keys: Sequence[Any] = self.mapper.primary_key
+        statement = select(*self.columns)
+        identities = [identity for _, identity in wanted]
+        if self._single:
+            listed = bindparam(None, [value for (value,) in identities], type_=ARRAY(keys[0].type))
+            yield statement.where(keys[0] == any_(listed)), {}, None
+        else:
+            yield statement.where(tuple_(*keys).in_(identities)), {}, None
+
+    def answered(self, row: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+        """Return the values of a row that a question has found."""
+        return list(row)
 
     def identity(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Return the primary key of a row."""

@@ -1,4 +1,4 @@
-"""The part of a reading session that asks the cache: objects by primary key, and related ones.
+"""The part of a reading session that asks the cache: objects by primary key, lists and counts.
 
 The base of `shardkit.session`. The cache is asked where an object is looked for by its primary key
 and nothing else is said: what has options, locks or criteria goes to the database, and so do
@@ -7,10 +7,10 @@ sessions that write, whose transaction may see what nobody else does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.orm import Load, Mapper, ORMExecuteState, Session
@@ -19,17 +19,22 @@ from sqlalchemy.sql import operators
 
 from shardkit.binds import BoundSession
 from shardkit.checks import is_idle
+from shardkit.derived import CachedCount, Derived
 from shardkit.events import CacheRead, caller
 from shardkit.instances import instance_of
+from shardkit.router import Router
 from shardkit.statements import AllShards
 from shardkit.topology import Role
 
 if TYPE_CHECKING:  # the `cache` extra
     from shardkit.cached import CachePlan
-    from shardkit.cachereads import CacheReads
+    from shardkit.cachereads import CacheReads, Plan
     from shardkit.caching.tally import CacheCounts
 
 __all__ = ["ELSEWHERE", "CachedSession"]
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 ELSEWHERE: Final = object()
 """The session has to read the object itself."""
@@ -150,7 +155,105 @@ class CachedSession(BoundSession):
         rows = [(key, found) for key, found in zip(keys, objects, strict=True) if found is not None]
         return IteratorResult(SimpleResultMetaData(["key", "object"]), iter(rows))
 
+    # -- lists and counts
+
+    def cached(self, derived: Derived[V], key: Any) -> V:
+        """Return a list or count: from the cache in a session that reads, else from the database.
+
+        What the cache has is never older than what was acknowledged before it was asked; what
+        this process has written is always in it.
+
+        Args:
+            derived: a `CachedList` or a `CachedCount`.
+            key: the value of its key; a tuple where that has several columns.
+
+        Raises:
+            InvalidShardKeyError: the key cannot place rows, or has too few or too many values.
+            UnavailableError: neither the cache nor a server answered (retryable).
+
+        Example:
+            >>> followers = CachedCount(Follower.followee_id)  # doctest: +SKIP
+            >>> session.cached(followers, ana.id)  # doctest: +SKIP
+            17
+        """
+        identity = derived.identity(key)
+        shard = self._decided(lambda router: derived.shard_of(router, identity))
+        if self._uses_cache() and derived.names_row(identity):
+            plan = self._derived_plan(derived)
+            started = self._cluster.clock.monotonic() if self._cluster.listeners else 0.0
+            found, counts = self._cache_reads().one(plan, shard, identity, self._primaries)
+            if self._cluster.listeners:
+                self._tell_cached(plan, 1, counts, started)
+            if found.is_known and found.values is not None:
+                value: V = plan.value(found.values)
+                return value
+        return derived.result(self.scalars(derived.statement(identity)).all())
+
+    def cached_many(self, derived: Derived[V], keys: Iterable[Any]) -> dict[Any, V]:
+        """Return lists or counts by their keys: one round trip for each server of the cache.
+
+        Those that the cache has not take one statement for each physical shard.
+
+        Args:
+            derived: a `CachedList` or a `CachedCount`.
+            keys: as for `cached`; of those that are equal one is asked for.
+
+        Raises:
+            InvalidShardKeyError: a key cannot place rows, or has too few or too many values.
+            UnavailableError: neither the cache nor a server answered (retryable).
+        """
+        wanted = {key: derived.identity(key) for key in keys}
+        found: dict[Any, V] = {}
+        if self._uses_cache():
+            asked = {key: each for key, each in wanted.items() if derived.names_row(each)}
+            if asked:
+                found = self._cached_lists(derived, asked)
+        rest = {key: each for key, each in wanted.items() if key not in found}
+        if (
+            len(rest) > 1
+            and isinstance(derived, CachedCount)
+            and len(derived.key) == 1
+            and all(map(derived.names_row, rest.values()))  # as the rows will have them
+        ):
+            statement = derived.statement_of_many(list(rest.values()))
+            counts: dict[Any, Any] = dict(tuple(row) for row in self.execute(statement))
+            found |= {key: counts.get(value, 0) for key, (value,) in rest.items()}
+            rest = {}
+        for key, identity in rest.items():
+            found[key] = derived.result(self.scalars(derived.statement(identity)).all())
+        return {key: found[key] for key in wanted}
+
+    def _cached_lists(
+        self, derived: Derived[V], asked: Mapping[Any, tuple[Any, ...]]
+    ) -> dict[Any, V]:
+        """Return what the cache and the primaries behind it know of lists or counts, by key."""
+        plan = self._derived_plan(derived)
+        started = self._cluster.clock.monotonic() if self._cluster.listeners else 0.0
+        placed = self._decided(
+            lambda router: {each: derived.shard_of(router, each) for each in asked.values()}
+        )
+        self._map_of([*placed.values()])
+        wanted = [(shard, identity) for identity, shard in placed.items()]
+        read, counts = self._cache_reads().many(plan, wanted, self._primaries)
+        if self._cluster.listeners:
+            self._tell_cached(plan, len(wanted), counts, started)
+        values = {key: read[identity] for key, identity in asked.items()}
+        return {
+            key: plan.value(found.values)
+            for key, found in values.items()
+            if found.is_known and found.values is not None
+        }
+
+    def _derived_plan(self, derived: Derived[Any]) -> Any:
+        cache = self._cluster.cache
+        assert cache is not None, "it is used"
+        return cache.derived_plan(derived)
+
     # -- to be provided
+
+    def _decided(self, decide: Callable[[Router], T]) -> T:
+        """Return a decision of the router, with the directory keys and values it needs."""
+        raise NotImplementedError
 
     def get_many(self, entity: Any, idents: Any) -> list[Any]:
         """Return objects by primary key; see `ReadSession.get_many`."""
@@ -186,7 +289,7 @@ class CachedSession(BoundSession):
         return nullcontext(self)
 
     def _tell_cached(
-        self, plan: CachePlan, n_rows: int, counts: CacheCounts | None, started: float
+        self, plan: Plan, n_rows: int, counts: CacheCounts | None, started: float
     ) -> None:
         cluster = self._cluster
         cluster.listeners.emit(

@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import ARRAY, any_, bindparam, select, tuple_
-from sqlalchemy.orm import Session
-
 from shardkit import deadlines
 from shardkit.cache import Kind, Outcome, Reader
 from shardkit.cached import CachePlan
@@ -23,18 +20,22 @@ from shardkit.caching.lives import MARKER_LIFE
 from shardkit.caching.operations import Answer
 from shardkit.caching.repair import Phase
 from shardkit.caching.tally import CacheCounts
+from shardkit.derivedplan import DerivedPlan
 from shardkit.errors import UnavailableError
 from shardkit.flights import Flights
 
 if TYPE_CHECKING:  # which makes this
     from shardkit.rowcache import Rows
 
-__all__ = ["ELSEWHERE", "CacheReads", "Found", "Primaries", "Reading", "Where"]
+__all__ = ["ELSEWHERE", "CacheReads", "Found", "Plan", "Primaries", "Reading", "Where"]
+
+Plan = CachePlan | DerivedPlan
+"""How rows of a class are cached, or one list or count of rows."""
 
 Where = tuple[int, tuple[Any, ...]]
 """Logical shard and primary key of a row."""
 
-Primaries = Callable[[Sequence[int]], AbstractContextManager[Session]]
+Primaries = Callable[[Sequence[int]], AbstractContextManager[Any]]
 """Returns a session in which statements about logical shards are asked of their primaries and of
 nobody else, each by itself: on a snapshot of its own."""
 
@@ -71,12 +72,12 @@ class CacheReads:
         self._rows = rows
         self._flights = flights
 
-    def reading(self, plan: CachePlan, primaries: Primaries) -> Reading:
+    def reading(self, plan: Plan, primaries: Primaries) -> Reading:
         """Return one read of rows of a class, apart from those of others."""
         return Reading(self._rows, plan, primaries)
 
     def one(
-        self, plan: CachePlan, shard: int, identity: tuple[Any, ...], primaries: Primaries
+        self, plan: Plan, shard: int, identity: tuple[Any, ...], primaries: Primaries
     ) -> tuple[Found, CacheCounts | None]:
         """Return one row; of those who want it at the same time, one asks for all.
 
@@ -107,7 +108,7 @@ class CacheReads:
         return found, counts
 
     def many(
-        self, plan: CachePlan, wanted: Sequence[Where], primaries: Primaries
+        self, plan: Plan, wanted: Sequence[Where], primaries: Primaries
     ) -> tuple[Mapping[tuple[Any, ...], Found], CacheCounts]:
         """Return many rows by primary key: one round trip per cache server, one read of misses.
 
@@ -122,7 +123,7 @@ class CacheReads:
         return found, reading.counts
 
 
-def _own(plan: CachePlan, found: Found) -> Found:
+def _own(plan: Plan, found: Found) -> Found:
     """Return the answer of another one with values of its own, as some can be changed."""
     if found.payload is None:
         return found if found.values is None else ELSEWHERE
@@ -148,7 +149,7 @@ class Reading:
         "is_plain_hit",
     )
 
-    def __init__(self, rows: Rows, plan: CachePlan, primaries: Primaries) -> None:
+    def __init__(self, rows: Rows, plan: Plan, primaries: Primaries) -> None:
         self._rows = rows
         self._plan = plan
         self._primaries = primaries
@@ -317,29 +318,13 @@ class Reading:
     # -- the database
 
     def _read(self, wanted: Sequence[Where]) -> Mapping[tuple[Any, ...], list[Any]]:
-        plan = self._plan
+        plan, found = self._plan, list[list[Any]]()
         with self._primaries([shard for shard, _ in wanted]) as session:
-            if len(wanted) == 1:
-                ((shard, identity),) = wanted
-                result = session.execute(
-                    plan.one_row,
-                    {f"key_{n}": value for n, value in enumerate(identity)},
-                    bind_arguments={"logical_shard": shard},
-                )
-            else:
-                result = session.execute(_of_many(plan, [identity for _, identity in wanted]))
-            rows = [list(row) for row in result]
-        return {plan.identity(values): values for values in rows}
+            for statement, params, shard in plan.questions(wanted, self._rows.group):
+                bound = None if shard is None else {"logical_shard": shard}
+                result = session.execute(statement, params, bind_arguments=bound)
+                found += [plan.answered(row, wanted) for row in result]
+        return {plan.identity(values): values for values in found}
 
 
 _AFTER: Final = frozenset({Phase.REMOVE, Phase.FILL})
-
-
-def _of_many(plan: CachePlan, identities: Sequence[tuple[Any, ...]]) -> Any:
-    """Return the statement that reads rows by primary key, in no order."""
-    keys: Sequence[Any] = plan.mapper.primary_key
-    statement = select(*plan.columns)
-    if len(keys) == 1:
-        values = [identity[0] for identity in identities]
-        return statement.where(keys[0] == any_(bindparam(None, values, type_=ARRAY(keys[0].type))))
-    return statement.where(tuple_(*keys).in_(identities))

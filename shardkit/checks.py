@@ -28,6 +28,7 @@ from shardkit.farewells import RETRY_AFTER, Farewell, farewell
 from shardkit.fingerprints import Fingerprints
 from shardkit.gates import Gated
 from shardkit.ids import EPOCH_MS
+from shardkit.secret import without_frames
 from shardkit.topology import Endpoint, Role, Topology
 from shardkit.waits import WaitedTooLongError
 
@@ -61,6 +62,7 @@ def connection_error(
     error: Exception, endpoint: Endpoint
 ) -> PoolTimeoutError | EndpointUnavailableError | ConfigurationError | DeadlineExceededError:
     """Return the shardkit error for a connection that could not be had, or that was lost."""
+    without_frames(error)  # the driver's hold the password
     if deadlines.is_over():
         return DeadlineExceededError(endpoint=str(endpoint))
     if isinstance(error, PoolExhaustedError):

@@ -6,9 +6,23 @@ A file looks like this (written by `shardkit local up`, or by hand):
     name = "demo"
     logical_shards = 64
 
-    [admin]                                  # the login that owns the schemas; commands use it
+    [admin]                                  # makes roles, and does what no role below is for
     user = "shardkit_admin"
-    password = "…"                           # or password_file = "/run/secrets/admin"
+    password_file = "/run/secrets/admin"     # or SHARDKIT_ADMIN_PASSWORD, or password = "…"
+
+    [roles]                                  # optional, each of them: docs/roles.md
+    owner = "shardkit_owner"                 # owns schemas and tables, cannot log in
+    app = { password_file = "secrets/app" }  # the user of the addresses below
+    migrator = { password_file = "secrets/migrator" }   # user = "shardkit_migrator"
+    mover = { password_file = "secrets/mover" }
+    relay = { password_file = "secrets/relay" }
+    monitor = { password_file = "secrets/monitor" }
+
+    [tls]                                    # optional; an address may say otherwise: ?sslmode=…
+    mode = "verify-full"
+    root_cert = "certs/root.crt"             # who signs the servers' certificates
+    channel_binding = "require"
+    require_auth = "scram-sha-256"
 
     [pool]
     size = 5                                 # connections kept per endpoint and process
@@ -40,6 +54,9 @@ A file looks like this (written by `shardkit local up`, or by hand):
 
     [pgbouncer]
     processes = 8                            # for `shardkit pgbouncer render`: docs/pgbouncer.md
+
+    [backup]
+    folder = "/srv/backups"                  # docs/backup.md
 
     [[physical]]
     name = "alpha"
@@ -77,16 +94,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from pydantic import Field, ValidationError, model_validator
+from sqlalchemy import make_url
 
+from shardkit.addresses import Addresses
 from shardkit.errors import ConfigurationError
+from shardkit.logins import AdminLogin, Login, RolesConfig, Section, TlsConfig
 from shardkit.sections import (
     MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
-    AdminLogin,
+    BackupConfig,
     CacheConfig,
     ClusterConfig,
     LimitsConfig,
@@ -96,17 +114,17 @@ from shardkit.sections import (
     PoolConfig,
     ReplicaConfig,
     ReplicasConfig,
-    Section,
     TokensConfig,
     parse_ranges,
 )
-from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
+from shardkit.topology import PhysicalShard, ShardMap, Topology
 
 __all__ = [
     "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "AdminLogin",
+    "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
     "Config",
@@ -117,15 +135,14 @@ __all__ = [
     "PoolConfig",
     "ReplicaConfig",
     "ReplicasConfig",
+    "RolesConfig",
+    "TlsConfig",
     "TokensConfig",
     "default_file",
     "format_ranges",
     "load",
     "parse_ranges",
 ]
-
-DRIVER = "postgresql+psycopg"
-
 
 _SERVED: Final = frozenset({"memcached", "redis", "redis-cluster"})
 """Kinds of cache that have servers."""
@@ -136,6 +153,8 @@ class Config(Section):
 
     cluster: ClusterConfig
     admin: AdminLogin
+    roles: RolesConfig = RolesConfig()
+    tls: TlsConfig = TlsConfig()
     pool: PoolConfig = PoolConfig()
     limits: LimitsConfig = LimitsConfig()
     replicas: ReplicasConfig = ReplicasConfig()
@@ -143,6 +162,7 @@ class Config(Section):
     migrations: MigrationsConfig = MigrationsConfig()
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
     cache: CacheConfig = CacheConfig()
+    backup: BackupConfig = BackupConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -207,20 +227,19 @@ class Config(Section):
         Raises:
             ConfigurationError: an address cannot be read, or two endpoints share one.
         """
-        password = self.admin.secret(folder)
+        addresses = Addresses(self.admin, self.roles, self.tls, folder)
         physical: dict[str, PhysicalShard] = {}
         seen: dict[tuple[str | None, int, str | None], str] = {}
         owners: list[str] = [""] * self.cluster.logical_shards
         for shard in self.physical:
-            key = f"physical.{shard.name}"
-            primary = _url(shard.primary, f"{key}.primary")
-            found = shard.replica_configs
-            reader = _url(shard.reader, f"{key}.reader") if shard.reader else None
-            replicas = [_url(r.url, f"{key}.replicas[{i}]") for i, r in enumerate(found)]
-            for place, url in [
-                (f"{key}.primary", primary),
-                *((f"{key}.replicas[{i}]", url) for i, url in enumerate(replicas)),
-            ]:
+            found = physical[shard.name] = addresses.shard(shard)
+            for place, endpoint in zip(
+                (f"physical.{shard.name}.primary",
+                 *(f"physical.{shard.name}.replicas[{n}]" for n in range(len(found.replicas)))),
+                found.endpoints,
+                strict=True,
+            ):  # fmt: skip
+                url = endpoint.url
                 address = (url.host, url.port or 5432, url.database)
                 if address in seen:
                     raise ConfigurationError(
@@ -228,26 +247,6 @@ class Config(Section):
                         f"{seen[address]}; two endpoints cannot be one server"
                     )
                 seen[address] = place
-            admin = _url(shard.admin, f"{key}.admin") if shard.admin else primary
-            physical[shard.name] = PhysicalShard(
-                name=shard.name,
-                primary=Endpoint(shard.name, Role.PRIMARY, primary, reader),
-                replicas=tuple(
-                    Endpoint(
-                        shard.name,
-                        Role.REPLICA,
-                        url,
-                        region=replica.region,
-                        standby=replica.standby,
-                        server_url=None
-                        if replica.server is None
-                        else _url(replica.server, f"{key}.replicas.server"),
-                    )
-                    for url, replica in zip(replicas, found, strict=True)
-                ),
-                admin_url=admin.set(username=self.admin.user, password=password),
-                pooler=shard.pooler_in_front,
-            )
             for number in shard.shard_numbers:
                 owners[number] = shard.name
         shard_map = ShardMap(tuple(owners), (1,) * len(owners))
@@ -273,34 +272,39 @@ def load(path: str | os.PathLike[str]) -> tuple[Config, Topology]:
         ConfigurationError: one line with the file, the key and the remedy.
     """
     file = Path(path)
+    found = _loaded(file)
+    # What was read stands in the frames below, so an error starts here.
+    if isinstance(found, ConfigurationError):
+        raise found
+    return found
+
+
+def _loaded(file: Path) -> tuple[Config, Topology] | ConfigurationError:
+    """Return what a file says, or what is wrong with it, told without what was read."""
     try:
-        mode = file.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise ConfigurationError(f"{file}: is a directory; name the shardkit.toml in it")
-        text = file.read_text(encoding="utf-8")
+        return _read(file)
     except FileNotFoundError:
-        raise ConfigurationError(
-            f"{file}: no such file; name one with --config, or run `shardkit local up`"
-        ) from None
+        problem = "no such file; name one with --config, or run `shardkit local up`"
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{file}: cannot be read: {error}") from None
-    try:
-        config = Config.model_validate(tomllib.loads(text))
-        if stat.S_IMODE(mode) & 0o007 and _holds_secret(config):
-            raise ConfigurationError(
-                f"{file}: holds passwords and others may read it; run `chmod 600 {file}`"
-            )
-        return config, config.topology(file.parent)
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        problem = f"cannot be read: {reason}"
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{file}: not valid TOML: {error}") from None
+        problem = f"not valid TOML: {error}"
     except ValidationError as error:
-        raise ConfigurationError(f"{file}: {_first_problem(error)}") from None
+        problem = _first_problem(error)
     except ConfigurationError as error:
-        if error.message.startswith(str(file)):
-            raise
-        raise ConfigurationError(f"{file}: {error.message}") from None
-    except OSError as error:
-        raise ConfigurationError(f"{file}: admin.password_file: {error}") from None
+        problem = error.message
+    return ConfigurationError(f"{file}: {problem}")
+
+
+def _read(file: Path) -> tuple[Config, Topology]:
+    mode = file.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise ConfigurationError("is a directory; name the shardkit.toml in it")
+    config = Config.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    if stat.S_IMODE(mode) & 0o007 and _holds_secret(config):
+        raise ConfigurationError(f"holds passwords and others may read it; run `chmod 600 {file}`")
+    return config, config.topology(file.parent)
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
@@ -312,20 +316,6 @@ def format_ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _url(secret: SecretStr, place: str) -> URL:
-    try:
-        url = make_url(secret.get_secret_value())
-    except (ArgumentError, ValueError):
-        raise ConfigurationError(
-            f"{place}: not an address; write postgresql://user:password@host:port/database"
-        ) from None
-    if url.get_backend_name() != "postgresql" or not (url.host and url.database and url.username):
-        raise ConfigurationError(
-            f"{place}: must be postgresql:// with user, host and database, all of them"
-        )
-    return url.set(drivername=DRIVER)
 
 
 def _holds_secret(config: Config) -> bool:
@@ -342,6 +332,8 @@ def _holds_secret(config: Config) -> bool:
     ]
     return (
         config.admin.password is not None
+        or any(login.password is not None for _, login in config.roles.logins)
+        or config.backup.password is not None
         or bool(config.tokens.keys)
         or any("@" in node for node in (*config.cache.nodes, *config.cache.gutter))
         or any(make_url(u.get_secret_value()).password for u in urls)
@@ -365,6 +357,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
     tables: dict[Any, type[Section]] = {
         "cluster": ClusterConfig,
         "admin": AdminLogin,
+        "roles": RolesConfig,
+        "tls": TlsConfig,
         "pool": PoolConfig,
         "limits": LimitsConfig,
         "replicas": ReplicasConfig,
@@ -372,6 +366,9 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "migrations": MigrationsConfig,
         "pgbouncer": PgBouncerConfig,
         "cache": CacheConfig,
+        "backup": BackupConfig,
         "physical": PhysicalConfig,
     }
+    if len(location) == 2 and location[0] == "roles":
+        return sorted(Login.model_fields)
     return sorted(tables[location[0]].model_fields if location else Config.model_fields)

@@ -44,6 +44,7 @@
         ├── TryAgainError                 retryable
         ├── MigrationError
         ├── InconsistentLookupError
+        ├── BackupError
         └── LocalServerError
 
 `retryable` means: the same call may succeed with no change by the caller, and nothing was
@@ -305,6 +306,10 @@ class MigrationError(OperationError):
 
 class InconsistentLookupError(OperationError):
     """Rows and the lookup rows of their values disagree; the report lists what to see to."""
+
+
+class BackupError(OperationError):
+    """A backup or an export cannot be made or used; nothing half made is left behind."""
 
 
 class LocalServerError(OperationError):

@@ -21,7 +21,7 @@ from shardkit.topology import ShardMap
 
 __all__ = ["HeldMap"]
 
-_SOON: Final = 3.0
+_SOON: Final = 5.0
 """Seconds after which a server that did not answer is asked again before it is used: longer than
 `shardkit.mapwatch` takes to ask it by itself, so that nobody else waits for one that is gone."""
 

@@ -26,13 +26,13 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.heldmap import HeldMap
 from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
 from shardkit.probes import answered
-from shardkit.topology import Topology
+from shardkit.topology import Topology, libpq_options
 
 __all__ = ["PATIENCE", "AsyncMapWatch", "MapWatch"]
 
 _LOG: Final = logging.getLogger(__name__)
 
-PATIENCE: Final = 1.0
+PATIENCE: Final = 3.0
 """Seconds that a primary has to say what it owns, and that whoever must know waits for that."""
 
 _AGAIN: Final = 0.5
@@ -94,15 +94,14 @@ class _Watcher:
             await self._called(name, _AGAIN)
 
     async def _follow(self, name: str) -> None:
-        url = self._topology.physical[name].primary.url.set(drivername="postgresql")
+        url = self._topology.physical[name].primary.url
         connection: AsyncConnection[Any] | None = None
         try:
             async with answered(PATIENCE, self._clock):
                 connection = await AsyncConnection.connect(
-                    url.render_as_string(hide_password=False),
                     autocommit=True,
-                    application_name="shardkit map",
                     prepare_threshold=None,
+                    **{"application_name": "shardkit map", **libpq_options(url)},
                 )
             while True:
                 question, at = self._held.asking(name), self._clock.monotonic()

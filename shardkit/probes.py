@@ -21,7 +21,7 @@ from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.gates import lsn_of
 from shardkit.replicas import ReplicaSet, Sample
-from shardkit.topology import Endpoint, Topology
+from shardkit.topology import Endpoint, Topology, libpq_options
 
 __all__ = ["AsyncProbes", "PausedError", "Probes", "answered"]
 
@@ -82,15 +82,13 @@ class _Prober:
             await asyncio.sleep(self._interval * 5)  # nobody is to be flooded with logins
 
     async def _follow(self, endpoint: Endpoint, replicas: ReplicaSet) -> None:
-        url = endpoint.url.set(drivername="postgresql")
         connection: AsyncConnection[Any] | None = None
         try:
             async with answered(self._timeout, self._clock):
                 connection = await AsyncConnection.connect(
-                    url.render_as_string(hide_password=False),
                     autocommit=True,
-                    application_name="shardkit probe",
                     prepare_threshold=None,
+                    **{"application_name": "shardkit probe", **libpq_options(endpoint.url)},
                 )
                 row = await (await connection.execute(_SYSTEM)).fetchone()
             system: int = row[0] if row is not None else 0

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from shardkit.logins import Login, Section
 from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
 
 __all__ = [
     "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
-    "AdminLogin",
+    "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
     "LimitsConfig",
@@ -30,16 +30,9 @@ __all__ = [
     "PoolConfig",
     "ReplicaConfig",
     "ReplicasConfig",
-    "Section",
     "TokensConfig",
     "parse_ranges",
 ]
-
-
-class Section(BaseModel):
-    """A section: immutable, and nothing in it that is not known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
@@ -52,20 +45,17 @@ class ClusterConfig(Section):
     logical_shards: Annotated[int, Field(ge=1, le=MAX_LOGICAL_SHARDS)]
 
 
-class AdminLogin(Section):
-    """`[admin]`: the login that owns schemas and runs migrations."""
+class BackupConfig(Login):
+    """`[backup]`: where backups are kept, and who may copy the servers.
 
-    user: Annotated[str, Field(min_length=1, max_length=63)]
-    password: SecretStr | None = None
-    password_file: str | None = None
+    The login needs REPLICATION; without a user it is the admin's.
+    """
 
-    def secret(self, folder: Path) -> str | None:
-        """Return the password; `SHARDKIT_ADMIN_PASSWORD` in the environment wins."""
-        if from_environment := os.environ.get("SHARDKIT_ADMIN_PASSWORD"):
-            return from_environment
-        if self.password_file is not None:
-            return (folder / self.password_file).read_text(encoding="utf-8").strip()
-        return self.password.get_secret_value() if self.password else None
+    folder: str = "backups"
+    """Where they are kept; a relative path counts from the folder of the file."""
+
+    keep: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How many backups `create` leaves; None for all."""
 
 
 def _finite(value: float) -> float:
@@ -300,6 +290,13 @@ class CacheConfig(Section):
 
     serve_previous: bool = False
     """Whether readers are shown the previous value of a row while a writer commits it."""
+
+    copies: Mapping[str, Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
+    """Tables whose rows every process keeps for so long once it has read them. Whoever writes such
+    a row waits for so long after COMMIT, before it is acknowledged. The same in every process; to
+    be raised, and begun, only when no process that writes has the shorter time any more."""
 
     @property
     def is_on(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 from sqlalchemy import URL
 
@@ -20,8 +21,11 @@ __all__ = [
     "PhysicalShard",
     "Pooler",
     "Role",
+    "RoleNames",
     "ShardMap",
     "Topology",
+    "libpq_options",
+    "like",
     "schema_name",
 ]
 
@@ -45,6 +49,34 @@ class Hold(StrEnum):
 
     DISPUTED = "disputed"
     """Two physical shards say that they own it: nothing is written to either."""
+
+
+def like(login: URL, url: URL) -> URL:
+    """Return an address with the login of another one: name, password and client certificate."""
+    ours = {key: value for key, value in login.query.items() if key in _OF_LOGIN}
+    kept = {key: value for key, value in url.query.items() if key not in _OF_LOGIN}
+    found = url.set(username=login.username, query={**kept, **ours})
+    # `set` takes None for "as it was".
+    return found._replace(password=login.password)
+
+
+def libpq_options(url: URL) -> dict[str, Any]:
+    """Return what libpq connects with to reach an address.
+
+    As options and not as one text: SQLAlchemy and libpq do not agree on how to write a blank in a
+    password, and libpq shows the text when it complains.
+    """
+    return {
+        **{key: value for key, value in url.query.items() if isinstance(value, str)},
+        "host": url.host,
+        "port": url.port or 5432,
+        "dbname": url.database,
+        "user": url.username,
+        "password": url.password,
+    }
+
+
+_OF_LOGIN = frozenset({"sslcert", "sslkey"})
 
 
 class Role(StrEnum):
@@ -113,6 +145,47 @@ class Pooler:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleNames:
+    """PostgreSQL's roles by what they do; two duties without logins of their own share one.
+
+    Attributes:
+        owner: owns every schema, table and function; nobody has to be able to log in as it.
+        app: what sessions are; owns nothing.
+        admin: makes the roles.
+        migrator: runs revisions and repairs, as a member of the owner.
+        mover: moves logical shards, as a member of the owner that may replicate.
+        relay: delivers events; may do all that the application may.
+        monitor: looks at states and settings, and at no row of a user.
+    """
+
+    owner: str
+    app: str
+    admin: str
+    migrator: str
+    mover: str
+    relay: str
+    monitor: str
+
+    @classmethod
+    def of(cls, *, app: str, admin: str) -> RoleNames:
+        """Return the roles of a cluster with two logins."""
+        return cls(
+            owner=admin, app=app, admin=admin,
+            migrator=admin, mover=admin, relay=app, monitor=admin,
+        )  # fmt: skip
+
+    @property
+    def has_relay(self) -> bool:
+        """Whether events are delivered by another role than the application's."""
+        return self.relay != self.app
+
+    @property
+    def has_monitor(self) -> bool:
+        """Whether somebody looks who owns nothing."""
+        return self.monitor not in {self.app, self.relay, self.owner, self.admin, self.migrator}
+
+
+@dataclass(frozen=True, slots=True)
 class PhysicalShard:
     """One PostgreSQL primary and its replicas.
 
@@ -120,9 +193,15 @@ class PhysicalShard:
         name: how people call it.
         primary: where writes go.
         replicas: where reads may go; possibly empty.
-        admin_url: the primary again, with the login that owns the schemas; used by commands, and
-            never by way of a pooler.
+        admin_url: the primary again, with the login that acts as the owner of the schemas: the
+            migrator's, or the admin's where there is none; used by commands, and never by way of a
+            pooler.
         pooler: what stands between applications and its endpoints; None for nothing.
+        relay_url: the primary with the relay's login; None for that of sessions.
+        monitor_url: as `admin_url`, with the monitor's login; None for that.
+        mover_url: the same with the mover's login; None for that of `admin_url`.
+        control_url: the same with the login that makes roles; None for that of `admin_url`.
+        named_roles: who does what; None where there are two logins.
     """
 
     name: str
@@ -130,6 +209,27 @@ class PhysicalShard:
     replicas: tuple[Endpoint, ...]
     admin_url: URL = field(repr=False)
     pooler: Pooler | None = None
+    relay_url: URL | None = field(default=None, repr=False, compare=False)
+    monitor_url: URL | None = field(default=None, repr=False, compare=False)
+    mover_url: URL | None = field(default=None, repr=False, compare=False)
+    control_url: URL | None = field(default=None, repr=False, compare=False)
+    named_roles: RoleNames | None = None
+
+    @property
+    def roles(self) -> RoleNames:
+        """Who does what on its servers."""
+        return self.named_roles or RoleNames.of(
+            app=self.primary.url.username or "", admin=self.admin_url.username or ""
+        )
+
+    @property
+    def looking_url(self) -> URL:
+        """Where commands look that change nothing: the monitor's login, or the admin's."""
+        return self.monitor_url or self.admin_url
+
+    def looking_at(self, url: URL) -> URL:
+        """Return another address with the login of `looking_url`."""
+        return like(self.looking_url, url)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

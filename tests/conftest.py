@@ -2,6 +2,7 @@
 
 pytest_plugins = [
     "tests.fixtures.caches",
+    "tests.fixtures.folders",
     "tests.fixtures.lateness",
     "tests.fixtures.poolers",
     "tests.fixtures.proxies",
@@ -9,8 +10,12 @@ pytest_plugins = [
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.sharded",
+    "tests.fixtures.roled",
     "tests.fixtures.signals",
     "tests.fixtures.site",
     "tests.fixtures.skips",
     "tests.fixtures.sockets",
+    "tests.fixtures.stack",
+    "tests.fixtures.visitors",
+    "tests.fixtures.backups",
 ]

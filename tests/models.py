@@ -10,7 +10,15 @@ from typing import Any
 from sqlalchemy import JSON, DateTime, Enum, ForeignKey, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from shardkit import Directory, Range, Reference, Sharded, unique_lookup
+from shardkit import (
+    CachedCount,
+    CachedList,
+    Directory,
+    Range,
+    Reference,
+    Sharded,
+    unique_lookup,
+)
 
 
 class Base(DeclarativeBase):
@@ -131,6 +139,39 @@ class Post(Sharded, Base):
     reviewer: Mapped[Profile | None] = relationship(
         primaryjoin="foreign(Post.reviewer_id) == Profile.id", viewonly=True
     )
+
+
+class Track(Sharded, Base):
+    """Cached, and so are lists and counts of those of one owner, and of one album."""
+
+    __tablename__ = "tracks"
+    __shard_key__ = "owner_id"
+    __cache_ttl__ = 60.0
+    owner_id: Mapped[int]
+    album: Mapped[int | None]
+    rank: Mapped[int | None]
+    title: Mapped[str] = mapped_column(default="")
+
+
+class Play(Sharded, Base):
+    """Who plays a track; not cached, but counted."""
+
+    __tablename__ = "plays"
+    __shard_key__ = "track_id"
+    track_id: Mapped[int] = mapped_column(
+        ForeignKey(Track.id, ondelete="CASCADE"), primary_key=True
+    )
+    user_id: Mapped[int] = mapped_column(primary_key=True)
+    times: Mapped[int] = mapped_column(default=1)
+
+
+newest = CachedList(Track.owner_id, order_by=Track.id.desc(), limit=5)
+best = CachedList(
+    Track.owner_id, Track.album, order_by=Track.rank.desc().nulls_last(), of=Track.title, limit=3
+)
+n_tracks = CachedCount(Track.owner_id)
+n_plays = CachedCount(Play.track_id)
+players = CachedList(Play.track_id, order_by=Play.user_id, limit=10)
 
 
 class Country(Reference, Base):

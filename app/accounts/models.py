@@ -19,15 +19,17 @@ class User(Sharded, Base):
     *Invariant:* no two users of the whole cluster have one username, in its canonical form.
     Each count changes in the transaction that inserts or deletes the row it counts, under a lock
     on this row: photos, forward edges (`following_count`) and inverse edges (`follower_count`).
+    The hash of the password is loaded only for who asks for it, and never cached.
     """
 
     __tablename__ = "users"
+    __cache_ttl__ = 300.0
     __unique__ = (unique_lookup("username", fold="casefold"),)
 
     username: Mapped[str] = mapped_column(String(30), index=True)
     display_name: Mapped[str] = mapped_column(String(60))
     bio: Mapped[str] = mapped_column(String(300), default="")
-    password_hash: Mapped[str] = mapped_column(String(200))
+    password_hash: Mapped[str] = mapped_column(String(200), deferred=True)
     photo_count: Mapped[int] = mapped_column(default=0, server_default="0")
     follower_count: Mapped[int] = mapped_column(default=0, server_default="0")
     following_count: Mapped[int] = mapped_column(default=0, server_default="0")

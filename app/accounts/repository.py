@@ -6,16 +6,19 @@ import datetime as dt
 from collections.abc import Iterable, Sequence
 
 from sqlalchemy import delete, select, update
+from sqlalchemy.orm import undefer
 
 from app.accounts.models import LoginSession, User
 from app.accounts.usernames import canonical
 from app.database import Database
 from app.errors import NotFoundError
-from app.partial import answered, answered_or_none
-from shardkit import AsyncReadSession, AsyncWriteSession
+from app.partial import FAILED, PATIENCE, answered, answered_or_none, is_partial
+from shardkit import AsyncReadSession, AsyncWriteSession, deadline
 from shardkit.errors import UnavailableError
 
 __all__ = ["AccountRepository", "person_of_name"]
+
+_WITH_HASH = undefer(User.password_hash)
 
 
 class AccountRepository:
@@ -40,14 +43,15 @@ class AccountRepository:
         return user
 
     async def user_by_name(self, name: str) -> User | None:
-        """Return the user of a name however typed, or None."""
+        """Return the user of a name however typed, or None; with the hash of the password."""
         try:
             username = canonical(name)
         except ValueError:
             return None
         here = self._session
         try:
-            return (await here.scalars(select(User).where(User.username == username))).first()
+            found = select(User).where(User.username == username).options(_WITH_HASH)
+            return (await here.scalars(found)).first()
         except UnavailableError:
             if isinstance(here, AsyncWriteSession):
                 raise
@@ -61,6 +65,7 @@ class AccountRepository:
         """
         # Asked so, the router does not take the lookup, and PostgreSQL takes the index.
         statement = select(User).where(User.username.between(username, username))
+        statement = statement.options(_WITH_HASH)
         found = await answered(self._session, statement)
         if not found:
             raise UnavailableError("the name may be on a server that does not answer")
@@ -72,6 +77,13 @@ class AccountRepository:
         wanted = set(user_ids)
         if not wanted:
             return {}
+        if not is_partial(self._session):
+            try:
+                with deadline(PATIENCE):
+                    users = await self._session.get_many(User, wanted)
+                return {user.id: user for user in users if user is not None}
+            except FAILED:
+                pass  # who answers is asked below
         found = await answered_or_none(self._session, select(User).where(User.id.in_(wanted)))
         return {user.id: user for user in found}
 

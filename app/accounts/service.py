@@ -33,8 +33,10 @@ from app.accounts.schemas import (
 from app.clock import Clock
 from app.database import Database, Request
 from app.errors import NotFoundError, SignInFailedError, UsernameTakenError
+from app.graph.models import followers_of, following_of
 from app.graph.repository import GraphRepository
 from app.ids import parse_id
+from app.partial import counted
 from shardkit import AsyncWriteSession
 from shardkit.errors import (
     InvalidIdError,
@@ -232,13 +234,19 @@ class AccountService:
             user = await AccountRepository(session).user_by_name(name)
             if user is None:
                 raise NotFoundError("There is no such person.")
-            n_followers, followed = user.follower_count, False
+            graph, followed, is_counted = GraphRepository(session), False, False
             if viewer is not None and viewer.id != user.id:
-                graph = GraphRepository(session)
                 followed = await graph.follows(viewer.id, user.id)
+                is_counted = await graph.is_follower(user.id, viewer.id)
+            if viewer is not None and followed != is_counted:
                 n_followers, is_counted = await graph.counted(viewer.id, user.id)
-                # The relay may not have been there yet; who has just followed sees it counted.
+                # The relay has not been there yet; who has just followed sees it counted.
                 n_followers += followed - is_counted
+            else:  # asked after that, so a viewer who follows is counted
+                kept = {user.id: user.follower_count}
+                n_followers = (await counted(session, followers_of, kept))[user.id]
+            kept = {user.id: user.following_count}
+            n_following = (await counted(session, following_of, kept))[user.id]
         return ProfileOut(
             id=user.id,
             username=user.username,
@@ -246,7 +254,7 @@ class AccountService:
             bio=user.bio,
             photo_count=user.photo_count,
             follower_count=n_followers,
-            following_count=user.following_count,
+            following_count=n_following,
             created_at=user.created_at,
             followed_by_me=followed,
             is_me=viewer is not None and viewer.id == user.id,

@@ -12,9 +12,17 @@ from typing import Any
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
-from shardkit import Sharded, after_delete, after_insert
+from shardkit import CachedCount, Sharded, after_delete, after_insert
 
-__all__ = ["FOLLOW_CHANGED", "Follow", "Follower", "key_of", "told"]
+__all__ = [
+    "FOLLOW_CHANGED",
+    "Follow",
+    "Follower",
+    "followers_of",
+    "following_of",
+    "key_of",
+    "told",
+]
 
 FOLLOW_CHANGED = "follow.changed"
 """Topic of the events that say whether somebody follows somebody, in the order of each pair."""
@@ -66,3 +74,10 @@ class Follower(Sharded, Base):
     followee_id: Mapped[int] = mapped_column(primary_key=True)
     follower_id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[dt.datetime]
+
+
+followers_of = CachedCount(Follower.followee_id)
+"""How many follow a person."""
+
+following_of = CachedCount(Follow.follower_id)
+"""How many a person follows."""

@@ -39,6 +39,10 @@ class GraphRepository:
         n, found = (await self._session.execute(statement)).one()
         return n, found is not None
 
+    async def is_follower(self, followee_id: int, follower_id: int) -> bool:
+        """Tell whether a person is among the followers of another: the relay was there."""
+        return await self._session.get(Follower, (followee_id, follower_id)) is not None
+
     async def followee_ids(self, follower_id: int, n: int) -> list[int]:
         """Return whom a person follows, at most `n`, in no order."""
         statement = select(Follow.followee_id).where(Follow.follower_id == follower_id).limit(n)

@@ -8,9 +8,9 @@ from sqlalchemy import Index, String, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
-from shardkit import Sharded
+from shardkit import CachedCount, CachedList, Sharded
 
-__all__ = ["Comment", "Like", "Photo"]
+__all__ = ["Comment", "Like", "Photo", "likes_of", "newest_of"]
 
 
 class Photo(Sharded, Base):
@@ -22,6 +22,7 @@ class Photo(Sharded, Base):
 
     __tablename__ = "photos"
     __shard_key__ = "owner_id"
+    __cache_ttl__ = 300.0
     __table_args__ = (Index("photos_owner_id_id_idx", "owner_id", text("id DESC")),)
 
     owner_id: Mapped[int]
@@ -56,3 +57,10 @@ class Comment(Sharded, Base):
     author_id: Mapped[int]
     body: Mapped[str] = mapped_column(String(1000))
     created_at: Mapped[dt.datetime]
+
+
+newest_of = CachedList(Photo.owner_id, order_by=Photo.id.desc(), limit=120)
+"""A person's newest photos, by id: the first page of a profile, of any size."""
+
+likes_of = CachedCount(Like.photo_id)
+"""How many like a photo."""

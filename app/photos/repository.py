@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select
 
 from app.errors import NotFoundError
-from app.partial import answered, answered_or_none
-from app.photos.models import Comment, Like, Photo
-from shardkit import AsyncReadSession, AsyncWriteSession
+from app.paging import cut
+from app.partial import FAILED, PATIENCE, answered, answered_or_none
+from app.photos.models import Comment, Like, Photo, newest_of
+from shardkit import AsyncReadSession, AsyncWriteSession, deadline
 
 __all__ = ["PhotoRepository", "delete_photo", "locked_photo"]
 
@@ -34,6 +35,27 @@ class PhotoRepository:
         if photo is None:
             raise NotFoundError("There is no such photo.")
         return photo
+
+    async def grid(
+        self, owner_id: int, before: int | None, n: int
+    ) -> tuple[Sequence[Photo], int | None]:
+        """Return a page of one person's photos below an id, newest first, and the next cursor."""
+        try:
+            with deadline(PATIENCE):
+                ids, cursor = cut(await self._newest(owner_id, before, n + 1), n, lambda each: each)
+                photos = await self._session.get_many(Photo, ids)
+            return [photo for photo in photos if photo is not None], cursor
+        except FAILED:  # who answers is asked
+            return cut(await self.of_owners([owner_id], before, n + 1), n, lambda photo: photo.id)
+
+    async def _newest(self, owner_id: int, before: int | None, n: int) -> Sequence[int]:
+        """Return ids of one person's photos below an id, newest first."""
+        newest = await self._session.cached(newest_of, owner_id)
+        ids = [each for each in newest if before is None or each < before]
+        if len(ids) >= n or len(newest) < newest_of.limit:
+            return ids[:n]
+        statement = select(Photo.id).where(Photo.owner_id == owner_id, Photo.id < before)
+        return (await self._session.scalars(statement.order_by(Photo.id.desc()).limit(n))).all()
 
     async def of_owners(
         self, owner_ids: Sequence[int], before: int | None, n: int

@@ -19,9 +19,9 @@ from app.clock import Clock
 from app.database import Database, Request
 from app.errors import ForbiddenError, NotFoundError
 from app.paging import Page, cut
-from app.partial import is_partial
+from app.partial import counted, is_partial
 from app.photos.images import SIZES, ImageWorkers
-from app.photos.models import Comment, Like, Photo
+from app.photos.models import Comment, Like, Photo, likes_of
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
 from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
 from app.photos.store import BlobStore
@@ -80,7 +80,7 @@ class PhotoService:
             session.add(photo)
             owner.photo_count += 1
             await session.flush()
-            return _photo_out(photo, owner, liked=False).model_dump(mode="json")
+            return _photo_out(photo, owner, 0, liked=False).model_dump(mode="json")
 
         digest = hashlib.sha256(data).hexdigest()
         request = Request(viewer.id, ("upload", digest, caption))
@@ -132,8 +132,7 @@ class PhotoService:
     ) -> Page[PhotoOut]:
         """Return a page of one person's photos, newest first."""
         async with self._database.reader() as session:
-            rows = await PhotoRepository(session).of_owners([owner_id], before, n + 1)
-            photos, cursor = cut(rows, n, lambda photo: photo.id)
+            photos, cursor = await PhotoRepository(session).grid(owner_id, before, n)
             return await photo_page(session, photos, viewer, cursor)
 
     async def like(self, viewer: Viewer, photo_id: int) -> LikesOut:
@@ -261,14 +260,15 @@ class PhotoService:
 async def describe(
     session: AsyncReadSession, photos: Sequence[Photo], viewer: Viewer | None
 ) -> Sequence[PhotoOut]:
-    """Return photos with their owners and the viewer's likes: two statements per server."""
+    """Return photos with their owners, how many like them, and whether the viewer does."""
     owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
     liked: set[int] = set()
     if viewer is not None:
         ids = [photo.id for photo in photos]
         liked = await PhotoRepository(session).liked_among(viewer.id, ids)
+    likes = await counted(session, likes_of, {photo.id: photo.like_count for photo in photos})
     return [
-        _photo_out(photo, owners[photo.owner_id], liked=photo.id in liked)
+        _photo_out(photo, owners[photo.owner_id], likes[photo.id], liked=photo.id in liked)
         for photo in photos
         if photo.owner_id in owners
     ]
@@ -292,7 +292,7 @@ def images_of(blob_key: str) -> dict[str, str]:
     return {str(size): image_url(blob_key, size) for size in SIZES}
 
 
-def _photo_out(photo: Photo, owner: User, *, liked: bool) -> PhotoOut:
+def _photo_out(photo: Photo, owner: User, n_likes: int, *, liked: bool) -> PhotoOut:
     return PhotoOut(
         id=photo.id,
         owner=person_out(owner),
@@ -300,7 +300,7 @@ def _photo_out(photo: Photo, owner: User, *, liked: bool) -> PhotoOut:
         width=photo.width,
         height=photo.height,
         images=images_of(photo.blob_key),
-        like_count=photo.like_count,
+        like_count=n_likes,
         comment_count=photo.comment_count,
         liked_by_me=liked,
         created_at=photo.created_at,

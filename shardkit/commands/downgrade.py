@@ -14,9 +14,15 @@ from shardkit.commands.migrate import (
     inputs,
     source,
 )
-from shardkit.commands.migrated import outcome_json, print_json, print_outcome
+from shardkit.commands.migrated import (
+    interrupted_json,
+    outcome_json,
+    print_json,
+    print_outcome,
+)
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.commands.output import console, printable
+from shardkit.commands.progress import Watching
 from shardkit.ops import migrate as ops
 from shardkit.ops import waves as rollout
 
@@ -46,7 +52,23 @@ def downgrade_command(
         out.print(f"-- undo {revision.id} {revision.summary}", style="bold", markup=False)
         for statement in revision.statements:
             out.print(f"{printable(statement)};", markup=False)
-    outcome = ops.downgrade(topology, revisions, undone, dry_run=dry_run, waves=percentages)
+    with Watching(quiet=as_json or dry_run) as watching:
+        try:
+            outcome = ops.downgrade(
+                topology,
+                revisions,
+                undone,
+                dry_run=dry_run,
+                on_plan=watching.on_plan,
+                on_done=watching.on_done,
+                waves=percentages,
+                on_wave=watching.on_wave,
+            )
+        except KeyboardInterrupt:
+            watching.interrupted()
+            if as_json:
+                print_json(interrupted_json(watching.left))
+            raise
     if as_json:
         print_json(outcome_json(outcome))
     elif not dry_run:

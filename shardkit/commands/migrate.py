@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import MetaData
 
 from shardkit.commands.migrated import (
+    interrupted_json,
     outcome_json,
     print_json,
     print_outcome,
@@ -22,7 +21,8 @@ from shardkit.commands.migrated import (
     status_json,
 )
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
-from shardkit.commands.output import console
+from shardkit.commands.output import console, printable
+from shardkit.commands.progress import Watching
 from shardkit.config import default_file, format_ranges, load
 from shardkit.errors import ConfigurationError
 from shardkit.ops import migrate as ops
@@ -82,6 +82,8 @@ PhaseOption = Annotated[
     ),
 ]
 DEFAULTS = ops.Limits()
+LONG = 1.0
+"""Seconds of `--lock-timeout` above which users are warned: their own users wait as long."""
 
 
 @app.command("apply")
@@ -108,6 +110,10 @@ def apply_command(
             min=0, help="Bytes of log a replica may be behind; the run waits, then halts."
         ),
     ] = DEFAULTS.max_lag_bytes,
+    backfill_rate: Annotated[
+        float | None,
+        typer.Option(min=1, help="Rows a second that backfills go through on each physical shard."),
+    ] = DEFAULTS.backfill_rate,
     wave: WaveOption = None,
     phase: PhaseOption = None,
     dry_run: DryRunOption = False,
@@ -129,27 +135,14 @@ def apply_command(
         statement_timeout=statement_timeout,
         connections=connections,
         max_lag_bytes=max_lag,
+        backfill_rate=backfill_rate,
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    out = console(stderr=True)
-    with Progress(*columns, console=out, disable=as_json or not out.is_terminal) as bar:
-        tasks = {}
-        counts: Counter[str] = Counter()
-
-        def on_plan(plan: ops.MigrationPlan) -> None:
-            for part in plan.physical:
-                counts[part.physical] = len(part.work)
-                tasks[part.physical] = bar.add_task(part.physical, total=len(part.work))
-
-        def on_done(physical: str, _logical_shard: int) -> None:
-            counts[physical] -= 1
-            bar.advance(tasks[physical])
-
+    if lock_timeout > LONG:
+        typer.echo(
+            f"warning: each attempt may hold up those who use a table for {lock_timeout:g} s",
+            err=True,
+        )
+    with Watching(quiet=as_json) as watching:
         try:
             outcome = ops.apply(
                 topology,
@@ -157,18 +150,18 @@ def apply_command(
                 rules=rules,
                 cached=cached,
                 limits=limits,
-                on_plan=on_plan,
-                on_done=on_done,
+                on_plan=watching.on_plan,
+                on_done=watching.on_done,
+                on_rows=watching.on_rows,
                 waves=percentages,
                 smallest=rollout.SMALLEST if percentages is None else 0,
-                on_wave=lambda each: bar.print(
-                    f"wave {each.name}: {len(each.logical_shards)} logical shards"
-                ),
+                on_wave=watching.on_wave,
                 phase=phase,
             )
         except KeyboardInterrupt:
-            left = ", ".join(f"{name}: {n} left" for name, n in counts.items())
-            bar.print(f"interrupted between transactions; {left}; a rerun continues")
+            watching.interrupted()
+            if as_json:
+                print_json(interrupted_json(watching.left))
             raise
     if as_json:
         print_json(outcome_json(outcome))
@@ -214,10 +207,13 @@ def status_command(
         )
         for entry in found.physical:
             if entry.error:
-                table.add_row(entry.physical, "?", f"unknown: {entry.error.message}")
+                table.add_row(entry.physical, "?", printable(f"unknown: {entry.error.message}"))
                 continue
             at = ", ".join(f"{rev or 'none'}: {n}" for rev, n in (entry.at or {}).items())
-            pending = ", ".join(f"{rev}: {n}" for rev, n in (entry.pending or {}).items())
+            begun = {rev: f" ({n} begun)" for rev, n in (entry.begun or {}).items()}
+            pending = ", ".join(
+                f"{rev}: {n}{begun.get(rev, '')}" for rev, n in (entry.pending or {}).items()
+            )
             laggards = format_ranges(entry.laggards)
             table.add_row(
                 entry.physical, str(entry.n_logical_shards), at, pending or "-", laggards or "-"

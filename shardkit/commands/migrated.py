@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from shardkit.commands.output import console, printable
@@ -12,7 +13,15 @@ from shardkit.errors import TryAgainError
 from shardkit.ops import migrate as ops
 from shardkit.ops import waves as rollout
 
-__all__ = ["outcome_json", "plan_json", "print_json", "print_outcome", "print_plan", "status_json"]
+__all__ = [
+    "interrupted_json",
+    "outcome_json",
+    "plan_json",
+    "print_json",
+    "print_outcome",
+    "print_plan",
+    "status_json",
+]
 
 
 def print_plan(
@@ -35,16 +44,16 @@ def print_plan(
                 out.print(f"-- advice: {finding.problem}; {finding.remedy}", markup=False)
     for danger in plan.dangers:
         verdict = f"set aside: {danger.reason}" if danger.reason else "REFUSED"
-        out.print(
+        text = (
             f"{verdict}: {danger.revision.id} {danger.finding.problem} "
-            f"[{danger.finding.rule}]: {danger.finding.statement}",
-            markup=False,
+            f"[{danger.finding.rule}]: {danger.finding.statement}"
         )
+        out.print(printable(text), markup=False)
     if len(waves) > 1:
         sizes = ", ".join(f"{wave.name}: {len(wave.logical_shards)}" for wave in waves)
         out.print(f"waves: {sizes}", markup=False)
     for part in plan.physical:
-        out.print(f"{part.physical}: {summary(part)}", markup=False)
+        out.print(printable(f"{part.physical}: {summary(part)}"), markup=False)
 
 
 def summary(part: ops.PhysicalPlan) -> str:
@@ -75,6 +84,8 @@ def print_outcome(outcome: ops.MigrationOutcome) -> None:
             text = f"nothing to do, {part.n_current} logical shards current"
         else:
             text = f"{len(done)} of {len(part.work) + len(part.waiting)} logical shards migrated"
+        for revision, rows in outcome.filled.get(part.physical, {}).items():
+            text += f", {rows:,} rows of {revision}"
         out.print(f"{part.physical}: {text}", markup=False)
 
 
@@ -125,12 +136,19 @@ def plan_json(plan: ops.MigrationPlan, waves: tuple[rollout.Wave, ...]) -> dict[
 def outcome_json(outcome: ops.MigrationOutcome) -> dict[str, Any]:
     """Return what a run did, for JSON."""
     return {
+        "planned": {p.physical: [w.logical_shard for w in p.work] for p in outcome.plan.physical},
         "done": outcome.done,
         "failed": {name: str(error) for name, error in outcome.failed.items()},
         "laggards": {number: str(error) for number, error in outcome.laggards.items()},
         "halted": outcome.halted,
+        "filled": outcome.filled,
         "retryable": isinstance(outcome.error, TryAgainError),
     }
+
+
+def interrupted_json(left: Mapping[str, int]) -> dict[str, Any]:
+    """Return what an interrupt leaves, for JSON."""
+    return {"interrupted": True, "left": dict(left)}
 
 
 def status_json(found: ops.MigrationStatus) -> dict[str, Any]:
@@ -143,6 +161,7 @@ def status_json(found: ops.MigrationStatus) -> dict[str, Any]:
                 "logical_shards": entry.n_logical_shards,
                 "at": entry.at,
                 "pending": entry.pending,
+                "begun": entry.begun,
                 "laggards": entry.laggards,
                 "unrecorded": entry.unrecorded,
                 "error": str(entry.error) if entry.error else None,

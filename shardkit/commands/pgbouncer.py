@@ -13,6 +13,7 @@ import typer
 from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
 from shardkit.config import default_file, load
 from shardkit.errors import ConfigurationError
+from shardkit.secret import Secret
 
 __all__ = ["app"]
 
@@ -59,7 +60,7 @@ def render(
             hint=f"there are {', '.join(topology.physical)}",
         )
     logins = {}
-    if password := os.environ.get("SHARDKIT_POOLER_PASSWORD"):
+    if password := Secret(os.environ.get("SHARDKIT_POOLER_PASSWORD", "")):
         logins[settings.pgbouncer.auth_user] = password
     folder = output.absolute()
     found = [

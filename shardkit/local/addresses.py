@@ -36,16 +36,23 @@ def write_config(fleet: Fleet) -> None:
     """Write the configuration file unless the present one already says the same."""
     file = fleet.layout.config
     present = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    services = _services(fleet, present)
     text = shardkit_toml(
         logical_shards=fleet.options.logical_shards,
         physical=_physical(fleet),
-        services=_services(fleet, present),
+        services=services,
         passwords=fleet.passwords,
-        kept={name: table for name, table in present.items() if name not in _OURS},
+        kept={n: t for n, t in present.items() if n not in _OURS and _is_served(n, t, services)},
     )
     wanted = Config.model_validate(tomllib.loads(text))
     if not present or Config.model_validate(present) != wanted:
         write_file(file, text, 0o600)
+
+
+def _is_served(name: str, table: dict[str, Any], services: dict[str, str]) -> bool:
+    """Tell whether a section does not name a server of ours that runs no more: of `[cache]`."""
+    backend = table.get("backend") if name == "cache" and "nodes" not in table else None
+    return backend not in {"memcached", "redis"} or backend in services
 
 
 def _services(fleet: Fleet, present: dict[str, Any]) -> dict[str, str]:

@@ -39,13 +39,14 @@ _BUILTIN_LOCALE = 17
 """First version with a locale of its own. Source: PostgreSQL 17 manual, 23.1.4."""
 
 _FUNCTIONS = (
-    "pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(), pg_wal_replay_resume()"
+    "pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(), "
+    "pg_wal_replay_resume(), pg_create_restore_point(text), pg_switch_wal()"
 )
 _PARAMETERS = (
     "primary_conninfo, synchronous_standby_names, recovery_min_apply_delay, "
     "default_transaction_read_only"
 )
-"""What `shardkit failover` and `doctor` need beyond owning the database."""
+"""What `shardkit failover`, `doctor` and `backup` need beyond owning the database."""
 
 _READY = "ready"
 _STATUS_LINE = 7
@@ -134,8 +135,8 @@ class PostgresServer(ServerProcess):
         with psycopg.connect(self.superuser_dsn, dbname="postgres", autocommit=True) as connection:
             for role, attributes in (
                 (REPLICATION_ROLE, "LOGIN REPLICATION"),
-                # REPLICATION: a move makes slots. It owns the schemas and is no superuser.
-                (ADMIN_ROLE, "LOGIN REPLICATION"),
+                # It owns the schemas, makes slots for moves and roles, and is no superuser.
+                (ADMIN_ROLE, "LOGIN REPLICATION CREATEROLE"),
                 (APP_ROLE, "LOGIN"),
             ):
                 # The verifier is made here, so that no log or view ever sees the password.
@@ -249,8 +250,9 @@ class PostgresServer(ServerProcess):
         """Return what the admin may do beside owning the database."""
         statements = [
             f"REVOKE ALL ON DATABASE {DATABASE} FROM PUBLIC",
-            f"GRANT CONNECT, TEMPORARY ON DATABASE {DATABASE} TO {APP_ROLE}",
-            f"GRANT pg_monitor, pg_signal_backend TO {ADMIN_ROLE}",
+            f"GRANT CONNECT ON DATABASE {DATABASE} TO {APP_ROLE}",
+            f"GRANT pg_monitor, pg_read_all_stats TO {ADMIN_ROLE} WITH ADMIN OPTION",
+            f"GRANT pg_signal_backend TO {ADMIN_ROLE}",
             f"GRANT EXECUTE ON FUNCTION {_FUNCTIONS} TO {ADMIN_ROLE}",
         ]
         if self.program.major >= 15:
@@ -261,5 +263,9 @@ class PostgresServer(ServerProcess):
         else:
             statements.append("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
         if self.program.major >= 16:
-            statements.append(f"GRANT pg_create_subscription TO {ADMIN_ROLE}")
+            statements += [
+                f"GRANT pg_create_subscription TO {ADMIN_ROLE} WITH ADMIN OPTION",
+                # To have the relay be the application, without being it.
+                f"GRANT {APP_ROLE} TO {ADMIN_ROLE} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE",
+            ]
         return statements

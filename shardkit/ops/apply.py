@@ -7,6 +7,7 @@ on one physical shard is `shardkit.ops.physical`; this keeps them in step, and h
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class MigrationOutcome:
         failed: why a physical shard was given up, by name.
         laggards: why a logical shard was left behind, by number.
         halted: after which wave the run went no further, and why; None when it went on.
+        filled: rows that backfills changed, by physical shard and revision.
     """
 
     plan: MigrationPlan
@@ -49,6 +51,7 @@ class MigrationOutcome:
     failed: Mapping[str, ShardkitError] = field(default_factory=dict)
     laggards: Mapping[int, ShardkitError] = field(default_factory=dict)
     halted: str | None = None
+    filled: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def error(self) -> OperationError | None:
@@ -84,6 +87,7 @@ def run(
     *,
     limits: Limits,
     on_done: Callable[[str, int], None],
+    on_rows: Callable[[str, str, int], None] | None = None,
     waves: Sequence[Wave] = (),
     on_wave: Callable[[Wave], None] | None = None,
 ) -> MigrationOutcome:
@@ -97,11 +101,14 @@ def run(
         connections: one per physical shard that answered, holding its session lock.
         limits: timeouts and retries.
         on_done: called with physical and logical shard after each, from several threads.
+        on_rows: called with physical shard, revision and changed rows after each batch of a
+            backfill, from several threads.
         waves: the roll-out; the run halts after one in which anything failed or waited in vain.
             A physical shard that goes away halts only itself. Empty for all at once.
         on_wave: called before each.
     """
     stop = threading.Event()
+    rows = _Rows(on_rows)
     runs = [
         PhysicalRun(
             topology,
@@ -109,6 +116,7 @@ def run(
             connections[part.physical],
             limits=limits,
             on_done=on_done,
+            on_rows=rows.add,
             stop=stop,
             is_staged=len(waves) > 1,
         )
@@ -151,6 +159,27 @@ def run(
                 everywhere(lambda part, n=number, r=reached: _migrate(part, n, r))  # type: ignore[misc]
                 if halted := _reason(runs, known, wave if len(waves) > 1 else None):
                     break
+    return _outcome(plan, runs, halted, rows)
+
+
+class _Rows:
+    """Counts what backfills change, from several threads."""
+
+    def __init__(self, on_rows: Callable[[str, str, int], None] | None) -> None:
+        self.found: dict[str, Counter[str]] = {}
+        self._on_rows = on_rows
+        self._lock = threading.Lock()
+
+    def add(self, physical: str, revision: str, rows: int) -> None:
+        with self._lock:
+            self.found.setdefault(physical, Counter())[revision] += rows
+        if self._on_rows:
+            self._on_rows(physical, revision, rows)
+
+
+def _outcome(
+    plan: MigrationPlan, runs: Sequence[PhysicalRun], halted: str | None, rows: _Rows
+) -> MigrationOutcome:
     failed = {part.physical: part.error for part in plan.physical if part.error}
     laggards: dict[int, ShardkitError] = {}
     for part in runs:
@@ -158,7 +187,7 @@ def run(
         if part.failed:
             failed[part.name] = part.failed
     done = {part.name: tuple(sorted(part.done)) for part in runs}
-    return MigrationOutcome(plan, done, failed, laggards, halted)
+    return MigrationOutcome(plan, done, failed, laggards, halted, rows.found)
 
 
 def _start(part: PhysicalRun, number: int) -> None:

@@ -13,7 +13,7 @@ import psycopg
 from shardkit.ops.ledger import shard_script
 from shardkit.ops.revisions import Revision
 from shardkit.ops.steps import at_once, render
-from shardkit.topology import schema_name
+from shardkit.topology import RoleNames, schema_name
 
 __all__ = ["culprit", "first_line", "holders"]
 
@@ -26,7 +26,7 @@ def culprit(
     logical_shard: int | None,
     *,
     begin: str,
-    app_role: str,
+    roles: RoleNames,
 ) -> str:
     """Return which revision fails, by trying them one at a time and rolling back.
 
@@ -35,7 +35,7 @@ def culprit(
         revisions: that were run in one transaction.
         logical_shard: where, or None for the admin schema and reference tables.
         begin: SQL that opens a transaction with its limits.
-        app_role: the application's login.
+        roles: who gets which rights.
     """
     if logical_shard is None:
         about = f"revision {revisions[0].id} of reference tables" if revisions else ""
@@ -45,7 +45,7 @@ def culprit(
     name = "the objects of shardkit itself"
     try:
         connection.execute(begin.encode())
-        own = shard_script(logical_shard, own=True, app_role=app_role, revisions=())
+        own = shard_script(logical_shard, own=True, roles=roles, revisions=())
         connection.execute(own.encode())
         for revision in revisions:
             name = f"revision {revision.id}"

@@ -10,20 +10,19 @@ quarter of the time. It moves with the schema. Source: docs/cache.md.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import psycopg
 from psycopg import sql
 
-from shardkit.cacheable import CHANGED
-from shardkit.emitting import CHANNEL, EPOCH_SHIFT, POSITION, SLEEPING
+from shardkit.derived import Watch
+from shardkit.ops.derivedtriggers import LACKING, arguments, watch_statements
+from shardkit.ops.outboxevents import noticed, said, said_few
 from shardkit.topology import schema_name
 
 __all__ = ["complete", "function_statements", "sequence_statements", "trigger_statements"]
 
-_ROWS_PER_EVENT: Final = 1000
 _NOTHING: Final = sql.SQL("")
 
 # Takes no lock. PostgreSQL has locked the row that an UPDATE found before it asks; a sequence that
@@ -40,38 +39,17 @@ END
 $$
 """
 
-# Row locks on what is inserted. Ids are negative: nobody mints such. While the logical shard is not
-# this server's to write, only copies are made, which say nothing.
-_SAY: Final = """
-    INSERT INTO {schema}.shardkit_outbox (position, id, topic, payload)
-    SELECT e.place, -e.place, {topic}, e.payload FROM (
-        SELECT (o.epoch << {shift}) + nextval({position}) AS place, c.payload
-        FROM shardkit.ownership AS o, (
-            SELECT json_build_object('table', {name}, 'tags', {tags}::json,
-                'transaction', pg_current_xact_id()::text, 'rows', json_agg(d.change)) AS payload
-            FROM (SELECT json_build_array(json_build_array({columns}), {version}) AS change,
-                    (row_number() OVER () - 1) / {most} AS n
-                FROM {rows} AS r {condition}) AS d
-            GROUP BY d.n) AS c
-        WHERE o.logical_shard = {shard} AND o.state = 'active' OFFSET 0) AS e"""
-
-# A key that is gone has the version after its last one. `cache_since` is where the transaction's
-# first event is at the earliest: whoever asks for them begins there.
+# A key that is gone has the version after its last one.
 _CHANGED: Final = """
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF coalesce(current_setting('shardkit.cache_since', true), '') = '' THEN
-        PERFORM set_config('shardkit.cache_since',
-            coalesce(pg_sequence_last_value({position}), 0)::text, true);
-    END IF;
+    {noticed}
     IF TG_OP = 'DELETE' THEN{gone};
-    ELSE{fresh};
+    ELSE{few};
+        IF NOT FOUND THEN{fresh};
+        END IF;
     END IF;
-    IF FOUND AND coalesce(current_setting('shardkit.quiet', true), '') <> 'on'
-        AND NOT pg_try_advisory_xact_lock_shared({sleeping})
-    THEN
-        PERFORM pg_notify({channel}, {number});
-    END IF;{renamed}
+    {notified}{renamed}
     RETURN NULL;
 END
 $$;
@@ -112,21 +90,15 @@ ORDER BY 1, 2
 """
 
 
-def function_statements() -> list[sql.SQL | sql.Composed]:
+def function_statements() -> list[sql.SQL]:
     """Return the statements that create what all tables share, in the admin schema."""
-    return [
-        sql.SQL(_VERSION),
-        sql.SQL("REVOKE ALL ON FUNCTION shardkit.cache_version() FROM PUBLIC"),
-    ]
+    return [sql.SQL(_VERSION)]
 
 
-def sequence_statements(logical_shard: int, *, app_role: str) -> list[sql.SQL | sql.Composed]:
+def sequence_statements(logical_shard: int) -> list[sql.Composed]:
     """Return the statements that create the versions of one logical shard."""
     sequence = sql.Identifier(schema_name(logical_shard), "version_seq")
-    return [
-        sql.SQL("CREATE SEQUENCE IF NOT EXISTS {} AS bigint").format(sequence),
-        sql.SQL("GRANT USAGE ON SEQUENCE {} TO {}").format(sequence, sql.Identifier(app_role)),
-    ]
+    return [sql.SQL("CREATE SEQUENCE IF NOT EXISTS {} AS bigint").format(sequence)]
 
 
 def trigger_statements(
@@ -162,22 +134,18 @@ def _changed(
     logical_shard: int, table: str, key: Sequence[str], function: sql.Identifier
 ) -> sql.Composed:
     names = [sql.Identifier("r", column.partition(":")[2]) for column in key]
-    position = sql.Literal(POSITION)
 
-    def say(rows: str, version: str, condition: sql.Composable = _NOTHING) -> sql.Composed:
-        return sql.SQL(_SAY).format(
-            schema=sql.Identifier(schema_name(logical_shard)),
-            topic=sql.Literal(CHANGED),
-            shift=EPOCH_SHIFT,
-            position=position,
-            name=sql.Literal(table),
-            tags=sql.Literal(json.dumps([column.partition(":")[0] for column in key])),
-            columns=sql.SQL(", ").join(names),
+    def say(
+        rows: str, version: str, condition: sql.Composable = _NOTHING, *, is_few: bool = False
+    ) -> sql.Composed:
+        return (said_few if is_few else said)(
+            logical_shard,
+            name=table,
+            tags=[column.partition(":")[0] for column in key],
+            columns=names,
             version=sql.SQL(version),
-            most=_ROWS_PER_EVENT,
             rows=sql.Identifier(rows),
             condition=condition,
-            shard=logical_shard,
         )
 
     renamed: sql.Composable = _NOTHING
@@ -188,15 +156,15 @@ def _changed(
         )
         condition = sql.SQL("WHERE NOT EXISTS (SELECT FROM fresh AS f WHERE {})").format(same)
         renamed = sql.SQL(_RENAMED).format(gone=say("gone", "r.version + 1", condition))
+    first, last = noticed(logical_shard)
     return sql.SQL(_CHANGED).format(
         function=function,
-        position=position,
+        noticed=first,
         gone=say("gone", "r.version + 1"),
+        few=say("fresh", "r.version", is_few=True),
         fresh=say("fresh", "r.version"),
+        notified=last,
         renamed=renamed,
-        sleeping=SLEEPING,
-        channel=sql.Literal(CHANNEL),
-        number=sql.Literal(str(logical_shard)),
     )
 
 
@@ -204,16 +172,18 @@ def complete(
     connection: psycopg.Connection[tuple[Any, ...]],
     logical_shards: Iterable[int],
     tables: Mapping[str, Sequence[str]],
+    watches: Sequence[Watch] = (),
     *,
     lock_timeout: float,
     attempts: int,
 ) -> None:
-    """Create the triggers that tables lack; each table in a transaction of its own.
+    """Create the triggers that tables lack; those of a table, or list, in their own transaction.
 
     Args:
         connection: with the admin login.
         logical_shards: where.
         tables: `cached_tables`.
+        watches: what lists and counts depend on.
         lock_timeout: seconds to queue for the lock of a table; whoever queues behind waits as long.
         attempts: times to try that.
 
@@ -221,15 +191,19 @@ def complete(
         psycopg.errors.LockNotAvailable: a table was in use all the time (try again).
     """
     numbers = {schema_name(number): number for number in logical_shards}
-    for schema, table in connection.execute(_LACKING, (list(numbers), list(tables))).fetchall():
-        script = [
-            sql.SQL("SET LOCAL lock_timeout = {}").format(round(lock_timeout * 1000)),
-            *trigger_statements(numbers[schema], {table: tables[table]}),
-        ]
+    scripts = [
+        trigger_statements(numbers[schema], {table: tables[table]})
+        for schema, table in connection.execute(_LACKING, (list(numbers), list(tables))).fetchall()
+    ]
+    for watch in watches:
+        lacking = connection.execute(LACKING, arguments(watch, list(numbers))).fetchall()
+        scripts += [watch_statements(numbers[schema], [watch]) for (schema,) in lacking]
+    limit = sql.SQL("SET LOCAL lock_timeout = {}").format(round(lock_timeout * 1000))
+    for script in scripts:
         for attempt in range(attempts, 0, -1):
             try:
                 with connection.transaction():
-                    connection.execute(sql.SQL(";").join(script))
+                    connection.execute(sql.SQL(";").join([limit, *script]))
                 break
             except psycopg.errors.LockNotAvailable:
                 if attempt == 1:

@@ -5,7 +5,7 @@ is, and one ownership row per logical shard it has or had. Each logical shard's 
 state of its id generator and its outbox, so that they replicate, move and fail over with the data.
 
 `shardkit migrate apply` runs these statements with the admin login; they can be run again at
-any time. The application role gets the rights listed here and owns nothing.
+any time. Roles get the rights that `shardkit.ops.rights` lists; the application owns nothing.
 Source: docs/architecture.md, decisions 6 and 7.
 """
 
@@ -15,14 +15,16 @@ from collections.abc import Mapping
 
 from psycopg import sql
 
+from shardkit.emitting import POSITION
 from shardkit.ids import EPOCH_MS
-from shardkit.ops import cachetriggers
+from shardkit.models import REFERENCE_SCHEMA
+from shardkit.ops import cachetriggers, rights
 from shardkit.ops.idfunctions import id_statements
 from shardkit.ops.logfunctions import log_statements
 from shardkit.ops.lookuptable import lookup_statements
 from shardkit.ops.outboxtables import outbox_admin_statements, outbox_statements
-from shardkit.ops.ownershiptables import ownership_statements
-from shardkit.topology import schema_name
+from shardkit.ops.ownershiptables import ownership_statements, register_statements
+from shardkit.topology import RoleNames, schema_name
 
 __all__ = ["ADMIN_SCHEMA", "admin_statements", "logical_shard_statements", "rule_statements"]
 
@@ -61,40 +63,40 @@ CREATE TABLE IF NOT EXISTS shardkit.reference_version (
     checksum text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+CREATE TABLE IF NOT EXISTS shardkit.ddl_locks (
+    logical_shard integer PRIMARY KEY,
+    holder text NOT NULL,
+    reason text NOT NULL,
+    since timestamptz NOT NULL DEFAULT now()
+);
 CREATE SCHEMA IF NOT EXISTS reference;
 """
 
 
 def admin_statements(
-    *, cluster: str, physical: str, n_logical_shards: int, app_role: str
+    *, cluster: str, physical: str, n_logical_shards: int, roles: RoleNames
 ) -> list[sql.SQL | sql.Composed]:
     """Return the statements that create or complete the admin schema of one physical shard."""
-    role = sql.Identifier(app_role)
     return [
+        # What the owner makes, nobody may run who was not told to; in every schema.
+        sql.SQL("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC"),
         sql.SQL(_ADMIN_TABLES),
-        sql.SQL("GRANT USAGE ON SCHEMA shardkit TO {}").format(role),
-        sql.SQL("GRANT SELECT ON shardkit.identity, shardkit.ownership TO {}").format(role),
-        sql.SQL("GRANT SELECT ON shardkit.placement TO {}").format(role),
-        # How transactions over several physical shards ended: shardkit.twophase.
-        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON shardkit.decisions TO {}").format(role),
-        # Reference tables, the same on every physical shard: shardkit.broadcasts.
-        sql.SQL("GRANT USAGE ON SCHEMA reference TO {}").format(role),
-        sql.SQL(
-            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference "
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
-        ).format(role),
-        sql.SQL(
-            "ALTER DEFAULT PRIVILEGES IN SCHEMA reference GRANT USAGE ON SEQUENCES TO {}"
-        ).format(role),
-        *id_statements(app_role=app_role),
-        *log_statements(app_role=app_role),
-        *outbox_admin_statements(app_role=app_role),
+        *outbox_admin_statements(),
+        *id_statements(),
+        *log_statements(),
         *cachetriggers.function_statements(),
+        *ownership_statements(),
+        *rights.default_statements(ADMIN_SCHEMA, roles),
+        *rights.table_statements(ADMIN_SCHEMA, rights.ADMIN_TABLES, roles),
+        *rights.function_statements(rights.ADMIN_FUNCTIONS, roles),
+        sql.SQL(f"GRANT USAGE ON SEQUENCE {POSITION} TO {{}}").format(sql.Identifier(roles.app)),
+        # Reference tables, the same on every physical shard: shardkit.broadcasts.
+        *rights.default_statements(REFERENCE_SCHEMA, roles),
         sql.SQL(
             "INSERT INTO shardkit.identity (cluster, physical, logical_shards, id_epoch_ms) "
             "VALUES ({}, {}, {}, {}) ON CONFLICT DO NOTHING"
         ).format(cluster, physical, n_logical_shards, EPOCH_MS),
-        *ownership_statements(app_role=app_role),
+        *register_statements(),
     ]
 
 
@@ -113,13 +115,14 @@ def rule_statements(rules: Mapping[str, str]) -> list[sql.SQL | sql.Composed]:
     ]
 
 
-def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.SQL | sql.Composed]:
+def logical_shard_statements(
+    logical_shard: int, *, roles: RoleNames
+) -> list[sql.SQL | sql.Composed]:
     """Return the statements that create or complete the schema of one logical shard.
 
     They belong in one transaction: a shard is owned as soon as its schema exists.
     """
     schema = sql.Identifier(schema_name(logical_shard))
-    role = sql.Identifier(app_role)
     return [
         sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema),
         sql.SQL(
@@ -129,22 +132,12 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
         sql.SQL(
             "INSERT INTO {}.shardkit_id_state (state) VALUES (0) ON CONFLICT DO NOTHING"
         ).format(schema),
-        sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(schema, role),
-        sql.SQL(
-            "ALTER DEFAULT PRIVILEGES IN SCHEMA {} "
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}"
-        ).format(schema, role),
-        sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT USAGE ON SEQUENCES TO {}").format(
-            schema, role
-        ),
-        # Entries of directories never change, so the application may only add them.
+        *rights.default_statements(schema_name(logical_shard), roles),
         sql.SQL(
             "CREATE TABLE IF NOT EXISTS {}.shardkit_directory (directory text NOT NULL, "
             "key bytea NOT NULL, shard integer NOT NULL CHECK (shard BETWEEN 0 AND 8191), "
             "PRIMARY KEY (directory, key))"
         ).format(schema),
-        sql.SQL("REVOKE ALL ON {}.shardkit_directory FROM {}").format(schema, role),
-        sql.SQL("GRANT SELECT, INSERT ON {}.shardkit_directory TO {}").format(schema, role),
         # What `Cluster.run` did under a name, so that it is done once: `shardkit.operations`.
         sql.SQL(
             "CREATE TABLE IF NOT EXISTS {}.shardkit_operations ("
@@ -155,12 +148,18 @@ def logical_shard_statements(logical_shard: int, *, app_role: str) -> list[sql.S
             "CREATE INDEX IF NOT EXISTS shardkit_operations_expires_at "
             "ON {}.shardkit_operations (expires_at)"
         ).format(schema),
-        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {}.shardkit_operations TO {}").format(
-            schema, role
+        *lookup_statements(schema),
+        *outbox_statements(logical_shard),
+        *cachetriggers.sequence_statements(logical_shard),
+        # The ledger is made, and its rights are given, by shardkit.ops.ledger.
+        *rights.table_statements(
+            schema_name(logical_shard),
+            [table for table in rights.SHARD_TABLES if table != "shardkit_version"],
+            roles,
         ),
-        *lookup_statements(schema, role),
-        *outbox_statements(logical_shard, app_role=app_role),
-        *cachetriggers.sequence_statements(logical_shard, app_role=app_role),
+        sql.SQL("GRANT USAGE ON SEQUENCE {}.version_seq TO {}").format(
+            schema, sql.Identifier(roles.app)
+        ),
         sql.SQL(
             "INSERT INTO shardkit.ownership (logical_shard, epoch, state) "
             "VALUES ({}, 1, 'active') ON CONFLICT DO NOTHING"

@@ -80,7 +80,7 @@ def decide_back(
         for number, row in sorted(ledger.ownership.items()):
             has = {**ledger.applied.get(number, {}), **ledger.partial.get(number, {})}
             gone = tuple(revision for revision in undone if revision.id in has)
-            if gone and row.state == "active":
+            if gone and row.state == "active" and number not in ledger.locked:
                 half = ledger.partial.get(number, {}).get(gone[0].id)
                 work.append(ShardWork(number, False, False, gone, half[0] if half else 0))  # noqa: FBT003
         n_current = len(ledger.ownership) - len(work)

@@ -32,7 +32,8 @@ _SCRATCH = 9999
 """A logical shard that cannot exist, since there are at most 8192."""
 
 _CACHE = re.compile(
-    r"^trigger:.*\.shardkit_(version|inserted|updated|deleted)$|^function:shardkit_changed_"
+    r"^trigger:.*\.shardkit_(derived_[0-9a-f]{12}_)?(version|inserted|updated|deleted)$"
+    r"|^function:shardkit_(changed|derived)_"
 )
 """Triggers of cached tables, which `migrate apply` makes from the models, not from revisions."""
 
@@ -214,7 +215,7 @@ def _scratch(
     script = shard_script(
         _SCRATCH,
         own=True,
-        app_role=shard.primary.url.username or "",
+        roles=shard.roles,
         revisions=revisions,
     )
     schema = schema_name(_SCRATCH)

@@ -101,7 +101,7 @@ _LEASE = f"""
 CREATE OR REPLACE FUNCTION shardkit.lease_ids(shards integer[], counts integer[])
 RETURNS TABLE (logical_shard integer, first_state bigint)
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog SET lock_timeout = {_LOCK_TIMEOUT_MS} AS $$
+SET search_path = pg_catalog, pg_temp SET lock_timeout = {_LOCK_TIMEOUT_MS} AS $$
 DECLARE
     n integer;
 BEGIN
@@ -119,7 +119,7 @@ $$
 _NEXT = f"""
 CREATE OR REPLACE FUNCTION shardkit.next_id(logical_shard integer) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog SET lock_timeout = {_LOCK_TIMEOUT_MS} AS $$
+SET search_path = pg_catalog, pg_temp SET lock_timeout = {_LOCK_TIMEOUT_MS} AS $$
 DECLARE
     block bigint[] := nullif(current_setting('shardkit.id_block', true), '')::bigint[];
     size integer := 1;
@@ -150,16 +150,6 @@ $$
 """
 
 
-def id_statements(*, app_role: str) -> list[sql.SQL | sql.Composed]:
-    """Return the statements that create the functions and let the application role mint."""
-    role = sql.Identifier(app_role)
-    own = "shardkit.id_clock_ms(), shardkit.reserve_ids(integer, integer)"
-    granted = "shardkit.lease_ids(integer[], integer[]), shardkit.next_id(integer)"
-    return [
-        sql.SQL(_CLOCK),
-        sql.SQL(_RESERVE),
-        sql.SQL(_LEASE),
-        sql.SQL(_NEXT),
-        sql.SQL(f"REVOKE ALL ON FUNCTION {own}, {granted} FROM PUBLIC"),
-        sql.SQL(f"GRANT EXECUTE ON FUNCTION {granted} TO {{}}").format(role),
-    ]
+def id_statements() -> list[sql.SQL]:
+    """Return the statements that create the functions."""
+    return [sql.SQL(text) for text in (_CLOCK, _RESERVE, _LEASE, _NEXT)]

@@ -20,8 +20,9 @@ from psycopg import sql
 from shardkit.models import REFERENCE_SCHEMA
 from shardkit.ops.catalog import admin_statements, logical_shard_statements, rule_statements
 from shardkit.ops.revisions import Revision
+from shardkit.ops.rights import table_statements
 from shardkit.ops.steps import MARK, Step, at_once
-from shardkit.topology import PhysicalShard, schema_name
+from shardkit.topology import PhysicalShard, RoleNames, schema_name
 
 __all__ = [
     "FORMAT",
@@ -37,7 +38,7 @@ __all__ = [
     "reference_script",
     "rules_script",
     "shard_script",
-    "step_script",
+    "steps_script",
     "summary",
     "summary_script",
 ]
@@ -45,9 +46,10 @@ __all__ = [
 OWN = "shardkit"
 """Ledger row of the objects shardkit itself keeps in a logical shard's schema."""
 
-FORMAT = 2
-"""Version of what is stored: 2 has the ledger's columns `step` and `overrides`. A newer one is
-refused, since it may mean something this version does not know."""
+FORMAT = 3
+"""Version of what is stored: 2 has the ledger's columns `step` and `overrides`, 3 has `position`
+and `shardkit.ddl_locks`. A newer one is refused, since it may mean something this version does
+not know."""
 
 SCHEMAS_PER_QUERY = 512
 """Ledgers read in one statement; each holds one lock of `max_locks_per_transaction`."""
@@ -84,6 +86,7 @@ class Ledger:
         applied: checksum by revision, by logical shard; no entry before the first.
         rules: how the rows of tables are placed, as far as it was recorded, by table.
         reference: checksum by revision of what was done to reference tables.
+        locked: who keeps migrations away and why, by logical shard: `shardkit.ops.ddllocks`.
         partial: statements done of a revision under way, and its checksum, by revision, by
             logical shard.
     """
@@ -96,6 +99,7 @@ class Ledger:
     rules: Mapping[str, str] = field(default_factory=dict)
     reference: Mapping[str, str] = field(default_factory=dict)
     partial: Mapping[int, Mapping[str, tuple[int, str]]] = field(default_factory=dict)
+    locked: Mapping[int, str] = field(default_factory=dict)
 
 
 def summary(applied: Mapping[str, str]) -> str:
@@ -107,11 +111,11 @@ def summary(applied: Mapping[str, str]) -> str:
     return f"shardkit ledger {_digest(json.dumps(sorted(applied.items())))}"
 
 
-def summary_script(logical_shard: int, applied: Mapping[str, str] | None) -> str:
-    """Return the SQL that writes the digest down; None takes it away."""
+def summary_script(applied: Mapping[str, str] | None) -> str:
+    """Return the SQL that writes the digest down, for any logical shard; None takes it away."""
     # SHARE UPDATE EXCLUSIVE on the schema, which nobody else asks for.
     text = sql.SQL("COMMENT ON SCHEMA {} IS {}").format(
-        sql.Identifier(schema_name(logical_shard)), summary(applied) if applied else None
+        sql.Identifier(MARK), summary(applied) if applied else None
     )
     return text.as_string(None)
 
@@ -122,7 +126,7 @@ def read(
     current: Mapping[str, str] | None = None,
     digest: str | None = None,
 ) -> Ledger:
-    """Return the ledger of one physical shard, in seven queries whatever its size.
+    """Return the ledger of one physical shard, in eight queries whatever its size.
 
     Args:
         connection: to its primary.
@@ -135,7 +139,8 @@ def read(
         "SELECT to_regclass('shardkit.identity') IS NOT NULL, "
         "obj_description(to_regnamespace('shardkit'), 'pg_namespace'), pg_is_in_recovery(), "
         "to_regclass('shardkit.placement') IS NOT NULL, "
-        "to_regclass('shardkit.reference_version') IS NOT NULL"
+        "to_regclass('shardkit.reference_version') IS NOT NULL, "
+        "to_regclass('shardkit.ddl_locks') IS NOT NULL"
     ).fetchone()
     if used is None or not used[0]:
         return Ledger(is_replica=bool(used and used[2]))
@@ -168,6 +173,14 @@ def read(
         reference.update(
             connection.execute("SELECT revision, checksum FROM shardkit.reference_version")
         )
+    locked: dict[int, str] = {}
+    if used[5]:
+        locked.update(
+            connection.execute(
+                "SELECT logical_shard, holder || ' since ' || to_char(since AT TIME ZONE 'UTC', "
+                "'YYYY-MM-DD HH24:MI') || ' UTC: ' || reason FROM shardkit.ddl_locks"
+            )
+        )
     return Ledger(
         identity=Identity(*row) if row else None,
         is_replica=used[2],
@@ -177,6 +190,7 @@ def read(
         rules=rules,
         reference=reference,
         partial=partial,
+        locked=locked,
     )
 
 
@@ -229,7 +243,7 @@ def admin_script(shard: PhysicalShard, *, cluster: str, n_logical_shards: int) -
         cluster=cluster,
         physical=shard.name,
         n_logical_shards=n_logical_shards,
-        app_role=shard.primary.url.username or "",
+        roles=shard.roles,
     )
     text = _text(statements)
     digest = f"shardkit format {FORMAT} {_digest(text)}"
@@ -242,40 +256,37 @@ def rules_script(rules: Mapping[str, str]) -> str:
     return _text(rule_statements(rules))
 
 
-def logical_shard_digest(app_role: str) -> str:
+def logical_shard_digest(roles: RoleNames) -> str:
     """Return the digest of the objects shardkit keeps in every logical shard."""
-    return _digest(_text(_own_statements(0, app_role)))
+    return _digest(_text(_own_statements(0, roles)))
 
 
 def shard_script(
-    logical_shard: int, *, own: bool, app_role: str, revisions: Iterable[Revision]
+    logical_shard: int, *, own: bool, roles: RoleNames, revisions: Iterable[Revision]
 ) -> str:
     """Return the SQL of one logical shard's transaction, without BEGIN and COMMIT.
 
     Args:
         logical_shard: whose schema it runs in.
         own: whether the objects shardkit owns are created or completed first.
-        app_role: the application's login, which gets its rights.
+        roles: who gets which rights.
         revisions: what is applied, in order.
     """
     schema = sql.Identifier(schema_name(logical_shard))
-    parts: list[sql.Composable] = []
-    ledger: list[sql.Composable] = []
-    if own:
-        parts += _own_statements(logical_shard, app_role)
-        ledger.append(sql.SQL("({}, {})").format(OWN, logical_shard_digest(app_role)))
+    parts: list[sql.Composable] = _own_statements(logical_shard, roles) if own else []
     # No other schema: an unqualified name is this logical shard's or a built-in.
     parts.append(sql.SQL("SET LOCAL search_path = {}").format(schema))
-    for revision in revisions:
-        name = schema_name(logical_shard)
+    name = schema_name(logical_shard)
+    applied = tuple(revisions)
+    for revision in applied:
         parts += [sql.SQL(text.replace(MARK, name)) for text in at_once(revision.statements)]
-        ledger.append(sql.SQL("({}, {})").format(revision.id, revision.checksum))
-    parts.append(_DONE.format(schema, sql.SQL(", ").join(ledger)))
+    if own or applied:
+        parts.append(_done(schema, applied, logical_shard_digest(roles) if own else None))
     return _text(parts)
 
 
-def step_script(revision: Revision, step: Step) -> str:
-    """Return the SQL of one step for any logical shard, its ledger row included.
+def steps_script(group: Sequence[tuple[Revision, Step]]) -> str:
+    """Return the SQL of steps that commit together for any logical shard, ledger rows included.
 
     To be rendered with `shardkit.ops.steps.render`; without BEGIN and COMMIT.
     """
@@ -283,71 +294,80 @@ def step_script(revision: Revision, step: Step) -> str:
     # Tables carry their schema already. The path is for what a text cannot tell: types, functions,
     # and names in strings; LOCAL, it ends with the transaction.
     parts: list[sql.Composable] = [sql.SQL("SET LOCAL search_path = {}").format(schema)]
-    parts += [sql.SQL(text) for text in step.statements]
-    parts.append(recorded(revision, step))
+    parts += [sql.SQL(text) for _, step in group for text in step.statements]
+    ends = {revision.id: (revision, step) for revision, step in group}.values()
+    whole = [revision for revision, step in ends if step.is_last and not revision.is_undone]
+    if whole:
+        parts.append(_done(schema, whole))
+    parts += [recorded(revision, step) for revision, step in ends if revision not in whole]
     return _text(parts)
 
 
-def recorded(revision: Revision, step: Step, *, begun: str | None = None) -> sql.Composable:
+def recorded(
+    revision: Revision, step: Step, *, begun: str | None = None, position: str | None = None
+) -> sql.Composable:
     """Return the statement that writes down what is done of a revision, for any logical shard.
 
     Args:
         revision: which.
         step: the last that is done; with `begun`, the one that begins.
         begun: index that is about to be built or dropped outside a transaction.
+        position: how far the step is, as JSON, when it is a backfill that goes on.
     """
     schema = sql.Identifier(MARK)
+    is_done = begun is None and position is None
     if revision.is_undone:
-        if step.is_last and begun is None:
+        if step.is_last and is_done:
             return sql.SQL("DELETE FROM {}.shardkit_version WHERE revision = {}").format(
                 schema, revision.id
             )
-    elif step.is_last and begun is None:
-        values = sql.SQL("({}, {})").format(revision.id, revision.checksum)
-        done: sql.Composable = _DONE.format(schema, values)
-        if revision.allowed:
-            why = json.dumps(dict(revision.allowed), sort_keys=True)
-            done = sql.SQL("\n;\n").join(
-                [
-                    done,
-                    sql.SQL(
-                        "UPDATE {}.shardkit_version SET overrides = {} WHERE revision = {}"
-                    ).format(schema, why, revision.id),
-                ]
-            )
-        return done
-    end = step.end if begun is None else step.end - len(step.statements)
+    elif step.is_last and is_done:
+        return _done(schema, [revision])
+    end = step.end if is_done else step.end - len(step.statements)
     return sql.SQL(
-        "INSERT INTO {}.shardkit_version (revision, checksum, step, building) "
-        "VALUES ({}, {}, {}, {}) ON CONFLICT (revision) DO UPDATE SET "
+        "INSERT INTO {}.shardkit_version (revision, checksum, step, building, position) "
+        "VALUES ({}, {}, {}, {}, {}) ON CONFLICT (revision) DO UPDATE SET "
         "checksum = excluded.checksum, applied_at = excluded.applied_at, step = excluded.step, "
-        "building = excluded.building"
-    ).format(schema, revision.id, revision.checksum, end, begun)
+        "building = excluded.building, position = excluded.position"
+    ).format(schema, revision.id, revision.checksum, end, begun, position)
 
 
-_DONE = sql.SQL(
-    "INSERT INTO {}.shardkit_version (revision, checksum) VALUES {} ON CONFLICT (revision) "
-    "DO UPDATE SET checksum = excluded.checksum, applied_at = excluded.applied_at, step = NULL, "
-    "building = NULL"
-)
+def _done(
+    schema: sql.Identifier, revisions: Iterable[Revision], own: str | None = None
+) -> sql.Composable:
+    """Return the statement that writes down that revisions are done, and shardkit's own objects."""
+    rows = [sql.SQL("({}, {}, NULL)").format(OWN, own)] if own else []
+    rows += [
+        sql.SQL("({}, {}, {})").format(
+            revision.id,
+            revision.checksum,
+            json.dumps(dict(revision.allowed), sort_keys=True) if revision.allowed else None,
+        )
+        for revision in revisions
+    ]
+    return sql.SQL(
+        "INSERT INTO {}.shardkit_version (revision, checksum, overrides) VALUES {} "
+        "ON CONFLICT (revision) DO UPDATE SET checksum = excluded.checksum, "
+        "applied_at = excluded.applied_at, overrides = excluded.overrides, step = NULL, "
+        "building = NULL, position = NULL"
+    ).format(schema, sql.SQL(", ").join(rows))
 
 
-def _own_statements(logical_shard: int, app_role: str) -> list[sql.Composable]:
+def _own_statements(logical_shard: int, roles: RoleNames) -> list[sql.Composable]:
     ledger = sql.Identifier(schema_name(logical_shard), "shardkit_version")
     return [
-        *logical_shard_statements(logical_shard, app_role=app_role),
+        *logical_shard_statements(logical_shard, roles=roles),
         sql.SQL(
             "CREATE TABLE IF NOT EXISTS {} (revision text PRIMARY KEY, checksum text NOT NULL, "
             "applied_at timestamptz NOT NULL DEFAULT now())"
         ).format(ledger),
-        # NULL once all of a revision is done; why a rule was set aside for it.
+        # NULL once all of a revision is done; why a rule was set aside; how far a backfill is.
         sql.SQL(
             "ALTER TABLE {} ADD COLUMN IF NOT EXISTS step integer, "
-            "ADD COLUMN IF NOT EXISTS building text, ADD COLUMN IF NOT EXISTS overrides json"
+            "ADD COLUMN IF NOT EXISTS building text, ADD COLUMN IF NOT EXISTS overrides json, "
+            "ADD COLUMN IF NOT EXISTS position json"
         ).format(ledger),
-        # Default privileges of the schema would let the application write here.
-        sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, sql.Identifier(app_role)),
-        sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, sql.Identifier(app_role)),
+        *table_statements(schema_name(logical_shard), ["shardkit_version"], roles),
     ]
 
 

@@ -17,7 +17,7 @@ __all__ = ["log_statements"]
 # without it the answer is NULL and readers ask the primary.
 _REPLAYED = """
 CREATE OR REPLACE FUNCTION shardkit.replayed(target pg_lsn, patience_ms integer) RETURNS text
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     reached pg_lsn := pg_last_wal_replay_lsn();
     until timestamptz;
@@ -39,11 +39,6 @@ $$
 """
 
 
-def log_statements(*, app_role: str) -> list[sql.SQL | sql.Composed]:
-    """Return the statements that create the functions and let the application call them."""
-    name = sql.SQL("shardkit.replayed(pg_lsn, integer)")
-    return [
-        sql.SQL(_REPLAYED),
-        sql.SQL("REVOKE ALL ON FUNCTION {} FROM PUBLIC").format(name),
-        sql.SQL("GRANT EXECUTE ON FUNCTION {} TO {}").format(name, sql.Identifier(app_role)),
-    ]
+def log_statements() -> list[sql.SQL]:
+    """Return the statements that create the functions."""
+    return [sql.SQL(_REPLAYED)]

@@ -11,13 +11,8 @@ from psycopg import sql
 __all__ = ["lookup_statements"]
 
 
-def lookup_statements(schema: sql.Identifier, role: sql.Identifier) -> list[sql.Composed]:
-    """Return the statements that create the table and let the application use it.
-
-    Args:
-        schema: of the logical shard.
-        role: the application's login.
-    """
+def lookup_statements(schema: sql.Identifier) -> list[sql.Composed]:
+    """Return the statements that create the table in the schema of a logical shard."""
     return [
         # Takes locks on a new object only.
         sql.SQL(
@@ -25,9 +20,5 @@ def lookup_statements(schema: sql.Identifier, role: sql.Identifier) -> list[sql.
             "value bytea NOT NULL, ids bigint[] NOT NULL, tickets bigint[] NOT NULL, "
             "PRIMARY KEY (lookup, value), "
             "CHECK (cardinality(ids) > 0 AND cardinality(ids) = cardinality(tickets)))"
-        ).format(schema),
-        sql.SQL("REVOKE ALL ON {}.shardkit_lookup FROM {}").format(schema, role),
-        sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON {}.shardkit_lookup TO {}").format(
-            schema, role
-        ),
+        ).format(schema)
     ]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sqlalchemy import MetaData
 
-from shardkit.cacheable import cached_tables
+from shardkit.derived import Cached
 from shardkit.errors import (
     ConfigurationError,
     ShardkitError,
@@ -31,6 +31,7 @@ from shardkit.models import rules_of
 from shardkit.ops.apply import MigrationOutcome, run
 from shardkit.ops.downgrade import decide_back, newer
 from shardkit.ops.guard import dangers, refuse
+from shardkit.ops.ledger import Ledger
 from shardkit.ops.limits import Limits
 from shardkit.ops.plan import MigrationPlan, PhysicalPlan, decide
 from shardkit.ops.primaries import connections, lock, read, read_one
@@ -64,9 +65,6 @@ __all__ = [
 Rules = Mapping[str, str]
 """How the rows of tables are placed, as text by table."""
 
-Cached = Mapping[str, Sequence[str]]
-"""The cached tables, with the columns of their primary keys: `shardkit.cacheable.cached_tables`."""
-
 
 @dataclass(frozen=True, slots=True)
 class PhysicalStatus:
@@ -77,6 +75,7 @@ class PhysicalStatus:
         n_logical_shards: logical shards it holds or is to hold.
         at: number of logical shards by their last revision; "" stands for none.
         pending: number of logical shards by revision they lack.
+        begun: of those, the ones in which a part of the revision is done, as in a backfill.
         laggards: logical shards that lack something, ascending.
         error: why nothing is known, or None.
         reference: revisions whose part about reference tables is missing, in order.
@@ -88,6 +87,7 @@ class PhysicalStatus:
     n_logical_shards: int = 0
     at: Mapping[str, int] | None = None
     pending: Mapping[str, int] | None = None
+    begun: Mapping[str, int] | None = None
     laggards: tuple[int, ...] = ()
     error: ShardkitError | None = None
     unrecorded: tuple[str, ...] = ()
@@ -136,12 +136,12 @@ def load_rules(location: str) -> Rules:
 
 
 def load_cached(location: str) -> Cached:
-    """Return the tables of the cached models of a `migrations.models`.
+    """Return what is cached of the models of a `migrations.models`: tables, lists and counts.
 
     Raises:
         ConfigurationError: there is no such thing.
     """
-    return cached_tables(load_metadata(location))
+    return Cached.of(load_metadata(location))
 
 
 def load_metadata(location: str) -> MetaData:
@@ -217,6 +217,7 @@ def apply(
     limits: Limits | None = None,
     on_plan: Callable[[MigrationPlan], None] | None = None,
     on_done: Callable[[str, int], None] | None = None,
+    on_rows: Callable[[str, str, int], None] | None = None,
     waves: Sequence[float] | None = (),
     smallest: int = 0,
     on_wave: Callable[[Wave], None] | None = None,
@@ -236,6 +237,8 @@ def apply(
         limits: timeouts and retries; None for the defaults.
         on_plan: called once, before anything changes.
         on_done: called with physical and logical shard after each, from several threads.
+        on_rows: called with physical shard, revision and rows changed after each batch of a
+            backfill, from several threads.
         waves: per cent of the logical shards that already exist which a roll-out reaches, wave
             by wave; None for those of `shardkit.ops.waves`, empty for all at once.
         smallest: logical shards to migrate below which it is all at once.
@@ -263,6 +266,7 @@ def apply(
             found,
             limits=limits,
             on_done=on_done or (lambda _physical, _logical_shard: None),
+            on_rows=on_rows,
             waves=staged,
             on_wave=on_wave,
         )
@@ -360,6 +364,8 @@ def status(
             entries.append(PhysicalStatus(physical.physical, error=physical.error))
             continue
         pending = Counter(r.id for work in physical.work for r in work.revisions)
+        ledger = ledgers[physical.physical]
+        partial = ledger.partial.values() if isinstance(ledger, Ledger) else ()
         at: Counter[str] = Counter()
         for work in physical.work:
             missing = {revision.id for revision in work.revisions}
@@ -373,6 +379,7 @@ def status(
                 n_logical_shards=len(physical.work) + physical.n_current + len(physical.waiting),
                 at=dict(at),
                 pending={r.id: pending[r.id] for r in revisions if pending[r.id]},
+                begun=dict(Counter(revision for half in partial for revision in half)),
                 laggards=tuple(
                     sorted([work.logical_shard for work in physical.work] + [*physical.waiting])
                 ),

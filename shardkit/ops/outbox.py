@@ -208,6 +208,12 @@ def _everywhere(
                 endpoint=str(shard.primary),
                 hint="run shardkit migrate apply",
             )
+        except psycopg.errors.InsufficientPrivilege as error:
+            return ConfigurationError(
+                str(error).strip().splitlines()[0],
+                endpoint=str(shard.primary),
+                hint="run shardkit roles apply",
+            )
         except psycopg.OperationalError as error:
             reason = str(error).strip().splitlines()[0]
             return EndpointUnavailableError(reason, endpoint=str(shard.primary))
@@ -228,7 +234,12 @@ def _owned(connection: psycopg.Connection[Any]) -> list[int]:
 
 
 def _status(shard: PhysicalShard, interval: float) -> PhysicalOutbox:
-    with connect(shard, application="shardkit outbox status", patience=_PATIENCE) as connection:
+    with connect(
+        shard,
+        application="shardkit outbox status",
+        patience=_PATIENCE,
+        url=shard.looking_url,
+    ) as connection:
         connection.execute(_TIMEOUT)
         before = _counters(connection)
         rows: list[tuple[int, int, float | None, int, int]] = []

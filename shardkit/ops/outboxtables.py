@@ -9,7 +9,7 @@ the order of delivery, and what happens to an event in between costs no version 
 The admin schema holds one lease row per logical shard, since a relay asks for several at once.
 A lease is worth nothing after a move: its row counts only with the epoch it was given at.
 Functions run with the rights of their caller, so a fence that revokes stops relays too.
-Part of `shardkit.ops.catalog`. Source: docs/outbox.md.
+Part of `shardkit.ops.catalog`; rights are in `shardkit.ops.rights`. Source: docs/outbox.md.
 """
 
 from __future__ import annotations
@@ -250,40 +250,12 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog AS
 """
 
 
-def outbox_admin_statements(*, app_role: str) -> list[sql.SQL | sql.Composed]:
+def outbox_admin_statements() -> list[sql.SQL]:
     """Return the statements that complete the admin schema of one physical shard."""
-    role = sql.Identifier(app_role)
-    functions = (
-        "shardkit.outbox_claim(integer[], integer, double precision, integer, integer), "
-        "shardkit.outbox_finish("
-        "integer[], bigint[], integer[], bigint[], boolean, double precision), "
-        "shardkit.outbox_fail(integer, bigint, bigint, integer, double precision, text), "
-        "shardkit.outbox_alive(integer)"
-    )
-    return [
-        sql.SQL(_ADMIN_TABLES),
-        *(sql.SQL(text) for text in (_CLAIM, _FINISH, _FAIL, _ALIVE)),
-        sql.SQL(f"GRANT USAGE ON SEQUENCE {POSITION} TO {{}}").format(role),
-        sql.SQL("GRANT SELECT, UPDATE ON shardkit.outbox_lease TO {}").format(role),
-        sql.SQL(f"REVOKE ALL ON FUNCTION {functions} FROM PUBLIC"),
-        sql.SQL(f"GRANT EXECUTE ON FUNCTION {functions} TO {{}}").format(role),
-    ]
+    return [sql.SQL(text) for text in (_ADMIN_TABLES, _CLAIM, _FINISH, _FAIL, _ALIVE)]
 
 
-def outbox_statements(logical_shard: int, *, app_role: str) -> list[sql.SQL | sql.Composed]:
+def outbox_statements(logical_shard: int) -> list[sql.Composed]:
     """Return the statements that create the outbox of one logical shard."""
-    schema, role = sql.Identifier(schema_name(logical_shard)), sql.Identifier(app_role)
-    rights = {
-        "shardkit_outbox": "SELECT, INSERT, DELETE",
-        "shardkit_outbox_retry": "SELECT, INSERT, UPDATE, DELETE",
-        "shardkit_outbox_dead": "SELECT, INSERT, DELETE",
-        "shardkit_effects": "SELECT, INSERT, DELETE",
-    }
-    grants = []
-    for table, granted in rights.items():
-        # Default privileges of the schema give more.
-        grants += [
-            sql.SQL(f"REVOKE ALL ON {{}}.{table} FROM {{}}").format(schema, role),
-            sql.SQL(f"GRANT {granted} ON {{}}.{table} TO {{}}").format(schema, role),
-        ]
-    return [sql.SQL(_TABLES).format(schema=schema, shard=logical_shard), *grants]
+    schema = sql.Identifier(schema_name(logical_shard))
+    return [sql.SQL(_TABLES).format(schema=schema, shard=logical_shard)]

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from shardkit.ownership import LIFT_AFTER
 
-__all__ = ["TIMELINE", "ownership_statements"]
+__all__ = ["TIMELINE", "ownership_statements", "register_statements"]
 
 TIMELINE: Final = (
     "('x' || pg_catalog.substr(pg_catalog.pg_walfile_name("
@@ -25,16 +25,13 @@ TIMELINE: Final = (
 """SQL of a primary's timeline. The control file would show it a checkpoint late."""
 
 # AccessExclusiveLock on small tables that exist already, for their new columns.
-_TABLES: Final = f"""
+_TABLES: Final = """
 ALTER TABLE shardkit.ownership ADD COLUMN IF NOT EXISTS move_id uuid,
     ADD COLUMN IF NOT EXISTS attempt integer NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS fenced_at timestamptz,
     ADD COLUMN IF NOT EXISTS fence_timeline bigint;
 ALTER TABLE shardkit.identity ADD COLUMN IF NOT EXISTS timeline bigint,
     ADD COLUMN IF NOT EXISTS system_identifier bigint;
-UPDATE shardkit.identity SET timeline = {TIMELINE}, system_identifier =
-    (SELECT system_identifier FROM pg_catalog.pg_control_system())
-WHERE timeline IS NULL;
 CREATE TABLE IF NOT EXISTS shardkit.closed_rights (
     logical_shard integer NOT NULL,
     relation name NOT NULL,
@@ -57,6 +54,13 @@ CREATE TABLE IF NOT EXISTS shardkit.move_journal (
     noted timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX IF NOT EXISTS move_journal_move ON shardkit.move_journal (move_id, entry);
+"""
+
+# A row lock, once.
+_REGISTER: Final = f"""
+UPDATE shardkit.identity SET timeline = {TIMELINE}, system_identifier =
+    (SELECT system_identifier FROM pg_catalog.pg_control_system())
+WHERE timeline IS NULL
 """
 
 # No lock but on what is revoked. Rights of the owner and of superusers are not in the lists, and
@@ -163,17 +167,11 @@ $$
 """
 
 
-def ownership_statements(*, app_role: str) -> list[sql.SQL | sql.Composed]:
-    """Return the statements that complete the admin schema of one physical shard.
+def ownership_statements() -> list[sql.SQL | sql.Composed]:
+    """Return the statements that complete the admin schema; `shardkit.ops.rights` grants."""
+    return [sql.SQL(_TABLES), *(sql.SQL(text) for text in (_CLOSE, _OPEN, _LIFT))]
 
-    Args:
-        app_role: the application's login, which may lift a fence that is too old.
-    """
-    own = "shardkit.close_shard(integer, boolean), shardkit.open_shard(integer)"
-    granted = "shardkit.lift_expired_fence(integer)"
-    return [
-        sql.SQL(_TABLES),
-        *(sql.SQL(text) for text in (_CLOSE, _OPEN, _LIFT)),
-        sql.SQL(f"REVOKE ALL ON FUNCTION {own}, {granted} FROM PUBLIC"),
-        sql.SQL(f"GRANT EXECUTE ON FUNCTION {granted} TO {{}}").format(sql.Identifier(app_role)),
-    ]
+
+def register_statements() -> list[sql.SQL | sql.Composed]:
+    """Return the statement that notes which server this is, where nothing is noted yet."""
+    return [sql.SQL(_REGISTER)]

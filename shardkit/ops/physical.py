@@ -15,12 +15,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
 from psycopg import errors as pg
 
+from shardkit.clock import SYSTEM
 from shardkit.errors import (
     EndpointUnavailableError,
     MigrationError,
@@ -30,22 +30,15 @@ from shardkit.errors import (
 from shardkit.ops import concurrently
 from shardkit.ops.blame import culprit, first_line, holders
 from shardkit.ops.direct import connect
+from shardkit.ops.filling import Filling
 from shardkit.ops.lagging import LagRule
-from shardkit.ops.ledger import (
-    OWN,
-    admin_script,
-    logical_shard_digest,
-    reference_script,
-    rules_script,
-    shard_script,
-    step_script,
-    summary_script,
-)
+from shardkit.ops.ledger import admin_script, reference_script, rules_script
 from shardkit.ops.leftover import unfinished
 from shardkit.ops.limits import Limits
+from shardkit.ops.pace import BatchSize, Rate
+from shardkit.ops.parts import Part, Parts
 from shardkit.ops.plan import PhysicalPlan, ShardWork
-from shardkit.ops.revisions import Revision
-from shardkit.ops.steps import Step, render, steps
+from shardkit.ops.queueing import Queue
 from shardkit.topology import Topology
 
 __all__ = ["PhysicalRun"]
@@ -56,21 +49,6 @@ BATCH = 32
 """Logical shards in one round trip; source: benchmarks/migrate.py."""
 
 _ASYNCHRONOUS = "SET LOCAL synchronous_commit = off;\n"
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One transaction, or one statement outside any.
-
-    Attributes:
-        script: its SQL, ledger row included.
-        revisions: what it is about, for messages.
-        step: the step that is run outside a transaction, else None.
-    """
-
-    script: str
-    revisions: tuple[Revision, ...]
-    step: Step | None = None
 
 
 class PhysicalRun:
@@ -91,6 +69,7 @@ class PhysicalRun:
         *,
         limits: Limits,
         on_done: Callable[[str, int], None],
+        on_rows: Callable[[str, str, int], None],
         stop: threading.Event,
         is_staged: bool,
     ) -> None:
@@ -104,28 +83,20 @@ class PhysicalRun:
         self.rounds = plan.rounds
         self._topology = topology
         self._shard = topology.physical[plan.physical]
-        self._app_role = self._shard.primary.url.username or ""
+        self._roles = self._shard.roles
         self._admin = plan.admin
         self._rules = plan.rules
-        self._last = {
-            work.logical_shard: n for n, (_, part) in enumerate(plan.rounds) for work in part
-        }
-        self._order = plan.order
-        # Without those that a phase leaves something pending for.
-        last = plan.order[-1].id if plan.order else None
-        self._current = {
-            work.logical_shard
-            for work in plan.work
-            if not work.revisions or work.revisions[-1].id == last
-        }
+        self._parts = Parts(plan, self._roles)
         self._round = 0
         self._queue: deque[ShardWork] = deque()
         self._first = connection
         self._limits = limits
         self._on_done = on_done
+        self._on_rows = on_rows
         self._stop = stop
         self._is_staged = is_staged
-        self._compiled: dict[tuple[str, int, int], str] = {}
+        self._rate = Rate(limits.backfill_rate)
+        self._is_wary = False  # once somebody did not give way
         # SET LOCAL: both limits end with the transaction.
         self._begin = (
             f"BEGIN; SET LOCAL lock_timeout = {round(limits.lock_timeout * 1000)};"
@@ -141,9 +112,9 @@ class PhysicalRun:
                 cluster=self._topology.name,
                 n_logical_shards=self._topology.n_logical_shards,
             )
-            self._transaction(self._first, _Part(script, ()), None)
+            self._transaction(self._first, Part(script, ()), None)
         if self._rules:
-            self._transaction(self._first, _Part(rules_script(self._rules), ()), None)
+            self._transaction(self._first, Part(rules_script(self._rules), ()), None)
 
     def start_round(self, number: int) -> None:
         """Begin a round: change the reference tables, once on this server.
@@ -160,7 +131,7 @@ class PhysicalRun:
                 f"revision {revision.id} of reference tables waits for logical shards left behind",
                 hint=str(next(iter(self.laggards.values()))),
             )
-        self._transaction(self._first, _Part(reference_script(revision), (revision,)), None)
+        self._transaction(self._first, Part(reference_script(revision), (revision,)), None)
 
     def migrate(self, logical_shards: frozenset[int] | None) -> None:
         """Do this round's work on some logical shards; None stands for all of them."""
@@ -209,18 +180,19 @@ class PhysicalRun:
                     self._queue.clear()
                     return
                 left = batch
-                if all(part.step is None for work in batch for part in self._parts(work)):
-                    left = self._together(connection, batch)
+                scripts = [part for work in batch for part in self._parts.of(work, self._round)]
+                if all(part.step is None for part in scripts):
+                    left = self._together(connection, batch, [part.script for part in scripts])
                 for work in left:
-                    if self._stop.is_set():
+                    if self._stop.is_set() or self.unwell:
                         return
-                    self._alone(connection, work)
+                    self._alone(connection, work, lag)
             except EndpointUnavailableError:
                 self._queue.clear()
                 raise
             except psycopg.Error as error:
                 self._queue.clear()
-                raise self._failure(connection, error, _Part("", ()), None) from error
+                raise self._failure(connection, error, Part("", ()), None) from error
 
     def _take(self) -> list[ShardWork]:
         """Return what goes into the next round trip: its share of what is left, and no more."""
@@ -233,9 +205,10 @@ class PhysicalRun:
                 break
         return batch
 
-    def _together(self, connection: Connection, batch: Sequence[ShardWork]) -> list[ShardWork]:
+    def _together(
+        self, connection: Connection, batch: Sequence[ShardWork], scripts: Sequence[str]
+    ) -> list[ShardWork]:
         """Run all transactions of some logical shards in one round trip; return what is left."""
-        scripts = [part.script for work in batch for part in self._parts(work)]
         last = len(scripts) - 1
         text = "\n;\n".join(
             f"{self._begin}{'' if n == last else _ASYNCHRONOUS}{script}\n;\nCOMMIT"
@@ -245,9 +218,10 @@ class PhysicalRun:
             connection.execute(text.encode())
         except psycopg.Error as error:
             if connection.broken or connection.closed:
-                raise self._failure(connection, error, _Part("", ()), None) from error
+                raise self._failure(connection, error, Part("", ()), None) from error
             connection.rollback()
-            left = unfinished(connection, batch, logical_shard_digest(self._app_role))
+            self._is_wary |= isinstance(error, pg.LockNotAvailable)
+            left = unfinished(connection, batch, self._parts.digest)
             numbers = {work.logical_shard for work in left}
             for work in batch:
                 if work.logical_shard not in numbers:
@@ -257,13 +231,16 @@ class PhysicalRun:
             self._finish(work)
         return []
 
-    def _alone(self, connection: Connection, work: ShardWork) -> None:
+    def _alone(self, connection: Connection, work: ShardWork, lag: LagRule) -> None:
         """Do what one logical shard needs, a transaction a round trip, with retries."""
         number = work.logical_shard
         try:
-            for part in self._parts(work):
+            for part in self._parts.of(work, self._round):
                 if part.step is None:
                     self._transaction(connection, part, number)
+                elif part.step.backfill:
+                    if not self._fill(connection, part, number, lag):
+                        return
                 else:
                     self._outside(connection, part, number)
         except EndpointUnavailableError:
@@ -276,58 +253,16 @@ class PhysicalRun:
             self._finish(work)
 
     def _finish(self, work: ShardWork) -> None:
-        if self._last[work.logical_shard] == self._round:
+        if self._parts.is_last(work.logical_shard, self._round):
             self.done.append(work.logical_shard)
             self._on_done(self.name, work.logical_shard)
 
-    def _parts(self, work: ShardWork) -> list[_Part]:
-        """Return the transactions of one logical shard, in order."""
-        number = work.logical_shard
-        found = []
-        done = work.done
-        for own, revisions in work.transactions:
-            if own or work.is_new or not revisions:
-                script = shard_script(number, own=own, app_role=self._app_role, revisions=revisions)
-                found.append(_Part(script, revisions))
-                continue
-            for revision in revisions:
-                for step in steps(revision.statements, done):
-                    outside = step if step.index is not None else None
-                    script = "" if outside else render(self._compile(revision, step), number)
-                    found.append(_Part(script, (revision,), outside))
-                done = 0
-        return self._summed_up(work, found)
-
-    def _summed_up(self, work: ShardWork, found: list[_Part]) -> list[_Part]:
-        """Have the last transaction write down that the logical shard is current, if it is."""
-        number = work.logical_shard
-        is_undone = any(revision.is_undone for revision in work.revisions)
-        is_last = self._last[number] == self._round and number in self._current
-        if is_undone:
-            text = summary_script(number, None)
-        elif is_last:
-            applied = {OWN: logical_shard_digest(self._app_role)}
-            applied |= {revision.id: revision.checksum for revision in self._order}
-            text = summary_script(number, applied)
-        else:
-            return found
-        if found[-1].step is not None:
-            return [*found, _Part(text, ())]
-        script = f"{found[-1].script}\n;\n{text}"
-        return [*found[:-1], replace(found[-1], script=script)]
-
-    def _compile(self, revision: Revision, step: Step) -> str:
-        key = (revision.id, step.end, len(step.statements))
-        if key not in self._compiled:
-            self._compiled[key] = step_script(revision, step)
-        return self._compiled[key]
-
-    def _transaction(self, connection: Connection, part: _Part, logical_shard: int | None) -> None:
+    def _transaction(self, connection: Connection, part: Part, logical_shard: int | None) -> None:
         """Run and commit one script, again after a pause when a lock is not granted."""
         text = f"{self._begin}{part.script}\n;\nCOMMIT".encode()
         self._again(connection, lambda: connection.execute(text), part, logical_shard)
 
-    def _outside(self, connection: Connection, part: _Part, logical_shard: int) -> None:
+    def _outside(self, connection: Connection, part: Part, logical_shard: int) -> None:
         [revision], step = part.revisions, part.step
         assert step is not None
         self._again(
@@ -339,36 +274,73 @@ class PhysicalRun:
             logical_shard,
         )
 
+    def _fill(self, connection: Connection, part: Part, logical_shard: int, lag: LagRule) -> bool:
+        """Go through a table in batches; return whether to the end, or until the run stops."""
+        [revision], step = part.revisions, part.step
+        assert step is not None
+        assert step.backfill is not None
+        filling = Filling(connection, logical_shard, revision, step)
+        size = BatchSize(self._limits.backfill_seconds, step.backfill.rows)
+        while not filling.is_done:
+            if unwell := lag.wait(self._stop, now=True):
+                self.unwell = unwell
+                self._queue.clear()
+                return False
+            if self._stop.wait(self._rate.take(size.rows)) or self._stop.is_set():
+                return False
+
+            def batch() -> None:
+                start = SYSTEM.monotonic()
+                try:
+                    changed = filling.batch(self._begin, size.rows)
+                except (pg.LockNotAvailable, pg.DeadlockDetected):
+                    size.shrink()
+                    raise
+                size.took(SYSTEM.monotonic() - start)
+                self._on_rows(self.name, revision.id, changed)
+
+            self._again(connection, batch, part, logical_shard)
+        return True
+
     def _again(
         self,
         connection: Connection,
         work: Callable[[], object],
-        part: _Part,
+        part: Part,
         logical_shard: int | None,
     ) -> None:
-        for attempt in range(1, self._limits.lock_attempts + 1):
+        last = self._limits.lock_attempts
+        queue = Queue(connection, logical_shard, part.tables, is_wary=self._is_wary)
+        for attempt in range(1, last + 1):
+            why: psycopg.Error | None = None
             try:
-                work()
+                # Who queues for a strong lock holds up all who come after: not behind a holder who
+                # has stayed through a pause already. The last attempt makes sure.
+                if attempt == last or not queue.is_held():
+                    work()
+                    return
             except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
                 connection.rollback()
-                bound = min(self._limits.longest_pause, 0.05 * 2**attempt)
-                pause = random.uniform(bound / 4, bound)  # noqa: S311  spreads retries
-                if attempt == self._limits.lock_attempts or self._stop.wait(pause):
-                    raise TryAgainError(
-                        f"no lock in {attempt} attempts: {first_line(error)}",
-                        hint=holders(connection, logical_shard),
-                        logical_shard=logical_shard,
-                    ) from error
+                self._is_wary = True
+                queue.note()
+                why = error
             except psycopg.Error as error:
                 raise self._failure(connection, error, part, logical_shard) from error
-            else:
-                return
+            bound = min(self._limits.longest_pause, 0.05 * 2**attempt)
+            pause = random.uniform(bound / 4, bound)  # noqa: S311  spreads retries
+            if attempt == last or self._stop.wait(pause):
+                said = first_line(why) if why else "whoever holds it stays"
+                raise TryAgainError(
+                    f"no lock in {attempt} attempts: {said}",
+                    hint=holders(connection, logical_shard),
+                    logical_shard=logical_shard,
+                ) from why
 
     def _failure(
         self,
         connection: Connection,
         error: psycopg.Error,
-        part: _Part,
+        part: Part,
         logical_shard: int | None,
     ) -> ShardkitError:
         """Return what a failed transaction means, with the revision at fault where known."""
@@ -387,7 +359,7 @@ class PhysicalRun:
             part.revisions,
             logical_shard,
             begin=self._begin,
-            app_role=self._app_role,
+            roles=self._roles,
         )
         return MigrationError(
             f"{who}: {first_line(error)}",

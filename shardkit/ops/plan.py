@@ -39,18 +39,6 @@ class ShardWork:
     revisions: tuple[Revision, ...]
     done: int = 0
 
-    @property
-    def transactions(self) -> tuple[tuple[bool, tuple[Revision, ...]], ...]:
-        """The transactions to run: `(own, revisions)` each.
-
-        A new schema has no readers to hold up and is made in one; a used one gets a
-        transaction per revision, so that locks are held as briefly as can be.
-        """
-        if self.is_new or not self.revisions:
-            return ((self.own, self.revisions),)
-        own = ((True, ()),) if self.own else ()
-        return (*own, *((False, (revision,)) for revision in self.revisions))
-
 
 @dataclass(frozen=True, slots=True)
 class PhysicalPlan:
@@ -200,7 +188,7 @@ def _plan(
     phase: str | None,
 ) -> PhysicalPlan:
     shard = topology.physical[name]
-    own_digest = logical_shard_digest(shard.primary.url.username or "")
+    own_digest = logical_shard_digest(shard.roles)
     _, admin_digest = admin_script(
         shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
     )
@@ -215,6 +203,9 @@ def _plan(
             continue
         if not is_new and (state := ledger.ownership[number].state) != "active":
             waiting[number] = f"is {state}: a move is under way"
+            continue
+        if number in ledger.locked:
+            waiting[number] = f"its DDL lock is held by {ledger.locked[number]}"
             continue
         applied = ledger.applied.get(number, {})
         own = applied.get(OWN) != own_digest

@@ -25,6 +25,7 @@ from shardkit.ops.health.facts import Expected, Server
 from shardkit.ops.health.questions import ask_server
 from shardkit.ops.pgbouncer import PooledDatabase, PoolerSettings, render_ini, render_userlist
 from shardkit.parallel import run
+from shardkit.secret import Secret
 from shardkit.topology import Endpoint, PhysicalShard, Role, Topology
 
 __all__ = [
@@ -110,7 +111,7 @@ def render(
         partial(
             ask_server,
             endpoint,
-            url.set(username=shard.admin_url.username, password=shard.admin_url.password),
+            shard.looking_at(url),
         )
         for shard, endpoint, url in servers
     ]
@@ -162,7 +163,7 @@ def _rendered(
         port=(address.port if is_pooled else None) or options.port,
         sockets=options.sockets or str(here),
         userlist=str(here / "userlist.txt"),
-        stats_users=[shard.admin_url.username or ""],
+        stats_users=[shard.looking_url.username or ""],
         version=shard.pooler.version if shard.pooler else (),
         # A quarter more, for programs that are being replaced.
         max_clients=max(100, clients * expected.processes * 5 // 4),
@@ -173,7 +174,11 @@ def _rendered(
     silent = tuple(_address(each.url) for each in seen if each.server is None)
     passwords = _passwords(shard, options, logins)
     return Rendered(
-        shard.name, render_ini(settings), render_userlist(passwords), tuple(databases), silent
+        shard.name,
+        render_ini(settings),
+        Secret(render_userlist(passwords)),
+        tuple(databases),
+        silent,
     )
 
 
@@ -254,14 +259,13 @@ def _server_url(shard: PhysicalShard, endpoint: Endpoint) -> URL:
 def _passwords(
     shard: PhysicalShard, options: PgBouncerConfig, logins: Mapping[str, str]
 ) -> dict[str, str]:
-    app, admin = shard.primary.url, shard.admin_url
-    known = {
-        app.username or "": str(app.password or ""),
-        admin.username or "": str(admin.password or ""),
-        **logins,
-    }
+    # Who comes this way: sessions, relays, and who looks.
+    urls = [shard.primary.url, shard.relay_url or shard.primary.url, shard.looking_url]
+    known = {**{url.username or "": Secret(url.password or "") for url in urls}, **logins}
     wanted = (
-        [options.auth_user] if options.auth_user else [app.username or "", admin.username or ""]
+        [options.auth_user]
+        if options.auth_user
+        else list(dict.fromkeys(url.username or "" for url in urls))
     )
     for name in wanted:
         if not known.get(name):

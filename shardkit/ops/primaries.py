@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 
 from shardkit.errors import EndpointUnavailableError, RefusedError, ShardkitError
+from shardkit.ops.ddllocks import MIGRATION_KEY
 from shardkit.ops.direct import connect
 from shardkit.ops.ledger import OWN, Ledger, admin_script, logical_shard_digest
 from shardkit.ops.ledger import read as read_ledger
@@ -21,9 +22,6 @@ from shardkit.ops.revisions import Revision
 from shardkit.topology import Topology
 
 __all__ = ["connections", "lock", "read", "read_one"]
-
-LOCK_KEY = 0x7368_6172_646B_6974
-"""Key of the session lock that keeps runners apart: "shardkit" in ASCII."""
 
 LOCK_PAUSE = 0.1
 """Seconds between two attempts to get it."""
@@ -63,7 +61,9 @@ def lock(found: Connections, patience: float) -> None:
     for name in sorted(found):
         for left in range(round(patience / LOCK_PAUSE), -1, -1):
             # A session lock, released by the server when the connection ends.
-            row = found[name].execute("SELECT pg_try_advisory_lock(%s)", (LOCK_KEY,)).fetchone()
+            row = (
+                found[name].execute("SELECT pg_try_advisory_lock(%s)", (MIGRATION_KEY,)).fetchone()
+            )
             if row and row[0]:
                 break
             if not left:
@@ -81,7 +81,7 @@ def read(
 
     def one(name: str) -> Ledger | ShardkitError:
         shard = topology.physical[name]
-        own = logical_shard_digest(shard.primary.url.username or "")
+        own = logical_shard_digest(shard.roles)
         _, digest = admin_script(
             shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
         )

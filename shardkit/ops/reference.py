@@ -135,12 +135,12 @@ def _run(topology: Topology, *, repairs: bool, patience: float | None = None) ->
     failed: dict[str, ShardkitError] = {}
     repaired: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(_locked(topology, home, patience))
+        first = stack.enter_context(_locked(topology, home, patience, repairs=repairs))
         shapes = _shapes(first)
         expected = {name: _digest(first, name, shape) for name, shape in shapes.items()}
         for physical in others:
             try:
-                with _locked(topology, physical, patience) as connection:
+                with _locked(topology, physical, patience, repairs=repairs) as connection:
                     found = _compared(connection, physical, shapes, expected)
                     differences += found
                     if repairs and found:
@@ -154,10 +154,13 @@ def _run(topology: Topology, *, repairs: bool, patience: float | None = None) ->
 
 
 @contextlib.contextmanager
-def _locked(topology: Topology, physical: str, patience: float | None) -> Iterator[Connection]:
+def _locked(
+    topology: Topology, physical: str, patience: float | None, *, repairs: bool
+) -> Iterator[Connection]:
     """Open a transaction on a server that holds the lock of broadcasts."""
     shard = topology.physical[physical]
-    with connect(shard, application="shardkit reference", patience=patience) as connection:
+    url = None if repairs else shard.looking_url
+    with connect(shard, application="shardkit reference", patience=patience, url=url) as connection:
         connection.execute(_SETTINGS)
         connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}s'".encode())
         with connection.transaction():

@@ -171,6 +171,11 @@ class _NoConnection:
 
 
 def _render(script: Script, *, is_undone: bool = False) -> Revision:
+    if not script.revision.isprintable():
+        raise MigrationError(
+            f"{script.path}: the name of the revision holds characters that cannot be printed",
+            hint="give it another name; it is shown in terminals and kept in the ledger",
+        )
     statements = _emitted(script, "downgrade" if is_undone else "upgrade")
     phase = _phase(script)
     own = tuple(_plain(text) for text in statements if not _ON_REFERENCE.match(text))

@@ -18,7 +18,7 @@ from shardkit import deadlines
 from shardkit.breaker import Breaker
 from shardkit.ops.direct import parameters
 from shardkit.parallel import run
-from shardkit.topology import Endpoint, Role, Topology
+from shardkit.topology import Endpoint, PhysicalShard, Role, Topology, like
 from shardkit.waits import Connection
 from shardkit.windows import BreakerRules
 
@@ -92,7 +92,10 @@ def read_status(topology: Topology, *, timeout: float = TIMEOUT) -> list[Endpoin
     breakers = [Breaker(str(e), rules=BreakerRules(consecutive=1)) for e in endpoints]
     with deadlines.deadline(timeout):
         answers = run(
-            [partial(_ask, e, breaker) for e, breaker in zip(endpoints, breakers, strict=True)]
+            [
+                partial(_ask, topology.physical[e.physical], e, breaker)
+                for e, breaker in zip(endpoints, breakers, strict=True)
+            ]
         )
     positions = {
         endpoint: answer["position"]
@@ -110,8 +113,10 @@ def is_healthy(found: Sequence[EndpointStatus]) -> bool:
     return all(each.is_reachable and each.actual_role == each.role for each in found)
 
 
-def _ask(endpoint: Endpoint, guard: Breaker) -> dict[str, Any]:
-    options = parameters(endpoint.url, application="shardkit status")
+def _ask(shard: PhysicalShard, endpoint: Endpoint, guard: Breaker) -> dict[str, Any]:
+    # Where applications connect, through a pooler or not; as the monitor, where there is one.
+    url = endpoint.url if shard.monitor_url is None else like(shard.monitor_url, endpoint.url)
+    options = parameters(url, application="shardkit status")
     connection = Connection.open("", patience=TIMEOUT, guard=guard, autocommit=True, **options)
     try:
         cursor = connection.execute(_ASK)

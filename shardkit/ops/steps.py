@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from shardkit.ops.backfills import Backfill, backfill_of
 from shardkit.ops.sqltree import Statement, name_of, named, nodes, parse, pieces, relation
 from shardkit.topology import schema_name
 
@@ -38,6 +39,10 @@ class Step:
         is_last: whether that is all of them.
         index: name of the index that is built or dropped outside a transaction, else None.
         is_drop: whether it is dropped.
+        backfill: how the one statement runs in batches, else None.
+        locks: live tables that it locks more than a write does.
+        made: tables that it makes.
+        is_alone: whether it reads or writes rows of live tables, or runs outside a transaction.
     """
 
     statements: tuple[str, ...]
@@ -45,6 +50,15 @@ class Step:
     is_last: bool
     index: str | None = None
     is_drop: bool = False
+    backfill: Backfill | None = None
+    locks: frozenset[str] = frozenset()
+    made: frozenset[str] = frozenset()
+    is_alone: bool = False
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is more, or less, than one transaction."""
+        return self.index is not None or self.backfill is not None
 
 
 def render(template: str, logical_shard: int) -> str:
@@ -86,40 +100,60 @@ def steps(statements: tuple[str, ...], done: int = 0) -> tuple[Step, ...]:
     found = split(statements)
     temporary = _temporary(found)
     made: set[str] = set()
-    groups: list[list[int]] = []
-    held: set[str] = set()  # live tables that the current group locks
-    alone = True
+    groups: list[_Group] = []
     for number, statement in enumerate(found):
         locks = _locks(statement) - made
         single = is_concurrent(statement) or _stands_alone(statement, made)
-        if alone or single or (held and locks - held):
-            groups.append([])
-            held = set()
-        groups[-1].append(number)
-        held |= locks
-        alone = single
+        last = groups[-1] if groups else None
+        if last is None or last.is_alone or single or (last.locks and locks - last.locks):
+            groups.append(last := _Group([], set(), set(), single))
+        last.numbers.append(number)
+        last.locks.update(locks)
         if statement.kind == "create_stmt":
-            made.add(relation(statement.body["relation"]))
-    made_steps = []
-    for group in groups:
-        # A run of another version may have cut elsewhere: what is done stays done.
-        left = [n for n in group if n >= done]
-        if not left:
-            continue
-        first = found[left[0]]
-        concurrent = is_concurrent(first)
-        made_steps.append(
-            Step(
-                (_drop(first),)
-                if concurrent and first.kind == "drop_stmt"
-                else tuple(_compile(found[n].text, temporary) for n in left),
-                left[-1] + 1,
-                left[-1] + 1 == len(found),
-                _index(first) if concurrent else None,
-                concurrent and first.kind == "drop_stmt",
-            )
-        )
-    return tuple(made_steps) or (Step((), len(found), is_last=True),)
+            table = relation(statement.body["relation"])
+            made.add(table)
+            last.made.add(table)
+    # A run of another version may have cut elsewhere: what is done stays done.
+    left = [_step(group, found, temporary, done) for group in groups if group.numbers[-1] >= done]
+    return tuple(left) or (Step((), len(found), is_last=True),)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Statements that will be a step: their numbers, and what they are about."""
+
+    numbers: list[int]
+    locks: set[str]
+    made: set[str]
+    is_alone: bool
+
+
+def _step(
+    group: _Group, found: tuple[Statement, ...], temporary: frozenset[str], done: int
+) -> Step:
+    numbers = [number for number in group.numbers if number >= done]
+    first = found[numbers[0]]
+    concurrent = is_concurrent(first)
+    backfill = backfill_of(first) if group.is_alone else None
+    texts: tuple[str, ...]
+    if backfill:
+        texts = (_compile(backfill.text, temporary),)
+    elif concurrent and first.kind == "drop_stmt":
+        texts = (_drop(first),)
+    else:
+        texts = tuple(_compile(found[number].text, temporary) for number in numbers)
+    end = numbers[-1] + 1
+    return Step(
+        texts,
+        end,
+        end == len(found),
+        _index(first) if concurrent else None,
+        concurrent and first.kind == "drop_stmt",
+        backfill,
+        frozenset(group.locks),
+        frozenset(group.made),
+        group.is_alone,
+    )
 
 
 def _compile(text: str, temporary: frozenset[str]) -> str:

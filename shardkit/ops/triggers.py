@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import psycopg
 
+from shardkit.derived import Cached
 from shardkit.errors import MigrationError, TryAgainError
 from shardkit.ops import cachetriggers
 from shardkit.ops.apply import MigrationOutcome
@@ -19,7 +20,7 @@ __all__ = ["with_triggers"]
 def with_triggers(
     outcome: MigrationOutcome,
     connections: Mapping[str, psycopg.Connection[Any]],
-    cached: Mapping[str, Sequence[str]],
+    cached: Cached,
     limits: Limits,
 ) -> MigrationOutcome:
     """Create what triggers cached tables lack, and return the outcome with what went wrong."""
@@ -37,7 +38,8 @@ def with_triggers(
             cachetriggers.complete(
                 connection,
                 numbers,
-                cached,
+                cached.tables,
+                cached.watches,
                 lock_timeout=limits.lock_timeout,
                 attempts=limits.lock_attempts,
             )

@@ -21,15 +21,15 @@ from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shardkit import tokens
-from shardkit.cacheable import cached_tables
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
+from shardkit.derived import Cached
 from shardkit.events import Caller, Committed, Event, StatementRouted
 from shardkit.models import REFERENCE_SCHEMA, rules_of
-from shardkit.ops import cachetriggers, catalog
+from shardkit.ops import cachetriggers, catalog, derivedtriggers
 from shardkit.testing.faults import Counts, Fault, Shape, Trigger, Way, When
 from shardkit.testing.proxy import FaultProxy, reroute
-from shardkit.topology import PhysicalShard, Topology, schema_name
+from shardkit.topology import PhysicalShard, Topology, libpq_options, schema_name
 
 __all__ = [
     "Counts",
@@ -255,10 +255,7 @@ def create_tables(topology: Topology, metadata: MetaData) -> None:
         metadata: of the models.
     """
     for shard in topology.physical.values():
-        url = shard.admin_url.set(drivername="postgresql")
-        with psycopg.connect(
-            url.render_as_string(hide_password=False), autocommit=True
-        ) as connection:
+        with psycopg.connect(autocommit=True, **libpq_options(shard.admin_url)) as connection:
             for transaction in _creation(topology, shard, metadata):
                 with connection.transaction():
                     for statement in transaction:
@@ -269,24 +266,25 @@ def _creation(
     topology: Topology, shard: PhysicalShard, metadata: MetaData
 ) -> Iterator[list[sql.SQL | sql.Composed]]:
     """Yield the transactions that set up one physical shard."""
-    role = str(shard.primary.url.username)
     yield catalog.admin_statements(
         cluster=topology.name,
         physical=shard.name,
         n_logical_shards=topology.n_logical_shards,
-        app_role=role,
+        roles=shard.roles,
     )
     yield catalog.rule_statements(rules_of(metadata))
     tables = metadata.sorted_tables
     yield [ddl for t in tables if t.schema == REFERENCE_SCHEMA for ddl in _ddl(t)]
     sharded = [ddl for t in tables if t.schema is None for ddl in _ddl(t)]
+    cached = Cached.of(metadata)
     for number in topology.shard_map.owned_by(shard.name):
         path = sql.SQL("SET LOCAL search_path = {}").format(sql.Identifier(schema_name(number)))
         yield [
-            *catalog.logical_shard_statements(number, app_role=role),
+            *catalog.logical_shard_statements(number, roles=shard.roles),
             path,
             *sharded,
-            *cachetriggers.trigger_statements(number, cached_tables(metadata)),
+            *cachetriggers.trigger_statements(number, cached.tables),
+            *derivedtriggers.watch_statements(number, cached.watches),
         ]
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from shardkit import Cluster, ids
-from shardkit.cache import Op, Outcome, Request
+from shardkit.cache import Kind, Op, Outcome, Request
 from shardkit.cachewrites import CacheWrites
 from shardkit.config import CacheConfig, PoolConfig, load
+from shardkit.derivedplan import derived_plan
 from shardkit.relay import Relay
 from shardkit.testing import wait_until
 from shardkit.topology import Topology
 from tests.fixtures.caches import NewServer
-from tests.models import Profile
+from tests.models import Profile, Track, newest
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
@@ -87,6 +88,54 @@ def test_a_writer_that_dies_after_commit(
             wait_until(lambda: _entry(cluster, key).version != old.version, ENOUGH, "nothing old")
         print(f"repaired {took:.3f} s after the relay began")
         assert name_of(cluster, profile.id) == "eva"
+
+
+def add_track(config: Path, node: str, owner: int, committed: Any) -> None:
+    """Add a row to a list and die when that holds and the cache has only a marker."""
+
+    def die(_self: CacheWrites) -> None:
+        committed.value = time.time()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    CacheWrites.finish = die  # type: ignore[method-assign,assignment]  # nobody else runs in this process
+    _, topology = load(config)
+    with opened(topology, node).writer() as session:
+        session.add(Track(owner_id=owner))
+        session.commit()
+
+
+def test_a_writer_of_a_list_that_dies_after_commit(
+    topology: Topology, cluster_file: Path, cache_server: NewServer
+) -> None:
+    """Another writer's marker had replaced its own, so that others could fill the old list."""
+    server = cache_server("memcached")
+    processes = multiprocessing.get_context("spawn")
+    owner = ids.compose(3, 7, 1)
+    with opened(topology, server.server) as cluster:
+
+        def listed() -> list[int]:
+            with cluster.reader() as session:
+                return session.cached(newest, owner)
+
+        assert listed() == []
+        assert cluster.cache is not None
+        key = cluster.cache.key(derived_plan(newest), 7, (owner,))
+        old = _entry(cluster, key)
+        Relay(cluster).drain()
+        committed = processes.Value("d", 0.0)
+        child = processes.Process(
+            target=add_track, args=(cluster_file, server.server, owner, committed)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert committed.value > 0
+        assert _entry(cluster, key).kind is Kind.MARKER
+        assert len(listed()) == 1  # its marker shows nothing old
+        _put_back(cluster, key, old)
+        assert listed() == []
+        with Relay(cluster):
+            wait_until(lambda: len(listed()) == 1, ENOUGH, "it is repaired")
 
 
 def _entry(cluster: Cluster, key: str) -> Any:

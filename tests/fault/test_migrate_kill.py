@@ -43,10 +43,12 @@ ALONE = (
     (
         'op.drop_index("i", "t", postgresql_concurrently=True)\n'
         '    op.create_check_constraint("k", "t", "a > 0", postgresql_not_valid=True)\n'
-        '    op.execute("ALTER TABLE t VALIDATE CONSTRAINT k")'
+        '    op.execute("ALTER TABLE t VALIDATE CONSTRAINT k")\n'
+        "    from shardkit.migrations import backfill\n"
+        '    backfill("UPDATE t SET c = concat(c, 1)", rows=2)'
     ),
 )
-"""Steps outside of transactions, so that each logical shard goes by itself."""
+"""Steps outside of transactions, and a backfill of two batches and an end, so that each logical shard goes by itself."""
 
 TOGETHER = (
     (
@@ -70,6 +72,10 @@ def test_a_run_killed_at_any_statement_is_finished_by_the_next(
     site: Site, bodies: tuple[str, ...]
 ) -> None:
     assert site.apply().error is None
+    with site.admin("alpha") as connection:
+        for number in ALPHA:
+            rows = f"INSERT INTO shard_{number:04d}.t SELECT generate_series(2, 6)"
+            connection.execute(rows.encode())
     for n, body in enumerate(bodies, start=2):
         site.write(f"r{n}", body, f"r{n - 1}")
     revisions = site.revisions()
@@ -87,6 +93,11 @@ def test_a_run_killed_at_any_statement_is_finished_by_the_next(
         found = drift(site.topology, revisions)
         assert not found.errors
         assert found.differences == (), f"killed before statement {turn}"
+        if bodies is ALONE:
+            with site.admin("alpha") as connection:
+                for number in ALPHA:
+                    query = f"SELECT DISTINCT c FROM shard_{number:04d}.t"
+                    assert connection.execute(query.encode()).fetchall() == [("1",)], "each once"
         n_cells += killed
         turn += STEP
     assert n_cells >= FEWEST

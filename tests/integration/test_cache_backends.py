@@ -254,8 +254,8 @@ def test_almost_a_megabyte_is_cached(backend: Any) -> None:
     [
         b"x",
         b"\xc1",
-        os.urandom(13),
-        os.urandom(500),
+        random.Random(13).randbytes(13),
+        random.Random(500).randbytes(500),
         encode(Kind.VALUE, 5, b"payload")[:-1],
         encode(Kind.VALUE, 5, b"payload") + b"!",
         b"\xc2" + encode(Kind.VALUE, 5, b"payload")[1:],

@@ -34,7 +34,10 @@ RELOAD = "SELECT pg_reload_conf()"
 # A pooler's connections keep what their role was given when they were opened.
 END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'shardkit_app'"
 # What cannot be looked at without what is missing is said, too.
-ALSO = {"schema-missing": {"not-looked-at"}}
+ALSO = {
+    "schema-missing": {"not-looked-at"},
+    "app-powers": {"roles-differ"},
+}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ from shardkit.testing import wait_until
 from shardkit.topology import Pooler, Role
 from tests.fixtures.servers import NewCluster, options
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.uncontained("is about the embedded cluster itself"),
+]
 
 SMALL = {"physical": 1, "replicas": 1, "logical_shards": 4, "memcached": False}
 PROJECT = Path(__file__).parents[2]

@@ -188,7 +188,7 @@ def test_pgbouncer_runs_with_the_files_and_keeps_its_clients_over_a_failover(
     name = "SELECT current_setting('cluster_name')"
     with pooled.connect() as writer, pooled.connect("shardkit_read") as reader:
         assert asked(writer, name) == asked(reader, name) == "alpha_0"
-        writer.execute("CREATE TEMPORARY TABLE t () ON COMMIT DROP")
+        assert asked(writer, "SHOW transaction_read_only") == "off"
         with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
             reader.execute("CREATE TABLE t ()")
     with pooled.connect("shardkit_1") as reader:

@@ -16,7 +16,11 @@ import pytest
 from shardkit.local import read_status, stop_cluster
 from shardkit.testing import wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.uncontained("is about `make run`, which runs the embedded cluster"),
+]
 
 
 @pytest.fixture

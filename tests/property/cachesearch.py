@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tests.property.cachemodel import Configuration, Model, State
+from tests.property.cachemodel import Configuration, State
+from tests.property.listmodel import model_of
 
 
 @dataclass
@@ -44,7 +45,7 @@ def search(
         limit: states after which to give up.
     """
     began = time.perf_counter()
-    model = Model(configuration)
+    model = model_of(configuration)
     result = Result(configuration)
     frontier = list(model.starts())
     pack = struct.Struct(f"<{len(frontier[0])}H").pack

@@ -1,6 +1,7 @@
 """`make model-check`: the fault table of docs/cache.md, measured; and one configuration by hand.
 
     python -m tests.property.modelcheck                  # everything; minutes
+    python -m tests.property.modelcheck --lists          # lists and counts; about a minute
     python -m tests.property.modelcheck P5 --faults crash
 
 Ends with 1 when a protocol that is broken was not caught, or ours was.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from tests.property.cachecontrols import NAMES
 from tests.property.cachemodel import FAULTS, Configuration
@@ -66,6 +67,29 @@ CLEAN = (
     configuration("rollback", previous=True),
     configuration("crash", writers=3, readers=1),
     configuration("crash", n_keys=2, readers=1),
+    *(
+        configuration(faults, early=True, **more)
+        for faults, more in (
+            ("none", {}),
+            ("evict+crash", {"readers": 1}),
+            ("expire", {"readers": 1}),
+            ("lost", {"readers": 1}),
+            ("late", {"readers": 1}),
+            ("crash+late", {"readers": 1}),
+            ("2late", {"writers": 2, "readers": 0}),
+            ("rollback+crash", {"readers": 1}),
+            ("restart", {"readers": 1}),
+            ("failover+crash", {"readers": 1}),
+            ("crash", {"readers": 1, "deletes": True}),
+            ("lost", {"readers": 1, "deletes": True}),
+            ("evict+crash", {"readers": 1, "previous": True}),
+            ("lost", {"readers": 1, "previous": True}),
+            ("late", {"readers": 1, "previous": True}),
+            ("crash", {"deletes": True, "previous": True, "readers": 1}),
+            ("evict", {"writers": 3, "readers": 1}),
+            ("none", {"n_keys": 2, "readers": 1}),
+        )
+    ),
 )
 FLOORS = (
     # The same faults as below, seen by the session that wrote: never older than its own write.
@@ -88,6 +112,39 @@ WITHOUT = (
     (configuration("replica"), "AB"),
     (configuration("3lost", writers=1), "B"),  # without the session's floor
 )
+LISTS = {
+    "P1": ("A", "A", "A", "A", "A", "AB", "AB", "A"),
+    "P2": ("AB", "AB", "AB", "AB", "AB", "AB", "AB", "AB"),
+    "P3": ("A", "A", "A", "A", "A", "AB", "AB", "A"),
+    "P4": ("AB", "AB", "AB", "AB", "AB", "AB", "AB", "AB"),
+    "P5": ("-", "-", "A", "A", "-", "AB", "B", "A"),
+    "P6": ("-", "A", "A", "A", "A", "AB", "B", "A"),
+    "P7": ("AB", "AB", "AB", "AB", "AB", "AB", "AB", "AB"),
+    "P8": ("-", "-", "A", "A", "-", "-", "-", "A"),
+    "P9": ("-", "-", "-", "-", "-", "-", "-", "A"),
+}
+"""The same of a list or count, whose writers do not lock each other, with one reader."""
+
+
+def lists(text: str = "none", **more: object) -> Configuration:
+    return configuration(text, lists=True, **{"readers": 1, **more})
+
+
+CLEAN_LISTS = (
+    lists("rollback+crash"),
+    lists("restart"),
+    lists("2lost"),
+    lists("crash", n_keys=2, writers=1),
+    lists("3lost", writers=1, floors=True),
+    lists("evict+2lost", writers=1, floors=True),
+)
+LISTS_WITHOUT = (
+    (lists("crash", protocol="P8"), "A"),
+    (lists("replica"), "A"),
+    (lists(next=True), "A"),  # versions that say which transactions had begun, not which had ended
+    (lists("3lost", writers=1), "B"),
+)
+QUICK_LISTS = (lists("crash"), lists("rollback+crash"))
 QUICK = (
     configuration(readers=1, n_keys=2),
     *(configuration(column, readers=1) for column in ("evict+crash", "lost", "late", "expire")),
@@ -99,6 +156,11 @@ QUICK = (
     configuration("lost", readers=1, previous=True),
     configuration(writers=3, readers=1),
     configuration("3lost", writers=1, floors=True),
+    configuration("evict+crash", readers=1, early=True),
+    configuration("lost", readers=1, early=True),
+    configuration("rollback+crash", readers=1, early=True),
+    configuration("crash", readers=1, early=True, deletes=True),
+    configuration("crash", readers=1, early=True, previous=True),
 )
 
 
@@ -120,56 +182,110 @@ def explain(configuration: Configuration, wanted: Iterable[str]) -> None:
             print(f"      {step}")
 
 
-def everything() -> bool:
-    """Print the table and everything else; return whether all is as expected."""
-    good, ours, total = True, 0, 0
-    cells: dict[str, list[str]] = {}
-    print(f"{'protocol, writers, readers, faults':58} {'found':5} {'visited':>15} {'took':>8}")
-    for protocol, expected in EXPECTED.items():
-        cells[protocol] = []
-        for column, wanted in zip(COLUMNS, expected, strict=True):
-            whole = protocol in {"P8", "P9"} and wanted == "-"
-            result = search(configuration(column, protocol=protocol), wanted="" if whole else "AB")
-            cells[protocol].append(result.verdict)
-            good &= result.verdict == wanted
-            total += result.states
-            ours += result.states if protocol == "P9" else 0
+class Report:
+    """What a run has found so far, printed as it is found.
+
+    Attributes:
+        good: whether all is as expected.
+        ours: states of our own protocol.
+        others: states of the others.
+    """
+
+    def __init__(self) -> None:
+        self.good, self.ours, self.others = True, 0, 0
+
+    def table(self, expected: Mapping[str, Sequence[str]], **more: object) -> dict[str, list[str]]:
+        """Search every protocol under every fault; return what was found, by protocol."""
+        cells: dict[str, list[str]] = {}
+        print(f"{'protocol, writers, readers, faults':58} {'found':5} {'visited':>15} {'took':>8}")
+        for protocol, wants in expected.items():
+            cells[protocol] = []
+            for column, wanted in zip(COLUMNS, wants, strict=True):
+                whole = protocol in {"P8", "P9"} and wanted == "-"
+                each = configuration(column, protocol=protocol, **more)
+                result = search(each, wanted="" if whole else "AB")
+                cells[protocol].append(result.verdict)
+                self._count(result)
+                show(result)
+                if result.verdict != wanted:
+                    self._fail(result, f"expected {wanted}", result.found)
+        return cells
+
+    def clean(self, title: str, wanted: Iterable[Configuration]) -> None:
+        """Search configurations in which nothing is to be found."""
+        print(f"\n{title}")
+        for each in wanted:
+            result = search(each)
             show(result)
-            if result.verdict != wanted:
-                print(f"  expected {wanted}")
-                explain(result.configuration, result.found)
-    print("\nOurs in other forms, and with more faults:")
-    for each in (*CLEAN, *FLOORS):
-        result = search(each)
-        show(result)
-        ours += result.states
-        if result.found:
-            good = False
-            explain(each, result.found)
-    print("\nUntil the relay has run:")
-    for each in UNTIL_RELAY:
-        result = search(each)
-        show(result, "B" if "B" in result.found else "-")
-        ours += result.states
-        if {"A", "C"} & set(result.found):
-            good = False
-            explain(each, {"A", "C"} & set(result.found))
-    print("\nWithout a part of it:")
-    for each, wanted in WITHOUT:
-        result = search(each, wanted=wanted)
-        show(result)
-        total += result.states
-        if result.verdict != wanted:
-            good = False
-            print(f"  expected {wanted}")
-        explain(each, wanted[:1])
+            self._count(result)
+            if result.found:
+                self._fail(result, "", result.found)
+
+    def until_relay(self, wanted: Iterable[Configuration]) -> None:
+        """Search configurations in which something old is shown, before the relay has run."""
+        print("\nUntil the relay has run:")
+        for each in wanted:
+            result = search(each)
+            show(result, "B" if "B" in result.found else "-")
+            self._count(result)
+            if {"A", "C"} & set(result.found):
+                self._fail(result, "", {"A", "C"} & set(result.found))
+
+    def without(self, wanted: Iterable[tuple[Configuration, str]]) -> None:
+        """Search configurations that lack a part, and are to fail."""
+        print("\nWithout a part of it:")
+        for each, found in wanted:
+            result = search(each, wanted=found)
+            show(result)
+            self.others += result.states
+            if result.verdict != found:
+                self._fail(result, f"expected {found}", ())
+            explain(each, found[:1])
+
+    def _count(self, result: Result) -> None:
+        if result.configuration.protocol == "P9":
+            self.ours += result.states
+        else:
+            self.others += result.states
+
+    def _fail(self, result: Result, why: str, found: Iterable[str]) -> None:
+        self.good = False
+        print(f"  {why}")
+        explain(result.configuration, found)
+
+
+def everything() -> bool:
+    """Print the tables and everything else; return whether all is as expected."""
+    report = Report()
+    rows = report.table(EXPECTED)
+    report.clean("Ours in other forms, and with more faults:", (*CLEAN, *FLOORS))
+    report.until_relay(UNTIL_RELAY)
+    report.without(WITHOUT)
+    good = everything_of_lists(report)
+    print_table(rows)
+    return good
+
+
+def everything_of_lists(report: Report | None = None) -> bool:
+    """The same of lists and counts alone."""
+    report = report or Report()
+    print("\nLists and counts:")
+    cells = report.table(LISTS, lists=True, readers=1)
+    report.clean("In other forms, and with more faults:", CLEAN_LISTS)
+    report.without(LISTS_WITHOUT)
+    print_table(cells)
+    verdict = "as expected" if report.good else "NOT as expected"
+    total = report.ours + report.others
+    print(f"\n{report.ours:,} states of ours, {total:,} in all: {verdict}")
+    return report.good
+
+
+def print_table(cells: Mapping[str, Sequence[str]]) -> None:
+    """Print what was found, as Markdown."""
     print(f"\n| protocol | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for protocol, verdicts in cells.items():
         name = NAMES.get(protocol, "ours without the relay" if protocol == "P8" else "ours")
         print(f"| {protocol} {name} | {' | '.join(verdicts)} |")
-    verdict = "as expected" if good else "NOT as expected"
-    print(f"\n{ours:,} states of ours, {total + ours:,} in all: {verdict}")
-    return good
 
 
 def main(arguments: list[str]) -> int:
@@ -181,9 +297,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--keys", type=int, default=1)
     parser.add_argument("--deletes", action="store_true")
     parser.add_argument("--previous", action="store_true")
+    parser.add_argument("--early", action="store_true")
+    parser.add_argument("--lists", action="store_true", help="lists and counts, and not rows")
     given = parser.parse_args(arguments)
     if given.protocol is None:
-        return 0 if everything() else 1
+        return 0 if (everything_of_lists() if given.lists else everything()) else 1
     one = configuration(
         given.faults,
         protocol=given.protocol,
@@ -192,6 +310,8 @@ def main(arguments: list[str]) -> int:
         n_keys=given.keys,
         deletes=given.deletes,
         previous=given.previous,
+        early=given.early,
+        lists=given.lists,
     )
     result = search(one)
     show(result)

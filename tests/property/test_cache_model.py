@@ -6,7 +6,17 @@ import pytest
 
 from tests.property.cachemodel import Configuration
 from tests.property.cachesearch import search
-from tests.property.modelcheck import COLUMNS, EXPECTED, QUICK, WITHOUT, configuration
+from tests.property.modelcheck import (
+    COLUMNS,
+    EXPECTED,
+    LISTS,
+    LISTS_WITHOUT,
+    QUICK,
+    QUICK_LISTS,
+    WITHOUT,
+    configuration,
+    lists,
+)
 
 BROKEN = [
     (protocol, column, wanted)
@@ -24,7 +34,14 @@ def test_well_known_protocols_fail_where_they_are_known_to(
     assert result.verdict == wanted, result.found
 
 
-@pytest.mark.parametrize("each", QUICK, ids=str)
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("protocol", [*LISTS][:-2])
+def test_they_fail_for_lists_and_counts_too(protocol: str, column: str) -> None:
+    result = search(lists(column, protocol=protocol), wanted="AB")
+    assert result.verdict == LISTS[protocol][COLUMNS.index(column)], result.found
+
+
+@pytest.mark.parametrize("each", [*QUICK, *QUICK_LISTS], ids=str)
 def test_nothing_old_is_ever_shown(each: Configuration) -> None:
     result = search(each)
     assert result.is_whole
@@ -33,7 +50,7 @@ def test_nothing_old_is_ever_shown(each: Configuration) -> None:
         pytest.fail("\n".join(next(iter(search(each, traced=True).found.values()))))
 
 
-@pytest.mark.parametrize(("each", "wanted"), WITHOUT, ids=str)
+@pytest.mark.parametrize(("each", "wanted"), [*WITHOUT, *LISTS_WITHOUT], ids=str)
 def test_every_part_is_needed(each: Configuration, wanted: str) -> None:
     assert search(each, wanted=wanted).verdict == wanted
 

@@ -210,6 +210,7 @@ def test_the_admin_password_may_come_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secret").write_text("from file\n")
+    (tmp_path / "secret").chmod(0o600)
     file = write(tmp_path, GOOD.replace('password = "hunter2"', 'password_file = "secret"'))
     assert load(file)[1].physical["alpha"].admin_url.password == "from file"
     monkeypatch.setenv("SHARDKIT_ADMIN_PASSWORD", "from environment")

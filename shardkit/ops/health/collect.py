@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import psycopg
-from sqlalchemy import URL
 
 from shardkit import deadlines
 from shardkit.cluster import Cluster
@@ -137,16 +136,18 @@ class _Questions:
         if shard.pooler is not None:
             urls = {(e.url.host, e.url.port): e.url for e in shard.endpoints}
             for url in urls.values():
-                ask = partial(questions.ask_pooler, shard, _as_admin(url, shard))
+                ask = partial(questions.ask_pooler, shard, shard.looking_at(url))
                 unlooked = self._unlooked(f"pgbouncer {url.host}:{url.port or 5432}")
                 self.tasks.append(_Question(ask, found.poolers, unlooked))
 
     def _about_endpoint(self, shard: PhysicalShard, endpoint: Endpoint) -> None:
         is_replica = endpoint.role is Role.REPLICA
         straight = endpoint.server_url or endpoint.url
-        admin = _as_admin(straight, shard) if is_replica else shard.admin_url
-        silent = self._silent(str(endpoint), "the admin login")
-        ask = partial(questions.ask_server, endpoint, admin)
+        looking = shard.looking_at(straight) if is_replica else shard.looking_url
+        silent = self._silent(
+            str(endpoint), "the monitor's login" if shard.monitor_url else "the admin login"
+        )
+        ask = partial(questions.ask_server, endpoint, looking)
         self.tasks.append(_Question(ask, self._found.servers, silent))
         for url in (endpoint.url, endpoint.read_url):
             if url is not None:
@@ -163,10 +164,6 @@ class _Questions:
 
     def _unlooked(self, where: str) -> Callable[[str], None]:
         return lambda reason: self._found.failures.update({where: OperationError(reason)})
-
-
-def _as_admin(url: URL, shard: PhysicalShard) -> URL:
-    return url.set(username=shard.admin_url.username, password=shard.admin_url.password)
 
 
 def _ask_services(

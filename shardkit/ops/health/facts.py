@@ -223,6 +223,7 @@ class State:
         widest: tables and indexes that a statement on one table locks over all of them.
         app: the application's role.
         admin_powers: of the admin's role, see `AppRole.powers`.
+        role_changes: what `shardkit roles plan` would list, but for passwords.
     """
 
     where: str
@@ -236,6 +237,7 @@ class State:
     widest: int
     app: AppRole
     admin_powers: tuple[str, ...] = ()
+    role_changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ from shardkit.ops.health.facts import (
     Standby,
     State,
 )
+from shardkit.ops.roles import decide
+from shardkit.ops.rolesread import read as read_roles
 from shardkit.topology import Endpoint, PhysicalShard, Topology, schema_name
 from shardkit.waits import Connection
 
@@ -194,7 +196,7 @@ def ask_state(topology: Topology, shard: PhysicalShard) -> State:
         psycopg.Error: it does not answer, or the admin's login may not look.
     """
     app = shard.primary.url.username or ""
-    with _connected(shard.admin_url) as connection:
+    with _connected(shard.looking_url) as connection:
         found = ledger.read(connection)
         schemas = frozenset(number for (number,) in _all(connection, _SCHEMAS))
         relations, widest = _one(connection, _RELATIONS)
@@ -210,7 +212,7 @@ def ask_state(topology: Topology, shard: PhysicalShard) -> State:
             admin_digest=ledger.admin_script(
                 shard, cluster=topology.name, n_logical_shards=topology.n_logical_shards
             )[1],
-            shard_digest=ledger.logical_shard_digest(app),
+            shard_digest=ledger.logical_shard_digest(shard.roles),
             schemas=schemas,
             ids=tuple(_id_states(connection, owned)),
             n_relations=relations,
@@ -221,7 +223,10 @@ def ask_state(topology: Topology, shard: PhysicalShard) -> State:
                 owned=_texts(connection, _OWNED, app),
                 creates_in=_texts(connection, _CREATES, app),
             ),
-            admin_powers=_powers(connection, shard.admin_url.username or ""),
+            admin_powers=_powers(connection, shard.roles.admin),
+            role_changes=tuple(
+                change.what for change in decide(read_roles(connection, shard), shard.roles)
+            ),
         )
 
 

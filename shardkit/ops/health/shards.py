@@ -21,7 +21,7 @@ OUTBOX_AGE = 60.0
 _AHEAD = MAX_AHEAD_MS / 1000
 
 
-@check(Severity.ERROR, "ALTER ROLE … NOSUPERUSER and the like; the application needs DML only")
+@check(Severity.ERROR, "run `shardkit roles apply`: the application needs DML only")
 def app_powers(facts: Facts) -> Iterator[Problem]:
     """The application's role may do more than its work, so that no fence stops it."""
     for state in facts.states:
@@ -29,7 +29,7 @@ def app_powers(facts: Facts) -> Iterator[Problem]:
             yield Problem(state.where, f"role {state.app.name!r}: {', '.join(state.app.powers)}")
 
 
-@check(Severity.ERROR, "ALTER … OWNER TO the admin's role")
+@check(Severity.ERROR, "run `shardkit roles apply`; what is in other schemas, ALTER … OWNER TO")
 def app_owns(facts: Facts) -> Iterator[Problem]:
     """The application's role owns something: REVOKE does not bind owners."""
     for state in facts.states:
@@ -37,13 +37,22 @@ def app_owns(facts: Facts) -> Iterator[Problem]:
             yield Problem(state.where, f"role {state.app.name!r} owns {', '.join(state.app.owned)}")
 
 
-@check(Severity.ERROR, "REVOKE CREATE ON SCHEMA or DATABASE FROM the role, and FROM PUBLIC")
+@check(Severity.ERROR, "run `shardkit roles apply`; in other schemas, REVOKE CREATE")
 def app_creates(facts: Facts) -> Iterator[Problem]:
     """The application's role may create objects."""
     for state in facts.states:
         if state.app.creates_in:
             places = ", ".join(state.app.creates_in)
             yield Problem(state.where, f"role {state.app.name!r} may create in {places}")
+
+
+@check(Severity.WARNING, "run `shardkit roles plan`, which lists all of them, then apply")
+def roles_differ(facts: Facts) -> Iterator[Problem]:
+    """Roles, owners or rights that are not as `shardkit roles apply` makes them."""
+    for state in facts.states:
+        if state.ledger.identity is not None and state.role_changes:
+            first, n_more = state.role_changes[0], len(state.role_changes) - 1
+            yield Problem(state.where, f"{first}{f', and {n_more} more' if n_more else ''}")
 
 
 @check(Severity.WARNING, "ALTER ROLE … NOSUPERUSER; it owns the database, which is enough")
@@ -230,7 +239,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 CHECKS = (
-    app_powers, app_owns, app_creates, admin_powers, identity, schema_missing, schema_stray,
-    unowned, misplaced, fenced, outdated, ids_missing, ids_ahead, reference_differs, not_looked_at,
-    lookup_incomplete, outbox_late, outbox_dead,
+    app_powers, app_owns, app_creates, roles_differ, admin_powers, identity, schema_missing,
+    schema_stray, unowned, misplaced, fenced, outdated, ids_missing, ids_ahead, reference_differs,
+    not_looked_at, lookup_incomplete, outbox_late, outbox_dead,
 )  # fmt: skip

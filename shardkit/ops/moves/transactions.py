@@ -197,10 +197,14 @@ def promote(connection: Connection) -> tuple[int, list[int]]:
         registered, timeline = found
         if registered == timeline:
             return timeline, []
-        rows = connection.execute(
-            "UPDATE shardkit.ownership SET epoch = epoch + 1 WHERE state IN ('active', 'fenced') "
-            "RETURNING logical_shard"
-        ).fetchall()
+        rows = (
+            []
+            if registered is None
+            else connection.execute(
+                "UPDATE shardkit.ownership SET epoch = epoch + 1 WHERE state IN ('active', 'fenced') "
+                "RETURNING logical_shard"
+            ).fetchall()
+        )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
         return timeline, sorted(number for (number,) in rows)
 

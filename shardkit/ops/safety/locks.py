@@ -6,6 +6,7 @@ Locking", and ALTER TABLE's notes.
 
 from __future__ import annotations
 
+from shardkit.ops.backfills import backfill_of
 from shardkit.ops.safety.rules import Found, Scene, commands, rule
 from shardkit.ops.sqltree import Node, Statement, name_of, named, relation
 
@@ -201,12 +202,13 @@ def lock_table(statement: Statement, _scene: Scene) -> Found:
 
 @rule(
     "writes a whole table in one transaction",
-    "write rows in batches from a program, outside the migrations, between a pre and a post "
-    "revision; each batch commits by itself",
+    'write backfill("UPDATE …") instead of op.execute(), from shardkit.migrations: it goes in '
+    "batches, each a transaction, and waits for replicas",
     "large",
     strong=("backfilling_data",),
 )
 def backfill_at_once(statement: Statement, _scene: Scene) -> Found:
-    """Refuse UPDATE and DELETE of a large table, with a WHERE or without."""
-    if statement.kind in {"update_stmt", "delete_stmt", "merge_stmt"}:
+    """Refuse UPDATE and DELETE of a large table, with a WHERE or without, unless in batches."""
+    written = statement.kind in {"update_stmt", "delete_stmt", "merge_stmt"}
+    if written and backfill_of(statement) is None:
         yield named(statement.body)

@@ -18,12 +18,14 @@ from shardkit.ops.ledger import (
     logical_shard_digest,
     shard_script,
 )
+from shardkit.ops.parts import Parts
 from shardkit.ops.plan import MigrationPlan, decide
 from shardkit.ops.revisions import Revision
-from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
+from shardkit.topology import Endpoint, PhysicalShard, Role, RoleNames, ShardMap, Topology
 
+ROLES = RoleNames.of(app="app", admin="admin")
 ACTIVE = Ownership(1, "active", None)
-OWN_ROW = {OWN: logical_shard_digest("app")}
+OWN_ROW = {OWN: logical_shard_digest(ROLES)}
 
 
 def physical(name: str) -> PhysicalShard:
@@ -102,8 +104,11 @@ def test_a_used_schema_gets_a_transaction_per_revision_and_a_new_one_a_single() 
         {"alpha": ledger("alpha", {0: {"r1": "c"}}), "beta": Ledger()},
     )
     used, new = plan.physical[0].work
-    assert used.transactions == ((True, ()), (False, (R2,)))
-    assert new.transactions == ((True, (R1, R2)),)
+    parts = Parts(plan.physical[0], ROLES)
+    own, then = parts.of(used, 0)
+    assert (own.revisions, then.revisions) == ((), (R2,))
+    [at_once] = parts.of(new, 0)
+    assert at_once.revisions == (R1, R2)
 
 
 def test_ownership_rows_win_over_the_first_placement() -> None:
@@ -199,11 +204,13 @@ def test_two_owners_at_one_epoch_are_refused() -> None:
 
 
 def test_the_script_of_a_shard_carries_its_ledger_row() -> None:
-    script = shard_script(42, own=False, app_role="app", revisions=[R1])
+    script = shard_script(42, own=False, roles=ROLES, revisions=[R1])
     assert script.startswith('SET LOCAL search_path = "shard_0042"\n;\nSELECT 1\n;\nINSERT INTO ')
     assert '"shard_0042".shardkit_version' in script
-    assert "('r1', 'c')" in script
+    assert "('r1', 'c', NULL)" in script
 
 
 def test_names_are_quoted_into_the_script() -> None:
-    assert '"odd""role"' in shard_script(1, own=True, app_role='odd"role', revisions=[])
+    assert '"odd""role"' in shard_script(
+        1, own=True, roles=RoleNames.of(app='odd"role', admin="adm"), revisions=[]
+    )
