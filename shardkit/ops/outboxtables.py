@@ -86,8 +86,8 @@ CREATE TABLE IF NOT EXISTS shardkit.outbox_lease (
 """
 
 # Row locks on the leases that are free, skipping those that another claim is about to take. A
-# lease is free when nobody holds it, when it has expired by the server's clock, or when the lock
-# of its holder is gone, as after kill -9. The settings keep the plan: statistics of a queue are
+# lease is free when nobody holds it, when it has expired by the server's clock, when the lock of its
+# holder is gone, as after kill -9, or when it is of before a hand-over. The settings keep the plan: statistics of a queue are
 # always wrong, and the order of the primary key is the order of delivery.
 # A holder that did not end properly may have been killed by an event, so its successor takes an
 # eighth as many; a batch of one is counted as an attempt before it is delivered.
@@ -113,7 +113,7 @@ BEGIN
         SELECT l.logical_shard, l.owner, l.batch, o.epoch
         FROM shardkit.outbox_lease AS l JOIN shardkit.ownership AS o USING (logical_shard)
         WHERE l.logical_shard = ANY (shards) AND o.state = 'active'
-            AND (l.owner IS NULL OR l.expires < clock_timestamp()
+            AND (l.owner IS NULL OR l.expires < clock_timestamp() OR l.epoch <> o.epoch
                 OR (l.owner > 0 AND l.owner <> worker
                     AND pg_try_advisory_xact_lock({_OWNERS}, l.owner)))
         ORDER BY array_position(shards, l.logical_shard)

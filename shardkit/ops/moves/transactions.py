@@ -201,8 +201,8 @@ def promote(connection: Connection) -> tuple[int, list[int]]:
             []
             if registered is None
             else connection.execute(
-                "UPDATE shardkit.ownership SET epoch = epoch + 1 WHERE state IN ('active', 'fenced') "
-                "RETURNING logical_shard"
+                "UPDATE shardkit.ownership SET epoch = epoch + 1 "
+                "WHERE state IN ('active', 'fenced') RETURNING logical_shard"
             ).fetchall()
         )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
