@@ -86,9 +86,10 @@ CREATE TABLE IF NOT EXISTS shardkit.outbox_lease (
 """
 
 # Row locks on the leases that are free, skipping those that another claim is about to take. A
-# lease is free when nobody holds it, when it has expired by the server's clock, when the lock of its
-# holder is gone, as after kill -9, or when it is of before a hand-over. The settings keep the plan: statistics of a queue are
-# always wrong, and the order of the primary key is the order of delivery.
+# lease is free when nobody holds it, when it has expired by the server's clock, when the lock of
+# its holder is gone, as after kill -9, or when it is of before a hand-over. The settings keep the
+# plan: statistics of a queue are always wrong, and the order of the primary key is the order of
+# delivery.
 # A holder that did not end properly may have been killed by an event, so its successor takes an
 # eighth as many; a batch of one is counted as an attempt before it is delivered.
 _CLAIM = f"""

@@ -240,7 +240,7 @@ def test_a_lease_that_waits_for_a_fence_is_refused_after_it(ready: Site, cluster
             admin.execute("UPDATE shardkit.ownership SET state = 'fenced' WHERE logical_shard = 2")
         thread.join()
     assert [str(error.args[0]) for error in failures] == [
-        "logical shard 2 is fenced on this server"
+        "it is fenced: logical shard 2 is fenced on this server"
     ]
 
 
