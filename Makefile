@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache halves migrate-kill test-docker lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills halves migrate-kill test-docker lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -99,6 +99,9 @@ outbox-chaos: setup ## a million events while relays are killed, and Celery besi
 
 test-chaos-cache: setup ## ten million reads of the cache under faults, and none is old; minutes
 	@$(BIN)/python -m benchmarks cachechaos $(ARGS)
+
+cache-kills: setup ## for how long something old is shown after writers are killed; a minute
+	@$(BIN)/python -m benchmarks cachekills $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

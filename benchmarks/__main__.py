@@ -14,6 +14,8 @@ import benchmarks
 SHARED = (
     "__main__",
     "cacheroles",
+    "cachesessions",
+    "cachestages",
     "cachetrace",
     "measure",
     "outage",
@@ -23,7 +25,16 @@ SHARED = (
 )
 """Modules that are no benchmarks."""
 
-LONG = ("cachechaos", "chaos", "halves", "lookup", "migrate_blocker", "stale", "uniqueness")
+LONG = (
+    "cachechaos",
+    "cachekills",
+    "chaos",
+    "halves",
+    "lookup",
+    "migrate_blocker",
+    "stale",
+    "uniqueness",
+)
 """Benchmarks that take minutes, run only when named."""
 
 

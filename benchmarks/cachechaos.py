@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import socket
@@ -32,44 +33,50 @@ from typing import Any, Final
 
 import psycopg
 
-from benchmarks.cacheroles import CHECKED, TABLES, Shared, read, relay, write
+from benchmarks.cacheroles import CHECKED
+from benchmarks.cachestages import Machines, Sessions
 from benchmarks.measure import report, servers
-from shardkit.config import load
 from shardkit.testing import FaultProxy, wait_until
 
-__all__ = ["BOUND", "Outcome", "run"]
+__all__ = ["BOUND", "Machines", "Outcome", "Sessions", "run"]
 
 BOUND: Final = 1.0
 """Seconds after a commit from which nobody may be shown anything older."""
 
 WANTED: Final = 10_000_000
-N_ROWS: Final = 3000
 _FAR: Final = 2  # the server behind the link
 PEERS = ("cache-aside",)
+ARMS: Final = {"machines": 0.8, "sessions in memcached": 0.15, "sessions in redis": 0.15}
+"""Who plays, and which share of the reads."""
+
 TARGETS = {
     "late_reads": "≤ 0", "mixed_up_reads": "≤ 0", "aside_late_reads": "≥ 1",
-    "checked_reads": f"≥ {WANTED}", "evictions": "≥ 1", "restarts": "≥ 1", "link_faults": "≥ 1",
+    "evictions": "≥ 1", "restarts": "≥ 1", "link_faults": "≥ 1",
 }  # fmt: skip
 
 
 def main(*, as_json: bool, quick: bool = False) -> None:
-    with servers(physical=1) as local:
-        _, topology = load(local.config_path)
-        (shard,) = topology.physical.values()
-        url = shard.admin_url.set(drivername="postgresql")
-        dsn = url.render_as_string(hide_password=False)
-        outcome = run(dsn, checked=100_000 if quick else WANTED, timeout=3600.0, said=not as_json)
-    report(
-        "cachechaos",
-        outcome.figures,
-        peers=PEERS,
-        medians={},
-        targets=TARGETS | ({"checked_reads": ""} if quick else {}),
-        as_json=as_json,
-    )
-    if not as_json:
-        print(outcome.bound)
-    if outcome.counts["late"] or outcome.counts["mixed"] or not outcome.counts["aside_late"]:
+    failed = False
+    for arm, share in ARMS.items():
+        with servers(physical=1, logical_shards=8) as local:
+            config = local.config_path
+            stage = Machines(config) if arm == "machines" else Sessions(config, arm.split()[-1])
+            wanted = round((100_000 if quick else WANTED) * share)
+            outcome = run(stage, checked=wanted, timeout=3600.0, said=not as_json)
+        targets = TARGETS | {"checked_reads": f"≥ {wanted}"}
+        report(
+            f"cachechaos, {arm}",
+            outcome.figures,
+            peers=PEERS,
+            medians={},
+            targets=targets,
+            as_json=as_json,
+        )
+        if not as_json:
+            print(outcome.bound)
+        counts = outcome.counts
+        failed |= bool(counts["late"] or counts["mixed"] or not counts["aside_late"])
+    if failed:
         sys.exit(1)
 
 
@@ -127,34 +134,57 @@ class Outcome:
 
 
 class Server:
-    """One Memcached."""
+    """One Memcached, or one Redis that forgets everything when it is killed."""
 
-    def __init__(self, *options: str) -> None:
-        program = shutil.which("memcached")
+    def __init__(self, kind: str, *, is_small: bool = False) -> None:
+        program = shutil.which("redis-server" if kind == "redis" else kind)
         if program is None:
-            sys.exit("Memcached is not installed")
+            sys.exit(f"{kind} is not installed")
         with socket.create_server(("127.0.0.1", 0)) as found:
             self.port = found.getsockname()[1]
-        self.name = f"127.0.0.1:{self.port}"
-        self._command = [program, "-l", "127.0.0.1", "-p", str(self.port), "-U", "0", "-t", "1"]
-        self._command += ["-u", "nobody", *options]
+        self.kind = kind
+        port = str(self.port)
+        if kind == "redis":
+            self._command = [program, "--bind", "127.0.0.1", "--port", port, "--save", ""]
+            small = ["--maxmemory", "2500kb", "--maxmemory-policy", "volatile-lru"]
+        else:
+            self._command = [program, "-l", "127.0.0.1", "-p", port, "-U", "0", "-t", "1"]
+            self._command += ["-u", "nobody"]
+            small = ["-m", "1", "-I", "512k"]
+        self._command += small if is_small else []
         self.start()
 
+    def at(self, port: int) -> str:
+        """Return how backends are told of it, or of a link to it."""
+        return f"redis://127.0.0.1:{port}/0" if self.kind == "redis" else f"127.0.0.1:{port}"
+
+    @property
+    def name(self) -> str:
+        """How backends are told of it."""
+        return self.at(self.port)
+
     def start(self) -> None:
-        self._process = subprocess.Popen(self._command)
-        wait_until(lambda: b"pid" in self.ask(b"stats\r\n"), timeout=10, what="Memcached answers")
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: self.evictions() >= 0, timeout=10, what=f"{self.kind} answers")
 
     def ask(self, request: bytes) -> bytes:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
                 connection.sendall(request)
-                return connection.recv(65536)
+                said = b""
+                while not re.search(rb"evictions \d+\r|evicted_keys:\d+\r", said):
+                    if not (more := connection.recv(65536)):
+                        break
+                    said += more
+                return said
         except OSError:
             return b""
 
     def evictions(self) -> int:
-        lines = self.ask(b"stats\r\n").splitlines()
-        return next((int(line.split()[2]) for line in lines if b" evictions " in line), 0)
+        """Return how many entries it threw out for room; -1 when it does not answer."""
+        said = self.ask(b"INFO\r\n" if self.kind == "redis" else b"stats\r\n")
+        found = re.search(rb"(?:evictions |evicted_keys:)(\d+)", said)
+        return -1 if found is None else int(found[1])
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -162,7 +192,7 @@ class Server:
 
 
 def run(
-    dsn: str,
+    stage: Machines | Sessions,
     *,
     checked: int,
     timeout: float,
@@ -175,7 +205,7 @@ def run(
     """Have everything fail until so many reads were checked and cache-aside caught, or time is up.
 
     Args:
-        dsn: of a database, in which tables are made and dropped.
+        stage: who takes part, and where.
         checked: reads that a cache answered.
         timeout: seconds.
         readers: processes that read.
@@ -187,30 +217,30 @@ def run(
     outcome, began = Outcome(), time.monotonic()
     next_word = began + 30.0
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.cacheroles"])
+    context.set_forkserver_preload(["benchmarks.cachesessions"])
     n = readers + writers + 1
     with ExitStack() as stack:
-        database = stack.enter_context(psycopg.connect(dsn, autocommit=True))
-        _make(database)
-        stack.callback(_drop, database)
-        small, mortal, far, gutter = Server("-m", "1", "-I", "512k"), Server(), Server(), Server()
+        database = stack.enter_context(psycopg.connect(stage.dsn, autocommit=True))
+        stack.enter_context(stage.made(database))
+        small = Server(stage.kind, is_small=True)
+        mortal, far, gutter = Server(stage.kind), Server(stage.kind), Server(stage.kind)
         for server in (small, mortal, far, gutter):
             stack.callback(server.kill)
         proxy = stack.enter_context(FaultProxy("127.0.0.1", far.port, protocol="tcp", seed=seed))
-        shared = Shared(
-            dsn,
-            (small.name, mortal.name, f"127.0.0.1:{proxy.port}"),
+        shared = stage.shared(
+            (small.name, mortal.name, far.at(proxy.port)),
             (gutter.name,),
-            N_ROWS,
-            context.Array("q", N_ROWS, lock=False),
+            stage.n_rows,
+            context.Array("q", stage.n_rows, lock=False),
             context.Array("d", 3, lock=False),
-            context.Array("q", N_ROWS, lock=False),
+            context.Array("q", stage.n_rows, lock=False),
             context.Array("q", n * len(CHECKED), lock=False),
             context.Event(),
             bound,
             seed,
         )
-        roles = [relay, *[write] * writers, *[read] * readers]
+        relays, writes, reads = stage.roles
+        roles = [relays, *[writes] * writers, *[reads] * readers]
         processes: list[Any] = [
             context.Process(target=role, args=(shared, at), daemon=True)
             for at, role in enumerate(roles)
@@ -221,10 +251,12 @@ def run(
                 each.start()
             looks: deque[tuple[float, list[Any]]] = deque()
             while time.monotonic() - began < timeout:
-                outcome.evictions = small.evictions()
+                outcome.evictions = max(outcome.evictions, small.evictions())
                 if _sum(shared, "checked") >= checked and _has_happened(shared, outcome):
                     break
-                _follow(database, shared, bound, looks)
+                rows = stage.look(database)
+                looks.append((time.monotonic() + bound, rows))  # committed before now
+                _follow(shared, looks)
                 if said and time.monotonic() > next_word:
                     next_word += 30.0
                     seen = {name: _sum(shared, name) for name in CHECKED}
@@ -240,55 +272,33 @@ def run(
                 if each.is_alive():
                     each.kill()
         outcome.counts = {name: _sum(shared, name) for name in CHECKED}
-        ((outcome.left,),) = database.execute("SELECT count(*) FROM chaos_outbox").fetchall()
+        outcome.left = stage.left(database)
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def _make(database: psycopg.Connection[Any]) -> None:
-    for statement in TABLES:
-        database.execute(statement)
-    database.execute(
-        "INSERT INTO chaos_rows SELECT n, nextval('chaos_versions'), repeat('x', 700)"
-        " FROM generate_series(0, %s) AS n",
-        [N_ROWS - 1],
-    )
-
-
-def _drop(database: psycopg.Connection[Any]) -> None:
-    database.execute("DROP TABLE chaos_rows, chaos_outbox")
-    database.execute("DROP SEQUENCE chaos_versions")
-
-
-def _has_happened(shared: Shared, outcome: Outcome) -> bool:
+def _has_happened(shared: Any, outcome: Outcome) -> bool:
     """Whether there was trouble of every kind, and the judge has caught cache-aside."""
     troubles = (outcome.evictions, outcome.restarts, outcome.link_faults)
     return all(troubles) and _sum(shared, "aside_late") > 0
 
 
-def _sum(shared: Shared, name: str) -> int:
+def _sum(shared: Any, name: str) -> int:
     return sum(shared.counters[CHECKED.index(name) :: len(CHECKED)])
 
 
-def _follow(
-    database: psycopg.Connection[Any],
-    shared: Shared,
-    bound: float,
-    looks: deque[tuple[float, list[Any]]],
-) -> None:
-    """Look at the database, and say of looks that are the bound old: nothing less is to be shown.
+def _follow(shared: Any, looks: deque[tuple[float, list[Any]]]) -> None:
+    """Say of looks at the database that are the bound old: nothing less is to be shown.
 
     Readers take what is said before they begin to read.
     """
-    rows = database.execute("SELECT id, version FROM chaos_rows").fetchall()
-    looks.append((time.monotonic() + bound, rows))  # committed before now
     shared.stop.wait(0.1)
     while looks and looks[0][0] <= time.monotonic():
         for row, version in looks.popleft()[1]:
             shared.floors[row] = version
 
 
-def _trouble(shared: Shared, mortal: Server, proxy: FaultProxy, outcome: Outcome) -> None:
+def _trouble(shared: Any, mortal: Server, proxy: FaultProxy, outcome: Outcome) -> None:
     """Kill a server and break a link, again and again."""
     rng = random.Random(shared.seed)  # noqa: S311  troubles, repeatable
     faults = [

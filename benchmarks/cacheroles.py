@@ -11,12 +11,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import psycopg
+import redis
 from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheError
 
@@ -26,8 +27,19 @@ from shardkit.caches.memcached import Memcached, split_address
 from shardkit.caches.ring import Ring
 from shardkit.caches.serving import RELAY_OPTIONS
 from shardkit.caching.rows import decode_row, encode_row
+from shardkit.errors import ShardkitError
 
-__all__ = ["CHECKED", "TABLES", "Shared", "read", "relay", "write"]
+__all__ = [
+    "CHECKED",
+    "TABLES",
+    "Aside",
+    "AsideRedis",
+    "Shared",
+    "in_children",
+    "read",
+    "relay",
+    "write",
+]
 
 TABLES: Final = (
     "CREATE TABLE chaos_rows (id bigint PRIMARY KEY, version bigint NOT NULL, body text NOT NULL)",
@@ -43,6 +55,7 @@ CHANGE: Final = (  # row locks, in the order of the ids
 ANNOUNCE: Final = "INSERT INTO chaos_outbox (row_id, version) SELECT * FROM unnest(%s, %s)"
 LOAD: Final = "SELECT id, version, body FROM chaos_rows WHERE id = ANY(%s)"
 
+ASIDE_ERRORS: Final = (OSError, MemcacheError, redis.RedisError)
 LIVES: Final = Lives(value=3600.0)  # whatever is not repaired stays for an hour
 PATIENCE: Final = Patience(markers=1, leases=2)
 BATCH: Final = 100
@@ -127,6 +140,11 @@ def drive(cache: Memcached, machines: Sequence[Any], place: Place = Place.USUAL)
 
 def write(shared: Shared, process: int) -> None:
     """Write until the end, in children that are killed again and again."""
+    in_children(shared, process, _writes)
+
+
+def in_children(shared: Any, process: int, work: Callable[[Any, int, random.Random], None]) -> None:
+    """Do some work in one child after the other; each is killed where it stands."""
     number = 0
     while not shared.stop.is_set():
         number += 1
@@ -136,14 +154,14 @@ def write(shared: Shared, process: int) -> None:
             seed = shared.seed * 1_000_003 + process * 10_007 + number
             rng = random.Random(seed)  # noqa: S311  repeatable
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.3, 3.0))
-            with suppress(psycopg.Error):
-                _writes(shared, process, rng)
+            with suppress(psycopg.Error, ShardkitError):
+                work(shared, process, rng)
             os._exit(0)
         os.waitpid(child, 0)
 
 
 def _writes(shared: Shared, process: int, rng: random.Random) -> None:
-    cache, aside = shared.cache(), Aside(shared)
+    cache, aside = shared.cache(), Aside(shared.servers)
     with psycopg.connect(shared.dsn) as database:
         while not shared.stop.is_set():
             ids = rng.sample(range(shared.n_rows), rng.choice((1, 1, 1, 3)))
@@ -176,9 +194,13 @@ def _writes(shared: Shared, process: int, rng: random.Random) -> None:
 def read(shared: Shared, process: int) -> None:
     """Read and check until the end."""
     rng = random.Random(shared.seed * 7 + process)  # noqa: S311  repeatable
-    cache, aside, homes = shared.cache(), Aside(shared), Ring(shared.servers)
+    cache, aside, homes = shared.cache(), Aside(shared.servers), Ring(shared.servers)
     n = 0
     with psycopg.connect(shared.dsn, autocommit=True) as database:
+
+        def load(rows: list[int]) -> Iterable[tuple[int, int, str]]:
+            return database.execute(LOAD, [rows])
+
         while not shared.stop.is_set():
             n += 1
             ids = rng.sample(range(shared.n_rows), BATCH)
@@ -186,9 +208,7 @@ def read(shared: Shared, process: int) -> None:
             floors = [shared.floors[row] for row in ids]
             told = [shared.acknowledged[row] for row in ids]
             if n % ASIDE_EVERY == 0:
-                late = [
-                    v < floor for v, floor in zip(aside.read(ids, database), floors, strict=True)
-                ]
+                late = [v < floor for v, floor in zip(aside.read(ids, load), floors, strict=True)]
                 shared.count(process, "aside", len(late))
                 shared.count(process, "aside_late", sum(late))
                 continue
@@ -227,38 +247,84 @@ def _loaded(
     return drive(cache, machines)
 
 
-class Aside:
-    """Plain cache-aside, as nearly everybody has it."""
+Loader = Callable[[list[int]], Iterable[tuple[int, int, str]]]
+"""Returns number, version and body of rows, by number."""
 
-    def __init__(self, shared: Shared) -> None:
-        options = {"timeout": 0.2, "connect_timeout": 0.2, "no_delay": True}
-        self._ring = Ring(shared.servers)
-        self._clients = [Client(split_address(name), **options) for name in shared.servers]
+
+class Aside:
+    """Plain cache-aside, as nearly everybody has it; in Memcached."""
+
+    def __init__(self, servers: Sequence[str]) -> None:
+        self._ring = Ring(servers)
+        self._clients = [self.client(name) for name in servers]
 
     def forget(self, row: int) -> None:
-        with suppress(OSError, MemcacheError):
-            self._clients[self._ring.owner(f"aside:{row}")].delete(f"aside:{row}", noreply=False)
+        """Remove a row that was written."""
+        with suppress(*ASIDE_ERRORS):
+            self.delete(self._clients[self._ring.owner(f"aside:{row}")], f"aside:{row}")
 
-    def read(self, ids: Sequence[int], database: psycopg.Connection[Any]) -> list[int]:
+    def read(self, rows: Sequence[int], load: Loader) -> list[int]:
         """Return the versions that are shown."""
         found: dict[int, int] = {}
-        by_client: dict[int, list[int]] = {}
-        for row in ids:
-            by_client.setdefault(self._ring.owner(f"aside:{row}"), []).append(row)
-        for client, rows in by_client.items():
-            with suppress(OSError, MemcacheError):
-                answer = self._clients[client].get_many([f"aside:{row}" for row in rows])
+        by_client: dict[int, list[str]] = {}
+        for row in rows:
+            by_client.setdefault(self._ring.owner(f"aside:{row}"), []).append(f"aside:{row}")
+        for client, keys in by_client.items():
+            with suppress(*ASIDE_ERRORS):
+                answer = self.get(self._clients[client], keys)
                 found |= {int(k.split(":")[1]): int(v.split(b" ")[0]) for k, v in answer.items()}
-        if missing := [row for row in ids if row not in found]:
+        if missing := [row for row in rows if row not in found]:
             loaded: dict[int, dict[str, str]] = {}
-            for row, version, body in database.execute(LOAD, [missing]):
+            for row, version, body in load(missing):
                 value = {f"aside:{row}": f"{version} {body}"}
                 loaded.setdefault(self._ring.owner(f"aside:{row}"), {}).update(value)
                 found[row] = version
             for client, values in loaded.items():
-                with suppress(OSError, MemcacheError):
-                    self._clients[client].set_many(values, 3600, noreply=False)
-        return [found[row] for row in ids]
+                with suppress(*ASIDE_ERRORS):
+                    self.set(self._clients[client], values)
+        return [found[row] for row in rows]
+
+    def client(self, name: str) -> Any:
+        """Return a connection to a server."""
+        options = {"timeout": 0.2, "connect_timeout": 0.2, "no_delay": True}
+        return Client(split_address(name), **options)
+
+    def get(self, client: Any, keys: list[str]) -> dict[str, bytes]:
+        """Return what is there."""
+        found: dict[str, bytes] = client.get_many(keys)
+        return found
+
+    def set(self, client: Any, values: dict[str, str]) -> None:
+        """Store for an hour."""
+        client.set_many(values, 3600, noreply=False)
+
+    def delete(self, client: Any, key: str) -> None:
+        """Remove an entry."""
+        client.delete(key, noreply=False)
+
+
+class AsideRedis(Aside):
+    """The same in Redis."""
+
+    def client(self, name: str) -> Any:
+        """Return a connection to a server."""
+        return redis.Redis.from_url(name, socket_timeout=0.2, socket_connect_timeout=0.2)
+
+    def get(self, client: Any, keys: list[str]) -> dict[str, bytes]:
+        """Return what is there."""
+        both = zip(keys, client.mget(keys), strict=True)
+        return {key: value for key, value in both if value is not None}
+
+    def set(self, client: Any, values: dict[str, str]) -> None:
+        """Store for an hour."""
+        with client.pipeline(transaction=False) as pipeline:
+            for key, value in values.items():
+                pipeline.set(key, value, ex=3600)
+            pipeline.execute()
+
+    def delete(self, client: Any, key: str) -> None:
+        """Remove an entry."""
+        client.delete(key)
 
 
 # -- the relay

@@ -20,9 +20,9 @@ from sqlalchemy import MetaData
 
 from shardkit.local import LocalCluster, LocalOptions
 from shardkit.testing import create_tables
-from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology
+from shardkit.topology import Endpoint, PhysicalShard, Role, ShardMap, Topology, schema_name
 
-__all__ = ["database", "interleaved", "report", "servers"]
+__all__ = ["database", "interleaved", "paired", "report", "servers", "tables"]
 
 Arm = Callable[[], object]
 
@@ -46,6 +46,31 @@ def interleaved(
             run()
             times[name].append(timer() - start)
     return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def paired(
+    arms: Mapping[str, Arm], *, rounds: int, warm_up: int = 10
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return wall seconds, and seconds of this process's CPU, of each round of each arm.
+
+    The arms run in turns, every other round in the other order: who comes first pays for what
+    others have left in the processor's caches.
+    """
+    walls: dict[str, list[float]] = {name: [] for name in arms}
+    cpus: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(warm_up):
+        for run in arms.values():
+            run()
+    gc.collect()
+    names = list(arms)
+    for _ in range(rounds):
+        names.reverse()
+        for name in names:
+            cpu, start = time.process_time(), time.perf_counter()
+            arms[name]()
+            walls[name].append(time.perf_counter() - start)
+            cpus[name].append(time.process_time() - cpu)
+    return walls, cpus
 
 
 def report(
@@ -115,6 +140,28 @@ def database(
     made = Topology(topology.name, physical, ShardMap(owners, (1,) * logical_shards))
     create_tables(made, metadata)
     return made
+
+
+@contextmanager
+def tables(topology: Topology, metadata: MetaData) -> Iterator[None]:
+    """Have the tables of models in every logical shard, and nothing of them afterwards."""
+    create_tables(topology, metadata)
+    try:
+        yield
+    finally:
+        for shard in topology.physical.values():
+            with connect(shard, admin=True) as connection:
+                for number in topology.shard_map.owned_by(shard.name):
+                    for table in metadata.sorted_tables:
+                        for kind, name in (
+                            ("TABLE", table.name),
+                            ("FUNCTION", f"shardkit_changed_{table.name}"),
+                        ):
+                            connection.execute(
+                                sql.SQL("DROP {} IF EXISTS {}").format(
+                                    sql.SQL(kind), sql.Identifier(schema_name(number), name)
+                                )
+                            )
 
 
 def connect(shard: PhysicalShard, *, admin: bool = False) -> psycopg.Connection[Any]:

@@ -21,17 +21,25 @@ if TYPE_CHECKING:  # the `cache` extra
     from shardkit.caches.backend import Backend, Place
     from shardkit.rowcache import RowCache
 
-__all__ = ["REPAIR_BATCH", "REPAIR_PAUSE", "CacheRepairs"]
+__all__ = ["REPAIR_BATCH", "REPAIR_PAUSE", "CacheRepairs", "repair_pause"]
 
 REPAIR_BATCH: Final = 100
 """Events that are repaired together."""
 
 REPAIR_PAUSE: Final = 0.5
-"""Seconds until what a server did not answer is repaired again, however often that was."""
+"""Most seconds until what a server did not answer is repaired again."""
+
+_FIRST_PAUSE: Final = 0.05
+"""After the first time: more often than not it was slow for once."""
 
 _KEYS_AT_ONCE: Final = 500
 
 _LOG: Final = logging.getLogger("shardkit.relay")
+
+
+def repair_pause(attempts: int) -> float:
+    """Return how many seconds to wait before a repair that has failed so often is tried again."""
+    return min(REPAIR_PAUSE, _FIRST_PAUSE * 2.0 ** min(attempts, 10))
 
 
 class CacheRepairs:

@@ -12,18 +12,28 @@ answer, the relay repairs, of which the triggers of the tables have told it in t
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from sqlalchemy import ForeignKey, Table, TextClause
+from sqlalchemy import Table, TextClause
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.cacheable import CHANGED, VERSION, identity_of, is_cached
-from shardkit.derived import is_watched, watched_columns
+from shardkit.cachechanges import (
+    ANY_VERSION,
+    NEW,
+    Change,
+    Row,
+    concerned,
+    concerns,
+    gone,
+    now,
+    reaches,
+    watched_attributes,
+)
+from shardkit.cachesteps import CacheSteps
+from shardkit.derived import is_watched
 from shardkit.emitting import EPOCH_SHIFT
 from shardkit.errors import ConfigurationError
 from shardkit.modifier import ModifyingSession
@@ -33,19 +43,12 @@ from shardkit.placing import sharding_of_mapper
 from shardkit.topology import schema_name
 
 if TYPE_CHECKING:  # the `cache` extra
-    from shardkit.cache import Writer
-    from shardkit.cached import CachePlan
+    from shardkit.gates import AsyncWriter
+    from shardkit.gates import Writer as Driver
 
 __all__ = ["CacheWrites"]
 
 _LOG: Final = logging.getLogger("shardkit.cache")
-
-_NEW: Final = -1
-"""Version of a row before it is inserted."""
-
-_ANY_VERSION: Final = sys.maxsize
-"""Of a change whose version is not known: whatever is there is older. Its marker carries no row
-and is followed by none, so that others may take it for a later writer's."""
 
 # What this transaction's triggers have written. Locks nothing; begins at the first of these events.
 _ASKED: Final = """
@@ -55,33 +58,6 @@ WHERE position > (SELECT (o.epoch << {shift})
         FROM shardkit.ownership AS o WHERE o.logical_shard = {shard})
     AND topic = '{topic}' AND payload ->> 'transaction' = pg_current_xact_id_if_assigned()::text
 """
-
-
-class _Row(NamedTuple):
-    """A row, by what names its entry: its logical shard, its table and its primary key."""
-
-    shard: int
-    table: str
-    identity: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What is known of a changed row.
-
-    Attributes:
-        version: it has now; `_ANY_VERSION` when that is not known.
-        payload: it as it is now, encoded; None to leave no entry.
-        floor: version that readers of this process have to see at least.
-        replaces: version it had before the transaction; None when that is not known.
-        plan: of its class; None when a statement changed it.
-    """
-
-    version: int
-    payload: bytes | None = None
-    floor: int = 0
-    replaces: int | None = None
-    plan: CachePlan | None = None
 
 
 class CacheWrites(Participant):
@@ -96,11 +72,14 @@ class CacheWrites(Participant):
         self._session = session
         self._placed = placed
         self._versions: dict[int, int | None] = {}
-        self._changes: dict[_Row, _Change] = {}
+        self._changes: dict[Row, Change] = {}
         self._asked: set[int] = set()
         self._quiet: set[int] = set()
-        self._marks: dict[object, tuple[dict[_Row, _Change], set[int]]] = {}
-        self._writers: list[Writer] = []
+        self._marks: dict[object, tuple[dict[Row, Change], set[int]]] = {}
+        self._steps: CacheSteps | None = None
+        self._keys: dict[Row, str] = {}
+        self._known: dict[str, tuple[int, bytes | None]] = {}  # what is committed
+        self._driver: Driver | AsyncWriter | None = None  # computes while it waits for COMMIT
 
     def concern(self, state: InstanceState[Any]) -> bool:
         """Tell whether something is to be done about an object that is written."""
@@ -125,7 +104,7 @@ class CacheWrites(Participant):
             table = state.mapper.local_table
             if id(obj) in self._placed and (
                 self._changes_list(obj, state)
-                or (state.key is not None and not is_cached(table) and _reaches(table))
+                or (state.key is not None and not is_cached(table) and reaches(table))
             ):
                 self._ask((self._placed[id(obj)],))
             if not is_cached(table):
@@ -134,10 +113,52 @@ class CacheWrites(Participant):
                 self._hush(self._placed.get(id(obj)))
             # What the program sets itself is not what the server will have.
             if state.key is None:
-                known = None if VERSION in state.dict else _NEW
+                known = None if VERSION in state.dict else NEW
             else:
                 known = None if VERSION in state.committed_state else state.dict.get(VERSION)
             self._versions[id(obj)] = known
+        is_last = session._is_last_flush and not session.in_nested_transaction()
+        if is_last and self._versions and self._cache is not None:
+            self._meanwhile(self._mark_early)
+
+    def _meanwhile(self, work: Callable[[], None]) -> None:
+        """Have something done as soon as the database has been sent something, if it can be."""
+        drivers = self._session._drivers
+        if len(drivers) == 1:
+            self._driver = drivers[0]
+            self._driver.meanwhile = work
+
+    def _mark_early(self) -> None:
+        """Send markers for what is about to be written, while the database writes it.
+
+        They say the least version that a row can get: one more than it had when it was read.
+        """
+        try:
+            rows = {}
+            for obj in concerned(self._session.new, self._session.dirty, self._session.deleted):
+                state = instance_state(obj)
+                known, shard = self._versions.get(id(obj)), self._placed.get(id(obj))
+                identity = tuple(state.mapper.primary_key_from_instance(obj))
+                is_written = state.key is None or (
+                    obj in self._session.deleted or self._session.is_modified(obj)
+                )
+                if known is not None and shard is not None and is_written and None not in identity:
+                    replaces = known if known > 0 else None
+                    plan = self._cache.plan(state.mapper)
+                    row = Row(shard, plan.table.name, identity)
+                    rows[row] = Change(max(known, 0) + 1, replaces=replaces, plan=plan)
+            self._mark(rows)
+            # At once, since the database may wait for a lock, and connections are few.
+            if self._steps is not None and not self._cache.is_async:
+                self._steps.drive()
+        except Exception:  # noqa: BLE001 - called in the midst of a statement
+            _LOG.exception("markers are sent later")
+
+    def flush_ended(self) -> None:
+        """Forget what was to be done while it wrote, if it wrote nothing or failed."""
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.meanwhile = None
 
     def _changes_list(self, obj: Any, state: InstanceState[Any]) -> bool:
         """Tell whether a list or count may be another when an object is written."""
@@ -145,7 +166,7 @@ class CacheWrites(Participant):
             return False
         if state.key is None or obj in self._session.deleted:
             return True
-        return not _watched_attributes(state.mapper).isdisjoint(state.committed_state)
+        return not watched_attributes(state.mapper).isdisjoint(state.committed_state)
 
     def flushed(self) -> None:
         """Note what was written, as it is now: later changes in place must not be cached.
@@ -157,44 +178,55 @@ class CacheWrites(Participant):
         if cache is None:
             return
         deleted = {id(obj) for obj in session.deleted}
-        for obj in _concerned(session.new, session.dirty, session.deleted):
+        for obj in concerned(session.new, session.dirty, session.deleted):
             state = instance_state(obj)
             before = self._versions.get(id(obj))
             identity = tuple(state.mapper.primary_key_from_instance(obj))
+            shard = self._placed.get(id(obj))
             if id(obj) in deleted:
-                self._change(state.mapper, identity, _gone(before))
+                self._change(state.mapper, identity, gone(before), shard)
                 continue
             after = state.dict.get(VERSION)
             if before is not None and before == after and after > 0:
                 continue  # nothing was written
-            if after == 0 and before == _NEW:
+            if after == 0 and before == NEW:
                 raise ConfigurationError(
                     f"rows of {state.mapper.local_table} get no versions",
                     hint="run shardkit migrate apply, with migrations.models",
                 )
             if state.key is not None and state.key[1] != identity:
-                self._change(state.mapper, state.key[1], _gone(before))
-            self._change(state.mapper, identity, _now(cache, state, before, after))
+                self._change(state.mapper, state.key[1], gone(before))
+            self._change(state.mapper, identity, now(cache, state, before, after), shard)
         self._versions.clear()
 
-    def _change(self, mapper: Mapper[Any], identity: tuple[Any, ...], change: _Change) -> None:
-        sharding = sharding_of_mapper(mapper)
-        assert sharding is not None, "only sharded classes are cached"
-        shard = self._session._decided(lambda router: sharding.shard_of_identity(router, identity))
-        row = _Row(shard, cast("Table", mapper.local_table).name, identity)
+    def _change(
+        self,
+        mapper: Mapper[Any],
+        identity: tuple[Any, ...],
+        change: Change,
+        shard: int | None = None,
+    ) -> None:
+        if shard is None:
+            shard = self._shard_of(mapper, identity)
+        row = Row(shard, cast("Table", mapper.local_table).name, identity)
         earlier = self._changes.get(row)
         if earlier is not None:
             replaces = earlier.replaces
-            change = _Change(change.version, change.payload, change.floor, replaces, change.plan)
+            change = Change(change.version, change.payload, change.floor, replaces, change.plan)
         self._changes[row] = change
-        if _reaches(mapper.local_table):
+        if reaches(mapper.local_table):
             self._asked.add(shard)
+
+    def _shard_of(self, mapper: Mapper[Any], identity: tuple[Any, ...]) -> int:
+        sharding = sharding_of_mapper(mapper)
+        assert sharding is not None, "only sharded classes are cached"
+        return self._session._decided(lambda router: sharding.shard_of_identity(router, identity))
 
     # -- statements
 
     def writing(self, statement: Any, found: Sequence[Part]) -> None:
         """Note where a statement changes cached rows: the server knows which."""
-        if _concerns(statement.table):
+        if concerns(statement.table):
             self._ask(part.shard for part in found)
 
     def said(self, statement: Any, shard: int) -> None:
@@ -202,7 +234,7 @@ class CacheWrites(Participant):
         if isinstance(statement, TextClause):
             may_change = not statement.text.lstrip().lower().startswith("select")
         else:
-            may_change = _concerns(getattr(statement, "table", None))
+            may_change = concerns(getattr(statement, "table", None))
         if may_change:
             self._ask((shard,))
 
@@ -222,31 +254,67 @@ class CacheWrites(Participant):
 
     # -- around COMMIT
 
+    def mark(self) -> None:
+        """Send markers for what a flush has written, COMMIT being next; do not wait for them."""
+        if self._cache is not None and not self._session.in_nested_transaction():
+            self._mark(self._changes)
+
     def prepare(self) -> None:
         """Put markers in the places of the rows, while their locks are held."""
-        cache = self._cache
-        if cache is None or not (self._changes or self._asked):
+        if self._cache is None:
             return
         for shard in sorted(self._asked):
             self._answered(shard)
-        if not self._changes:
+        self._mark(self._changes)
+        if self._steps is None:
+            return
+        self._steps.drive()
+        changes = self._changes.items()
+        self._known = {self._key(row): (each.version, each.payload) for row, each in changes}
+        self._meanwhile(self._foresee)
+
+    def _foresee(self) -> None:
+        if self._steps is not None:
+            self._steps.foresee(self._known)
+
+    def _mark(self, changes: Mapping[Row, Change]) -> None:
+        """Send markers for rows that have none yet."""
+        cache, steps = self._cache, self._steps
+        marked = () if steps is None else steps.keys
+        fresh = [
+            (key, change)
+            for row, change in changes.items()
+            if (key := self._key(row)) not in marked
+        ]
+        if not fresh:
             return
         from shardkit.cache import DEFAULT_LIVES, Writer  # noqa: PLC0415 - the `cache` extra
 
-        for row, change in self._changes.items():
-            replaces = None
-            if cache.serves_previous and change.payload is not None:
-                replaces = change.replaces
-            self._writers.append(
+        if steps is None:
+            steps = self._steps = CacheSteps(cache)
+        steps.mark(
+            [
                 Writer.begin(
-                    cache.key_of(row.table, row.shard, row.identity),
+                    key,
                     change.version,
                     change.payload,
                     lives=DEFAULT_LIVES if change.plan is None else change.plan.lives,
-                    replaces=replaces,
+                    replaces=change.replaces if self._shows_previous(change) else None,
                 )
-            )
-        self._drive()
+                for key, change in fresh
+            ]
+        )
+
+    def _shows_previous(self, change: Change) -> bool:
+        """Whether readers may have the previous value meanwhile."""
+        return bool(self._cache.serves_previous) and change.version != ANY_VERSION
+
+    def _key(self, row: Row) -> str:
+        """Return the name of a row's entry."""
+        key = self._keys.get(row)
+        if key is None:
+            key = self._keys[row] = self._cache.key_of(row.table, row.shard, row.identity)
+        return key
 
     def _answered(self, shard: int) -> None:
         """Ask a server which rows the transaction has changed, and believe it."""
@@ -255,56 +323,49 @@ class CacheWrites(Participant):
         )
         for (payload,) in self._session._connection_to(shard).exec_driver_sql(text):
             for key, version in payload["rows"]:
-                row = _Row(shard, payload["table"], identity_of(payload["tags"], key))
+                row = Row(shard, payload["table"], identity_of(payload["tags"], key))
                 known = self._changes.get(row)
                 if known is None or known.version < version:
-                    self._changes[row] = _Change(version, floor=version)
+                    self._changes[row] = Change(version, floor=version)
 
     def finish(self) -> None:
-        """Store the rows, or remove what is older."""
-        if not self._writers:
+        """Send what stores the rows, or removes what is older."""
+        if self._steps is None:
             return
-        cache = self._cache
-        for writer, change in zip(self._writers, self._changes.values(), strict=True):
-            if change.floor:
-                cache.raise_floor(writer.key, change.floor)
-        self._writers = [writer.committed() for writer in self._writers]
         try:
-            self._drive()
+            self._steps.committed(self._known)
         except Exception:  # noqa: BLE001 - it holds, and the caller must learn that
             _LOG.exception("what was committed is left to the relay")
-        finally:
-            self._writers = []
+            self._steps = None
+        for row, change in self._changes.items():
+            if change.floor:
+                self._cache.raise_floor(self._key(row), change.floor)
 
     def settle(self, ending: Ending) -> None:
-        """Remove the markers of what did not commit; leave them where nobody knows."""
-        writers, self._writers = self._writers, []
+        """Wait until that is done; remove the markers of what did not commit.
+
+        Where nobody knows, they are left to expire.
+        """
+        steps, self._steps = self._steps, None
+        self.flush_ended()
+        keys = [self._key(row) for row in self._changes] if ending is Ending.COMMITTED else []
         self._changes = {}
+        self._keys = {}
+        self._known = {}
         self._asked.clear()
         self._quiet.clear()
         self._marks.clear()
         self._versions.clear()
-        if writers and ending is Ending.ROLLED_BACK:
-            # One that is not ready was interrupted: its marker expires.
-            self._writers = [writer.rolled_back() for writer in writers if writer.is_ready]
+        if steps is not None and ending is not Ending.UNKNOWN:
             try:
-                self._drive()
-            except Exception:  # noqa: BLE001 - the transaction is over, and they expire
-                _LOG.exception("markers are left to expire")
-            finally:
-                self._writers = []
-
-    def _drive(self) -> None:
-        """Have the machines ask until they are ready or done, in step."""
-        writers, cache = self._writers, self._cache
-        while asking := [
-            (n, request)
-            for n, writer in enumerate(writers)
-            if (request := writer.request) is not None
-        ]:
-            answers = cache.run([request for _, request in asking])
-            for (n, _), answer in zip(asking, answers, strict=True):
-                writers[n] = writers[n].advance(answer)
+                if ending is Ending.ROLLED_BACK:
+                    steps.rolled_back()
+                steps.drive()
+            except Exception:  # noqa: BLE001 - the transaction is over
+                _LOG.exception("the cache is left to the relay")
+        # What other processes have copied before has to end before this is acknowledged.
+        if keys and (seconds := self._cache.copies_end(keys)):
+            self._cache.wait(seconds)
 
     # -- savepoints
 
@@ -317,77 +378,3 @@ class CacheWrites(Participant):
         if transaction in self._marks:
             self._changes, self._asked = self._marks.pop(transaction)
         self._quiet.clear()  # the setting may be undone with it
-
-
-def _concerned(*groups: Iterable[Any]) -> list[Any]:
-    return [
-        obj
-        for group in groups
-        for obj in group
-        if is_cached(instance_state(obj).mapper.local_table)
-    ]
-
-
-def _gone(before: int | None) -> _Change:
-    """Return the change of a row that is there no more."""
-    return _Change(_ANY_VERSION, floor=0 if before is None or before < 0 else before + 1)
-
-
-def _now(cache: Any, state: InstanceState[Any], before: int | None, after: Any) -> _Change:
-    """Return the change of a row that was written.
-
-    What it is now is known where its statement has returned its version: then it has returned
-    all that it did not set.
-    """
-    if before is None or after is None or after == before:
-        return _Change(_ANY_VERSION, floor=max(after or 0, 0))
-    plan = cache.plan(state.mapper)
-    values = state.dict
-    if before == _NEW:  # new: what was left out is null
-        values = {**_nulls(state.mapper), **values}
-    image = plan.image(values)
-    payload = None if image is None else plan.encode(image)
-    return _Change(after, payload, after, before if before > 0 else None, plan)
-
-
-@lru_cache(maxsize=4096)
-def _nulls(mapper: Mapper[Any]) -> dict[str, None]:
-    """Return the attributes whose columns are null unless a value is given."""
-    return {
-        key: None
-        for key, column in mapper.columns.items()
-        if column.nullable and column.server_default is None and column.default is None
-    }
-
-
-@lru_cache(maxsize=4096)
-def _watched_attributes(mapper: Mapper[Any]) -> frozenset[str]:
-    """Return the attributes of the columns on which lists and counts depend."""
-    columns = watched_columns(cast("Table", mapper.local_table))
-    return frozenset(key for key, c in mapper.columns.items() if c.name in columns)
-
-
-def _concerns(table: Any) -> bool:
-    """Tell whether a statement that changes a table may change what is cached."""
-    return is_cached(table) or is_watched(table) or _reaches(table)
-
-
-@lru_cache(maxsize=4096)
-def _reaches(table: Any) -> bool:
-    """Tell whether the server itself changes cached rows when rows of a table go or change."""
-    seen: set[Any] = set()
-    waiting = [table] if isinstance(table, Table) else []
-    while waiting:
-        parent = waiting.pop()
-        seen.add(parent)
-        for child in parent.metadata.tables.values():
-            if child not in seen and any(_acts(key, parent) for key in child.foreign_keys):
-                if is_cached(child) or is_watched(child):
-                    return True
-                waiting.append(child)
-    return False
-
-
-def _acts(key: ForeignKey, parent: Table) -> bool:
-    actions = {(action or "no action").lower() for action in (key.ondelete, key.onupdate)}
-    return not actions <= {"no action", "restrict"} and key.references(parent)

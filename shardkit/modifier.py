@@ -29,6 +29,7 @@ class ModifyingSession(EmittingSession):
     """What `WriteSession` is, as far as statements that write are concerned."""
 
     _participants: Participants
+    _is_last_flush = False  # COMMIT comes next
 
     def _run(self, state: ORMExecuteState) -> Any:
         self._flush_deferred()

@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shardkit.batches import Batch, Claims, Taken
 from shardkit.cacheable import CHANGED
-from shardkit.cacherepairs import REPAIR_BATCH, REPAIR_PAUSE, CacheRepairs
+from shardkit.cacherepairs import REPAIR_BATCH, CacheRepairs, repair_pause
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.connections import Connections
@@ -433,7 +433,7 @@ class _Server:
                 event = failure.taken.event
                 pause = relay.backoff.pause(event.attempts + 1, random.random())  # noqa: S311
                 if event.topic == CHANGED:  # never given up: until then old rows may be shown
-                    pause = REPAIR_PAUSE
+                    pause = repair_pause(event.attempts)
                 claims.fail(
                     batch,
                     failure.taken,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ from sqlalchemy.util import await_only
 
 from shardkit.cached import CachePlan, plan_of
 from shardkit.cachereads import CacheReads, Found, Plan
-from shardkit.caches.backend import AsyncBackend, Backend, Place
+from shardkit.caches.backend import AsyncBackend, Backend, Place, Underway
+from shardkit.caches.copies import AsyncCopiedCache, CopiedCache
 from shardkit.caches.opening import async_backend, backend
 from shardkit.caching.floors import SessionFloor
 from shardkit.caching.keys import cache_key
@@ -47,9 +48,11 @@ class Rows:
         config: `[cache]`.
         tally: counts what sessions find.
         serves_previous: whether writers let readers have the previous value meanwhile.
+        is_async: whether it can be asked in SQLAlchemy's greenlet only.
     """
 
     backend: Any
+    is_async = False
     _flights: Flights[Found]
 
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
@@ -130,9 +133,36 @@ class Rows:
         """Carry out requests on different keys; see `shardkit.caches.backend.Backend.run`."""
         raise NotImplementedError
 
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later."""
+        raise NotImplementedError
+
+    def copies_end(self, keys: Iterable[str]) -> float:
+        """Return in how many seconds no process has a copy of these entries from before."""
+        backend = self.backend
+        if isinstance(backend, CopiedCache | AsyncCopiedCache):
+            return backend.copies.wait(keys)
+        return 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Wait."""
+        raise NotImplementedError
+
     def pause(self, longest: float) -> None:
         """Wait a while, at most so many seconds: not all that wait shall ask at once."""
         raise NotImplementedError
+
+
+class _PutOff:
+    """Requests that are sent when their answers are wanted."""
+
+    def __init__(self, rows: Rows, requests: Sequence[Request]) -> None:
+        self._rows = rows
+        self._requests = requests
+
+    def answers(self) -> list[Answer]:
+        """Carry the requests out."""
+        return self._rows.run(self._requests)
 
 
 class RowCache(Rows):
@@ -143,11 +173,21 @@ class RowCache(Rows):
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
         self.backend = backend(config)
+        if config.copies:
+            self.backend = CopiedCache(self.backend, config.copies, clock=clock)
         self._flights = Flights()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys, in the backend's deadline."""
         return self.backend.run(requests, place=place)
+
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later by this thread."""
+        return self.backend.start(requests)
+
+    def wait(self, seconds: float) -> None:
+        """Wait in this thread."""
+        self._clock.sleep(seconds)
 
     def pause(self, longest: float) -> None:
         """Wait a while in this thread."""
@@ -162,15 +202,26 @@ class AsyncRowCache(Rows):
     """The same for asyncio; `run` and `pause` are called inside SQLAlchemy's greenlet."""
 
     backend: AsyncBackend
+    is_async = True
 
     def __init__(self, config: CacheConfig, source: _Known, *, clock: Clock = SYSTEM) -> None:
         super().__init__(config, source, clock=clock)
         self.backend = async_backend(config)
+        if config.copies:
+            self.backend = AsyncCopiedCache(self.backend, config.copies, clock=clock)
         self._flights = AsyncFlights()
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys, in the backend's deadline."""
         return await_only(self.backend.run(requests, place=place))
+
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Put requests off until their answers are wanted."""
+        return _PutOff(self, requests)
+
+    def wait(self, seconds: float) -> None:
+        """Wait in this task."""
+        await_only(asyncio.sleep(seconds))
 
     def pause(self, longest: float) -> None:
         """Wait a while in this task."""

@@ -281,6 +281,13 @@ class CacheConfig(Section):
     serve_previous: bool = False
     """Whether readers are shown the previous value of a row while a writer commits it."""
 
+    copies: Mapping[str, Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
+    """Tables whose rows every process keeps for so long once it has read them. Whoever writes such
+    a row waits for so long after COMMIT, before it is acknowledged. The same in every process; to
+    be raised, and begun, only when no process that writes has the shorter time any more."""
+
     @property
     def is_on(self) -> bool:
         """Whether anything is cached."""

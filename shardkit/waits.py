@@ -11,7 +11,7 @@ Source: docs/architecture.md, decision 18; PostgreSQL's `SyncRepWaitForLSN`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, Self, TypeVar, cast
 
@@ -87,6 +87,8 @@ class _Patient:
         guard: who is told what becomes of each wait.
         was_undone: whether the server has said that it cancelled the last statement given up,
             so that nothing of it holds, even where the statement would have committed itself.
+        meanwhile: is called once, as soon as something was sent next: what has to be done
+            beside that is done while the server works. Raises nothing.
     """
 
     pgconn: psycopg.pq.abc.PGconn
@@ -97,6 +99,7 @@ class _Patient:
     _is_ending = False  # ROLLBACK is on its way: the server is left alone at last
     _has_standby_warning = False
     was_undone = False
+    meanwhile: Callable[[], None] | None = None
 
     def _opened(self, patience: float, guard: Guard) -> None:
         self.patience = patience
@@ -192,6 +195,11 @@ class _Patient:
             yield
         finally:
             self._is_final = False
+
+    def _beside(self, gen: PQGen[T]) -> PQGen[T]:
+        """Have the work of `meanwhile` done beside a conversation."""
+        work, self.meanwhile = self.meanwhile, None
+        return gen if work is None else _beside(gen, work)
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -316,6 +324,8 @@ class Connection(_Patient, psycopg.Connection[Any]):
         if timeout is not None and timeout <= seconds:
             return super().wait(gen, interval=interval, timeout=timeout)
         task = parallel.task()
+        if self.meanwhile is not None:
+            gen = self._beside(gen)
         started = SYSTEM.monotonic()
         try:
             answer = self._driven(gen, seconds, task)
@@ -416,6 +426,8 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
         seconds = self._began(gen)
         if timeout is not None and timeout <= seconds:
             return await super().wait(gen, interval=interval, timeout=timeout)
+        if self.meanwhile is not None:
+            gen = self._beside(gen)
         started = SYSTEM.monotonic()
         try:
             answer = await self._driven(gen, seconds)
@@ -468,6 +480,17 @@ class AsyncConnection(_Patient, psycopg.AsyncConnection[Any]):
         """Roll back, or close the connection when the server does not answer."""
         with self._ending():
             await super().rollback()
+
+
+def _beside(gen: PQGen[T], work: Callable[[], None]) -> PQGen[T]:
+    """Do some work as soon as a conversation waits for the server's answer."""
+    try:
+        wanted = next(gen)
+        work()
+        while True:
+            wanted = gen.send((yield wanted))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]  # psycopg's generators say no more
 
 
 def _bounded_connect(connecting: PQGenConn[T]) -> PQGenConn[T]:

@@ -124,6 +124,7 @@ class WriteSession(ModifyingSession):
             self._raise(error)
         finally:
             self._placed.clear()
+            self._cache_writes.flush_ended()
 
     def commit(self) -> None:
         """Flush and commit.
@@ -153,7 +154,11 @@ class WriteSession(ModifyingSession):
         ):
             self._alone.run(self.flush)
         else:
-            self.flush()
+            self._is_last_flush = True
+            try:
+                self.flush()
+            finally:
+                self._is_last_flush = False
         self._refuse_failed()
         try:
             super().commit()
@@ -390,6 +395,8 @@ def _on_end(session: Session, transaction: SessionTransaction) -> None:
 def _on_flushed(session: Session, _context: UOWTransaction) -> None:
     assert isinstance(session, WriteSession)
     session._participants.flushed()
+    if session._is_last_flush:
+        session._cache_writes.mark()
 
 
 @event.listens_for(WriteSession, "after_transaction_create")

@@ -13,11 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from shardkit.caching.operations import Answer, Op, Request
 
-__all__ = ["DEADLINE", "GUTTER_LIFE", "AsyncBackend", "Backend", "Place", "is_change"]
+__all__ = [
+    "DEADLINE",
+    "GUTTER_LIFE",
+    "Answered",
+    "AsyncBackend",
+    "Backend",
+    "Place",
+    "Underway",
+    "is_change",
+]
 
 DEADLINE: Final = 0.05
 """Seconds after which a call goes on without its cache."""
@@ -43,12 +52,36 @@ def is_change(request: Request) -> bool:
     return request.op is not Op.LEASE and request.op is not Op.READ
 
 
+class Underway(Protocol):
+    """Requests that were sent."""
+
+    def answers(self) -> list[Answer]:
+        """Return the answers, in the order of the requests; to be called once."""
+
+
+class Answered(NamedTuple):
+    """Requests that were answered at once.
+
+    Attributes:
+        found: the answers.
+    """
+
+    found: list[Answer]
+
+    def answers(self) -> list[Answer]:
+        """Return the answers, in the order of the requests."""
+        return self.found
+
+
 @runtime_checkable
 class Backend(Protocol):
     """Cache servers, called from threads. Fork-safe and thread-safe."""
 
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Carry out requests on different keys; answer them in their order."""
+
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later: by the same thread."""
 
     @property
     def has_gutter(self) -> bool:

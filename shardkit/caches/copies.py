@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from shardkit.caches.backend import AsyncBackend, Backend, Place, is_change
+from shardkit.caches.backend import AsyncBackend, Backend, Place, Underway, is_change
 from shardkit.caching.operations import UNKNOWN, Answer, Kind, Op, Outcome, Request
 from shardkit.clock import SYSTEM, Clock
 
@@ -126,6 +126,11 @@ class CopiedCache:
                 answers[n] = answer
                 self.copies.keep(requests[n], answer, asked)
         return answers
+
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later: a writer's."""
+        self.copies.split(requests)
+        return self._backend.start(requests)
 
     @property
     def has_gutter(self) -> bool:

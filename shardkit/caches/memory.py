@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from shardkit.caches.backend import Place
+from shardkit.caches.backend import Answered, Place
 from shardkit.caching.entries import LARGEST_ENTRY
 from shardkit.caching.operations import UNKNOWN, Answer, Entry, Op, Request, apply
 from shardkit.clock import SYSTEM, Clock
@@ -40,6 +40,10 @@ class MemoryCache:
         now = self._clock.monotonic()
         with self._guard.lock:
             return [self._apply(request, now) for request in requests]
+
+    def start(self, requests: Sequence[Request]) -> Answered:
+        """Carry requests out at once."""
+        return Answered(self.run(requests))
 
     def home(self, key: str) -> str:
         """Return `memory`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardkit.caches.backend import Place
+from shardkit.caches.backend import Answered, Place
 from shardkit.caching.operations import UNKNOWN, Answer, Op, Outcome, Request
 
 __all__ = ["AsyncNullCache", "NullCache"]
@@ -32,6 +32,10 @@ class NullCache:
     def run(self, requests: Sequence[Request], *, place: Place = Place.USUAL) -> list[Answer]:
         """Answer as an empty server that keeps nothing."""
         return [_ANSWERS[request.op] for request in requests]
+
+    def start(self, requests: Sequence[Request]) -> Answered:
+        """Carry requests out at once."""
+        return Answered(self.run(requests))
 
     def home(self, key: str) -> str:
         """Return `null`."""

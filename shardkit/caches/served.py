@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, Unpack
 
-from shardkit.caches.backend import Place
+from shardkit.caches.backend import Place, Underway
 from shardkit.caches.node import Batch, Node
 from shardkit.caches.nodes import Nodes
 from shardkit.caches.serving import Given, Serving
@@ -178,6 +178,12 @@ class ServedCache(Serving):
             answers.pop()
         return answers
 
+    def start(self, requests: Sequence[Request]) -> Underway:
+        """Send requests on different keys, whose answers are wanted later."""
+        batches, answers = self.nodes.plan(requests)
+        waiting = self._sent(batches, Deadline(self.seconds, self.now))
+        return _Underway(waiting, answers, len(requests), self.now)
+
     def asks(self, node: Node, requests: Sequence[Request]) -> list[Answer]:
         """Carry out requests on one server, whatever it is asked usually."""
         answers = [UNKNOWN] * len(requests)
@@ -196,10 +202,13 @@ class ServedCache(Serving):
                 exchange.abandon()
                 raise
             return
+        _read(self._sent(batches, deadline), answers, self.now)
+
+    def _sent(self, batches: Sequence[Batch], deadline: Deadline) -> deque[_Exchange]:
+        """Send batches; return those that are to be answered."""
         waiting: deque[_Exchange] = deque()
         # A server that does not answer must not cost the others theirs: of a server that stands
-        # still, connecting takes all the time there is. So connections that are open come first,
-        # and whoever comes after the deadline is still given a moment: its reply is here by now.
+        # still, connecting takes all the time there is. So connections that are open come first.
         planned = deque(sorted(batches, key=lambda batch: not self._pool(batch.node).is_warm))
         try:
             while planned:
@@ -207,15 +216,13 @@ class ServedCache(Serving):
                 planned.popleft()
                 if not exchange.begin(self._pool(exchange.node)):
                     waiting.pop()
-            while waiting:
-                waiting[0].waits_from(self.now(), Deadline(_MOMENT, self.now))
-                waiting[0].finish(answers)
-                waiting.popleft()
-        finally:
-            for exchange in waiting:  # interrupted: nobody will read these replies
+        except BaseException:
+            for exchange in waiting:
                 exchange.abandon()
             for batch in planned:
                 self.nodes.abandoned(batch)
+            raise
+        return waiting
 
     def close(self) -> None:
         """Close every connection; later calls open new ones."""
@@ -228,6 +235,49 @@ class ServedCache(Serving):
             made = _Pool(lambda: self._connect(node), self.connections)
             pool = self._pools.setdefault(node, made)
         return pool
+
+
+def _read(waiting: deque[_Exchange], answers: list[Answer], now: Callable[[], float]) -> None:
+    """Read the replies to what was sent.
+
+    Whoever comes after the deadline is still given a moment: its reply is here by now.
+    """
+    try:
+        while waiting:
+            waiting[0].waits_from(now(), Deadline(_MOMENT, now))
+            waiting[0].finish(answers)
+            waiting.popleft()
+    finally:
+        for exchange in waiting:  # interrupted: nobody will read these replies
+            exchange.abandon()
+
+
+class _Underway:
+    """Requests that were sent; see `backend.Underway`."""
+
+    __slots__ = ("_answers", "_n", "_now", "_waiting")
+
+    def __init__(
+        self,
+        waiting: deque[_Exchange],
+        answers: list[Answer],
+        n: int,
+        now: Callable[[], float],
+    ) -> None:
+        self._waiting = waiting
+        self._answers = answers
+        self._n = n
+        self._now = now
+
+    def answers(self) -> list[Answer]:
+        """Read the answers; to be called once."""
+        waiting, self._waiting = self._waiting, deque()
+        _read(waiting, self._answers, self._now)
+        return self._answers[: self._n]
+
+    def __del__(self) -> None:
+        for exchange in self._waiting:  # nobody wants to know: its connection is no more in order
+            exchange.abandon()
 
 
 class _Exchange:

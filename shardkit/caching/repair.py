@@ -88,9 +88,9 @@ class Repair(NamedTuple):
 def is_current(found: Answer, version: int) -> bool:
     """Tell whether an entry cannot show or become anything older than a committed version.
 
-    A value must not be older. A marker must be of a later writer, who held the row's lock after
-    the commit and so will store, or leave behind, nothing older. A marker of this very version
-    is removed: it may carry the previous value, and its writer may be dead.
+    A value must not be older. A marker must be of a later writer, who had read what was committed
+    before it wrote, and so will store, or leave behind, nothing older. A marker of this very
+    version is removed: it may carry the previous value, and its writer may be dead.
     """
     if found.kind is Kind.VALUE:
         return found.version >= version

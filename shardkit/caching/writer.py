@@ -15,9 +15,9 @@ __all__ = ["Writer"]
 class Writer(NamedTuple):
     """Writes one row through, around the COMMIT of the transaction that changed it.
 
-    Begin it while the row is locked and its version known. Drive it until it `is_ready`, COMMIT,
-    say how that ended (`committed`, `rolled_back` or `unknown`), and drive it until it `is_done`;
-    only then acknowledge.
+    Begin it while the row is locked and its version known, or before (`known`). Drive it until it
+    `is_ready`, COMMIT, say how that ended (`committed`, `rolled_back` or `unknown`), and drive it
+    until it `is_done`; only then acknowledge.
 
     Attributes:
         key: of the entry.
@@ -114,6 +114,16 @@ class Writer(NamedTuple):
         if outcome is Outcome.DONE:
             return self._replace(phase=Phase.DONE, cas=None)
         return self._repairing(Repair(self.key, self.version))
+
+    def known(self, version: int, payload: bytes | None) -> Writer:
+        """Return the machine of a row that is locked by now, whose marker was sent before.
+
+        Begun with the least version that the change can have: one more than a version of the row
+        that its transaction has read. Whoever repairs an older one may respect that marker, and
+        nobody else. Should it get a lower one after all, as of an object that outlived a failover,
+        somebody may have respected it wrongly, so nothing is stored.
+        """
+        return self._replace(version=version, payload=payload if version >= self.version else None)
 
     def committed(self) -> Writer:
         """Return the machine after a COMMIT that was confirmed."""

@@ -18,7 +18,7 @@ from psycopg import sql
 
 from shardkit.derived import Watch
 from shardkit.ops.derivedtriggers import LACKING, arguments, watch_statements
-from shardkit.ops.outboxevents import noticed, said
+from shardkit.ops.outboxevents import noticed, said, said_few
 from shardkit.topology import schema_name
 
 __all__ = ["complete", "function_statements", "sequence_statements", "trigger_statements"]
@@ -45,7 +45,9 @@ CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     {noticed}
     IF TG_OP = 'DELETE' THEN{gone};
-    ELSE{fresh};
+    ELSE{few};
+        IF NOT FOUND THEN{fresh};
+        END IF;
     END IF;
     {notified}{renamed}
     RETURN NULL;
@@ -133,8 +135,10 @@ def _changed(
 ) -> sql.Composed:
     names = [sql.Identifier("r", column.partition(":")[2]) for column in key]
 
-    def say(rows: str, version: str, condition: sql.Composable = _NOTHING) -> sql.Composed:
-        return said(
+    def say(
+        rows: str, version: str, condition: sql.Composable = _NOTHING, *, is_few: bool = False
+    ) -> sql.Composed:
+        return (said_few if is_few else said)(
             logical_shard,
             name=table,
             tags=[column.partition(":")[0] for column in key],
@@ -157,6 +161,7 @@ def _changed(
         function=function,
         noticed=first,
         gone=say("gone", "r.version + 1"),
+        few=say("fresh", "r.version", is_few=True),
         fresh=say("fresh", "r.version"),
         notified=last,
         renamed=renamed,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from psycopg import sql
 
@@ -15,7 +15,7 @@ from shardkit.cacheable import CHANGED
 from shardkit.emitting import CHANNEL, EPOCH_SHIFT, POSITION, SLEEPING
 from shardkit.topology import schema_name
 
-__all__ = ["noticed", "said"]
+__all__ = ["noticed", "said", "said_few"]
 
 _ROWS_PER_EVENT: Final = 1000
 _NOTHING: Final = sql.SQL("")
@@ -49,6 +49,22 @@ _SAY: Final = """
         WHERE o.logical_shard = {shard} AND o.state = 'active' OFFSET 0) AS e"""
 
 
+# The same for what nearly every statement changes: a few rows, in one event. It takes two thirds of
+# the time, so it is tried first; it says nothing where there are none or too many.
+_SAY_FEW: Final = """
+    INSERT INTO {schema}.shardkit_outbox (position, id, topic, payload)
+    SELECT e.place, -e.place, {topic}, e.payload FROM (
+        SELECT (SELECT o.epoch << {shift} FROM shardkit.ownership AS o
+                WHERE o.logical_shard = {shard} AND o.state = 'active')
+                + nextval({position}) AS place,
+            json_build_object('table', {name}, 'tags', {tags}::json,
+                'transaction', pg_current_xact_id()::text,
+                'rows', json_agg(json_build_array(json_build_array({columns}), {version})))
+                AS payload
+        FROM {rows} AS r {condition} HAVING count(*) BETWEEN 1 AND {most} OFFSET 0) AS e
+    WHERE e.place IS NOT NULL"""
+
+
 def said(
     logical_shard: int,
     *,
@@ -58,6 +74,7 @@ def said(
     version: sql.Composable,
     rows: sql.Composable,
     condition: sql.Composable = _NOTHING,
+    template: str = _SAY,
 ) -> sql.Composed:
     """Return what writes one event of changed rows; more for many rows.
 
@@ -69,8 +86,9 @@ def said(
         version: that the row has now, or is gone with.
         rows: what has changed.
         condition: on a row `r`.
+        template: the SQL.
     """
-    return sql.SQL(_SAY).format(
+    return sql.SQL(template).format(
         schema=sql.Identifier(schema_name(logical_shard)),
         topic=sql.Literal(CHANGED),
         shift=EPOCH_SHIFT,
@@ -84,6 +102,11 @@ def said(
         condition=condition,
         shard=logical_shard,
     )
+
+
+def said_few(logical_shard: int, **what: Any) -> sql.Composed:
+    """Return the same for a few rows, which is quicker: it writes nothing for none or many."""
+    return said(logical_shard, template=_SAY_FEW, **what)
 
 
 def noticed(logical_shard: int) -> tuple[sql.Composed, sql.Composed]:

@@ -61,6 +61,7 @@ class Configuration:
         epochs: whether the epoch is part of the key.
         lives: whether the backend tells one life of the server from another.
         floors: whether readers are of the session that wrote what was acknowledged last.
+        early: whether markers are sent before the rows are locked, as soon as they are read.
         lists: whether lists are written, whose writers do not lock each other.
         next: whether a list is taken for as new as the newest transaction that had begun.
     """
@@ -75,6 +76,7 @@ class Configuration:
     epochs: bool = True
     lives: bool = True
     floors: bool = False
+    early: bool = False
     lists: bool = False
     next: bool = False
 
@@ -89,6 +91,7 @@ class Configuration:
                 ("epoch not in the key", not self.epochs),
                 ("lives not told apart", not self.lives),
                 ("own writes", self.floors),
+                ("early markers", self.early),
                 ("lists", self.lists),
                 ("as new as the newest", self.next),
             )
@@ -117,6 +120,7 @@ class Actor(NamedTuple):
     serials: tuple[int, ...] = ()
     began: int = 0  # reader: what was acknowledged when it began
     wrote: bool = False
+    version: int = 0  # writer: that its rows will have; 0 before they are locked
 
 
 _GONE: Final = Actor(step=9)
@@ -334,10 +338,15 @@ class Model:
     def _writer(self, s: State, i: int, actor: Actor) -> Iterator[tuple[str, State, str]]:
         who = f"writer {i - self.at_actors + 1}"
         if actor.step == 0:
-            if (begun := self._lock(s, i)) is not None:
+            if self.c.early:
+                yield f"{who} reads", self._begin(s, i), ""
+            elif (begun := self._lock(s, i)) is not None:
                 yield f"{who} locks", begun, ""
             return
         yield from self._crash(s, i, who)
+        is_locked = actor.step != 1 or actor.version or not self.c.early
+        if not is_locked and (begun := self._lock(s, i)) is not None:
+            yield f"{who} locks", begun, ""
         busy = False
         for n, machine in enumerate(actor.machines):
             if machine.request is not None:
@@ -346,6 +355,8 @@ class Model:
         if busy or actor.step != 1:
             return
         is_fenced = actor.epoch != s[_EPOCH]
+        if not (is_locked or is_fenced):
+            return
         budget = s[_BUDGET] if is_fenced else self._spend(s[_BUDGET], "rollback")
         if budget is not None:
             machines = tuple(machine.rolled_back() for machine in actor.machines)
@@ -356,34 +367,61 @@ class Model:
         if not is_fenced:
             yield self._commit(s, i, actor, who)
 
+    def _begin(self, s: State, i: int) -> State:
+        """Have a writer read its rows, without locks, and know what its markers will say."""
+        machines = []
+        for key in range(self.c.n_keys):
+            row = self.rows.values[s[_FIRST + key]]
+            replaces = row.version if self.c.previous else None
+            machines.append(Writer.begin(f"k{key}", row.version + 1, None, replaces=replaces))
+        return _put(s, i, self.actors(Actor(1, s[_EPOCH], tuple(machines))))
+
     def _lock(self, s: State, i: int) -> State | None:
         c = self.c
         rows = [self.rows.values[s[_FIRST + key]] for key in range(c.n_keys)]
         if any(row.holder >= 0 for row in rows):
             return None
         changed = list(s)
-        if not all(row.is_there for row in rows):
-            changed[i] = self.gone  # the UPDATE finds no row
-            return tuple(changed)
+        actor = self.actors.values[s[i]]
+        if not all(row.is_there for row in rows):  # the UPDATE finds no row
+            if not c.early:
+                changed[i] = self.gone
+                return tuple(changed)
+            if any(machine.request is not None for machine in actor.machines):
+                return None  # it waits for its markers first, and removes them
+            undone = tuple(machine.rolled_back() for machine in actor.machines)
+            after = self.actors(_tidy(actor._replace(step=2, machines=undone)))
+            return self._become(s, i, s[i], after, "")[1]
+        if c.early and actor.epoch != s[_EPOCH]:
+            return None
         version, serial = s[_SEQ] + 1, s[_SERIAL] + 1
         changed[_SEQ], changed[_SERIAL] = version, serial
-        deletes = c.deletes and i == self.at_actors + c.writers - 1
         machines: list[Any] = []
         for key, row in enumerate(rows):
             changed[_FIRST + key] = self.rows(row._replace(holder=i))
-            payload = None if deletes else _ghost(serial)
-            if self.ours:
+            payload = None if self._deletes(i) else _ghost(serial)
+            if c.early:
+                machines.append(actor.machines[key])
+            elif self.ours:
                 replaces = row.version if c.previous else None
                 machines.append(Writer.begin(f"k{key}", version, payload, replaces=replaces))
             else:
                 machines.append(ControlWriter(c.protocol, f"k{key}", version, payload))
         serials = (serial,) * c.n_keys
-        changed[i] = self.actors(Actor(1, s[_EPOCH], tuple(machines), serials))
+        epoch = actor.epoch if c.early else s[_EPOCH]
+        changed[i] = self.actors(Actor(1, epoch, tuple(machines), serials, version=version))
         return tuple(changed)
+
+    def _deletes(self, i: int) -> bool:
+        return self.c.deletes and i == self.at_actors + self.c.writers - 1
 
     def _commit(self, s: State, i: int, actor: Actor, who: str) -> tuple[str, State, str]:
         changed = list(s)
         pending = self.outboxes.values[s[_PENDING]]
+        if self.c.early:
+            payload = None if self._deletes(i) else _ghost(actor.serials[0])
+            known = tuple(machine.known(actor.version, payload) for machine in actor.machines)
+            actor = actor._replace(machines=known)
         for key, machine in enumerate(actor.machines):
             row = self.rows.values[s[_FIRST + key]]
             is_there = machine.payload is not None

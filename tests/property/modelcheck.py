@@ -67,6 +67,29 @@ CLEAN = (
     configuration("rollback", previous=True),
     configuration("crash", writers=3, readers=1),
     configuration("crash", n_keys=2, readers=1),
+    *(
+        configuration(faults, early=True, **more)
+        for faults, more in (
+            ("none", {}),
+            ("evict+crash", {"readers": 1}),
+            ("expire", {"readers": 1}),
+            ("lost", {"readers": 1}),
+            ("late", {"readers": 1}),
+            ("crash+late", {"readers": 1}),
+            ("2late", {"writers": 2, "readers": 0}),
+            ("rollback+crash", {"readers": 1}),
+            ("restart", {"readers": 1}),
+            ("failover+crash", {"readers": 1}),
+            ("crash", {"readers": 1, "deletes": True}),
+            ("lost", {"readers": 1, "deletes": True}),
+            ("evict+crash", {"readers": 1, "previous": True}),
+            ("lost", {"readers": 1, "previous": True}),
+            ("late", {"readers": 1, "previous": True}),
+            ("crash", {"deletes": True, "previous": True, "readers": 1}),
+            ("evict", {"writers": 3, "readers": 1}),
+            ("none", {"n_keys": 2, "readers": 1}),
+        )
+    ),
 )
 FLOORS = (
     # The same faults as below, seen by the session that wrote: never older than its own write.
@@ -133,6 +156,11 @@ QUICK = (
     configuration("lost", readers=1, previous=True),
     configuration(writers=3, readers=1),
     configuration("3lost", writers=1, floors=True),
+    configuration("evict+crash", readers=1, early=True),
+    configuration("lost", readers=1, early=True),
+    configuration("rollback+crash", readers=1, early=True),
+    configuration("crash", readers=1, early=True, deletes=True),
+    configuration("crash", readers=1, early=True, previous=True),
 )
 
 
@@ -269,6 +297,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--keys", type=int, default=1)
     parser.add_argument("--deletes", action="store_true")
     parser.add_argument("--previous", action="store_true")
+    parser.add_argument("--early", action="store_true")
     parser.add_argument("--lists", action="store_true", help="lists and counts, and not rows")
     given = parser.parse_args(arguments)
     if given.protocol is None:
@@ -281,6 +310,7 @@ def main(arguments: list[str]) -> int:
         n_keys=given.keys,
         deletes=given.deletes,
         previous=given.previous,
+        early=given.early,
         lists=given.lists,
     )
     result = search(one)

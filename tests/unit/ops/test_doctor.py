@@ -297,6 +297,7 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
         on_ledger(identity=Identity("demo", "gamma", 4, 0)),
         on_ledger(identity=Identity("demo", "alpha", 8, 0)),
     ),
+    "roles-differ": on_state(role_changes=("table t: take TRUNCATE from app",)),
     "schema-missing": on_state(schemas=frozenset({0})),
     "schema-stray": on_state(schemas=frozenset({0, 1, 3})),
     "unowned": (
