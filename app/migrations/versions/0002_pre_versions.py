@@ -15,8 +15,7 @@ def upgrade() -> None:
     """Add the versions: a constant default is written to no row, so this takes an instant."""
     for table in ("users", "photos"):
         op.add_column(
-            table,
-            sa.Column("version", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
+            table, sa.Column("version", sa.BigInteger(), nullable=False, server_default="0")
         )
 
 
