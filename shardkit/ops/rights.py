@@ -98,6 +98,8 @@ ADMIN_TABLES: Final[Mapping[str, Rights]] = {
     "decisions": Rights(app=ALL_ROWS, monitor="SELECT"),
     "reference_version": Rights(monitor="SELECT"),
     "outbox_lease": Rights(relay="SELECT, UPDATE", monitor="SELECT"),
+    # The doctor says who holds migrations up.
+    "ddl_locks": Rights(monitor="SELECT"),
 }
 """In the schema `shardkit` of every physical shard."""
 
