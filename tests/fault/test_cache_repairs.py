@@ -57,7 +57,7 @@ def changes() -> list[Event]:
             -n,
             CHANGED,
             None,
-            {"table": "things", "tags": ["i"], "rows": [[[ids.compose(1, n % 4, n)], NEW]]},
+            {"table": "things", "tags": [""], "rows": [[[ids.compose(1, n % 4, n)], NEW]]},
             now,
             n % 2,  # some were tried before
             n % 4,
