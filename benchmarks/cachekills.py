@@ -239,7 +239,8 @@ def _refill(shared: Shared, cluster: Cluster, key: int) -> None:
             return False
         with other.reader() as session:
             shown = session.get_one(Account, key).n
-        return shown == 0 and cache.run([Request(Op.READ, name)])[0].kind is Kind.VALUE
+        there = cache.run([Request(Op.READ, name)])[0]
+        return shown == 0 and there.outcome is Outcome.FOUND and there.kind is Kind.VALUE
 
     with shared.cluster() as other:
         wait_until(filled, _ENOUGH, "the old row was filled")
