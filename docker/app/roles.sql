@@ -1,8 +1,8 @@
 -- The roles and the database of a new primary. Run once, by its superuser, over the unix socket;
 -- verifiers are filled in by logins.py, so no server and no log sees a password.
 CREATE ROLE shardkit_replication LOGIN REPLICATION PASSWORD '$replication_verifier';
--- REPLICATION: a move makes slots. It owns the schemas and is no superuser.
-CREATE ROLE shardkit_admin LOGIN REPLICATION PASSWORD '$admin_verifier';
+-- It owns the schemas, makes slots for moves and roles, and is no superuser.
+CREATE ROLE shardkit_admin LOGIN REPLICATION CREATEROLE PASSWORD '$admin_verifier';
 CREATE ROLE shardkit_app LOGIN PASSWORD '$app_verifier';
 CREATE ROLE shardkit_pooler LOGIN PASSWORD '$pooler_verifier';
 CREATE ROLE shardkit_monitor LOGIN CONNECTION LIMIT 5 PASSWORD '$monitor_verifier';
@@ -10,12 +10,13 @@ ALTER ROLE shardkit_app SET idle_in_transaction_session_timeout = '60s';
 
 CREATE DATABASE shardkit OWNER shardkit_admin;
 REVOKE ALL ON DATABASE postgres, template1, shardkit FROM PUBLIC;
-GRANT CONNECT, TEMPORARY ON DATABASE shardkit TO shardkit_app;
-GRANT CONNECT ON DATABASE shardkit TO shardkit_pooler, shardkit_monitor;
+GRANT CONNECT ON DATABASE shardkit TO shardkit_app, shardkit_pooler, shardkit_monitor;
 \connect shardkit
 
--- What `shardkit failover` and `doctor` need beyond owning the database.
-GRANT pg_monitor, pg_signal_backend, pg_checkpoint, pg_create_subscription TO shardkit_admin;
+-- What `shardkit failover`, `doctor` and `roles` need beyond owning the database.
+GRANT pg_monitor, pg_read_all_stats, pg_create_subscription TO shardkit_admin WITH ADMIN OPTION;
+GRANT pg_signal_backend, pg_checkpoint TO shardkit_admin;
+GRANT shardkit_app TO shardkit_admin WITH ADMIN TRUE, INHERIT FALSE, SET FALSE;
 GRANT EXECUTE ON FUNCTION pg_promote(boolean, integer), pg_reload_conf(), pg_wal_replay_pause(),
     pg_wal_replay_resume() TO shardkit_admin;
 GRANT ALTER SYSTEM ON PARAMETER primary_conninfo, synchronous_standby_names,
