@@ -103,6 +103,6 @@ def test_only_a_replica_has_a_primary() -> None:
 
 def test_nobody_is_trusted() -> None:
     rules = [line.split() for line in host_rules().splitlines() if line[0] != "#"]
-    assert {rule[3 if rule[0] == "local" else 4] for rule in rules} == {"peer", "scram-sha-256"}
+    assert {rule[3 if rule[0] == "local" else 4] for rule in rules} == {"peer", "scram-sha-256", "reject"}
     assert all("postgres" not in rule[2] for rule in rules if rule[0] == "host")
     assert ident_map(("root", "root", "nobody")).count("owner") == 2
