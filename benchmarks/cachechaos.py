@@ -46,7 +46,7 @@ BOUND: Final = 1.0
 WANTED: Final = 10_000_000
 _FAR: Final = 2  # the server behind the link
 PEERS = ("cache-aside",)
-ARMS: Final = {"machines": 0.8, "sessions in memcached": 0.15, "sessions in redis": 0.15}
+ARMS: Final = {"machines": 0.9, "sessions in memcached": 0.06, "sessions in redis": 0.04}
 """Who plays, and which share of the reads."""
 
 TARGETS = {

@@ -30,6 +30,11 @@ _FINISH = (
     b" %s, %s)"
 )
 _FAIL = b"SELECT shardkit.outbox_fail(%s, %s, %s, %s, %s, %s)"
+_POSTPONE = (
+    b"SELECT shardkit.outbox_fail(u.shard, u.fence, u.place, u.tries, u.pause, %s) FROM unnest("
+    b"%s::integer[], %s::bigint[], %s::bigint[], %s::integer[], %s::double precision[])"
+    b" AS u (shard, fence, place, tries, pause)"
+)
 _LONGEST_ERROR = 2000
 
 
@@ -128,14 +133,16 @@ class Claims:
         """Return the logical shards whose outbox is not empty, in the order given."""
         if not shards:
             return []
-        # AccessShareLock on each outbox; one look at the first entry of its index.
+        # AccessShareLock on each outbox; one look at the first entry of its index. The text is the
+        # same every time, so that it is planned once.
         query = sql.SQL(" UNION ALL ").join(
             sql.SQL("(SELECT {} FROM {} ORDER BY position LIMIT 1)").format(
                 n, sql.Identifier(schema_name(n), "shardkit_outbox")
             )
-            for n in shards
+            for n in sorted(shards)
         )
-        return [row[0] for row in self.connection.execute(query)]
+        found = {row[0] for row in self.connection.execute(query)}
+        return [shard for shard in shards if shard in found]
 
     def take(self, shards: Sequence[int], *, now: float, n_shards: int, n_events: int) -> Batch:
         """Claim events of some logical shards that nobody else holds.
@@ -216,6 +223,23 @@ class Claims:
         parameters = (event.logical_shard, fence, taken.position, event.attempts + 1, pause, text)
         row = self.connection.execute(_FAIL, parameters).fetchone()
         return row is not None and bool(row[0])
+
+    def postpone(self, batch: Batch, left: Sequence[tuple[Taken, float]], *, reason: str) -> None:
+        """Note that events are to be tried again, all at once.
+
+        Args:
+            batch: that they are of.
+            left: each, and seconds until then.
+            reason: what happened.
+        """
+        rows = [
+            (event.logical_shard, fence, taken.position, event.attempts + 1, pause)
+            for taken, pause in left
+            if (fence := batch.fences.get((event := taken.event).logical_shard)) is not None
+        ]
+        if rows:
+            columns = [list(column) for column in zip(*rows, strict=True)]
+            self.connection.execute(_POSTPONE, (reason, *columns))
 
     # -- sleep
 

@@ -43,10 +43,13 @@ class Handler:
     Attributes:
         call: given an event; or a list of events, when `batch` is above 0.
         batch: the most events of one call; 0 for one event, not in a list.
+        returns_left: whether its call returns the events that are to be tried again. They are
+            given to it together again then, with others, of any logical shard; they have no keys.
     """
 
     call: Callable[[Any], Any]
     batch: int = 0
+    returns_left: bool = False
 
     @property
     def most(self) -> int:
@@ -152,7 +155,11 @@ class Hands:
             self._own_loop.call_soon_threadsafe(self._own_loop.stop)
 
     def start(self, batch: Batch) -> list[Job]:
-        """Start handling a batch; events of one key stay together, in order."""
+        """Start handling a batch; events of one key stay together, in order.
+
+        First come those whose handlers leave what takes long: the others' may take long.
+        """
+        batch.events.sort(key=self._takes_long)
         if self._n_threads == 1:
             jobs = [Job(batch, batch.events)]
         else:
@@ -165,6 +172,10 @@ class Hands:
         for job in jobs:
             self._jobs.put(job)
         return jobs
+
+    def _takes_long(self, taken: Taken) -> bool:
+        handler = self._handlers.get(taken.event.topic)
+        return handler is None or not handler.returns_left
 
     def end_late(self, job: Job) -> None:
         """Abandon a job whose handler is past its deadline.
@@ -239,7 +250,9 @@ class Hands:
         if _stream(first) in blocked:
             return ()
         handler = self._handlers.get(first.event.topic)
-        longest = 1 if handler is None or first.event.attempts else handler.most
+        takes_left = handler is not None and handler.returns_left
+        is_alone = handler is None or (first.event.attempts and not takes_left)
+        longest = 1 if handler is None or is_alone else handler.most
         end = at + 1
         while (
             end < len(events)
@@ -248,9 +261,10 @@ class Hands:
             and (
                 events[end].event.logical_shard == first.event.logical_shard
                 or (handler is not None and handler.shared is not None)
+                or takes_left
             )
             and events[end].event.logical_shard not in lost
-            and not events[end].event.attempts
+            and (takes_left or not events[end].event.attempts)
             and _stream(events[end]) not in blocked
         ):
             end += 1
@@ -265,7 +279,7 @@ class Hands:
             if handler.shared is not None and len(group) > 1:
                 self._share(job, handler.shared, group)
                 return
-            self._call(job, handler, group)
+            left = self._call(job, handler, group)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
             if job.is_abandoned:
                 return
@@ -281,24 +295,29 @@ class Hands:
         with job.lock:
             job.current = None
             if not job.is_abandoned:
-                job.done += group
+                job.done += [taken for taken in group if taken.event.id not in left]
+                job.failed += [
+                    Failure(taken, "not done yet") for taken in group if taken.event.id in left
+                ]
 
-    def _call(self, job: Job, handler: Handler, group: Sequence[Taken]) -> None:
+    def _call(self, job: Job, handler: Handler, group: Sequence[Taken]) -> frozenset[int]:
+        """Call a handler; return the ids of the events that it has left."""
         with job.lock:
             if job.is_abandoned:
-                return
+                return frozenset()
             job.current = (group, self._clock.monotonic() + self._deadline)
         given: Any = [taken.event for taken in group] if handler.batch else group[0].event
         self._step("before handler")
         if not handler.is_async:
-            handler.call(given)
+            returned = handler.call(given)
         else:
             job.running = asyncio.run_coroutine_threadsafe(handler.call(given), self._loop_to_use())
             try:
-                job.running.result()
+                returned = job.running.result()
             finally:
                 job.running = None
         self._step("after handler")
+        return frozenset(each.id for each in returned) if handler.returns_left else frozenset()
 
     def _share(self, job: Job, shared: Once[[]], group: Sequence[Taken]) -> None:
         """Handle events in as few transactions as their places and the time allow.

@@ -38,6 +38,7 @@ __all__ = [
     "CachedList",
     "Derived",
     "Watch",
+    "derived_of",
     "is_watched",
     "watched_columns",
 ]
@@ -93,7 +94,7 @@ class Cached(NamedTuple):
         Raises:
             NotCacheableError: a list or count cannot be kept exactly.
         """
-        found = {d.watch: None for table in metadata.sorted_tables for d in _derived_of(table)}
+        found = {derived.watch: None for derived in derived_of(metadata)}
         return cls(cached_tables(metadata), tuple(found))
 
 
@@ -293,6 +294,11 @@ class CachedCount(Derived[int]):
         (column,) = self.key
         counts = select(column, func.count()).where(column.in_([each for (each,) in identities]))
         return counts.group_by(column)
+
+
+def derived_of(metadata: MetaData) -> list[Derived[Any]]:
+    """Return the lists and counts that are declared of some models."""
+    return [derived for table in metadata.sorted_tables for derived in _derived_of(table)]
 
 
 def is_watched(table: Any) -> bool:

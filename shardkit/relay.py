@@ -21,7 +21,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 import psycopg
@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shardkit.batches import Batch, Claims, Taken
 from shardkit.cacheable import CHANGED
-from shardkit.cacherepairs import REPAIR_BATCH, CacheRepairs, repair_pause
+from shardkit.cacherepairs import PATIENCE, REPAIR_BATCH, CacheRepairs, repair_pause
 from shardkit.clock import SYSTEM, Clock
 from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.connections import Connections
@@ -53,13 +53,23 @@ _SHARDS_PER_CLAIM = 16
 _SHARDS_PER_LOOK = 512
 """Outboxes looked into by one statement; each holds one lock of `max_locks_per_transaction`."""
 
-_CLEANING_PAUSE = 5.0
-"""Seconds between two rounds of cleaning, each of `_SHARDS_PER_CLEANING` logical shards."""
+_CLEANING_PAUSE = 0.15
+"""Seconds between two logical shards that are cleaned, while there is nothing else to do: as long
+as it takes, nobody hears what is notified."""
+
+_DRAINING = 2.0
+"""Seconds to wait for servers of the cache where nobody comes back to what they left."""
+
+_BUSY_PAUSE = 0.5
+"""Seconds after which one is cleaned nevertheless."""
 
 _RESOLVING_PAUSE = 1.0
 """Seconds between two looks for commits over several servers that nobody ends."""
 
-_SHARDS_PER_CLEANING = 32
+_SHORTEST_POLL = 0.02
+_LOOKING = 0.1
+"""Share of the time that may be spent looking, when writers are about to commit all the time."""
+
 _ROWS_PER_CLEANING = 2000
 
 # Row locks on old notes. By the clock of the database.
@@ -118,7 +128,7 @@ class Relay:
         self.cluster = cluster
         self.handlers = {topic: Handler(call) for topic, call in (handlers or {}).items()}
         self.repairs = CacheRepairs(cluster.connections.cache_config, cluster.connections)
-        self.handlers[CHANGED] = Handler(self.repairs, REPAIR_BATCH)
+        self.handlers[CHANGED] = Handler(self.repairs, REPAIR_BATCH, returns_left=True)
         self.batch = batch
         self.threads = threads
         self.lease = lease
@@ -205,6 +215,7 @@ class Relay:
         self, stop: threading.Event, *, loop: asyncio.AbstractEventLoop | None, until_empty: bool
     ) -> int:
         topology = self.cluster.topology
+        self.repairs.patience = _DRAINING if until_empty else PATIENCE
         servers = [_Server(self, shard, stop, loop) for shard in topology.physical.values()]
         work = [s.drain if until_empty else s.serve for s in servers]
         threads = [
@@ -272,6 +283,8 @@ class _Server:
         self._waiting: deque[int] = deque()
         self._cleaned = 0
         self._next_cleaning = 0.0
+        self._look_time = 0.0
+        self._retry_at: float | None = None
         self._claims: Claims | None = None
         self._hands = Hands(
             relay.handlers,
@@ -294,13 +307,15 @@ class _Server:
         while not self.stop.is_set():
             try:
                 claims = self._connected()
-                self._clean(claims)
+                if self.relay.clock.monotonic() > self._next_cleaning + _BUSY_PAUSE:
+                    self._clean(claims)
                 if not self._waiting:
                     self._look(claims)
                 claimed = 0
                 while self._waiting and not claimed and not self.stop.is_set():
                     claimed = self._turn(claims)
                 if not claimed:
+                    self._clean(claims)
                     self._sleep(claims)
             except (psycopg.Error, EndpointUnavailableError) as error:
                 if not self._is_lost(error):
@@ -342,12 +357,16 @@ class _Server:
 
     def _look(self, claims: Claims) -> bool:
         """Look which logical shards have something; True when some have."""
+        began = self.relay.clock.monotonic()
         shards = self._logical_shards = claims.owned()
         self._from = (self._from + 1) % max(len(shards), 1)
-        turned = shards[self._from :] + shards[: self._from]
+        first = shards[self._from] if shards else 0
         self._waiting.clear()
-        for start in range(0, len(turned), _SHARDS_PER_LOOK):
-            self._waiting.extend(claims.waiting(turned[start : start + _SHARDS_PER_LOOK]))
+        for start in range(0, len(shards), _SHARDS_PER_LOOK):
+            some = shards[start : start + _SHARDS_PER_LOOK]  # the same each time, see `waiting`
+            self._waiting.extend(claims.waiting(some))
+        self._waiting = deque(sorted(self._waiting, key=lambda shard: (shard < first, shard)))
+        self._look_time = self.relay.clock.monotonic() - began
         return bool(self._waiting)
 
     def _turn(self, claims: Claims) -> int:
@@ -428,18 +447,19 @@ class _Server:
         for job in jobs:
             finished, failures = job.results()
             done += finished
+            failed += failures
+            repairs = [failure for failure in failures if failure.taken.event.topic == CHANGED]
+            self._repair_later(claims, batch, [failure.taken for failure in repairs])
             for failure in failures:
-                failed.append(failure)
-                event = failure.taken.event
-                pause = relay.backoff.pause(event.attempts + 1, random.random())  # noqa: S311
-                if event.topic == CHANGED:  # never given up: until then old rows may be shown
-                    pause = repair_pause(event.attempts)
-                claims.fail(
-                    batch,
-                    failure.taken,
-                    pause=None if failure.is_final else pause,
-                    reason=failure.reason,
-                )
+                if failure.taken.event.topic != CHANGED:
+                    tries = failure.taken.event.attempts + 1
+                    pause = relay.backoff.pause(tries, random.random())  # noqa: S311
+                    claims.fail(
+                        batch,
+                        failure.taken,
+                        pause=None if failure.is_final else pause,
+                        reason=failure.reason,
+                    )
                 relay.step("failed")
         relay.step("before finish")
         lost = claims.finish(batch, done, now=relay.clock.monotonic(), release=release)
@@ -447,26 +467,44 @@ class _Server:
             _LOG.warning("the claim of logical shard %d was taken over", shard)
         return [taken for taken in done if taken.event.logical_shard not in lost]
 
+    def _repair_later(self, claims: Claims, batch: Batch, left: Sequence[Taken]) -> None:
+        """Postpone repairs of the cache; never given up: until then old rows may be shown."""
+        pauses = [repair_pause(taken.event.attempts, random.random()) for taken in left]  # noqa: S311
+        if pauses:
+            reason = "a cache server has not answered yet"
+            claims.postpone(batch, list(zip(left, pauses, strict=True)), reason=reason)
+            self._retry_at = self.relay.clock.monotonic() + min(pauses)
+
     # -- between turns
 
     def _sleep(self, claims: Claims) -> None:
         """Wait until a writer notifies or it is time to look again."""
         relay = self.relay
+        now = relay.clock.monotonic()
+        # What was paused for less than a poll is not to wait for one.
+        poll = relay.poll
+        if self._retry_at is not None:
+            poll = min(max(self._retry_at - now, 0.001), poll)
+            self._retry_at = None
         if not claims.is_direct:
-            self.stop.wait(relay.poll)
+            self.stop.wait(poll)
             return
-        if not claims.fall_asleep():  # a writer is about to commit, or another relay sleeps
-            self._wake(claims.notified(relay.poll))
+        if not claims.fall_asleep():
+            # Another relay sleeps, and whoever commits notifies both; or a writer that was told
+            # that nobody sleeps is about to commit, and says nothing: so look soon.
+            soon = max(_SHORTEST_POLL, self._look_time / _LOOKING)
+            self._wake(claims.notified(min(soon, poll)))
             return
         try:
             if self._look(claims):  # committed before anybody knew that this one sleeps
                 # What is there may be paused or another's: not to look all the time.
-                self._wake(claims.notified(relay.poll))
+                self._wake(claims.notified(poll))
                 return
-            until = relay.clock.monotonic() + 10 * relay.poll
+            until = now + 10 * relay.poll
             while not self.stop.is_set() and relay.clock.monotonic() < until:
                 if found := claims.notified(min(relay.poll, 0.25)):
                     self._wake(found)
+                    self._turn(claims)  # before it is awake: that is a round trip
                     return
         finally:
             claims.wake_up()
@@ -475,19 +513,17 @@ class _Server:
         self._waiting.extend(shard for shard in shards if shard not in self._waiting)
 
     def _clean(self, claims: Claims) -> None:
-        """Delete notes of effects that are older than the retention, a few at a time."""
+        """Delete notes of effects that are older than the retention, of one logical shard."""
         now = self.relay.clock.monotonic()
         if now < self._next_cleaning or not self._logical_shards:
             return
         self._next_cleaning = now + _CLEANING_PAUSE
-        for _ in range(min(_SHARDS_PER_CLEANING, len(self._logical_shards))):
-            shard = self._logical_shards[self._cleaned % len(self._logical_shards)]
-            self._cleaned += 1
-            statement = sql.SQL(_CLEAN).format(
-                effects=sql.Identifier(schema_name(shard), "shardkit_effects"),
-                retention=self.relay.retention,
-                n=_ROWS_PER_CLEANING,
-            )
-            while not self.stop.is_set():
-                if claims.connection.execute(statement).rowcount < _ROWS_PER_CLEANING:
-                    break
+        shard = self._logical_shards[self._cleaned % len(self._logical_shards)]
+        self._cleaned += 1
+        statement = sql.SQL(_CLEAN).format(
+            effects=sql.Identifier(schema_name(shard), "shardkit_effects"),
+            retention=self.relay.retention,
+            n=_ROWS_PER_CLEANING,
+        )
+        if claims.connection.execute(statement).rowcount >= _ROWS_PER_CLEANING:
+            self._cleaned -= 1  # there may be more

@@ -74,7 +74,7 @@ async def load_demo(
         if progress is not None:
             progress.update(tasks[step], completed=done, total=total)
 
-    database = Database(resources.cluster)
+    database = Database(resources.cluster, timeout=60.0)  # nobody waits for an answer
     accounts = AccountService(
         database,
         resources.passwords,

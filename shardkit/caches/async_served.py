@@ -1,6 +1,8 @@
 """Runs batches on real servers, from asyncio: the twin of `served`.
 
-One object may serve several event loops; each has connections of its own.
+One object may serve several event loops; each has connections of its own. The deadline of a call is
+counted in ticks, for what a busy loop does meanwhile is no time that a server took: an answer that
+has arrived would not be read, and the lease in it would keep everybody else waiting.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, Unpack
+from types import TracebackType
+from typing import Final, Protocol, Unpack
 from weakref import WeakKeyDictionary
 
 from shardkit.caches.backend import Place
@@ -17,6 +20,10 @@ from shardkit.caches.serving import Given, Serving
 from shardkit.caching.operations import Answer, Request
 
 __all__ = ["AsyncServedCache", "AsyncServerConnection"]
+
+
+_TICKS: Final = 10
+"""Turns of a busy loop that a call gets at least: to connect, to be greeted and to ask take six."""
 
 
 class AsyncServerConnection(Protocol):
@@ -33,6 +40,38 @@ class AsyncServerConnection(Protocol):
 
     def shut(self) -> None:
         """Close it at once; a later `exchange` connects anew."""
+
+
+class _Limit:
+    """Ends an exchange at a point in time, and not before so many turns of the loop."""
+
+    def __init__(self, until: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._each = max(0.0, until - self._loop.time()) / _TICKS
+        self._left = _TICKS
+        self._timeout = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._timer = self._loop.call_later(self._each, self._tick)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._timer is not None, "it was entered"
+        self._timer.cancel()
+        await self._timeout.__aexit__(kind, error, trace)  # raises what it has to say
+
+    def _tick(self) -> None:
+        self._left -= 1
+        if self._left:
+            self._timer = self._loop.call_later(self._each, self._tick)
+        else:
+            self._timeout.reschedule(self._loop.time())
 
 
 class _Pool:
@@ -99,7 +138,7 @@ class AsyncServedCache(Serving):
         answered: list[Answer] | None = None
         has_slot = False
         try:
-            async with asyncio.timeout_at(until):
+            async with _Limit(until):
                 await pool.slots.acquire()
                 has_slot = True
                 connection = pool.free.pop() if pool.free else self._connect(batch.node)

@@ -85,6 +85,10 @@ class Nodes:
         """Return the server that a key belongs to."""
         return self._single or self.homes[self._owners.owner(key)]
 
+    def stand_in(self, key: str) -> Node:
+        """Return the server of the gutter that a key belongs to; there has to be one."""
+        return self.gutter[self._gutter_ring.owner(key)]
+
     def named(self, name: str) -> Node:
         """Return a server; KeyError when there is none of that name."""
         return {node.name: node for node in (*self.gutter, *self.homes)}[name]
@@ -142,7 +146,7 @@ class Nodes:
                     continue
             if not self.gutter:
                 continue
-            node = self.gutter[self._gutter_ring.owner(key)]
+            node = self.stand_in(key)
             if node in batches:
                 batch = batches[node]
             else:

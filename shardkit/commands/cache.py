@@ -76,23 +76,35 @@ def audit_command(
         str | None,
         typer.Option("--models", help="The models, as module:Base; instead of migrations.models."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rows sampled, about.")] = 1000,
+    rows: Annotated[
+        int,
+        typer.Option(min=1, max=1_000_000, help="Commits sampled at most, and rows, about."),
+    ] = 1000,
+    watch: Annotated[
+        float, typer.Option(min=0, max=86_400, help="Seconds that commits are watched; 0 for none.")
+    ] = 5.0,
     after: Annotated[
         list[float] | None,
         typer.Option(min=0, max=3600, help="Seconds after that, repeatable; 0.25, 1 and 5."),
     ] = None,
     metrics: Annotated[
         Path | None,
-        typer.Option("--metrics", help="Write the counts there, for Prometheus to collect."),
+        typer.Option(
+            "--metrics",
+            "--metrics-file",
+            help="Write the counts of each server there, for Prometheus to collect.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read rows that were written lately from every cache server, and compare with the database.
+    """Read what was committed from every cache server, and compare with the database.
 
-    At 0.25, 1 and 5 seconds after they were sampled. Writes nothing. Ends with 1 when a server
-    shows something older than what had been committed.
+    Commits as they are seen in the outboxes, with the lists and counts that they change, and rows
+    that were written lately; at 0.25, 1 and 5 seconds after that. Writes nothing. Ends with 1 when
+    a server shows something older than what had been committed.
     """
-    from shardkit.ops import cache as ops
+    from shardkit.ops import cacheaudit as ops
+    from shardkit.ops.cachesamples import plans_in
     from shardkit.ops.placed import as_placed
 
     file = config or default_file()
@@ -105,15 +117,18 @@ def audit_command(
         )
     if os.getcwd() not in sys.path:  # noqa: PTH109  sys.path holds text
         sys.path.insert(0, os.getcwd())  # noqa: PTH109  the package may be the one at hand
-    plans, delays = ops.plans_in(location), after or ops.DELAYS
-    report = ops.audit(as_placed(topology), settings.found_cache, plans, rows=rows, delays=delays)
+    plans, delays = plans_in(location), after or ops.DELAYS
+    report = ops.audit(
+        as_placed(topology), settings.found_cache, plans, rows=rows, watch=watch, delays=delays
+    )
     if metrics is not None:
         ops.write_metrics(report, metrics)
     if as_json:
         print(json.dumps({**asdict(report), "bound": report.bound}))
     else:
         print(
-            f"{report.rows:,} rows, {report.checked:,} reads: {report.consistent:,} consistent, "
+            f"{report.commits:,} changes committed meanwhile and {report.rows:,} rows, "
+            f"{report.checked:,} reads: {report.consistent:,} consistent, "
             f"{report.cached:,} from an entry, {report.unanswered:,} unanswered"
         )
         if report.bound is not None:

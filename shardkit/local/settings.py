@@ -107,6 +107,7 @@ def host_rules() -> str:
 local   all          {SUPERUSER}                                 peer map=owner
 local   all          all                                      scram-sha-256
 host    all          {ADMIN_ROLE},{APP_ROLE}   {HOST}/32  scram-sha-256
+host    all          {SUPERUSER}                   all           reject
 host    {DATABASE}     all                        {HOST}/32  scram-sha-256
 host    replication  {REPLICATION_ROLE},{ADMIN_ROLE}  {HOST}/32  scram-sha-256
 """

@@ -19,7 +19,9 @@ from shardkit.caches.opening import backend
 from shardkit.caching.entries import carried
 from shardkit.caching.operations import Answer, Kind, Op, Outcome, Request
 from shardkit.errors import ConfigurationError
-from shardkit.ops.cache import AuditReport, audit, node_status, plans_in, shown
+from shardkit.ops.cache import node_status
+from shardkit.ops.cacheaudit import AuditReport, audit, shown
+from shardkit.ops.cachesamples import plans_in
 from shardkit.rowcache import RowCache
 from shardkit.sections import CacheConfig
 from shardkit.testing import FakeClock
@@ -72,7 +74,7 @@ class Shown:
         assert answer.outcome is Outcome.DONE
 
     def audit(self, topology: Topology, config: CacheConfig) -> AuditReport:
-        return audit(topology, config, [plan()], rows=1000, clock=FakeClock())
+        return audit(topology, config, [plan()], rows=1000, watch=0.0, clock=FakeClock())
 
 
 Open = Callable[..., Shown]
@@ -136,7 +138,7 @@ def test_a_gutter_is_read_too(topology: Topology, cache_server: NewServer, shown
     at_gutter = CacheConfig(backend="memcached", nodes=(gutter.server,))
     shown_by(at_gutter).put(row, 6)
     report = shown_by(config).audit(topology, config)
-    assert [each.node for each in report.violations] == ["gutter"] * 3
+    assert [each.node for each in report.violations] == [gutter.address] * 3
     home.kill()
     report = shown_by(config).audit(topology, config)
     assert (report.unanswered, report.checked) == (3, 3)
@@ -191,12 +193,16 @@ def test_the_command(
     shows = shown_by(config)
     shows.put(row, 7)
     metrics = tmp_path / "audit.prom"
-    options = ("audit", "--models", "tests.models:Base", "--after", "0", "--metrics", str(metrics))
+    where = ("--models", "tests.models:Base", "--metrics-file", str(metrics))
+    options = ("audit", *where, "--after", "0", "--watch", "0")
     code, out, error = run(file, *options, "--json")
     assert code == 0, error
     report = json.loads(out)
     assert report["checked"] == report["consistent"] >= 1
-    assert f"shardkit_cache_audit_checked {report['checked']}\n" in metrics.read_text()
+    (counted,) = report["servers"]
+    name = f'{{server="{counted["node"]}"}} {report["checked"]}\n'
+    assert f"shardkit_cache_audit_checked{name}" in metrics.read_text()
+    assert f"shardkit_cache_audit_consistent{name}" in metrics.read_text()
     shows.put(row, 6)
     code, out, error = run(file, *options)
     assert code == 1

@@ -469,6 +469,45 @@ async def test_two_hundred_tasks_that_want_a_cold_row_read_it_once(
             assert sent(events) == 1, "the post"
 
 
+@pytest.mark.anyio
+async def test_a_busy_event_loop_costs_no_second_read_of_the_database(
+    rows: Rows, topology: Topology, server: CacheServer
+) -> None:
+    """Each turn of the loop takes longer than a call to the cache may, and servers do not wait."""
+    kind: Any = server.kind
+    config = CacheConfig(backend=kind, nodes=(server.server,))
+    warm, key = rows.insert(name="Eva"), rows.insert(name="Ana")
+    loop = asyncio.get_running_loop()
+    is_over = False
+
+    async def work() -> None:
+        while not is_over:
+            until = loop.time() + 1.5 * config.timeout
+            while loop.time() < until:
+                pass
+            await asyncio.sleep(0)
+
+    async with AsyncCluster(topology, cache=config) as cluster:
+        cache = cluster.cache
+        assert cache is not None
+        cache.backend.seconds = PATIENT  # type: ignore[attr-defined]
+        async with cluster.reader() as session:
+            await session.get_one(Profile, warm)
+        cache.backend.seconds = config.timeout  # type: ignore[attr-defined]
+        before, working = cache.counts, asyncio.create_task(work())
+        try:
+            with told(cluster) as events:
+                for _ in range(2):
+                    async with cluster.reader() as session:
+                        assert (await session.get_one(Profile, key)).name == "Ana"
+        finally:
+            is_over = True
+            await working
+    assert sent(events) == 1
+    after = cache.counts
+    assert (after.unanswered, after.fills - before.fills) == (before.unanswered, 1)
+
+
 GARBAGE = {
     "noise": b"\x00\x01garbage",
     "empty header": b"\xc1",

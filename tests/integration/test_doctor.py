@@ -37,6 +37,8 @@ END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 's
 ALSO = {
     "schema-missing": {"not-looked-at"},
     "app-powers": {"roles-differ"},
+    "schema-stray": {"roles-differ"},
+    "ids-missing": {"roles-differ"},
 }
 
 

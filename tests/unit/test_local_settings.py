@@ -103,6 +103,12 @@ def test_only_a_replica_has_a_primary() -> None:
 
 def test_nobody_is_trusted() -> None:
     rules = [line.split() for line in host_rules().splitlines() if line[0] != "#"]
-    assert {rule[3 if rule[0] == "local" else 4] for rule in rules} == {"peer", "scram-sha-256"}
-    assert all("postgres" not in rule[2] for rule in rules if rule[0] == "host")
+    methods = {rule[3 if rule[0] == "local" else 4] for rule in rules}
+    assert methods == {"peer", "scram-sha-256", "reject"}
+    # The first rule that fits decides: the superuser is turned away before anybody is let in.
+    by_network = [rule for rule in rules if rule[0] == "host"]
+    refused = next(n for n, rule in enumerate(by_network) if rule[2] == "postgres")
+    assert by_network[refused][4] == "reject"
+    assert all("postgres" not in rule[2].split(",") for rule in by_network[:refused])
+    assert all(rule[2] != "all" for rule in by_network[:refused])
     assert ident_map(("root", "root", "nobody")).count("owner") == 2
