@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardkit.ops.moves.driver import Outcome
+from shardkit.ops.moves.rows import Diff
 from shardkit.ops.moves.run import (
     MovePlan,
     Options,
@@ -15,10 +16,12 @@ from shardkit.ops.moves.run import (
     revised,
     rollback,
     status,
+    verify,
 )
 from shardkit.ops.moves.work import Report, Script
 
 __all__ = [
+    "Diff",
     "MovePlan",
     "Options",
     "Outcome",
@@ -33,4 +36,5 @@ __all__ = [
     "revised",
     "rollback",
     "status",
+    "verify",
 ]

@@ -129,6 +129,30 @@ class Known:
     journal: Journal = field(default_factory=Journal)
 
     @property
+    def step(self) -> str:
+        """The last step that was begun or done."""
+        for entry in reversed(self.journal.entries):
+            if entry.step.rpartition(": ")[2].lower() in _STEPS:
+                return f"{entry.step.lower()} {'done' if entry.is_done else 'begun'}"
+        return "begun"
+
+    @property
+    def since(self) -> float | None:
+        """Seconds since the journal was written to."""
+        return self.journal.entries[-1].age if self.journal.entries else None
+
+    @property
+    def advice(self) -> str:
+        """What its operator may do."""
+        if self.is_handed_over and Step.CHECK in self.journal.done(Goal.MOVE):
+            return "moved: clean, or rollback"
+        if self.is_handed_over:
+            return "resume; handed over"
+        if self.journal.goal is Goal.ABORT:
+            return "resume goes on giving up"
+        return "resume or abort, if its mover has gone"
+
+    @property
     def is_handed_over(self) -> bool:
         """Whether the target is open."""
         row = self.rows.get(self.target or "")

@@ -24,8 +24,9 @@ from shardkit.ops.moves.checks import LONG, Check, Side, checks
 from shardkit.ops.moves.copying import size_of
 from shardkit.ops.moves.driver import Driver, Hook, Outcome
 from shardkit.ops.moves.journal import Known, known_moves
-from shardkit.ops.moves.machine import FORWARD, Goal
+from shardkit.ops.moves.machine import FORWARD, Goal, Step
 from shardkit.ops.moves.presence import open_connection
+from shardkit.ops.moves.rows import Diff
 from shardkit.ops.moves.transactions import LOCK_TIMEOUT
 from shardkit.ops.moves.transitions import Move
 from shardkit.ops.moves.work import Report, Script, Work
@@ -45,6 +46,7 @@ __all__ = [
     "revised",
     "rollback",
     "status",
+    "verify",
 ]
 
 _BACK = uuid.UUID("7b1d8f43-6b6e-4a52-9d33-6f1f5d0a8c11")
@@ -265,7 +267,7 @@ def rollback(topology: Topology, logical_shard: int, *, options: Options | None 
     """
     options = options or Options()
     known = _known(topology, logical_shard)
-    if not known.is_handed_over or "turn" not in known.journal.done(Goal.MOVE):
+    if not known.is_handed_over or Step.TURN not in known.journal.done(Goal.MOVE):
         raise RefusedError(
             "there is no way back: the move is not over",
             hint="shardkit move resume goes on, shardkit move abort gives it up",
@@ -328,6 +330,44 @@ def move_many(
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         futures = {number: pool.submit(one, number, target) for number, target in wanted}
         return {number: future.result() for number, future in futures.items()}
+
+
+def verify(
+    topology: Topology,
+    logical_shard: int,
+    *,
+    on_report: Callable[[Report], None] = lambda _report: None,
+) -> Diff:
+    """Compare both copies of a logical shard, whichever of them is open.
+
+    Raises:
+        RefusedError: there are not two copies that follow one another.
+        MoveError: the schemas differ, or one copy does not follow any more.
+        EndpointUnavailableError: a server does not answer (retryable).
+    """
+    known = _known(topology, logical_shard)
+    done = known.journal.done(Goal.MOVE)
+    if Step.FOLLOW not in done or (known.is_handed_over and Step.TURN not in done):
+        raise RefusedError(
+            "there are no two copies to compare yet",
+            hint="shardkit move status shows how far it is",
+            logical_shard=logical_shard,
+        )
+    assert known.source is not None
+    assert known.target is not None
+    work = _work(
+        topology,
+        logical_shard,
+        Move(known.move_id, known.attempt),
+        known.source,
+        known.target,
+        _none,
+        Options(on_report=on_report),
+    )
+    try:
+        return work.compared(is_handed_over=known.is_handed_over)
+    finally:
+        work.close()
 
 
 def status(topology: Topology) -> tuple[list[Known], dict[str, str]]:
@@ -399,7 +439,7 @@ def _taken_up(
     options = options or Options()
     assert known.source is not None
     assert known.target is not None
-    is_over = known.is_handed_over and "check" in known.journal.done(Goal.MOVE)
+    is_over = known.is_handed_over and Step.CHECK in known.journal.done(Goal.MOVE)
     if goal is Goal.ABORT and known.is_handed_over and is_over:
         raise RefusedError(
             "the move is over",

@@ -423,6 +423,16 @@ class Work:
             Report(self.logical_shard, step, name, done, total, "tables")
         )
 
+    def compared(self, *, is_handed_over: bool) -> Diff:
+        """Compare all rows and the schemas while clients go on.
+
+        Raises:
+            MoveError: the schemas differ, or one copy does not follow.
+        """
+        self._same_shape()
+        pair = ("target", "source") if is_handed_over else ("source", "target")
+        return self._compared(*pair, Step.VERIFY)
+
     def same_shape(self) -> list[str]:
         """Return how the schemas differ: somebody has run DDL in spite of the lock."""
         return shapes.differences(self.on("source"), self.on("target"), self.logical_shard)
