@@ -51,6 +51,9 @@ Hook = Callable[[str], None]
 _PATIENCE: Final = 10.0
 """Seconds for which a server that has gone is waited for."""
 
+_LOCKS: Final = 20
+"""Attempts, half a second apart, to get the DDL lock while a migration is at work."""
+
 _DDL: Final = 3.0
 """Seconds between two looks for DDL that somebody has run in spite of the lock."""
 
@@ -125,7 +128,7 @@ class Driver:
         self._facts = Facts(is_held=is_held)
         self._done: frozenset[Step] = frozenset()
         self._journal = Journal()
-        self._why: MoveError | None = None
+        self._why: MoveError | TryAgainError | None = None
         self._verified: float | None = None
         self._fence_failed: float | None = None
         self._moved: tuple[str | None, float] = (None, 0.0)
@@ -134,6 +137,7 @@ class Driver:
         self._timeline: int | None = None
         self._is_target_up = True
         self._n_fences = 0
+        self._n_locks = 0
 
     def run(self) -> Outcome:
         """Go on until the goal is reached.
@@ -381,7 +385,7 @@ class Driver:
 
     # -- what errors mean
 
-    def _give_up(self, error: MoveError) -> None:
+    def _give_up(self, error: MoveError | TryAgainError) -> None:
         """Go on with taking everything back, if nothing is handed over."""
         source = self.work.rows.get("source")
         if self._goal is not Goal.MOVE or (source is not None and source.state is State.RETIRED):
@@ -420,6 +424,11 @@ class Driver:
             self.work.report(Report(self.work.logical_shard, step, self.work.blocker))
             self._hook("fence failed")
             self._look()
+        elif step is Step.LOCK:
+            self._n_locks += 1
+            if self._n_locks > _LOCKS:
+                self._give_up(error)
+            SYSTEM.sleep(0.5)
         elif step is Step.DRAIN:
             self.work.blocker = error.message
             self._facts = replace(self._facts, fence_age=float("inf"))
