@@ -139,7 +139,11 @@ class World:
         for _ in range(400):
             if self._passes():
                 return
-            owners = [row for row in (self.source, self.target) if row is not None and row.state is State.ACTIVE]
+            owners = [
+                row
+                for row in (self.source, self.target)
+                if row is not None and row.state is State.ACTIVE
+            ]
             assert len(owners) < 2 or owners[0].epoch != owners[1].epoch, self.trace
         raise AssertionError(self.trace)
 
@@ -199,7 +203,9 @@ class World:
             lag_bytes=0,
             verified=0.0 if self.verified else None,
             fence_age=age,
-            is_drained=source is not None and source.fenced_at is not None and self.drained == source.fenced_at,
+            is_drained=source is not None
+            and source.fenced_at is not None
+            and self.drained == source.fenced_at,
             n_fences=self.n_fences,
             since_fence=99.0,
             first_timeline=self.first,
