@@ -24,6 +24,7 @@ from shardkit.commands import (
     locate,
     lookup,
     migrate,
+    move,
     outbox,
     pgbouncer,
     rebalance,
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
+app.add_typer(move.app, name="move")
 app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
 app.add_typer(reference.app, name="reference")
