@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -12,13 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardkit.commands.options import ConfigOption, JsonOption
+from shardkit.commands.options import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    MigrationsOption,
+)
 from shardkit.commands.output import console
 from shardkit.config import RebalanceConfig, default_file, load, parse_ranges
 
 if TYPE_CHECKING:
     from shardkit.config import Config
-    from shardkit.ops.rebalance.facts import Constraints, Plan, Situation
+    from shardkit.errors import ShardkitError
+    from shardkit.ops.moves import Outcome
+    from shardkit.ops.rebalance.apply import Remaining
+    from shardkit.ops.rebalance.facts import Constraints, Plan, PlannedMove, Situation
 
 __all__ = ["app"]
 
@@ -107,6 +116,100 @@ def plan_command(
     _print(wanted, found)
     if out is not None and found.moves:
         console(markup=False).print(f"plan in {out}; run: shardkit rebalance apply {out}")
+
+
+@app.command("apply")
+def apply_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `plan --out` has written.")],
+    config: ConfigOption = None,
+    *,
+    migrations: MigrationsOption = None,
+    cleans: Annotated[
+        bool, typer.Option("--clean", help="Forget the old copies at once; no way back then.")
+    ] = False,
+    at_once: Annotated[
+        int, typer.Option(min=1, max=16, help="Logical shards that are moved at the same time.")
+    ] = 2,
+    per_server: Annotated[
+        int, typer.Option(min=1, max=16, help="Of those, how many may share a server.")
+    ] = 1,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do what is left of a plan: moves online, one after the other; run it again to go on.
+
+    Refused when the cluster is not any more what the plan was made from.
+    """
+    from shardkit.commands.migrate import inputs
+    from shardkit.commands.moving import Moving
+    from shardkit.ops.moves import Options, revised
+    from shardkit.ops.rebalance import planfile
+    from shardkit.ops.rebalance.apply import apply, left_of
+
+    kept = planfile.read(file)
+    if dry_run:
+        _, topology = load(config or default_file())
+        _show_left(left_of(topology, kept), as_json=as_json)
+        return
+    topology, revisions, _, _ = inputs(config, migrations, None)
+    left = left_of(topology, kept)
+    with Moving(quiet=as_json) as moving:
+        found = apply(
+            topology,
+            left,
+            script=revised(revisions),
+            options=Options(on_report=moving.on_report),
+            at_once=at_once,
+            per_server=per_server,
+            cleans=cleans,
+            on_end=moving.on_end,
+        )
+    _ended(found, n_before=left.n_done, as_json=as_json)
+
+
+def _show_left(left: Remaining, *, as_json: bool) -> None:
+    if as_json:
+        document = {
+            "moves": [asdict(move) for move in left.moves],
+            "begun": sorted(left.begun),
+            "done": left.n_done,
+        }
+        json.dump(document, sys.stdout, indent=2)
+        print()
+        return
+    out = console(markup=False)
+    if left.moves:
+        out.print(_flows(left.moves))
+    begun = f", {len(left.begun)} of them begun" if left.begun else ""
+    out.print(f"{len(left.moves)} moves are left{begun}; {left.n_done} are done")
+
+
+def _ended(found: Mapping[int, Outcome | ShardkitError], *, n_before: int, as_json: bool) -> None:
+    from shardkit.errors import ShardkitError
+
+    failed = {n: each for n, each in found.items() if isinstance(each, ShardkitError)}
+    if as_json:
+        document = {
+            "moved": [asdict(e) for e in found.values() if not isinstance(e, ShardkitError)],
+            "failed": [
+                {
+                    "logical_shard": number,
+                    "kind": type(error).__name__,
+                    "message": error.message,
+                    "hint": error.hint,
+                }
+                for number, error in failed.items()
+            ],
+            "done_before": n_before,
+        }
+        json.dump(document, sys.stdout, indent=2)
+        print()
+    else:
+        moved = len(found) - len(failed)
+        console(markup=False).print(f"{moved} moves done, {n_before} before, {len(failed)} failed")
+    for number, error in failed.items():
+        error.logical_shard = number
+        raise error
 
 
 def _constraints(
@@ -199,7 +302,7 @@ def _print(wanted: Constraints, found: Plan) -> None:
     if not found.moves:
         out.print("nothing has to move")
     else:
-        out.print(_flows(found))
+        out.print(_flows(found.moves))
         bound = "no plan moves less" if found.is_optimal else ""
         if found.least_bytes is not None and not bound:
             bound = f"any plan moves {decimal(found.least_bytes)} at least"
@@ -252,15 +355,15 @@ def _table(wanted: Constraints, found: Plan) -> Any:
     return table
 
 
-def _flows(found: Plan) -> Any:
+def _flows(moves: Sequence[PlannedMove]) -> Any:
     """Return the moves, those with the same way together."""
     from rich.filesize import decimal
     from rich.table import Table
 
     from shardkit.config import format_ranges
 
-    flows: dict[tuple[str, str, str], list[Any]] = {}
-    for move in found.moves:
+    flows: dict[tuple[str, str, str], list[PlannedMove]] = {}
+    for move in moves:
         flows.setdefault((move.source, move.target, move.why), []).append(move)
     table = Table(box=None, pad_edge=False)
     for name in ("from", "to", "why"):
@@ -268,13 +371,13 @@ def _flows(found: Plan) -> Any:
     for name in ("moves", "size"):
         table.add_column(name, justify="right")
     table.add_column("logical shards", overflow="fold")
-    for (source, target, why), moves in flows.items():
+    for (source, target, why), some in flows.items():
         table.add_row(
             source,
             target,
             why,
-            f"{len(moves):,}",
-            decimal(sum(move.size_bytes for move in moves)),
-            format_ranges(sorted(move.logical_shard for move in moves)),
+            f"{len(some):,}",
+            decimal(sum(move.size_bytes for move in some)),
+            format_ranges(sorted(move.logical_shard for move in some)),
         )
     return table

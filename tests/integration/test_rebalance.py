@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ from sqlalchemy import URL
 
 from shardkit import ids
 from shardkit.cli import main
+from shardkit.config import load
 from shardkit.errors import EndpointUnavailableError, RefusedError
 from shardkit.local import LocalCluster
+from shardkit.ops import migrate, moves
 from shardkit.ops.moves.transactions import change
 from shardkit.ops.moves.transitions import Claim, Move, Release
+from shardkit.ops.placed import as_placed
 from shardkit.ops.rebalance import planfile
 from shardkit.ops.rebalance.measure import measure
 from shardkit.testing import FakeClock
 from shardkit.topology import Topology, libpq_options
+from tests.fixtures.servers import lend, options
 from tests.fixtures.sharded import Settled, admin
 
 pytestmark = pytest.mark.integration
@@ -208,3 +212,68 @@ def test_what_cannot_be_met_is_named(
         main(["rebalance", "plan", "--config", str(cluster_file), "--seconds", "0", *arguments])
     assert refused.value.code == code
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def growing(
+    tmp_path_factory: pytest.TempPathFactory,
+    postgres_version: str,  # noqa: ARG001  skips when there is none
+) -> Iterator[Path]:
+    """Two physical shards with three logical shards each, by migrations."""
+    shape = options(replicas=0, logical_shards=6, redis=False, memcached=False, pgbouncer=False)
+    with lend(tmp_path_factory.mktemp("growing") / "cluster", shape) as local:
+        _, topology = load(local.config_path)
+        assert (
+            migrate.apply(
+                topology, migrate.load_revisions("app:migrations", folder=Path.cwd())
+            ).error
+            is None
+        )
+        yield local.config_path
+
+
+def owners(config: Path) -> tuple[str, ...]:
+    return as_placed(load(config)[1]).shard_map.owners
+
+
+def test_a_plan_is_applied_resumed_and_refused_when_it_is_stale(
+    growing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    asked = ["--config", str(growing)]
+    assert owners(growing) == ("alpha",) * 3 + ("beta",) * 3
+    plan = ["rebalance", "plan", *asked, "--seconds", "0", "--drain", "beta", "--out", str(file)]
+    assert len(told(capsys, *plan)["moves"]) == 3
+    apply = ["rebalance", "apply", str(file), *asked]
+    assert [m["target"] for m in told(capsys, *apply, "--dry-run")["moves"]] == ["alpha"] * 3
+    # The first of them is begun by another, and stops before it hands over.
+    first = planfile.read(file).planned[0].logical_shard
+    _, topology = load(growing)
+    script = moves.revised(migrate.load_revisions("app:migrations", folder=Path.cwd()))
+    held = moves.move(topology, first, "alpha", script=script, options=moves.Options(is_held=True))
+    assert not held.is_moved
+    assert told(capsys, *apply, "--dry-run")["begun"] == [first]
+    done = told(capsys, *apply, "--migrations", "app:migrations")
+    assert sorted(move["logical_shard"] for move in done["moved"]) == [3, 4, 5]
+    assert all(move["is_moved"] for move in done["moved"])
+    assert owners(growing) == ("alpha",) * 6
+    again = told(capsys, *apply, "--migrations", "app:migrations")
+    assert (again["moved"], again["failed"], again["done_before"]) == ([], [], 3)
+    # One goes elsewhere, which the plan does not know.
+    moves.rollback(topology, first)
+    with pytest.raises(SystemExit) as refused:
+        main([*apply, "--migrations", "app:migrations"])
+    assert refused.value.code == 3
+    assert "old copy on alpha is kept" in capsys.readouterr().err
+    for number in (3, 4, 5):
+        moves.clean(topology, number)
+    back = tmp_path / "back.json"
+    asked_back = ["--max-moves", "2", "--seconds", "0", "--out", str(back)]
+    assert {
+        m["logical_shard"] for m in told(capsys, "rebalance", "plan", *asked, *asked_back)["moves"]
+    } == {0, 1}
+    moves.move(topology, 5, "beta", script=script)
+    with pytest.raises(SystemExit) as stale:
+        main(["rebalance", "apply", str(back), *asked, "--dry-run"])
+    assert stale.value.code == 3
+    assert "the plan is stale" in capsys.readouterr().err
