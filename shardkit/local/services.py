@@ -5,6 +5,7 @@ Called by `cluster`; each class says how one program is launched in the foregrou
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ class MemcachedServer(ServerProcess):
     """A Memcached with 64 MiB, empty after every start."""
 
     kind: ClassVar[ServerKind] = ServerKind.MEMCACHED
+    # It has nothing to write down, and looks for another signal once a second only.
+    stop_signal: ClassVar[signal.Signals] = signal.SIGKILL
 
     @property
     def address(self) -> str:
