@@ -30,6 +30,7 @@ LONG = (
     "cachekills",
     "chaos",
     "halves",
+    "idmap300m",
     "lookup",
     "migrate_blocker",
     "stale",

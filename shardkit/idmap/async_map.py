@@ -58,7 +58,7 @@ class AsyncIdMap:
 
     async def set(self, id: int, value: int) -> None:  # noqa: A002  the glossary's word
         """Give an id a value, in place of one it may have."""
-        await self._change({id: value})
+        await self.set_many({id: value})
 
     async def set_many(self, entries: Mapping[int, int]) -> None:
         """Give ids values: all that share a block at once, blocks one after the other.

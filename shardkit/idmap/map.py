@@ -115,7 +115,7 @@ class IdMap:
 
     def set(self, id: int, value: int) -> None:  # noqa: A002  the glossary's word
         """Give an id a value, in place of one it may have."""
-        self._change({id: value})
+        self.set_many({id: value})
 
     def set_many(self, entries: Mapping[int, int]) -> None:
         """Give ids values: all that share a block at once, blocks one after the other.
@@ -170,7 +170,7 @@ class IdMap:
             progress: called after each round trip, with what was found so far.
         """
         scan = Scan(self._steps)
-        self._run(self._steps.reading(self._steps.get_many(())))
+        self._run(self._steps.known())
         try:
             scan.policies(_infos(self._client.info("memory")))
             for work in scan.batches(self._client.scan_iter(match=scan.pattern, count=1000)):

@@ -94,6 +94,11 @@ class Steps:
 
     # The layout of the map
 
+    def known(self) -> Work[None]:
+        """Learn what the map is."""
+        replies = yield [("GET", self._meta_key)]
+        self._compare(bytes_of(replies[0], self._meta_key))
+
     def reading(self, work: Work[_Result]) -> Work[_Result]:
         """Return the same work, which learns in its first round trip what the map is."""
         if self._is_known:
