@@ -11,10 +11,12 @@ from pathlib import Path
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
+from app.legacy.photos import open_client, open_map
 from app.photos.images import ImageLimits, ImageWorkers
 from app.photos.store import BlobStore, FileBlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
+from shardkit.idmap import AsyncIdMap
 
 __all__ = ["Resources", "open_resources"]
 
@@ -31,6 +33,7 @@ class Resources:
         workers: the decoding processes.
         clock: the time.
         redis_url: address of Redis, or None when there is none.
+        legacy_photos: ids of photos by the number they once had; None without Redis.
     """
 
     settings: Settings
@@ -40,6 +43,7 @@ class Resources:
     workers: ImageWorkers
     clock: Clock
     redis_url: str | None = None
+    legacy_photos: AsyncIdMap | None = None
 
 
 @asynccontextmanager
@@ -53,6 +57,10 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
         workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
         stack.push_async_callback(workers.close)
+        redis_url = _services(settings.config).get("redis")
+        redis = open_client(redis_url) if redis_url else None
+        if redis is not None:
+            stack.push_async_callback(redis.aclose)
         yield Resources(
             settings=settings,
             cluster=cluster,
@@ -60,7 +68,8 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             blobs=FileBlobStore(settings.media_folder),
             workers=workers,
             clock=clock,
-            redis_url=_services(settings.config).get("redis"),
+            redis_url=redis_url,
+            legacy_photos=None if redis is None else open_map(redis),
         )
 
 

@@ -19,6 +19,7 @@ from shardkit.commands import (
     backup,
     cache,
     doctor,
+    idmap,
     ids,
     local,
     locate,
@@ -39,6 +40,7 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     IdError,
+    InvalidMappingError,
     InvalidShardKeyError,
     OperationError,
     RefusedError,
@@ -58,6 +60,7 @@ app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
+app.add_typer(idmap.app, name="idmap")
 app.add_typer(reference.app, name="reference")
 app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
@@ -140,7 +143,7 @@ def _reported(error: ShardkitError) -> dict[str, object]:
 
 def exit_code(error: ShardkitError) -> int:
     """Return the exit code an error stands for."""
-    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError):
+    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError | InvalidMappingError):
         return 2
     if isinstance(error, RefusedError):
         return 3

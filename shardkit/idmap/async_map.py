@@ -14,7 +14,8 @@ from shardkit import deadlines
 from shardkit.errors import DeadlineExceededError, OutcomeUnknownError
 from shardkit.idmap.building import Loaded, windows
 from shardkit.idmap.layout import Layout
-from shardkit.idmap.map import FAILURES, checked_client, judged, lacking
+from shardkit.idmap.map import checked_client, judged, lacking
+from shardkit.idmap.replies import FAILURES
 from shardkit.idmap.scripts import Command, is_change, with_source
 from shardkit.idmap.steps import Steps, Work
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from redis import Redis, RedisCluster
 from redis import exceptions as redis_errors
@@ -13,17 +13,13 @@ from shardkit.errors import ConfigurationError
 from shardkit.idmap.building import Loaded, windows
 from shardkit.idmap.checking import Found, Scan
 from shardkit.idmap.layout import Layout
-from shardkit.idmap.replies import NoScript, wrong
+from shardkit.idmap.replies import FAILURES, LOST, NoScript, wrong
 from shardkit.idmap.scripts import Command, is_change, with_source
 from shardkit.idmap.steps import Steps, Work
 
-__all__ = ["FAILURES", "IdMap", "checked_client", "judged", "lacking"]
+__all__ = ["IdMap", "checked_client", "judged", "lacking"]
 
 _Result = TypeVar("_Result")
-
-FAILURES: Final = (redis_errors.RedisError, OSError)
-"""What a client raises for the server's sake."""
-_LOST: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
 
 
 def checked_client(client: Any) -> Any:
@@ -57,7 +53,7 @@ def lacking(commands: Sequence[Command], replies: Sequence[Any]) -> list[int]:
     for index, reply in enumerate(replies):
         if isinstance(reply, NoScript):
             again.append(index)
-        elif isinstance(reply, _LOST):
+        elif isinstance(reply, LOST):
             raise judged([commands[index]], reply)
     return again
 

@@ -16,7 +16,7 @@ from shardkit.errors import (
     ShardkitError,
 )
 
-__all__ = ["NoScript", "bytes_of", "wrong"]
+__all__ = ["FAILURES", "LOST", "NoScript", "bytes_of", "wrong"]
 
 NoScript: Final = exceptions.NoScriptError
 
@@ -35,7 +35,15 @@ _REFUSED: Final = (
     exceptions.TryAgainError,
 )
 """Said by a server, or by the client before it sent anything: nothing was done."""
-_LOST: Final = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
+LOST: Final = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.RedisClusterException,
+    OSError,
+)
+"""The answer did not come, whatever was done."""
+FAILURES: Final = (exceptions.RedisError, *LOST)
+"""What a client raises for the server's sake."""
 
 
 def bytes_of(reply: Any, key: bytes) -> bytes:
@@ -73,15 +81,13 @@ def _meaning(error: Exception, key: str, *, is_change: bool) -> ShardkitError:
             hint="it needs GET, GETRANGE, SET, SETRANGE, DEL, EVAL and EVALSHA on shardkit:idmap:*",
         )
     refused = isinstance(error, _REFUSED) or isinstance(error.__context__, ConnectionRefusedError)
-    if refused or (isinstance(error, _LOST) and not is_change):
+    if refused or (isinstance(error, LOST) and not is_change):
         return EndpointUnavailableError(f"Redis does not answer for the id map: {said}")
-    if isinstance(error, _LOST):
+    if isinstance(error, LOST):
         return OutcomeUnknownError(
             f"the answer of Redis to a change of the id map was lost: {said}",
             hint="make the change again: twice does no harm",
         )
-    if isinstance(error, exceptions.RedisClusterException):
-        return EndpointUnavailableError(f"the Redis Cluster does not answer: {said}")
     if isinstance(error, exceptions.OutOfMemoryError):
         return IdMapFullError(
             f"Redis takes no more entries: {said}",

@@ -50,16 +50,17 @@ return 1
 
 SWAP_ROWS: Final = b"""
 local key = KEYS[1]
-if redis.call('GETRANGE', key, 0, 7) ~= ARGV[1] then return 0 end
-for n = 2, #ARGV, 3 do
+for n = 1, #ARGV, 3 do
   if redis.call('GETRANGE', key, ARGV[n], ARGV[n] + #ARGV[n + 1] - 1) ~= ARGV[n + 1] then
     return 0
   end
 end
-for n = 2, #ARGV, 3 do redis.call('SETRANGE', key, ARGV[n], ARGV[n + 2]) end
+for n = 1, #ARGV, 3 do redis.call('SETRANGE', key, ARGV[n], ARGV[n + 2]) end
 return 1
 """
-"""Rows in place of others, all or none: head; of each its offset, bytes before, bytes after."""
+"""Rows in place of others, all or none; of each its offset, bytes before, bytes after.
+
+The check in a row is of its block's head as well: the same bytes are of the same encoding."""
 
 _SOURCES: Final = {
     hashlib.sha1(text).hexdigest().encode(): text  # noqa: S324  Redis names scripts so

@@ -374,4 +374,4 @@ class Steps:
         change.before = before
         if before == change.cells:
             return None
-        return call(SWAP_ROWS, self.key(block), head, *parts)
+        return call(SWAP_ROWS, self.key(block), *parts)
