@@ -364,9 +364,10 @@ def test_a_change_without_an_answer_is_unknown(server: caches.CacheServer) -> No
                 with pytest.raises(DeadlineExceededError):
                     async with shardkit.deadline(0.3):
                         await stopped.get(5000)
-            server.thaw()
-            await owners.set(1, 2)  # again does no harm
-            assert await owners.get(1) == 2
+                server.thaw()
+                assert await stopped.get(70) == 70 * 7919  # no late answer is taken for this one
+                await owners.set(1, 2)  # again does no harm
+                assert await stopped.get_many([1, 5000]) == {1: 2, 5000: 5000 * 7919 % 10_000_000}
 
     asyncio.run(change())
 

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit.errors import ConfigurationError, DamagedMapError, InvalidMappingError
+from shardkit.errors import (
+    ConfigurationError,
+    DamagedMapError,
+    InvalidMappingError,
+    OverloadedError,
+)
 from shardkit.idmap import MAX_ID, MAX_VALUE, Layout
 from shardkit.idmap.blocks import cell_of, decode, empty, encode
 from shardkit.idmap.building import built, windows
@@ -152,3 +157,21 @@ def test_a_window_is_bounded() -> None:
     made = [len(each) for each, _ in windows(layout, entries)]
     assert sum(made) == 1000
     assert max(made) == 32
+
+
+def test_who_is_always_too_late_is_told() -> None:
+    """Others change the block between every read and every swap."""
+    work = Steps("m", Layout()).change({1: 1})
+    trips = 0
+
+    def carry_out() -> None:
+        nonlocal trips
+        commands = next(work)
+        while True:
+            trips += 1
+            commands = work.send([None if command[0] == "GET" else 0 for command in commands])
+
+    with pytest.raises(OverloadedError, match="block 0 of the map 'm' 64 times") as late:
+        carry_out()
+    assert trips == 128
+    assert late.value.retryable
