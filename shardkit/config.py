@@ -107,6 +107,7 @@ from shardkit.addresses import Addresses
 from shardkit.errors import ConfigurationError
 from shardkit.logins import AdminLogin, Login, RolesConfig, Section, TlsConfig
 from shardkit.sections import (
+    FAILOVER_PATIENCE,
     MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
@@ -128,6 +129,7 @@ from shardkit.sections import (
 from shardkit.topology import PhysicalShard, ShardMap, Topology
 
 __all__ = [
+    "FAILOVER_PATIENCE",
     "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
