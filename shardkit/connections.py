@@ -319,6 +319,7 @@ class _Core:
         now = self.clock.monotonic()
         longest = 0.0
         for name in names:
+            self.owners.doubt(name)
             since = self._away_since.get(name)
             if since is None or self.held.heard_at[name] > since:
                 since = self._away_since[name] = now

@@ -117,7 +117,7 @@ class LocalCluster:
 
         For tests and repairs: by unix socket, without a password. Applications never need it.
         """
-        return make_conninfo(self._postgres(name).superuser_dsn, dbname=database)
+        return make_conninfo(self._database_server(name).superuser_dsn, dbname=database)
 
     def start(self, progress: Progress | None = None) -> None:
         """Start every server; make their data when it is missing.
@@ -231,7 +231,7 @@ class LocalCluster:
         In good order where it answers, so that its replicas have all it wrote; one that is frozen
         is killed, and does not go on for a moment.
         """
-        server = self._postgres(name)
+        server = self._database_server(name)
         if server.snapshot().status is ServerStatus.PAUSED:
             server.kill()
         server.stop(_FENCE_TIMEOUT)
@@ -246,7 +246,7 @@ class LocalCluster:
         Raises:
             LocalServerError: the copy failed, or the server did not start.
         """
-        server, leader = self._postgres(name), self._postgres(primary)
+        server, leader = self._database_server(name), self._database_server(primary)
         server.stop()
         for other in self._running().members(leader.physical or ""):
             other.primary = None if other is leader else leader
@@ -262,7 +262,7 @@ class LocalCluster:
         for pooler in fleet.poolers(physical):
             pooler.reload()
 
-    def _postgres(self, name: str) -> PostgresServer:
+    def _database_server(self, name: str) -> PostgresServer:
         server = self._server(name)
         if not isinstance(server, PostgresServer):
             raise LocalServerError(f"{name}: is no PostgreSQL server")
