@@ -34,7 +34,11 @@ __all__ = ["PATIENCE", "AsyncMapWatch", "MapWatch"]
 _LOG: Final = logging.getLogger(__name__)
 
 PATIENCE: Final = 3.0
-"""Seconds that a primary has to say what it owns, and that whoever must know waits for that."""
+"""Seconds that a primary has to say what it owns."""
+
+_WAIT: Final = 1.5
+"""Seconds that whoever must know waits for that: what a server that is silent owns does not change,
+and a pooler whose connections are all in use keeps nobody waiting twice."""
 
 _AGAIN: Final = 0.5
 """Seconds after which a primary that did not answer is asked again by itself."""
@@ -164,7 +168,7 @@ def _nobody(topology: Topology) -> Follow:
 
 def _patience() -> float:
     """Return how long to wait for an answer: at most half of what is left for all of it."""
-    return min(PATIENCE, deadlines.left(math.inf) / 2)
+    return min(_WAIT, deadlines.left(math.inf) / 2)
 
 
 class MapWatch(Background):
