@@ -19,14 +19,17 @@ from shardkit.commands import (
     backup,
     cache,
     doctor,
+    failover,
     idmap,
     ids,
     local,
     locate,
     lookup,
     migrate,
+    move,
     outbox,
     pgbouncer,
+    rebalance,
     reference,
     roles,
     shardfiles,
@@ -58,6 +61,7 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
+app.add_typer(move.app, name="move")
 app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
 app.add_typer(idmap.app, name="idmap")
@@ -66,8 +70,10 @@ app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.add_typer(cache.app, name="cache")
 app.add_typer(backup.app, name="backup")
+app.add_typer(rebalance.app, name="rebalance")
 app.add_typer(pgbouncer.app, name="pgbouncer")
 app.add_typer(roles.app, name="roles")
+app.add_typer(failover.app, name="failover")
 app.command("export")(shardfiles.export)
 app.command("import")(shardfiles.import_)
 app.command("locate")(locate.locate)
