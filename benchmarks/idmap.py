@@ -190,10 +190,16 @@ def cpu(client: Any) -> float:
 
 
 def growth(client: Any, work: Callable[[], object]) -> int:
-    """Return by how many bytes `used_memory` grows."""
-    before = int(client.info("memory")["used_memory"])
+    """Return by how many bytes `used_memory` grows, without the buffers of a connection."""
+    before = used(client)
     work()
-    return int(client.info("memory")["used_memory"]) - before
+    return used(client) - before
+
+
+def used(client: Any) -> int:
+    """Return what the server has in memory, on a new connection: none other is open."""
+    client.connection_pool.disconnect()
+    return int(client.info("memory")["used_memory"])
 
 
 @contextmanager

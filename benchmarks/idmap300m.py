@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.progress import Progress
 
-from benchmarks.idmap import USERS, Entry, redis_server
+from benchmarks.idmap import USERS, Entry, redis_server, used
 from benchmarks.measure import report
 from shardkit.idmap import IdMap
 
@@ -41,12 +41,13 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     with redis_server() as client, Progress(disable=as_json) as bar:
         owners = IdMap(client, "owners")
         loading = bar.add_task("load", total=n)
-        before = int(client.info("memory")["used_memory"])
+        before = used(client)
         start = time.perf_counter()
         loaded = owners.load(
             entries(n), progress=lambda p: bar.update(loading, completed=p.entries)
         )
         seconds = time.perf_counter() - start
+        after = used(client)
         memory = client.info("memory")
         reading = bar.add_task("read", total=READS)
         wrong, reads_seconds = 0, 0.0
@@ -61,11 +62,11 @@ def main(*, as_json: bool, quick: bool = False) -> None:
             singles += [(id, found.get(id)) for id in asked]  # noqa: A001
             wrong += sum(value != (value_of(id) if id < n else None) for id, value in singles)  # noqa: A001
             bar.update(reading, completed=done + 1000)
-        used, rss = int(memory["used_memory"]), int(memory["used_memory_rss"])
+        rss = int(memory["used_memory_rss"])
     figures = {
         "entries_millions": loaded.entries / 1e6,
-        "used_gigabytes": used / 1e9,
-        "bytes_per_entry": (used - before) / n,
+        "used_gigabytes": after / 1e9,
+        "bytes_per_entry": (after - before) / n,
         "rss_gigabytes": rss / 1e9,
         "load_seconds": seconds,
         "load_millions_per_second": n / seconds / 1e6,

@@ -128,7 +128,7 @@ def test_it_is_a_dict(maps: tuple[list[Any], Any]) -> None:
     run_state_machine_as_test(
         machine(*maps),
         settings=settings(
-            max_examples=20,
+            max_examples=15,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),

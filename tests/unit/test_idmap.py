@@ -40,7 +40,7 @@ def blocks(draw: st.DrawFn) -> tuple[Layout, int, array[int]]:
     return layout, draw(st.integers(0, MAX_ID // layout.n_slots)), cells
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(blocks())
 def test_cells_survive(made: tuple[Layout, int, array[int]]) -> None:
     layout, block, cells = made
@@ -49,7 +49,7 @@ def test_cells_survive(made: tuple[Layout, int, array[int]]) -> None:
     assert bool(data) == any(cells)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(blocks(), st.data())
 def test_what_was_changed_is_not_believed(
     made: tuple[Layout, int, array[int]], data: st.DataObject
