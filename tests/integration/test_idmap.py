@@ -441,7 +441,8 @@ def test_a_load_is_packed_and_bounded(client: Any) -> None:
     owners.load((id, id * 2654435761 % 14_000_000) for id in range(n))  # noqa: A001
     assert taken(client, owners) / n <= 3.2
     size = client.strlen(owners.key(5))
-    assert 0 <= client.memory_usage(owners.key(5)) - allocated(size) < 150
+    # jemalloc's class and a key; a server with another allocator takes what was asked for
+    assert size < client.memory_usage(owners.key(5)) < allocated(size) + 150
     draw = Random(9)
     kept = [id for id in range(20 * SLOTS) if draw.random() < 0.3]  # noqa: A001
     sparse.load((id, draw.randrange(14_000_000)) for id in kept)  # noqa: A001
