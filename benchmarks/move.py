@@ -42,7 +42,8 @@ TARGETS = {
 }
 WRITERS = 8
 REST = 0.01
-"""Seconds that a writer rests between two writes: the machine is busy, and not its queue measured."""
+"""Seconds that a writer rests between two writes, so that the queue of a full machine is not what
+is measured."""
 ROW = 1024
 SHARD = 0
 OWNER = ids.compose(1, SHARD, 1)
@@ -107,7 +108,7 @@ def arm(megabytes: int, *, moves_: int, is_naive: bool = False) -> dict[str, Any
                 spans, seconds = moved(topology, moves_)
             writes, failed = writers.end()
         lost = len(writes) - stored(topology)
-    held = pauses(writes, [(begun - 0.3, ended + 0.3) for begun, ended in spans])
+    held = pauses(writes, spans)
     quiet = [
         ended - begun
         for _, begun, ended in writes
@@ -166,6 +167,7 @@ class Writers:
         self._process = process
 
     def end(self) -> tuple[Writes, int]:
+        """Stop them; return what they wrote, and how many writes failed."""
         self._pipe.send("end")
         found: tuple[Writes, int] = self._pipe.recv()
         self._process.join(30)
@@ -198,9 +200,13 @@ def write(config: Path, pipe: Connection) -> None:
             while not stop.is_set():
                 n += 1
                 body = f"w{number}-{n}"
+
+                def unit(session: Any, body: str = body) -> None:
+                    session.add(Note(owner_id=OWNER, body=body))
+
                 begun = time.monotonic()
                 try:
-                    cluster.run(lambda session: session.add(Note(owner_id=OWNER, body=body)))
+                    cluster.run(unit)
                 except Exception as error:  # noqa: BLE001  every failure counts
                     failed.append(error)
                 else:
@@ -280,7 +286,9 @@ def _naive(
     with (
         connect(topology.physical[source], admin=True) as here,
         connect(shard, admin=True) as there,
-        psycopg.connect(local.superuser_dsn(local.primary(source).name), dbname="shardkit") as reads,
+        psycopg.connect(
+            local.superuser_dsn(local.primary(source).name), dbname="shardkit"
+        ) as reads,
         psycopg.connect(local.superuser_dsn(local.primary(target).name), dbname="shardkit") as into,
     ):
         change(here, SHARD, Claim(move))
@@ -292,11 +300,11 @@ def _naive(
             there.execute("SET LOCAL search_path = pg_catalog")
             there.execute("SELECT shardkit.close_shard(%s, true)", (SHARD,))
         begun = time.monotonic()
-        change(
-            here, SHARD, lambda at, line: Fence(move, target, at, line), lock_timeout=2.0
-        )
+        change(here, SHARD, lambda at, line: Fence(move, target, at, line), lock_timeout=2.0)
         into.execute("SET session_replication_role = replica")
-        query = b"SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind = 'r'"
+        query = (
+            b"SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind = 'r'"
+        )
         for (name,) in reads.execute(query, (schema,)).fetchall():
             table = sql.Identifier(schema, name)
             into.execute(sql.SQL("TRUNCATE {}").format(table))
