@@ -11,8 +11,10 @@ from pathlib import Path
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
-from app.photos.images import ImageLimits, ImageWorkers
-from app.photos.store import BlobStore, FileBlobStore
+from app.photos.images import FORMATS, ImageLimits, ImageWorkers
+from app.photos.opening import open_blobs
+from app.photos.running import RunningUploads
+from app.photos.store import BlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
 
@@ -29,6 +31,7 @@ class Resources:
         passwords: the hasher.
         blobs: the bytes of pictures.
         workers: the decoding processes.
+        uploads: those that are worked on after their answer.
         clock: the time.
         redis_url: address of Redis, or None when there is none.
     """
@@ -38,6 +41,7 @@ class Resources:
     passwords: Passwords
     blobs: BlobStore
     workers: ImageWorkers
+    uploads: RunningUploads
     clock: Clock
     redis_url: str | None = None
 
@@ -51,14 +55,23 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
-        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        workers = ImageWorkers(
+            settings.image_workers,
+            ImageLimits(max_pixels=settings.max_pixels),
+            FORMATS if settings.webp else ("jpg",),
+        )
         stack.push_async_callback(workers.close)
+        uploads = RunningUploads()
+        stack.push_async_callback(uploads.close)
         yield Resources(
             settings=settings,
             cluster=cluster,
             passwords=await asyncio.to_thread(Passwords, settings.hash_workers),
-            blobs=FileBlobStore(settings.media_folder),
+            blobs=blobs,
             workers=workers,
+            uploads=uploads,
             clock=clock,
             redis_url=_services(settings.config).get("redis"),
         )
