@@ -20,6 +20,7 @@ from app.photos.store.indexfile import append_block
 from app.photos.store.needle import (
     DATA_AT,
     DELETED,
+    REPLACED_AT,
     SEALED_AT,
     UNIT,
     UNWRITTEN_AT,
@@ -181,6 +182,8 @@ def compact(root: Path, number: int) -> Compacted | None:
             if _unwritten(old) != n_unwritten:
                 raise OSError(errno.EAGAIN, "pictures were deleted while the disk was full; again")
             _repeat_deletes(volume, old, copy, {entry.key: entry for entry in entries})
+            # First the mark: a reader that sees it looks which file has the name.
+            os.pwrite(old.file.descriptor, b"\1", REPLACED_AT)
             draft.rename(volume.path)
             draft_index.rename(volume.index_path)
             sync_folder(root)

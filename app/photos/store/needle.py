@@ -43,6 +43,7 @@ __all__ = [
     "MAGIC",
     "MAX_DATA_BYTES",
     "MAX_VOLUME_BYTES",
+    "REPLACED_AT",
     "SEALED_AT",
     "UNIT",
     "UNWRITTEN_AT",
@@ -71,6 +72,9 @@ MAX_COUNT: Final = 8
 SUPER_BYTES: Final = 64
 SEALED_AT: Final = 2 * SUPER_BYTES
 """Of a byte that is not 0 once nothing is appended any more."""
+
+REPLACED_AT: Final = SEALED_AT + 1
+"""Of a byte that is not 0 once another file may be in this one's place."""
 
 UNWRITTEN_AT: Final = SEALED_AT + 4
 """Of a 32-bit count of deletes that are in the needles only: there was no room in the journal."""

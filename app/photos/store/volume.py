@@ -131,16 +131,16 @@ class Volume:
     @property
     def is_sealed(self) -> bool:
         """Whether nothing is appended any more."""
-        return os.pread(self.state.file.descriptor, 1, SEALED_AT) != b"\0"
+        return self.state.file.head[SEALED_AT] != 0
 
     def refresh(self) -> None:
         """Take note of what other processes have done: appended, deleted, compacted."""
-        if self.path.stat().st_ino != self.state.file.inode:
+        if not self.state.file.is_current(self.path):
             with self._lock:
                 self.state = self._load()
         with self._lock:
             state = self.state
-            if self.claim is None and state.file.n_bytes > state.end:
+            if not self._is_complete(state):
                 self._read_tail(state, is_owner=False)
             deleted, state.journal_end = self.journal.read(state.journal_end)
             self._forget(state, deleted)
@@ -152,16 +152,19 @@ class Volume:
             BlockingIOError: that has to be read from the disk, and `wait` is False.
         """
         state = self.state
-        is_current = self.path.stat().st_ino == state.file.inode
+        is_current = state.file.is_current(self.path)
         entry = state.map.find(key) if is_current else None
-        is_behind = self.claim is None and state.file.n_bytes > state.end
-        if not is_current or (entry is None and is_behind):
+        if entry is None and not (is_current and self._is_complete(state)):
             if not wait:
                 raise BlockingIOError
             self.refresh()
             state = self.state
             entry = state.map.find(key)
         return None if entry is None else (state, entry)
+
+    def _is_complete(self, state: State) -> bool:
+        """Tell whether the map has everything that the file has."""
+        return self.claim is not None or state.file.n_bytes <= state.end
 
     def read(self, address: Address, alternate: int, *, wait: bool = True) -> bytes | None:
         """Return the data of one variant, or None when it is not there.
@@ -228,8 +231,9 @@ class Volume:
         """
         self.has_failed = True
         with contextlib.suppress(OSError):
+            os.pwrite(descriptor, b"\1", SEALED_AT)
+        with contextlib.suppress(OSError):
             os.ftruncate(descriptor, end)
-            self.seal()
 
     def delete(self, address: Address) -> bool:
         """Delete an upload in the journal and in the volume; tell whether it was there."""

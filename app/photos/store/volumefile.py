@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from app.photos.store.needle import DATA_AT, REPLACED_AT
 
 __all__ = [
     "Claim",
@@ -38,6 +41,11 @@ class VolumeFile:
 
     Args:
         path: the volume.
+
+    Attributes:
+        descriptor: for reading and writing.
+        inode: number of the file, whatever its name is now.
+        head: its first bytes, as they are in this moment.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,10 +53,16 @@ class VolumeFile:
         # Reading ahead would fetch neighbours that nobody asked for; the advice is per open file.
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self.inode = os.fstat(self.descriptor).st_ino
+        # What is looked at with every read costs no system call.
+        self.head = mmap.mmap(self.descriptor, DATA_AT, mmap.MAP_SHARED, mmap.PROT_READ)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+    def is_current(self, path: Path) -> bool:
+        """Tell whether this is the file of that name, or a compaction has put another there."""
+        return not self.head[REPLACED_AT] or path.stat().st_ino == self.inode
 
     def read_cached(self, n: int, position: int) -> bytearray:
         """Return bytes that are in the operating system's memory.
