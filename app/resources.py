@@ -12,8 +12,10 @@ from pathlib import Path
 from app.accounts.passwords import Passwords
 from app.clock import Clock
 from app.legacy.photos import open_client, open_map
-from app.photos.images import ImageLimits, ImageWorkers
-from app.photos.store import BlobStore, FileBlobStore
+from app.photos.images import FORMATS, ImageLimits, ImageWorkers
+from app.photos.opening import open_blobs
+from app.photos.running import RunningUploads
+from app.photos.store import BlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
 from shardkit.idmap import AsyncIdMap
@@ -31,6 +33,7 @@ class Resources:
         passwords: the hasher.
         blobs: the bytes of pictures.
         workers: the decoding processes.
+        uploads: those that are worked on after their answer.
         clock: the time.
         redis_url: address of Redis, or None when there is none.
         legacy_photos: ids of photos by the number they once had; None without Redis.
@@ -41,6 +44,7 @@ class Resources:
     passwords: Passwords
     blobs: BlobStore
     workers: ImageWorkers
+    uploads: RunningUploads
     clock: Clock
     redis_url: str | None = None
     legacy_photos: AsyncIdMap | None = None
@@ -55,8 +59,16 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
-        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        workers = ImageWorkers(
+            settings.image_workers,
+            ImageLimits(max_pixels=settings.max_pixels),
+            FORMATS if settings.webp else ("jpg",),
+        )
         stack.push_async_callback(workers.close)
+        uploads = RunningUploads()
+        stack.push_async_callback(uploads.close)
         redis_url = _services(settings.config).get("redis")
         redis = open_client(redis_url) if redis_url else None
         if redis is not None:
@@ -65,8 +77,9 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             settings=settings,
             cluster=cluster,
             passwords=await asyncio.to_thread(Passwords, settings.hash_workers),
-            blobs=FileBlobStore(settings.media_folder),
+            blobs=blobs,
             workers=workers,
+            uploads=uploads,
             clock=clock,
             redis_url=redis_url,
             legacy_photos=None if redis is None else open_map(redis),

@@ -20,6 +20,8 @@ from pydantic import ValidationError
 
 from app.graph import inverse
 from app.graph.models import FOLLOW_CHANGED
+from app.photos import removal
+from app.photos.models import PHOTO_DELETED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -36,13 +38,24 @@ BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
 """Tried for some six hours: a server that is down that long must not leave dead letters behind."""
 
 
-def relay_of(cluster: Cluster) -> Relay:
-    """Return a relay that does everything the service's events ask for."""
+def relay_of(cluster: Cluster, *, settings: Settings | None = None) -> Relay:
+    """Return a relay that does everything the service's events ask for.
+
+    Args:
+        cluster: whose events.
+        settings: where pictures are; without them, bytes that a process which died while it
+            deleted a photo has left are left to the sweeper.
+    """
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
 
     @relay.on(FOLLOW_CHANGED, batch=BATCH)
     def follows(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+
+    @relay.on(PHOTO_DELETED, batch=BATCH)
+    def pictures(events: list[Event]) -> None:
+        if settings is not None:
+            removal.remove(settings, events)
 
     return relay
 
@@ -51,7 +64,8 @@ def __getattr__(name: str) -> Relay:
     """Make `relay` when it is asked for: an import opens nothing."""
     if name != "relay":
         raise AttributeError(name)
-    return relay_of(Cluster.from_file(Settings.read(os.environ).config))
+    settings = Settings.read(os.environ)
+    return relay_of(Cluster.from_file(settings.config), settings=settings)
 
 
 def main(
@@ -69,7 +83,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     with cluster:
-        relay = relay_of(cluster)
+        relay = relay_of(cluster, settings=settings)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: relay.stop())
         if attached:

@@ -17,6 +17,7 @@ SHARED = (
     "cachesessions",
     "cachestages",
     "cachetrace",
+    "loopdisk",
     "measure",
     "outage",
     "promoted",

@@ -18,4 +18,5 @@ pytest_plugins = [
     "tests.fixtures.stack",
     "tests.fixtures.visitors",
     "tests.fixtures.backups",
+    "tests.fixtures.blobs",
 ]
