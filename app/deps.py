@@ -100,7 +100,13 @@ async def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphServ
 
 async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedService:
     """Return the feed service."""
-    return FeedService(database, resources.settings.max_followees)
+    return FeedService(
+        database,
+        resources.clock,
+        resources.cursors,
+        resources.settings.max_followees,
+        resources.timelines,
+    )
 
 
 Accounts = Annotated[AccountService, Depends(get_accounts)]

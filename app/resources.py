@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
+from app.feed.building import Builder
+from app.feed.cursors import Cursors
+from app.feed.timelines import AsyncTimelines
 from app.photos.images import ImageLimits, ImageWorkers
 from app.photos.store import BlobStore, FileBlobStore
 from app.settings import Settings
@@ -30,7 +31,9 @@ class Resources:
         blobs: the bytes of pictures.
         workers: the decoding processes.
         clock: the time.
+        cursors: where pages of feeds begin.
         redis_url: address of Redis, or None when there is none.
+        timelines: what was pushed to whom, and who builds it; None without Redis.
     """
 
     settings: Settings
@@ -39,7 +42,9 @@ class Resources:
     blobs: BlobStore
     workers: ImageWorkers
     clock: Clock
+    cursors: Cursors
     redis_url: str | None = None
+    timelines: tuple[AsyncTimelines, Builder] | None = None
 
 
 @asynccontextmanager
@@ -53,6 +58,14 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
         workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
         stack.push_async_callback(workers.close)
+        redis_url = cluster.services.get("redis")
+        timelines: tuple[AsyncTimelines, Builder] | None = None
+        if redis_url is not None:
+            opened = AsyncTimelines(redis_url)
+            stack.push_async_callback(opened.close)
+            builder = Builder(cluster, opened, settings.max_followees)
+            stack.push_async_callback(builder.close)
+            timelines = opened, builder
         yield Resources(
             settings=settings,
             cluster=cluster,
@@ -60,11 +73,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             blobs=FileBlobStore(settings.media_folder),
             workers=workers,
             clock=clock,
-            redis_url=_services(settings.config).get("redis"),
+            cursors=Cursors(cluster.token_keys),
+            redis_url=redis_url,
+            timelines=timelines,
         )
-
-
-def _services(config: Path) -> Mapping[str, str]:
-    """Return `[services]` of a configuration file that the cluster has accepted already."""
-    services: Mapping[str, str] = tomllib.loads(config.read_text("utf-8")).get("services", {})
-    return services

@@ -18,8 +18,12 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from app.feed import fanout
+from app.feed.modes import Modes
+from app.feed.timelines import Timelines
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
+from app.photos.models import PHOTO_ADDED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -36,13 +40,25 @@ BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
 """Tried for some six hours: a server that is down that long must not leave dead letters behind."""
 
 
-def relay_of(cluster: Cluster) -> Relay:
-    """Return a relay that does everything the service's events ask for."""
+def relay_of(cluster: Cluster, modes: Modes | None = None) -> Relay:
+    """Return a relay that does everything the service's events ask for.
+
+    Args:
+        cluster: whose events; its `[services]` say where timelines are.
+        modes: decides whose photos are pushed.
+    """
+    redis = cluster.services.get("redis")
+    timelines = None if redis is None else Timelines(redis)
+    modes = modes or Modes()
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
 
     @relay.on(ASSOC_CHANGED, batch=BATCH)
     def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+
+    @relay.on(PHOTO_ADDED, batch=BATCH)
+    def photos(events: list[Event]) -> None:
+        fanout.deliver(cluster, timelines, modes, events)
 
     return relay
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -59,8 +59,10 @@ class _Opened(Generic[C]):
         token_keys: Sequence[str] = (),
         cache: CacheConfig | None = None,
         map_age: float = MAP_AGE,
+        services: Mapping[str, str] | None = None,
     ) -> None:
         self.token_keys = tuple(token_keys)
+        self.services = dict(services or {})
         self.connections = self._connections_class(
             topology,
             pool=pool,
@@ -97,6 +99,7 @@ class _Opened(Generic[C]):
             token_keys=settings.tokens.secrets(),
             cache=settings.found_cache,
             map_age=settings.limits.map_age,
+            services=settings.services,
         )
 
     @property
@@ -136,6 +139,7 @@ class Cluster(_Opened[Connections]):
         cache: where rows of classes with `__cache_ttl__` are cached; None for nowhere.
         map_age: seconds for which what a server said of the logical shards that it owns counts;
             then it is asked again before they are used, cached rows included.
+        services: addresses of other servers by name: `[services]` of the configuration.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP

@@ -279,7 +279,7 @@ def _add_follows(session: WriteSession, me: int, others: set[int], now: dt.datet
     """Add follows that lack; return how many."""
     user = tao.locked(session, me)
     keys = [(me, int(Kind.FOLLOWS), other) for other in sorted(others)]
-    at = int(now.timestamp() * 1000)
+    at = tao.next_time(session, me, Kind.FOLLOWS, int(now.timestamp() * 1000))
     missing = [
         key[2]
         for key, edge in zip(keys, session.get_many(Assoc, keys), strict=True)

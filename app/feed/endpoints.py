@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from app.addresses import API
 from app.deps import Feed, MaybeViewer, SignedIn
+from app.feed.cursors import FeedCursor
 from app.paging import Cursor, Limit, Page
 from app.photos.schemas import PhotoOut
 
@@ -16,7 +17,7 @@ router = APIRouter(prefix=API, tags=["feed"])
 
 @router.get("/feed")
 async def home(
-    viewer: SignedIn, feed: Feed, cursor: Cursor = None, limit: Limit = 20
+    viewer: SignedIn, feed: Feed, cursor: FeedCursor = None, limit: Limit = 20
 ) -> Page[PhotoOut]:
     """Return the home feed: one's own photos and those of people one follows, newest first."""
     return await feed.home(viewer, cursor, limit)

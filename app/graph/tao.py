@@ -44,6 +44,7 @@ __all__ = [
     "assoc_time_range",
     "has",
     "locked",
+    "next_time",
     "obj_get",
     "on",
     "there",
@@ -225,6 +226,16 @@ def locked(session: WriteSession, user_id: int) -> User:
     if user is None:
         raise NotFoundError("There is no such person.")
     return user
+
+
+def next_time(session: WriteSession, id1: int, kind: Kind, now: int) -> int:
+    """Return a time for a new edge that is later than those of all there are.
+
+    So who knows all edges up to a time of one person knows which are new, whatever the clocks of
+    servers say. The person is `locked`.
+    """
+    newest = session.execute(_newest_first(id1, kind).limit(1)).first()
+    return now if newest is None else max(now, newest.at + 1)
 
 
 def assoc_add(session: WriteSession, user: User, kind: Kind, id2: int, at: int) -> bool:

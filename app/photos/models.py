@@ -8,9 +8,13 @@ from sqlalchemy import Index, String, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
-from shardkit import CachedCount, CachedList, Sharded
+from shardkit import CachedCount, CachedList, Sharded, after_insert
 
-__all__ = ["Comment", "Like", "Photo", "likes_of", "newest_of"]
+__all__ = ["PHOTO_ADDED", "Comment", "Like", "Photo", "likes_of", "newest_of"]
+
+
+PHOTO_ADDED = "photo.added"
+"""Topic of the events that say that somebody has a new photo, in the order of each person."""
 
 
 class Photo(Sharded, Base):
@@ -23,6 +27,13 @@ class Photo(Sharded, Base):
     __tablename__ = "photos"
     __shard_key__ = "owner_id"
     __cache_ttl__ = 300.0
+    __events__ = (
+        after_insert(
+            PHOTO_ADDED,
+            lambda photo: {"id": str(photo.id), "owner_id": str(photo.owner_id)},
+            key="owner_id",
+        ),
+    )
     __table_args__ = (Index("photos_owner_id_id_idx", "owner_id", text("id DESC")),)
 
     owner_id: Mapped[int]

@@ -35,6 +35,7 @@ from app.errors import (
     UploadError,
     problem_of,
 )
+from app.feed.cursors import FeedCursor
 from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
@@ -61,7 +62,12 @@ PagesDep = Annotated[Pages, Depends(get_pages)]
 
 @router.get("/")
 async def home(
-    *, request: Request, viewer: MaybeViewer, feed: Feed, pages: PagesDep, cursor: Cursor = None
+    *,
+    request: Request,
+    viewer: MaybeViewer,
+    feed: Feed,
+    pages: PagesDep,
+    cursor: FeedCursor = None,
 ) -> Response:
     """Show the home feed, or what this is to a stranger."""
     if viewer is None:
