@@ -90,7 +90,9 @@ def session_limits(settings: Settings) -> SessionLimits:
 
 async def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
     """Return the photo service."""
-    return PhotoService(database, resources.blobs, resources.workers, resources.clock)
+    return PhotoService(
+        database, resources.blobs, resources.workers, resources.clock, resources.likes
+    )
 
 
 async def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphService:

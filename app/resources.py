@@ -13,6 +13,7 @@ from app.feed.building import Builder
 from app.feed.cursors import Cursors
 from app.feed.timelines import AsyncTimelines
 from app.photos.images import ImageLimits, ImageWorkers
+from app.photos.likes import Likes
 from app.photos.store import BlobStore, FileBlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
@@ -31,6 +32,7 @@ class Resources:
         blobs: the bytes of pictures.
         workers: the decoding processes.
         clock: the time.
+        likes: writes likes, many together.
         cursors: where pages of feeds begin.
         redis_url: address of Redis, or None when there is none.
         timelines: what was pushed to whom, and who builds it; None without Redis.
@@ -42,6 +44,7 @@ class Resources:
     blobs: BlobStore
     workers: ImageWorkers
     clock: Clock
+    likes: Likes
     cursors: Cursors
     redis_url: str | None = None
     timelines: tuple[AsyncTimelines, Builder] | None = None
@@ -58,6 +61,8 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
         workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
         stack.push_async_callback(workers.close)
+        likes = Likes(cluster, clock, timeout=settings.database_timeout)
+        stack.push_async_callback(likes.close)
         redis_url = cluster.services.get("redis")
         timelines: tuple[AsyncTimelines, Builder] | None = None
         if redis_url is not None:
@@ -73,6 +78,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             blobs=FileBlobStore(settings.media_folder),
             workers=workers,
             clock=clock,
+            likes=likes,
             cursors=Cursors(cluster.token_keys),
             redis_url=redis_url,
             timelines=timelines,

@@ -23,7 +23,8 @@ from app.feed.modes import Modes
 from app.feed.timelines import Timelines
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
-from app.photos.models import PHOTO_ADDED
+from app.photos import likes
+from app.photos.models import LIKES_CHANGED, PHOTO_ADDED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -59,6 +60,10 @@ def relay_of(cluster: Cluster, modes: Modes | None = None) -> Relay:
     @relay.on(PHOTO_ADDED, batch=BATCH)
     def photos(events: list[Event]) -> None:
         fanout.deliver(cluster, timelines, modes, events)
+
+    @relay.on(LIKES_CHANGED, batch=BATCH)
+    def counts(events: list[Event]) -> None:
+        likes.fold(cluster, events)
 
     return relay
 

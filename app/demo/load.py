@@ -26,6 +26,7 @@ from app.demo.scenes import draw
 from app.graph import tao
 from app.graph.models import Assoc, Kind
 from app.photos.images import SIZES
+from app.photos.likes import Reaction, react
 from app.photos.models import Comment, Like, Photo
 from app.photos.store import BlobStore
 from shardkit import WriteSession
@@ -219,17 +220,18 @@ class DemoLoader:
             n_added = 0
             for number, photo_id in zip(numbers, ids, strict=True):
                 time = self._now - self._plan.photos[number].age * 0.9
+                fans = self._ids(self._plan.likes[number])
                 new_likes = [
-                    Like(photo_id=photo_id, user_id=user, created_at=time)
-                    for user in sorted(self._ids(self._plan.likes[number]))
+                    Reaction(user, likes=True)
+                    for user in sorted(fans)
                     if (photo_id, user) not in likes
                 ]
                 new_comments = self._new_comments(number, photo_id, time, comments)
                 if not new_likes and not new_comments:
                     continue
-                session.add_all([*new_likes, *new_comments])
-                photo = await session.get_one(Photo, photo_id, with_for_update=True)
-                photo.like_count += len(new_likes)
+                await tao.on(session, react, photo_id, new_likes, time)
+                session.add_all(new_comments)
+                photo = await session.get_one(Photo, photo_id, with_for_update={"key_share": True})
                 photo.comment_count += len(new_comments)
                 self._added.likes += len(new_likes)
                 self._added.comments += len(new_comments)

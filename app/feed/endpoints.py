@@ -20,7 +20,7 @@ async def home(
     viewer: SignedIn, feed: Feed, cursor: FeedCursor = None, limit: Limit = 20
 ) -> Page[PhotoOut]:
     """Return the home feed: one's own photos and those of people one follows, newest first."""
-    return await feed.home(viewer, cursor, limit)
+    return await feed.home(viewer, feed.place(viewer, cursor), limit)
 
 
 @router.get("/explore")

@@ -61,21 +61,25 @@ class FeedService:
         self._max_followees = max_followees
         self._timelines = timelines
 
-    async def home(self, viewer: Viewer, cursor: str | None, n: int) -> Page[PhotoOut]:
-        """Return a page of the viewer's feed, newest first, without gaps or repeats.
+    def place(self, viewer: Viewer, cursor: str | None) -> Place | None:
+        """Return where a page of the viewer's feed begins; None for the first.
 
         Raises:
-            InvalidInputError: the cursor is none of ours.
+            InvalidInputError: the cursor is none of ours, of somebody else, or too old.
         """
-        now = self._clock().timestamp()
-        place = Place(ids.MAX_ID)
-        if cursor is not None:
-            place = self._cursors.place(cursor, viewer_id=viewer.id, now=now)
+        if cursor is None:
+            return None
+        return self._cursors.place(cursor, viewer_id=viewer.id, now=self._clock().timestamp())
+
+    async def home(self, viewer: Viewer, place: Place | None, n: int) -> Page[PhotoOut]:
+        """Return a page of the viewer's feed, newest first, without gaps or repeats."""
+        begin = place or Place(ids.MAX_ID)
         async with self._database.reader() as session:
-            photos, last = await self.photos(session, viewer.id, place.before, n)
+            photos, last = await self.photos(session, viewer.id, begin.before, n)
             items = await describe(session, photos, viewer)
             text = None
             if last is not None:
+                now = self._clock().timestamp()
                 text = self._cursors.text(Place(last), viewer_id=viewer.id, now=now)
             return Page[PhotoOut](items=items, next_cursor=text, partial=is_partial(session))
 

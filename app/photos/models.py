@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import datetime as dt
 
-from sqlalchemy import Index, String, text
+from sqlalchemy import Index, SmallInteger, String, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
-from shardkit import CachedCount, CachedList, Sharded, after_insert
+from shardkit import CachedList, Sharded, after_insert
 
-__all__ = ["PHOTO_ADDED", "Comment", "Like", "Photo", "likes_of", "newest_of"]
+__all__ = [
+    "LIKES_CHANGED",
+    "PHOTO_ADDED",
+    "Comment",
+    "Like",
+    "LikeSlot",
+    "Photo",
+    "newest_of",
+    "slots_of",
+]
 
+
+LIKES_CHANGED = "likes.changed"
+"""Topic of the events that say that the likes of a photo have to be counted."""
 
 PHOTO_ADDED = "photo.added"
 """Topic of the events that say that somebody has a new photo, in the order of each person."""
@@ -20,8 +32,8 @@ PHOTO_ADDED = "photo.added"
 class Photo(Sharded, Base):
     """A photo; its bytes are in the blob store under `blob_key`.
 
-    *Invariant:* `like_count` and `comment_count` change in the transaction that inserts or
-    deletes the row they count, under a lock on this row.
+    *Invariant:* `comment_count` changes in the transaction that inserts or deletes a comment,
+    under a lock on this row. `like_count` is what its slots added up to when the relay last looked.
     """
 
     __tablename__ = "photos"
@@ -57,6 +69,20 @@ class Like(Sharded, Base):
     created_at: Mapped[dt.datetime]
 
 
+class LikeSlot(Sharded, Base):
+    """A part of the count of a photo's likes; `app.photos.likes` says who writes which.
+
+    *Invariant:* the slots of a photo add up to its likes, in every committed state.
+    """
+
+    __tablename__ = "like_slots"
+    __shard_key__ = "photo_id"
+
+    photo_id: Mapped[int] = mapped_column(primary_key=True)
+    slot: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    n: Mapped[int]
+
+
 class Comment(Sharded, Base):
     """What a person wrote under a photo, beside the photo."""
 
@@ -73,5 +99,5 @@ class Comment(Sharded, Base):
 newest_of = CachedList(Photo.owner_id, order_by=Photo.id.desc(), limit=120)
 """A person's newest photos, by id: the first page of a profile, of any size."""
 
-likes_of = CachedCount(Like.photo_id)
-"""How many like a photo."""
+slots_of = CachedList(LikeSlot.photo_id, order_by=LikeSlot.slot, of=LikeSlot.n, limit=64)
+"""Parts of how many like a photo: their sum is it."""

@@ -21,9 +21,10 @@ from app.errors import ForbiddenError, NotFoundError
 from app.graph.privacy import check_reaction, hidden_among, seen_among
 from app.graph.tao import on
 from app.paging import Page, cut
-from app.partial import counted, is_partial
+from app.partial import is_partial
 from app.photos.images import SIZES, ImageWorkers
-from app.photos.models import Comment, Like, Photo, likes_of
+from app.photos.likes import Likes, Reaction, likes_among, react
+from app.photos.models import Comment, Photo
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
 from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
 from app.photos.store import BlobStore
@@ -44,15 +45,22 @@ class PhotoService:
         blobs: where the bytes go.
         workers: the decoding processes.
         clock: the time.
+        likes: writes likes, many together.
     """
 
     def __init__(
-        self, database: Database, blobs: BlobStore, workers: ImageWorkers, clock: Clock
+        self,
+        database: Database,
+        blobs: BlobStore,
+        workers: ImageWorkers,
+        clock: Clock,
+        likes: Likes,
     ) -> None:
         self._database = database
         self._blobs = blobs
         self._workers = workers
         self._clock = clock
+        self._likes = likes
 
     async def upload(self, viewer: Viewer, data: bytes, caption: str) -> PhotoOut:
         """Store a photo and return it.
@@ -147,38 +155,36 @@ class PhotoService:
 
         Raises:
             NotFoundError: there is no such photo.
+            BusyError: too many like it at this moment.
         """
-
-        async def work(session: AsyncWriteSession) -> int:
-            photo = await locked_photo(session, photo_id)
-            await on(session, check_reaction, viewer.id, photo.owner_id)
-            if await session.get(Like, (photo_id, viewer.id)) is None:
-                session.add(Like(photo_id=photo_id, user_id=viewer.id, created_at=self._clock()))
-                photo.like_count += 1
-            return photo.like_count
-
-        request = Request(viewer.id, ("like", photo_id))
-        n_likes = await self._database.run(request, work, near=photo_id)
-        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=True)
+        return await self._react(viewer, photo_id, likes=True)
 
     async def unlike(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Take a like back; doing so twice is doing so once.
 
         Raises:
             NotFoundError: there is no such photo.
+            BusyError: too many like it at this moment.
         """
+        return await self._react(viewer, photo_id, likes=False)
+
+    async def _react(self, viewer: Viewer, photo_id: int, *, likes: bool) -> LikesOut:
+        """Write a like together with others; alone where a key has to be kept with it."""
+        reaction = Reaction(viewer.id, likes)
+        if not self._database.has_key:
+            n_likes, token = await self._likes.react(photo_id, reaction)
+            self._database.saw(token)
+            return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
         async def work(session: AsyncWriteSession) -> int:
-            photo = await locked_photo(session, photo_id)
-            like = await session.get(Like, (photo_id, viewer.id))
-            if like is not None:
-                await session.delete(like)
-                photo.like_count -= 1
-            return photo.like_count
+            total, refused = await on(session, react, photo_id, [reaction], self._clock())
+            if likes and refused:
+                raise NotFoundError("There is no such photo.")
+            return total
 
-        request = Request(viewer.id, ("unlike", photo_id))
+        request = Request(viewer.id, ("like" if likes else "unlike", photo_id))
         n_likes = await self._database.run(request, work, near=photo_id)
-        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=False)
+        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
     async def comment(self, viewer: Viewer, photo_id: int, given: CommentIn) -> CommentOut:
         """Write a comment under a photo.
@@ -284,7 +290,7 @@ async def describe(
     if viewer is not None:
         ids = [photo.id for photo in photos]
         liked = await PhotoRepository(session).liked_among(viewer.id, ids)
-    likes = await counted(session, likes_of, {photo.id: photo.like_count for photo in photos})
+    likes = await likes_among(session, photos)
     return [
         _photo_out(photo, owners[photo.owner_id], likes[photo.id], liked=photo.id in liked)
         for photo in photos

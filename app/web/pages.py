@@ -86,9 +86,10 @@ async def home(
             first=("landing.html", {}),
         )
     back = "/" if cursor is None else f"/?cursor={cursor}"
+    place = feed.place(viewer, cursor)
 
     async def load() -> Mapping[str, Any]:
-        return {"page": await feed.home(viewer, cursor, FEED_PAGE), "back": back}
+        return {"page": await feed.home(viewer, place, FEED_PAGE), "back": back}
 
     return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
 

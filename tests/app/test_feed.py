@@ -278,7 +278,8 @@ async def test_without_redis_the_feed_is_whole(world: World, reader: Reader) -> 
     viewer = Viewer(me, "me", "me", "", 1)
     page = await silent.feed.home(viewer, None, 2)
     assert page.partial is False
-    rest = await silent.feed.home(viewer, str(page.next_cursor), 2)
+    place = silent.feed.place(viewer, str(page.next_cursor))
+    rest = await silent.feed.home(viewer, place, 2)
     assert [item.id for item in [*page.items, *rest.items]] == sorted(
         world.photos[me], reverse=True
     )
