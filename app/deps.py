@@ -106,8 +106,9 @@ async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedServic
         database,
         resources.clock,
         resources.cursors,
-        resources.settings.max_followees,
-        resources.timelines,
+        resources.ranked,
+        max_followees=resources.settings.max_followees,
+        timelines=resources.timelines,
     )
 
 

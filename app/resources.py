@@ -11,6 +11,7 @@ from app.accounts.passwords import Passwords
 from app.clock import Clock
 from app.feed.building import Builder
 from app.feed.cursors import Cursors
+from app.feed.ranked import RankedFeed
 from app.feed.timelines import AsyncTimelines
 from app.photos.images import ImageLimits, ImageWorkers
 from app.photos.likes import Likes
@@ -34,6 +35,7 @@ class Resources:
         clock: the time.
         likes: writes likes, many together.
         cursors: where pages of feeds begin.
+        ranked: ranks feeds.
         redis_url: address of Redis, or None when there is none.
         timelines: what was pushed to whom, and who builds it; None without Redis.
     """
@@ -46,6 +48,7 @@ class Resources:
     clock: Clock
     likes: Likes
     cursors: Cursors
+    ranked: RankedFeed
     redis_url: str | None = None
     timelines: tuple[AsyncTimelines, Builder] | None = None
 
@@ -80,6 +83,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             clock=clock,
             likes=likes,
             cursors=Cursors(cluster.token_keys),
+            ranked=RankedFeed(cluster, clock),
             redis_url=redis_url,
             timelines=timelines,
         )

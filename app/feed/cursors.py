@@ -25,14 +25,15 @@ __all__ = ["LIFE", "LONGEST", "Cursors", "FeedCursor", "Place"]
 LIFE: Final = 86_400
 """Seconds that a cursor is taken: nobody reads a page on a day later."""
 
-_HEAD: Final = struct.Struct(">BBQIQQH")
+_HEAD: Final = struct.Struct(">BBBQIQQH")
 _FORMAT: Final = 1
 _MAC: Final = 16
 _PURPOSE: Final = b"app feed cursor 1\0"
 
-MOST_RANKED: Final = 160
+MOST_RANKED: Final = 127
+ENTRY: Final = 9
 
-LONGEST: Final = 4 * (_HEAD.size + 8 * MOST_RANKED + _MAC + 2) // 3 + 4
+LONGEST: Final = 4 * (_HEAD.size + ENTRY * MOST_RANKED + _MAC + 2) // 3 + 4
 """Characters of a cursor, at most."""
 
 
@@ -51,12 +52,14 @@ class Place(NamedTuple):
 
     Attributes:
         before: photos below this id, newest first, once the ranked ones have been shown.
-        ranked: the photos of the ranked window; none in a feed that is newest first.
+        is_ranked: the feed is ranked, window by window.
+        ranked: of the window: four times the id, plus the `Source`, in the order of ranks.
         rank: how many of them have been shown.
         low: the window reaches down to this id; it is shown to its end, without the ranked ones.
     """
 
     before: int
+    is_ranked: bool = False
     ranked: tuple[int, ...] = ()
     rank: int = 0
     low: int = 0
@@ -84,6 +87,7 @@ class Cursors:
         """
         body = _HEAD.pack(
             _FORMAT,
+            place.is_ranked,
             len(place.ranked),
             viewer_id,
             int(now) + LIFE,
@@ -91,7 +95,7 @@ class Cursors:
             place.low,
             place.rank,
         )
-        body += struct.pack(f">{len(place.ranked)}Q", *place.ranked)
+        body += b"".join(each.to_bytes(ENTRY, "big") for each in place.ranked)
         return urlsafe_b64encode(body + self._mac(self._keys[0], body)).rstrip(b"=").decode()
 
     def place(self, text: str, *, viewer_id: int, now: float) -> Place:
@@ -108,13 +112,14 @@ class Cursors:
         ours = [hmac.compare_digest(self._mac(key, body), mac) for key in self._keys]
         if not any(ours) or len(body) < _HEAD.size:
             raise InvalidInputError("cursor", "must be the next_cursor of a page of this feed")
-        form, n, viewer, expires, before, low, rank = _HEAD.unpack_from(body)
+        form, is_ranked, n, viewer, expires, before, low, rank = _HEAD.unpack_from(body)
         if (form, viewer) != (_FORMAT, viewer_id):
             raise InvalidInputError("cursor", "must be the next_cursor of a page of this feed")
         if now >= expires:
             raise InvalidInputError("cursor", "is too old; begin with the first page")
-        ranked = struct.unpack_from(f">{n}Q", body, _HEAD.size)
-        return Place(before, ranked, rank, low)
+        places = range(_HEAD.size, _HEAD.size + ENTRY * n, ENTRY)
+        ranked = tuple(int.from_bytes(body[at : at + ENTRY], "big") for at in places)
+        return Place(before, bool(is_ranked), ranked, rank, low)
 
     @staticmethod
     def _mac(key: bytes, body: bytes) -> bytes:

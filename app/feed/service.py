@@ -18,6 +18,8 @@ from app.clock import Clock
 from app.database import Database
 from app.feed.building import Builder
 from app.feed.cursors import Cursors, Place
+from app.feed.ranked import RankedFeed
+from app.feed.schemas import FeedItem, Reason
 from app.feed.sources import Sources, following_of, gathered
 from app.feed.timelines import AsyncTimelines, SilentError
 from app.graph import tao
@@ -43,6 +45,7 @@ class FeedService:
         database: the client's sessions.
         clock: the time.
         cursors: writes and reads cursors.
+        ranked: ranks windows.
         max_followees: people whose photos are looked for.
         timelines: what was pushed, and who builds it; None without Redis.
     """
@@ -52,12 +55,15 @@ class FeedService:
         database: Database,
         clock: Clock,
         cursors: Cursors,
+        ranked: RankedFeed,
+        *,
         max_followees: int,
         timelines: tuple[AsyncTimelines, Builder] | None = None,
     ) -> None:
         self._database = database
         self._clock = clock
         self._cursors = cursors
+        self._ranked = ranked
         self._max_followees = max_followees
         self._timelines = timelines
 
@@ -71,17 +77,34 @@ class FeedService:
             return None
         return self._cursors.place(cursor, viewer_id=viewer.id, now=self._clock().timestamp())
 
-    async def home(self, viewer: Viewer, place: Place | None, n: int) -> Page[PhotoOut]:
-        """Return a page of the viewer's feed, newest first, without gaps or repeats."""
-        begin = place or Place(ids.MAX_ID)
+    async def home(
+        self, viewer: Viewer, place: Place | None, n: int, *, is_ranked: bool = False
+    ) -> Page[FeedItem]:
+        """Return a page of the viewer's feed, without gaps or repeats.
+
+        Args:
+            viewer: whose feed.
+            place: where the page begins; None for the first.
+            n: photos of the page at most; a ranked window may end in a shorter one.
+            is_ranked: whether the first page is ranked, or newest first; others go on alike.
+        """
+        begin = place or Place(ids.MAX_ID, is_ranked)
         async with self._database.reader() as session:
-            photos, last = await self.photos(session, viewer.id, begin.before, n)
-            items = await describe(session, photos, viewer)
+            shown: Sequence[tuple[Photo, Reason]]
+            if begin.is_ranked:
+                shown, after = await self._ranked.page(session, self, viewer, begin, n)
+            else:
+                photos, last = await self.photos(session, viewer.id, begin.before, n)
+                shown = [(photo, "following") for photo in photos]
+                after = None if last is None else Place(last)
+            described = await describe(session, [photo for photo, _ in shown], viewer)
+            reasons = {photo.id: reason for photo, reason in shown}
+            items = [FeedItem(**dict(each), reason=reasons[each.id]) for each in described]
             text = None
-            if last is not None:
+            if after is not None:
                 now = self._clock().timestamp()
-                text = self._cursors.text(Place(last), viewer_id=viewer.id, now=now)
-            return Page[PhotoOut](items=items, next_cursor=text, partial=is_partial(session))
+                text = self._cursors.text(after, viewer_id=viewer.id, now=now)
+            return Page[FeedItem](items=items, next_cursor=text, partial=is_partial(session))
 
     async def newest(self, viewer: Viewer | None, before: int | None, n: int) -> Page[PhotoOut]:
         """Return a page of everybody's photos, newest first; reads every shard."""
@@ -103,6 +126,28 @@ class FeedService:
             owners = frozenset({edge.id2 for edge in following} | {viewer_id})
             found = await self._from_databases(session, viewer_id, owners, before, n + 1)
         return cut(found, n, lambda photo: photo.id)
+
+    async def ids(
+        self, session: AsyncReadSession, viewer_id: int, before: int, n: int
+    ) -> tuple[list[int], frozenset[int]]:
+        """Return ids that may belong to a feed, newest first, and the owners that do.
+
+        Their rows have not been read, so some may be gone, hidden or of other owners.
+        """
+        try:
+            with deadline(PATIENCE):
+                sources = await self._sources(session, viewer_id)
+        except FAILED:  # who answers is asked
+            following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
+            sources = Sources(frozenset({edge.id2 for edge in following} | {viewer_id}))
+        found = [id_ for id_ in sources.ids if sources.above < id_ < before][:n]
+        if len(found) < n and sources.above:
+            below = min(before, sources.above + 1)
+            rows = await PhotoRepository(session).of_owners(
+                sorted(sources.owners), below, n - len(found)
+            )
+            found += [photo.id for photo in rows]
+        return found, sources.owners
 
     # -- parts
 

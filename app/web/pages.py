@@ -89,9 +89,20 @@ async def home(
     place = feed.place(viewer, cursor)
 
     async def load() -> Mapping[str, Any]:
-        return {"page": await feed.home(viewer, place, FEED_PAGE), "back": back}
+        return {
+            "page": await feed.home(viewer, place, FEED_PAGE, is_ranked=viewer.is_feed_ranked),
+            "back": back,
+        }
 
     return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
+
+
+@router.post("/feed-order")
+async def feed_order(viewer: SignedIn, form: Sent, accounts: Accounts) -> Response:
+    """Choose how one's own feed is ordered."""
+    is_ranked = form.text("order") == "ranked"
+    await accounts.edit(viewer, ProfilePatch(is_feed_ranked=is_ranked))
+    return _go("/")
 
 
 @router.get("/explore")

@@ -19,6 +19,8 @@ from app.feed import fanout
 from app.feed.building import Builder
 from app.feed.cursors import LIFE, Cursors, Place
 from app.feed.modes import ROOT, Modes
+from app.feed.ranked import RankedFeed
+from app.feed.ranking.ads import add
 from app.feed.rings import MOST
 from app.feed.service import FeedService
 from app.feed.timelines import AsyncTimelines, Timelines
@@ -117,7 +119,14 @@ class Reader:
         self.cluster = cluster
         self.builder = None if timelines is None else Builder(cluster, timelines, 5000)
         both = None if timelines is None or self.builder is None else (timelines, self.builder)
-        self.feed = FeedService(Database(cluster), lambda: NOW, Cursors(), 5000, both)
+        self.feed = FeedService(
+            Database(cluster),
+            lambda: NOW,
+            Cursors(),
+            RankedFeed(cluster, lambda: NOW),
+            max_followees=5000,
+            timelines=both,
+        )
 
     async def page(self, me: int, before: int = ids.MAX_ID, n: int = 20) -> list[int]:
         async with Database(self.cluster).reader() as session:
@@ -253,7 +262,7 @@ def test_the_threshold_is_what_a_delivery_costs() -> None:
 
 def test_cursors_are_ours_and_for_one_person_and_a_day() -> None:
     cursors, now = Cursors(["a key of sixteen bytes"]), 1_800_000_000.0
-    place = Place(12345, (3, 2, ids.MAX_ID), 2, 7)
+    place = Place(12345, True, (3, 2, 4 * ids.MAX_ID + 2), 2, 7)
     text = cursors.text(place, viewer_id=9, now=now)
     other = Cursors(["another key, newer", "a key of sixteen bytes"])
     assert other.place(text, viewer_id=9, now=now + LIFE - 1) == place
@@ -284,3 +293,47 @@ async def test_without_redis_the_feed_is_whole(world: World, reader: Reader) -> 
         world.photos[me], reverse=True
     )
     assert rest.next_cursor is None
+
+
+@pytest.mark.anyio
+async def test_a_ranked_feed_shows_all_once_whatever_happens_between_pages(
+    world: World, reader: Reader
+) -> None:
+    rng = random.Random(4)
+    me, *friends = [world.person() for _ in range(4)]
+    star, stranger = world.person(), world.person()
+    for friend in friends:
+        world.edge(Kind.FOLLOWS, me, friend)
+        world.post(friend, 60)
+    paid = world.post(star)[0]
+    suggested = set(world.post(stranger, 3))
+    add(world.cluster, paid, bid=9.0, days=1e5, now=NOW - dt.timedelta(days=1))
+    world.deliver()
+    await reader.page(me)
+    await reader.settled()
+    viewer = Viewer(me, "me", "me", "", 1)
+    seen: list[int] = []
+    reasons: dict[int, str] = {}
+    place, was_there, gone = None, {p for f in friends for p in world.photos[f]}, set()
+    for _ in range(60):
+        page = await reader.feed.home(viewer, place, 15, is_ranked=True)
+        seen += [item.id for item in page.items]
+        reasons |= {item.id: item.reason for item in page.items}
+        if page.next_cursor is None:
+            break
+        place = reader.feed.place(viewer, str(page.next_cursor))
+        if len(seen) > 40:  # likes and posts change what a new ranking would say
+            late = world.post(rng.choice(friends), 1)
+            lost = rng.choice(sorted(was_there - gone - set(seen)) or late)
+            owner = next(f for f in friends if lost in world.photos[f])
+            world.remove(owner, lost)
+            gone.add(lost)
+    else:
+        raise AssertionError("it does not end")
+    assert len(seen) == len(set(seen)), "nothing twice"
+    assert was_there - gone <= set(seen), "nothing left out"
+    assert seen[:100] != sorted(seen[:100], reverse=True), "ranked"
+    assert reasons[paid] == "sponsored"
+    assert seen.index(paid) == 3
+    assert suggested & {id_ for id_, reason in reasons.items() if reason == "suggested"}
+    assert not {id_ for id_ in seen if reasons[id_] == "following"} & suggested
