@@ -99,23 +99,25 @@ class RankedFeed:
         """Rank the window that begins below an id."""
         following, owners = await feed.ids(session, viewer.id, before, FOLLOWING)
         low = following[-1] if len(following) == FOLLOWING else 0
-        explored = [
-            id_
-            for id_, owner_id in await self._explored.get()
-            if low < id_ < before and owner_id not in owners
-        ]
         now = self._clock().timestamp()
-        candidates = picked(following, explored, lambda id_: now - ids.parse(id_).time.timestamp())
         ads = [
             Candidate(ad.photo_id, Source.AD, 0.0, bid=ad.bid)
             for ad in await self._ads.get()
             if ad.owner_id not in owners
         ]
+        paid = {each.id for each in ads}
+        explored = [
+            id_
+            for id_, owner_id in await self._explored.get()
+            if low < id_ < before and owner_id not in owners and id_ not in paid
+        ]
+        candidates = picked(following, explored, lambda id_: now - ids.parse(id_).time.timestamp())
         photos = await self._rows(session, [each.id for each in (*candidates, *ads)])
+        theirs = set(following)
         known = {
             photo.id: photo
             for photo in photos
-            if photo.owner_id in owners or photo.id not in following
+            if photo.owner_id in owners or photo.id not in theirs  # not of who was unfollowed
         }
         people, seen = await self._people(session, viewer, list(known.values()))
         liked = await PhotoRepository(session).liked_among(viewer.id, list(known))

@@ -314,7 +314,8 @@ async def test_a_ranked_feed_shows_all_once_whatever_happens_between_pages(
     viewer = Viewer(me, "me", "me", "", 1)
     seen: list[int] = []
     reasons: dict[int, str] = {}
-    place, was_there, gone = None, {p for f in friends for p in world.photos[f]}, set()
+    place = None
+    was_there, gone = {p for f in friends for p in world.photos[f]}, set[int]()
     for _ in range(60):
         page = await reader.feed.home(viewer, place, 15, is_ranked=True)
         seen += [item.id for item in page.items]

@@ -27,6 +27,9 @@ KEPT: Final = 100
 EXPLORE_PRIOR: Final = 0.5
 """What a stranger's photo is worth beside one of the same age of somebody followed."""
 
+EXPLORE_SHARE: Final = 10
+"""One of so many is a stranger's, if there is any: nobody who is followed takes every place."""
+
 AUTHOR_WINDOW: Final = 3
 FORMAT_RUN: Final = 3
 FIRST_AD, AD_EVERY = 3, 8
@@ -46,7 +49,11 @@ def first_pass(candidates: Sequence[Candidate], n: int = KEPT) -> list[Candidate
         prior = EXPLORE_PRIOR if candidate.source is Source.EXPLORE else 1.0
         return float(prior * 0.5 ** (candidate.age / HALF_LIFE))
 
-    return sorted(candidates, key=lambda each: (-value(each), -each.id))[:n]
+    best = sorted(candidates, key=lambda each: (-value(each), -each.id))
+    sure = [each for each in best if each.source is Source.EXPLORE][: n // EXPLORE_SHARE]
+    rest = [each for each in best if each not in sure][: n - len(sure)]
+    kept = {each.id for each in (*sure, *rest)}
+    return [each for each in best if each.id in kept]
 
 
 def ranked(candidates: Sequence[Candidate], ranker: Ranker) -> list[Candidate]:

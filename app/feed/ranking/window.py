@@ -63,9 +63,9 @@ def picked(
         age_of: seconds since a photo was posted.
     """
     known = set(following)
-    candidates = [Candidate(id_, Source.FOLLOWING, age_of(id_)) for id_ in following]
+    candidates = [Candidate(id_, Source.FOLLOWING, max(0.0, age_of(id_))) for id_ in following]
     candidates += [
-        Candidate(id_, Source.EXPLORE, age_of(id_))
+        Candidate(id_, Source.EXPLORE, max(0.0, age_of(id_)))
         for id_ in explored[:EXPLORED]
         if id_ not in known
     ]
