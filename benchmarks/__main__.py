@@ -21,6 +21,7 @@ SHARED = (
     "outage",
     "promoted",
     "published",
+    "socialworld",
     "tenants",
 )
 """Modules that are no benchmarks."""
