@@ -22,6 +22,7 @@ SHARED = (
     "outage",
     "promoted",
     "published",
+    "socialworld",
     "tenants",
 )
 """Modules that are no benchmarks."""

@@ -46,7 +46,7 @@ Entry = tuple[int, int]
 
 def main(*, as_json: bool, quick: bool = False) -> None:
     n, reads, rounds = (2_000_000, 20_000, 9) if quick else (4_000_000, 50_000, 15)
-    draw = random.Random(7)  # noqa: S311  a repeatable sample
+    draw = random.Random(7)
     entries = [(id, draw.randrange(USERS)) for id in range(n)]  # noqa: A001
     thin = [entry for entry in entries if draw.random() < 0.3]
     with redis_server("--hash-max-listpack-entries", "1000") as client:

@@ -51,7 +51,7 @@ def main(*, as_json: bool, quick: bool = False) -> None:
         memory = client.info("memory")
         reading = bar.add_task("read", total=READS)
         wrong, reads_seconds = 0, 0.0
-        draw = random.Random(11)  # noqa: S311  a repeatable sample
+        draw = random.Random(11)
         for done in range(0, READS, 1000):
             asked = [draw.randrange(n + n // 100) for _ in range(990)]
             alone = [draw.randrange(n + n // 100) for _ in range(10)]
