@@ -21,8 +21,8 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import deadlines
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
+from shardkit.daemons import AsyncBackground, Background
 from shardkit.heldmap import HeldMap
 from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
 from shardkit.probes import answered

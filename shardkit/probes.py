@@ -17,8 +17,8 @@ from typing import Any, Final
 import psycopg
 from psycopg import AsyncConnection
 
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
+from shardkit.daemons import AsyncBackground, Background
 from shardkit.gates import lsn_of
 from shardkit.replicas import ReplicaSet, Sample
 from shardkit.topology import Endpoint, Topology, libpq_options

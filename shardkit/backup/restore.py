@@ -264,10 +264,12 @@ def restored(
 
 def _register(shard: PhysicalShard) -> None:
     """Register the timeline on which a server was restored: clients use no other."""
-    with connect(shard, application="shardkit backup", patience=60.0) as connection:
+    with (
+        connect(shard, application="shardkit backup", patience=60.0) as connection,
         # One of an older version registers its timeline when it is migrated.
-        with suppress(UndefinedTable, UndefinedColumn):
-            promote(connection, server=shard.name, detail={"restored": True})
+        suppress(UndefinedTable, UndefinedColumn),
+    ):
+        promote(connection, server=shard.name, detail={"restored": True})
 
 
 def settle(topology: Topology, clock: Clock = SYSTEM) -> tuple[Settled, ...]:
