@@ -22,6 +22,7 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     IdError,
+    InvalidMappingError,
     InvalidShardKeyError,
     OperationError,
     RefusedError,
@@ -48,6 +49,7 @@ class _Root(LazyGroup):
         "rebalance": Place("rebalance", "Even out size and load over physical shards."),
         "lookup": Place("lookup", "Fill, check and repair what keeps unique columns unique."),
         "ids": Place("ids", "Read the ids of rows, and mint some."),
+        "idmap": Place("idmap", "Packed maps from ids to ids in Redis."),
         "reference": Place("reference", "Reference tables: the same everywhere?"),
         "twophase": Place(
             "twophase", "Commits over several physical shards: what is in doubt, and its end."
@@ -57,6 +59,10 @@ class _Root(LazyGroup):
         "backup": Place("backup", "Copies of the whole cluster, and proof that they restore."),
         "pgbouncer": Place("pgbouncer", "PgBouncer's files from the topology as it is now."),
         "roles": Place("roles", "Roles and their rights on every primary."),
+        "failover": Place(
+            "failover",
+            "Another server of a physical shard becomes its primary: `shardkit failover alpha`.",
+        ),
         "export": Place(
             "shardfiles",
             "Write one logical shard to files: its rows as PostgreSQL's COPY has "
@@ -175,7 +181,7 @@ def _reported(error: ShardkitError) -> dict[str, object]:
 
 def exit_code(error: ShardkitError) -> int:
     """Return the exit code an error stands for."""
-    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError):
+    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError | InvalidMappingError):
         return 2
     if isinstance(error, RefusedError):
         return 3

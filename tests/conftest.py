@@ -19,4 +19,5 @@ pytest_plugins = [
     "tests.fixtures.stack",
     "tests.fixtures.visitors",
     "tests.fixtures.backups",
+    "tests.fixtures.blobs",
 ]
