@@ -19,7 +19,17 @@ from shardkit.clock import SYSTEM
 from shardkit.gates import lsn_of
 from shardkit.topology import schema_name
 
-__all__ = ["MARGIN", "Frozen", "flushed", "freeze", "land", "reached", "touch"]
+__all__ = [
+    "MARGIN",
+    "Frozen",
+    "flushed",
+    "freeze",
+    "has_standbys",
+    "land",
+    "reached",
+    "snapshot",
+    "touch",
+]
 
 Connection = psycopg.Connection[Any]
 
@@ -52,6 +62,12 @@ FROM json_each_text(%(values)s) AS s (name, value)
 _POLLS: Final = (0.0005, 0.001, 0.002)
 
 # No lock. A replica that is connected may be promoted; subscribers use logical slots.
+_STANDBYS: Final = """
+SELECT FROM pg_stat_replication AS r
+WHERE NOT EXISTS (SELECT FROM pg_replication_slots AS s
+    WHERE s.active_pid = r.pid AND s.slot_type = 'logical') LIMIT 1
+"""
+
 _FLUSHED: Final = """
 SELECT coalesce(bool_and(r.flush_lsn >= %s::pg_lsn), true)
 FROM pg_stat_replication AS r
@@ -92,6 +108,13 @@ def freeze(connection: Connection, logical_shard: int) -> Frozen:
     row = cursor.fetchone()
     assert row is not None, "one row"
     return Frozen(row[0], row[1] or {}, lsn_of(row[2].encode()))
+
+
+def snapshot(connection: Connection) -> None:
+    """Begin a transaction whose snapshot is of now; it stays open."""
+    connection.execute(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM pg_class LIMIT 1"
+    )
 
 
 def touch(connection: Connection, logical_shard: int) -> int:
@@ -153,6 +176,11 @@ def land(
                 },
             )
         note(connection)
+
+
+def has_standbys(connection: Connection) -> bool:
+    """Return whether any replica is connected that may be promoted."""
+    return connection.execute(_STANDBYS).fetchone() is not None
 
 
 def flushed(connection: Connection, lsn: int, seconds: float) -> bool:

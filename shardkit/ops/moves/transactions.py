@@ -91,7 +91,7 @@ BEGIN
     SET LOCAL lock_timeout = {lock_timeout};
     EXECUTE 'LOCK TABLE ' || tables || ' IN EXCLUSIVE MODE';
 END $$;
-UPDATE {ids} SET state = state + 1
+UPDATE {ids} SET state = state + 1 RETURNING state
 """
 
 _PATIENCE: Final = 2.0
@@ -119,11 +119,13 @@ class Changed:
         before: the row until then; None where there was none.
         row: the row now.
         lsn: a log position after the commit, in bytes: whoever has replayed it has seen it.
+        state: of ids, after a lock: the last that was written before the tables were closed.
     """
 
     before: Row | None
     row: Row
     lsn: int
+    state: int | None = None
 
 
 def row_of(connection: Connection, logical_shard: int) -> Row | None:
@@ -187,6 +189,7 @@ def change(
         if not isinstance(event, Event):
             event = event(float(clock[0][0]), int(clock[0][1]))
         decided = step(before, event)
+        state = None
         script = [_doing(number, action, lock_timeout) for action in decided.actions]
         if isinstance(event, Fence | Decide | Yield):
             script.append(_writers_of(number, roles, granted=True))
@@ -194,6 +197,8 @@ def change(
             found = _sets(connection.execute(sql.SQL(";").join(script)))
             if isinstance(event, Fence | Decide | Yield):
                 _refuse(found[-1])
+            if Action.LOCK in decided.actions:
+                state = int(found[0][0][0])
         if decided.row != before:
             connection.execute(_WRITE, (number, *_values(decided.row)))
         if note is not None:
@@ -201,7 +206,7 @@ def change(
             journal(connection, number, move, type(event).__name__, detail=note)
         sent = True
         [(lsn,)] = _sets(connection.execute(_DONE))[-1]
-        return Changed(before, decided.row, lsn_of(lsn.encode()))
+        return Changed(before, decided.row, lsn_of(lsn.encode()), state)
     except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
         connection.rollback()
         raise TryAgainError(
