@@ -8,7 +8,7 @@ that row on the target has everything. Called by the driver; decides nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,12 +51,12 @@ SELECT (SELECT state FROM {ids}),
 _SEQUENCES: Final = """
 SELECT setval(q.seqrelid, CASE
     WHEN q.seqincrement > 0 THEN least(q.seqmax, s.value::bigint
-        + least(q.seqincrement * greatest(%(margin)s, 2 * q.seqcache), q.seqmax - s.value::bigint))
+        + least(q.seqincrement * greatest({margin}, 2 * q.seqcache), q.seqmax - s.value::bigint))
     ELSE greatest(q.seqmin, s.value::bigint
-        + greatest(q.seqincrement * greatest(%(margin)s, 2 * q.seqcache),
+        + greatest(q.seqincrement * greatest({margin}, 2 * q.seqcache),
             q.seqmin - s.value::bigint)) END)
-FROM json_each_text(%(values)s) AS s (name, value)
-    JOIN pg_sequence AS q ON q.seqrelid = to_regclass(format('%%I.%%I', %(schema)s::text, s.name))
+FROM json_each_text({values}) AS s (name, value)
+    JOIN pg_sequence AS q ON q.seqrelid = to_regclass(format('%I.%I', {schema}::text, s.name))
 """
 
 _POLLS: Final = (0.0005, 0.001, 0.002)
@@ -153,29 +153,28 @@ def reached(connection: Connection, logical_shard: int, state: int, seconds: flo
         n += 1
 
 
-def land(
-    connection: Connection,
-    logical_shard: int,
-    frozen: Frozen,
-    note: Callable[[Connection], None],
-) -> None:
+def land(connection: Connection, logical_shard: int, frozen: Frozen, note: sql.Composed) -> None:
     """Set the sequences of the target past what was given away, and have all of it on disk.
 
     The transaction writes the journal and is synchronous, so whatever was applied before is on
-    disk, too, and on the standbys that commits wait for.
+    disk, too, and on the standbys that commits wait for. One round trip.
+
+    Args:
+        connection: to the target, in autocommit mode.
+        logical_shard: which.
+        frozen: what the source says.
+        note: what is written into the journal.
     """
-    with connection.transaction():
-        connection.execute("SET LOCAL synchronous_commit = on")
-        if frozen.sequences:
-            connection.execute(
-                _SEQUENCES,
-                {
-                    "margin": MARGIN,
-                    "values": json.dumps(dict(frozen.sequences)),
-                    "schema": schema_name(logical_shard),
-                },
-            )
-        note(connection)
+    script: list[sql.Composable] = [sql.SQL("BEGIN; SET LOCAL synchronous_commit = on"), note]
+    if frozen.sequences:
+        values = json.dumps(dict(frozen.sequences))
+        schema = schema_name(logical_shard)
+        script.append(sql.SQL(_SEQUENCES).format(margin=MARGIN, values=values, schema=schema))
+    try:
+        connection.execute(sql.SQL(";").join([*script, sql.SQL("COMMIT")]))
+    finally:
+        if not connection.closed and connection.info.transaction_status:
+            connection.rollback()
 
 
 def has_standbys(connection: Connection) -> bool:

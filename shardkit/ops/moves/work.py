@@ -296,13 +296,10 @@ class Work:
         if odd := rows.differing(here, target, number, self.hot):
             raise MoveError(f"rows of {', '.join(odd)} differ in the fence")
 
-        def note(connection: Connection) -> None:
-            transactions.journal(connection, number, self.move, Step.DRAIN, detail={})
-
         # Beside the decision; nothing but the apply writes there before the activation.
         self._snapshot = self._pool.submit(cutover.snapshot, there)
         # Synchronous: replicas that commits wait for have it, and all that came before.
-        cutover.land(target, number, frozen, note)
+        cutover.land(target, number, frozen, transactions.noted(number, self.move, Step.DRAIN))
         self.is_drained = True
 
     def _decide(self, _goal: Goal) -> None:
