@@ -46,6 +46,10 @@ class _Root(LazyGroup):
             more=("downgrade", "drift"),
         ),
         "move": Place("move", "Move logical shards to other physical shards, online."),
+        "failover": Place(
+            "failover",
+            "Another server of a physical shard becomes its primary: `shardkit failover alpha`.",
+        ),
         "rebalance": Place("rebalance", "Even out size and load over physical shards."),
         "lookup": Place("lookup", "Fill, check and repair what keeps unique columns unique."),
         "ids": Place("ids", "Read the ids of rows, and mint some."),
@@ -59,10 +63,6 @@ class _Root(LazyGroup):
         "backup": Place("backup", "Copies of the whole cluster, and proof that they restore."),
         "pgbouncer": Place("pgbouncer", "PgBouncer's files from the topology as it is now."),
         "roles": Place("roles", "Roles and their rights on every primary."),
-        "failover": Place(
-            "failover",
-            "Another server of a physical shard becomes its primary: `shardkit failover alpha`.",
-        ),
         "export": Place(
             "shardfiles",
             "Write one logical shard to files: its rows as PostgreSQL's COPY has "

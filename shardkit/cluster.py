@@ -136,7 +136,7 @@ class Cluster(_Opened[Connections]):
         statement_timeout: seconds a session waits for one answer of a server, where no
             `shardkit.deadline` says less.
         adaptive: whether each server gets as many sessions at a time as it answers quickly, at
-            most its pool, and sheds the others: `shardkit.daemons` first.
+            most its pool, and sheds the others: `shardkit.background` first.
         replicas: how readers use replicas.
         token_keys: what signs tokens that leave the process, the newest first; for
             `shardkit.contrib.asgi`.

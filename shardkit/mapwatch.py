@@ -22,10 +22,10 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import deadlines
 from shardkit.clock import SYSTEM, Clock
-from shardkit.daemons import AsyncBackground, Background
 from shardkit.heldmap import HeldMap
 from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
 from shardkit.probes import answered
+from shardkit.runners import AsyncBackground, Background
 from shardkit.successors import successor
 from shardkit.topology import Endpoint, Topology, libpq_options
 

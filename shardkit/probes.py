@@ -18,9 +18,9 @@ import psycopg
 from psycopg import AsyncConnection
 
 from shardkit.clock import SYSTEM, Clock
-from shardkit.daemons import AsyncBackground, Background
 from shardkit.gates import lsn_of
 from shardkit.replicas import ReplicaSet, Sample
+from shardkit.runners import AsyncBackground, Background
 from shardkit.topology import Endpoint, Topology, libpq_options
 
 __all__ = ["AsyncProbes", "PausedError", "Probes", "answered"]
