@@ -92,7 +92,7 @@ def session_limits(settings: Settings) -> SessionLimits:
 
 async def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
     """Return the photo service."""
-    return PhotoService(database, resources.blobs, resources.clock)
+    return PhotoService(database, resources.blobs, resources.clock, resources.likes)
 
 
 async def get_uploads(resources: ResourcesDep, database: DatabaseDep) -> UploadService:
@@ -114,7 +114,14 @@ async def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphServ
 
 async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedService:
     """Return the feed service."""
-    return FeedService(database, resources.settings.max_followees)
+    return FeedService(
+        database,
+        resources.clock,
+        resources.cursors,
+        resources.ranked,
+        max_followees=resources.settings.max_followees,
+        timelines=resources.timelines,
+    )
 
 
 Accounts = Annotated[AccountService, Depends(get_accounts)]

@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 import app.api
 import app.health
+import app.legacy.endpoints
 import app.photos.endpoints
 import app.web.pages
 from app.addresses import API, MEDIA
@@ -87,6 +88,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.include_router(app.api.router)
     service.include_router(app.photos.endpoints.media)
     service.include_router(app.health.router)
+    service.include_router(app.legacy.endpoints.router)
     service.include_router(app.web.pages.router)
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))
 

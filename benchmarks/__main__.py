@@ -22,6 +22,7 @@ SHARED = (
     "outage",
     "promoted",
     "published",
+    "socialworld",
     "tenants",
 )
 """Modules that are no benchmarks."""
@@ -31,6 +32,7 @@ LONG = (
     "cachekills",
     "chaos",
     "halves",
+    "idmap300m",
     "lookup",
     "migrate_blocker",
     "stale",

@@ -22,14 +22,18 @@ from app.errors import (
     NotFoundError,
     StorageUnavailableError,
 )
+from app.graph.privacy import check_reaction, hidden_among, seen_among
+from app.graph.tao import on
 from app.paging import Page, cut
-from app.partial import counted, is_partial
+from app.partial import is_partial
 from app.photos.images import SIZES
-from app.photos.models import Comment, Like, Photo, likes_of
+from app.photos.likes import Likes, Reaction, likes_among, react
+from app.photos.models import Comment, Photo
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
 from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
 from app.photos.store import BlobStore, DamagedBlobError
 from shardkit import AsyncReadSession, AsyncWriteSession
+from shardkit.errors import UnavailableError
 
 __all__ = ["PhotoService", "describe", "images_of", "photo_out", "photo_page"]
 
@@ -43,12 +47,14 @@ class PhotoService:
         database: the client's sessions.
         blobs: where the bytes go.
         clock: the time.
+        likes: writes likes, many together.
     """
 
-    def __init__(self, database: Database, blobs: BlobStore, clock: Clock) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, clock: Clock, likes: Likes) -> None:
         self._database = database
         self._blobs = blobs
         self._clock = clock
+        self._likes = likes
 
     async def delete(self, viewer: Viewer, photo_id: int) -> None:
         """Delete one's own photo with everything under it.
@@ -83,14 +89,19 @@ class PhotoService:
         """
         async with self._database.reader() as session:
             photo = await PhotoRepository(session).photo(photo_id)
-            (shown,) = await describe(session, [photo], viewer)
-            return shown
+            shown = await describe(session, [photo], viewer)
+            if not shown:
+                raise _unseen(session)
+            return shown[0]
 
     async def grid(
         self, owner_id: int, viewer: Viewer | None, before: int | None, n: int
     ) -> Page[PhotoOut]:
-        """Return a page of one person's photos, newest first."""
+        """Return a page of one person's photos, newest first; none to who may not see them."""
         async with self._database.reader() as session:
+            owners = await AccountRepository(session).users([owner_id])
+            if not await seen_among(session, None if viewer is None else viewer.id, owners):
+                return Page[PhotoOut](items=[], partial=is_partial(session))
             photos, cursor = await PhotoRepository(session).grid(owner_id, before, n)
             return await photo_page(session, photos, viewer, cursor)
 
@@ -99,37 +110,36 @@ class PhotoService:
 
         Raises:
             NotFoundError: there is no such photo.
+            BusyError: too many like it at this moment.
         """
-
-        async def work(session: AsyncWriteSession) -> int:
-            photo = await locked_photo(session, photo_id)
-            if await session.get(Like, (photo_id, viewer.id)) is None:
-                session.add(Like(photo_id=photo_id, user_id=viewer.id, created_at=self._clock()))
-                photo.like_count += 1
-            return photo.like_count
-
-        request = Request(viewer.id, ("like", photo_id))
-        n_likes = await self._database.run(request, work, near=photo_id)
-        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=True)
+        return await self._react(viewer, photo_id, likes=True)
 
     async def unlike(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Take a like back; doing so twice is doing so once.
 
         Raises:
             NotFoundError: there is no such photo.
+            BusyError: too many like it at this moment.
         """
+        return await self._react(viewer, photo_id, likes=False)
+
+    async def _react(self, viewer: Viewer, photo_id: int, *, likes: bool) -> LikesOut:
+        """Write a like together with others; alone where a key has to be kept with it."""
+        reaction = Reaction(viewer.id, likes)
+        if not self._database.has_key:
+            n_likes, token = await self._likes.react(photo_id, reaction)
+            self._database.saw(token)
+            return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
         async def work(session: AsyncWriteSession) -> int:
-            photo = await locked_photo(session, photo_id)
-            like = await session.get(Like, (photo_id, viewer.id))
-            if like is not None:
-                await session.delete(like)
-                photo.like_count -= 1
-            return photo.like_count
+            total, refused = await on(session, react, photo_id, [reaction], self._clock())
+            if likes and refused:
+                raise NotFoundError("There is no such photo.")
+            return total
 
-        request = Request(viewer.id, ("unlike", photo_id))
+        request = Request(viewer.id, ("like" if likes else "unlike", photo_id))
         n_likes = await self._database.run(request, work, near=photo_id)
-        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=False)
+        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
     async def comment(self, viewer: Viewer, photo_id: int, given: CommentIn) -> CommentOut:
         """Write a comment under a photo.
@@ -140,6 +150,7 @@ class PhotoService:
 
         async def work(session: AsyncWriteSession) -> dict[str, Any]:
             photo = await locked_photo(session, photo_id)
+            await on(session, check_reaction, viewer.id, photo.owner_id)
             comment = Comment(
                 photo_id=photo_id, author_id=viewer.id, body=given.body, created_at=self._clock()
             )
@@ -178,18 +189,25 @@ class PhotoService:
         request = Request(viewer.id, ("delete comment", photo_id, comment_id))
         await self._database.run(request, work, near=photo_id)
 
-    async def comments(self, photo_id: int, after: int | None, n: int) -> Page[CommentOut]:
-        """Return a page of the comments under a photo, oldest first.
+    async def comments(
+        self, photo_id: int, viewer: Viewer | None, after: int | None, n: int
+    ) -> Page[CommentOut]:
+        """Return a page of the comments under a photo, oldest first, without who is blocked.
 
         Raises:
-            NotFoundError: there is no such photo.
+            NotFoundError: there is no such photo, or the viewer may not see it.
         """
         async with self._database.reader() as session:
             repository = PhotoRepository(session)
-            await repository.photo(photo_id)
+            photo = await repository.photo(photo_id)
+            me = None if viewer is None else viewer.id
+            owners = await AccountRepository(session).users([photo.owner_id])
+            if not await seen_among(session, me, owners):
+                raise _unseen(session)
             rows = await repository.comments(photo_id, after, n + 1)
             comments, cursor = cut(rows, n, lambda comment: comment.id)
             authors = await AccountRepository(session).users(c.author_id for c in comments)
+            hidden = await hidden_among(session, me, authors)
             partial = is_partial(session)
         shown = [
             CommentOut(
@@ -200,7 +218,7 @@ class PhotoService:
                 created_at=comment.created_at,
             )
             for comment in comments
-            if comment.author_id in authors
+            if comment.author_id in authors and comment.author_id not in hidden
         ]
         return Page[CommentOut](items=shown, next_cursor=cursor, partial=partial)
 
@@ -229,16 +247,24 @@ async def describe(
 ) -> Sequence[PhotoOut]:
     """Return photos with their owners, how many like them, and whether the viewer does."""
     owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
+    seen = await seen_among(session, None if viewer is None else viewer.id, owners)
+    photos = [photo for photo in photos if photo.owner_id in seen]
     liked: set[int] = set()
     if viewer is not None:
         ids = [photo.id for photo in photos]
         liked = await PhotoRepository(session).liked_among(viewer.id, ids)
-    likes = await counted(session, likes_of, {photo.id: photo.like_count for photo in photos})
+    likes = await likes_among(session, photos)
     return [
         photo_out(photo, owners[photo.owner_id], likes[photo.id], liked=photo.id in liked)
         for photo in photos
-        if photo.owner_id in owners
     ]
+
+
+def _unseen(session: AsyncReadSession) -> Exception:
+    """Return why nothing is shown: there is nothing for this viewer, or it is not known."""
+    if is_partial(session):
+        return UnavailableError("the owner is on a server that does not answer")
+    return NotFoundError("There is no such photo.")
 
 
 async def photo_page(

@@ -153,15 +153,18 @@ def test_malformed_cursors_are_refused(join: Join, text: str) -> None:
     http = join("ana").http
     for path in ("/api/v1/feed", "/api/v1/explore"):
         problem(http.get(path, params={"cursor": text}), 422, "invalid-input")
+    problem(http.get("/api/v1/me/requests", params={"cursor": f"{text}.."}), 422, "invalid-input")
     for path in ("/", "/explore"):
         assert http.get(path, params={"cursor": text}).status_code == 422
 
 
 @pytest.mark.parametrize("number", [0, 1, (1 << 63) - 1, 8191 << 10])
 def test_any_id_is_a_place_in_a_list(join: Join, number: int) -> None:
-    http = join("ana").http
-    for path in ("/api/v1/feed", "/api/v1/explore"):
-        assert http.get(path, params={"cursor": str(number)}).status_code == 200
+    ana = join("ana")
+    assert ana.http.get("/api/v1/explore", params={"cursor": str(number)}).status_code == 200
+    place = {"cursor": f"{number}.{number}"}
+    for path in (f"users/{ana.username}/followers", "me/requests", "me/blocks"):
+        assert ana.http.get(f"/api/v1/{path}", params=place).status_code == 200
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "101", "1000000000", "x", "", "1.5"])

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0005_pre_uploads"
-down_revision = "0002_pre_versions"
+down_revision = "0004_post_follows"
 branch_labels = None
 depends_on = None
 
