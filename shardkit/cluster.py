@@ -20,6 +20,7 @@ from shardkit.config import (
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     CacheConfig,
+    DurabilityConfig,
     PoolConfig,
     ReplicasConfig,
 )
@@ -61,6 +62,7 @@ class _Opened(Generic[C]):
         cache: CacheConfig | None = None,
         map_age: float = MAP_AGE,
         failover_wait: float = FAILOVER_PATIENCE,
+        durability: DurabilityConfig | None = None,
     ) -> None:
         self.token_keys = tuple(token_keys)
         self.connections = self._connections_class(
@@ -74,6 +76,7 @@ class _Opened(Generic[C]):
             cache=cache,
             map_age=deadlines.positive(map_age, "map_age"),
             failover_wait=failover_wait,
+            is_sync=durability is not None and durability.mode == "sync",
         )
 
     @classmethod
@@ -101,6 +104,7 @@ class _Opened(Generic[C]):
             cache=settings.found_cache,
             map_age=settings.limits.map_age,
             failover_wait=settings.failover.wait,
+            durability=settings.durability,
         )
 
     @property
@@ -142,6 +146,7 @@ class Cluster(_Opened[Connections]):
             then it is asked again before they are used, cached rows included.
         failover_wait: seconds for which `run` waits for another primary, from when the old one was
             first missed; 0 for not.
+        durability: what an acknowledged commit survives; None for `async`.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP

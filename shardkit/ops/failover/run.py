@@ -97,8 +97,12 @@ def fail_over(
             )
         wish = Wish(to=to, is_planned=is_planned, is_ordered=not is_planned,
                     accepts_loss=accepts_loss)  # fmt: skip
+
+        def is_done(view: View) -> bool:
+            return _is_led(view, driver.leader, to) and _is_settled(view, driver.leader)
+
         return _until(
-            driver, wish, lambda view: _is_led(view, driver.leader, to) and _is_settled(view, driver.leader),
+            driver, wish, is_done,
             timeout=timeout, progress=progress, clock=clock,
         )  # fmt: skip
     finally:
