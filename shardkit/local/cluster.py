@@ -271,8 +271,9 @@ class LocalCluster:
         ) as stream:
             timeline = server.timeline()
             fork = fork_of(stream, timeline)
-        commits = commits_beyond(server.program.tool("pg_waldump"), server.folder, timeline, fork)
-        if not commits:
+        program = Path(server.program.tool("pg_waldump"))
+        commits = commits_beyond(program, server.folder, timeline, fork)
+        if not commits.at:
             return []
         server.primary = None
         server.become_replica()

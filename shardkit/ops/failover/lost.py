@@ -24,10 +24,12 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import tuple_row
 
+from shardkit.clock import SYSTEM
 from shardkit.errors import OperationError
+from shardkit.gates import lsn_of, lsn_text
 from shardkit.topology import schema_name
 
-__all__ = ["LostRow", "commits_beyond", "fork_of", "lost_rows", "next_xid"]
+__all__ = ["Commits", "LostRow", "commits_beyond", "fork_of", "lost_rows", "next_xid"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -40,6 +42,9 @@ _COMMIT: Final = re.compile(
 
 _SUBXACTS: Final = re.compile(r"subxacts: ((?:\d+ ?)+)")
 
+_REPLAY: Final = 600.0
+"""Seconds that the old primary has to replay its own log."""
+
 # Catalogues only.
 _TABLES: Final = """
 SELECT c.relname, ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
@@ -48,6 +53,19 @@ FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_index AS i ON i.indrelid = c.oi
 WHERE c.relnamespace = %s::regnamespace AND c.relkind = 'r' AND i.indisprimary
     AND c.relname <> 'shardkit_id_state' ORDER BY c.relname
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Commits:
+    """What a server committed beyond a position.
+
+    Attributes:
+        at: when, by its clock, by transaction.
+        end: the position of the last one; 0 for none.
+    """
+
+    at: Mapping[int, str]
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +114,7 @@ def fork_of(primary: Connection, timeline: int) -> str:
     )
 
 
-def commits_beyond(program: Path, data: Path, timeline: int, start: str) -> dict[int, str]:
+def commits_beyond(program: Path, data: Path, timeline: int, start: str) -> Commits:
     """Return the transactions that a stopped server committed beyond a position, with the time.
 
     Args:
@@ -116,21 +134,22 @@ def commits_beyond(program: Path, data: Path, timeline: int, start: str) -> dict
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     found: dict[int, str] = {}
+    end = 0
     for line in done.stdout.splitlines():
         match = _COMMIT.match(line)
         if match is None:
             continue
-        transaction, _, prepared, at, rest = match.groups()
+        transaction, lsn, prepared, at, rest = match.groups()
+        end = lsn_of(lsn)
         xids = [int(prepared or transaction)]
         if subxacts := _SUBXACTS.search(rest):
             xids += [int(xid) for xid in subxacts[1].split()]
         found |= dict.fromkeys(xids, at)
-    # It ends with an error at the end of the log, where there is nothing yet; else nothing was read.
-    if done.returncode and not found and "invalid record length" not in done.stderr:
-        if "could not find a valid record after" in done.stderr:
-            return {}
+    # It always fails at the end of the log, where nothing has been written yet.
+    is_end = "invalid record length" in done.stderr or "could not find a valid" in done.stderr
+    if done.returncode and not found and not is_end:
         raise OperationError(f"{program.name} cannot read the log: {done.stderr.strip()}")
-    return found
+    return Commits(found, end)
 
 
 def next_xid(primary: Connection, timeline: int) -> int | None:
@@ -146,7 +165,7 @@ def next_xid(primary: Connection, timeline: int) -> int | None:
 def lost_rows(
     old: Connection,
     new: Connection,
-    commits: Mapping[int, str],
+    commits: Commits,
     shards: Sequence[int],
     *,
     first_xid: int | None,
@@ -160,52 +179,70 @@ def lost_rows(
         shards: the logical shards of the physical shard.
         first_xid: from `next_xid`; None leaves deletions out.
     """
-    if not commits:
+    if not commits.at:
         return
+    _replayed(old, commits.end)
     for shard in shards:
         schema = schema_name(shard)
         with old.cursor(row_factory=tuple_row) as cursor:
             tables = cursor.execute(_TABLES, (schema,)).fetchall()
         for table, keys in tables:
-            place = sql.Identifier(schema, table)
-            yield from _written(old, place, commits, shard, table, keys)
+            where = _Table(shard, table, keys)
+            yield from _written(old, where, commits)
             if first_xid is not None:
-                yield from _deleted(old, new, place, shard, table, keys, first_xid)
+                yield from _deleted(old, new, where, first_xid)
 
 
-def _written(
-    old: Connection,
-    place: sql.Identifier,
-    commits: Mapping[int, str],
-    shard: int,
-    table: str,
-    keys: Sequence[str],
-) -> Iterator[LostRow]:
+@dataclass(frozen=True, slots=True)
+class _Table:
+    shard: int
+    name: str
+    keys: Sequence[str]
+
+    @property
+    def place(self) -> sql.Identifier:
+        return sql.Identifier(schema_name(self.shard), self.name)
+
+    def key(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: row[name] for name in self.keys}
+
+
+def _replayed(old: Connection, end: int) -> None:
+    """Wait until a standby that follows nobody has replayed all of its own log."""
+    until = SYSTEM.monotonic() + _REPLAY
+    while True:
+        row = old.execute(
+            "SELECT NOT pg_is_in_recovery() OR pg_last_wal_replay_lsn() > %s::pg_lsn",
+            (lsn_text(end),),
+        ).fetchone()
+        if row is not None and row[0]:
+            return
+        if SYSTEM.monotonic() > until:
+            raise OperationError(
+                f"the old primary has not replayed its log within {_REPLAY:g} s",
+                hint="start it as a standby that follows nobody, and look at its log",
+            )
+        SYSTEM.sleep(0.05)
+
+
+def _written(old: Connection, table: _Table, commits: Commits) -> Iterator[LostRow]:
     # AccessShareLock; reads the whole table.
     query = sql.SQL(
         "SELECT t.xmin::text::bigint, to_jsonb(t) FROM {} AS t "
         "WHERE t.xmin::text::bigint = ANY (%s) ORDER BY 1"
-    ).format(place)
-    for xid, row in old.execute(query, (list(commits),)).fetchall():
-        key = {name: row[name] for name in keys}
-        yield LostRow(shard, table, "written", key, row, xid, commits[xid])
+    ).format(table.place)
+    for xid, row in old.execute(query, (list(commits.at),)).fetchall():
+        at = commits.at[xid]
+        yield LostRow(table.shard, table.name, "written", table.key(row), row, xid, at)
 
 
-def _deleted(
-    old: Connection,
-    new: Connection,
-    place: sql.Identifier,
-    shard: int,
-    table: str,
-    keys: Sequence[str],
-    first_xid: int,
-) -> Iterator[LostRow]:
-    columns = sql.SQL(", ").join(sql.Identifier(key) for key in keys)
+def _deleted(old: Connection, new: Connection, table: _Table, first_xid: int) -> Iterator[LostRow]:
+    columns = sql.SQL(", ").join(sql.Identifier(key) for key in table.keys)
     # Both AccessShareLock, and both read the whole table.
-    there = set(old.execute(sql.SQL("SELECT {} FROM {}").format(columns, place)).fetchall())
+    there = set(old.execute(sql.SQL("SELECT {} FROM {}").format(columns, table.place)).fetchall())
     query = sql.SQL("SELECT to_jsonb(t), {} FROM {} AS t WHERE t.xmin::text::bigint < %s").format(
-        columns, place
+        columns, table.place
     )
     for row, *key in new.execute(query, (first_xid,)).fetchall():
         if tuple(key) not in there:
-            yield LostRow(shard, table, "deleted", {name: row[name] for name in keys}, row)
+            yield LostRow(table.shard, table.name, "deleted", table.key(row), row)

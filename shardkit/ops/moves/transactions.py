@@ -234,13 +234,14 @@ def promote(
                 sql.SQL(_PASS_IDS).format(sql.Identifier(schema_name(number), "shardkit_id_state"))
             )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
+        noted = {"before": registered, "next_xid": next_xid, **(detail or {})}
         connection.execute(
             "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
             "VALUES ('promoted', %s, %s, %s)",
             (
                 server,
                 timeline,
-                json.dumps({"before": registered, "next_xid": next_xid, **(detail or {})}),
+                json.dumps(noted),
             ),
         )
         return timeline, sorted(number for (number,) in rows)
