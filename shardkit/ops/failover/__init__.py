@@ -1,0 +1,1 @@
+"""Failover: another server of a physical shard becomes its primary. See `machine`."""
