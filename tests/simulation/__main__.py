@@ -33,7 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began, failed, n_steps = time.monotonic(), 0, 0
     for seed in range(given.seed, given.seed + given.seeds):
         for world in worlds:
-            result = run(world, seed, bug=given.bug, is_traced=given.seeds == 1)
+            again = f" --bug '{given.bug}'" if given.bug else ""
+            replay = f"replay: python -m tests.simulation {seed} --world {world}{again}"
+            try:
+                result = run(world, seed, bug=given.bug, is_traced=given.seeds == 1)
+            except AssertionError as broken:  # what the world itself checks
+                failed += 1
+                print(*getattr(broken, "__notes__", ()), f"world {world}: {broken}", sep="\n")
+                print(replay)
+                continue
             n_steps += result.n_steps
             for line in result.trace:
                 print(line)
@@ -41,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line)
             if result.violations:
                 failed += 1
-                again = f" --bug '{given.bug}'" if given.bug else ""
-                print(f"replay: python -m tests.simulation {seed} --world {world}{again}")
+                print(replay)
     seconds = time.monotonic() - began
     n = given.seeds * len(worlds)
     print(f"{n:,} runs, {n_steps:,} steps in {seconds:.1f} s: {failed} with violations")

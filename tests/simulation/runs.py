@@ -74,7 +74,13 @@ def run(world: str, seed: int, *, bug: str | None = None, is_traced: bool = Fals
     more: dict[str, Any] = {}
     if bug is not None:
         more = {"bugs": frozenset([bug]), **BUGS[bug].world}
-    made = kind.make(seed, is_traced=is_traced, **more).run()
+    made = kind.make(seed, is_traced=is_traced, **more)
+    try:
+        made.run()
+    except AssertionError as broken:
+        for line in made.simulation.trace:
+            broken.add_note(line)
+        raise
     records = made.journal.records
     ledger = Ledger.of(records)
     verdicts = judge(ledger, kind.limits)
