@@ -19,11 +19,13 @@ from shardkit.commands import (
     backup,
     cache,
     doctor,
+    failover,
     ids,
     local,
     locate,
     lookup,
     migrate,
+    move,
     outbox,
     pgbouncer,
     reference,
@@ -56,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.add_typer(migrate.app, name="migrate")
+app.add_typer(move.app, name="move")
 app.add_typer(lookup.app, name="lookup")
 app.add_typer(ids.app, name="ids")
 app.add_typer(reference.app, name="reference")
@@ -65,6 +68,7 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(backup.app, name="backup")
 app.add_typer(pgbouncer.app, name="pgbouncer")
 app.add_typer(roles.app, name="roles")
+app.add_typer(failover.app, name="failover")
 app.command("export")(shardfiles.export)
 app.command("import")(shardfiles.import_)
 app.command("locate")(locate.locate)

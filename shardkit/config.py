@@ -45,6 +45,12 @@ A file looks like this (written by `shardkit local up`, or by hand):
     nodes = ["10.0.0.1:11211"]               # the same everywhere; else that of [services]
     timeout = 0.05                           # seconds; then the request goes on without it
 
+    [durability]
+    mode = "sync"                            # or "async", the default: docs/failover.md
+
+    [failover]
+    every = 60.0                             # seconds between two failovers, at least
+
     [tokens]
     keys = ["…"]                             # sign tokens that leave the process, newest first
 
@@ -101,12 +107,15 @@ from shardkit.addresses import Addresses
 from shardkit.errors import ConfigurationError
 from shardkit.logins import AdminLogin, Login, RolesConfig, Section, TlsConfig
 from shardkit.sections import (
+    FAILOVER_PATIENCE,
     MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     BackupConfig,
     CacheConfig,
     ClusterConfig,
+    DurabilityConfig,
+    FailoverConfig,
     LimitsConfig,
     MigrationsConfig,
     PgBouncerConfig,
@@ -120,6 +129,7 @@ from shardkit.sections import (
 from shardkit.topology import PhysicalShard, ShardMap, Topology
 
 __all__ = [
+    "FAILOVER_PATIENCE",
     "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
@@ -128,6 +138,8 @@ __all__ = [
     "CacheConfig",
     "ClusterConfig",
     "Config",
+    "DurabilityConfig",
+    "FailoverConfig",
     "LimitsConfig",
     "MigrationsConfig",
     "PgBouncerConfig",
@@ -163,6 +175,8 @@ class Config(Section):
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
     cache: CacheConfig = CacheConfig()
     backup: BackupConfig = BackupConfig()
+    durability: DurabilityConfig = DurabilityConfig()
+    failover: FailoverConfig = FailoverConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -367,6 +381,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "pgbouncer": PgBouncerConfig,
         "cache": CacheConfig,
         "backup": BackupConfig,
+        "durability": DurabilityConfig,
+        "failover": FailoverConfig,
         "physical": PhysicalConfig,
     }
     if len(location) == 2 and location[0] == "roles":

@@ -43,6 +43,7 @@
         ├── RefusedError
         ├── TryAgainError                 retryable
         ├── MigrationError
+        ├── MoveError
         ├── InconsistentLookupError
         ├── BackupError
         └── LocalServerError
@@ -302,6 +303,10 @@ class TryAgainError(OperationError):
 
 class MigrationError(OperationError):
     """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class MoveError(OperationError):
+    """A move was given up, and its source goes on as before; see why, and move again."""
 
 
 class InconsistentLookupError(OperationError):

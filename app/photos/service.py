@@ -124,6 +124,9 @@ class PhotoService:
         """
         async with self._database.reader() as session:
             photo = await PhotoRepository(session).photo(photo_id)
+            # Asked for by itself: a list leaves out whose server does not answer, one photo cannot.
+            if await session.get(User, photo.owner_id) is None:
+                raise NotFoundError
             (shown,) = await describe(session, [photo], viewer)
             return shown
 

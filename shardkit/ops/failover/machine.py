@@ -53,6 +53,7 @@ class Node:
         is_lost: a standby says that its primary is out of its reach.
         is_renewed: it was told to reach its primary anew, and has had the time for it.
         is_closed: a primary that was told to take no writes.
+        is_drained: and that for a switchover.
         is_quiet: and on which nobody writes any more.
         is_stuck: a standby that cannot follow: its log has something that the primary's has not.
         is_claimed: this driver, and no other, changes it now.
@@ -70,6 +71,7 @@ class Node:
     is_lost: bool = False
     is_renewed: bool = False
     is_closed: bool = False
+    is_drained: bool = False
     is_quiet: bool = False
     is_stuck: bool = False
     is_claimed: bool = False
@@ -339,7 +341,7 @@ def _tended(view: View, policy: Policy, leader: Node, upstarts: list[Node]) -> A
                 return Fence(node.name)
         if view.wanted is not None and view.wanted != leader.name:
             return _switched(view, leader, view.node(view.wanted))
-        if leader.is_closed:
+        if leader.is_drained:
             return Open(leader.name)
         for node in others:
             # One that is told to follow an unknown name may know the primary by another one.

@@ -5,13 +5,13 @@ their ages; an action is a value, which `shardkit.ops.moves.driver` carries out,
 with a clock of their own. Every step can be done again, so a mover that died anywhere is continued
 from the view alone. Reads no clock and no server.
 
-    claim → import → lock → build → copy → follow → index → catch up → verify → prepare back
+    claim → import → lock → build → copy → index → follow → catch up → verify → prepare back
       → fence → drain → decide → activate → turn → check                     forward
     lift → detach → discard → drop copy → unlock → release                   abort
     detach → drop source → unlock → release                                  clean
 
 A way back is a move in the other direction that inherits the copy: its journal begins with the
-steps up to `index` done. Source: docs/moves.md, which has the table of what both rows together mean.
+steps up to `follow` done. Source: docs/moves.md.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Step(StrEnum):
     LOCK = "lock"
     BUILD = "build"
     COPY = "copy"
-    FOLLOW = "follow"
     INDEX = "index"
+    FOLLOW = "follow"
     CATCH_UP = "catch up"
     VERIFY = "verify"
     PREPARE_BACK = "prepare back"
@@ -103,7 +103,7 @@ class Step(StrEnum):
 
 
 FORWARD: Final = (
-    Step.CLAIM, Step.IMPORT, Step.LOCK, Step.BUILD, Step.COPY, Step.FOLLOW, Step.INDEX,
+    Step.CLAIM, Step.IMPORT, Step.LOCK, Step.BUILD, Step.COPY, Step.INDEX, Step.FOLLOW,
     Step.CATCH_UP, Step.VERIFY, Step.PREPARE_BACK, Step.FENCE, Step.DRAIN, Step.DECIDE,
     Step.ACTIVATE, Step.TURN, Step.CHECK,
 )  # fmt: skip
@@ -115,7 +115,7 @@ ABORTS: Final = (Step.LIFT, Step.DETACH, Step.DISCARD, Step.DROP_COPY, Step.UNLO
 CLEANS: Final = (Step.DETACH, Step.DROP_SOURCE, Step.UNLOCK, Step.RELEASE)
 """Steps of forgetting the old copy, in order."""
 
-INHERITED: Final = frozenset({Step.BUILD, Step.COPY, Step.FOLLOW, Step.INDEX})
+INHERITED: Final = frozenset({Step.BUILD, Step.COPY, Step.INDEX, Step.FOLLOW})
 """What a way back finds done: the copy was kept current from the other side."""
 
 
@@ -135,6 +135,7 @@ class Facts:
         since_fence: since the last of them; None for none.
         blocker: who was in the way of the last one.
         first_timeline: of the source when it was claimed; None when it is not known.
+        is_held: whether the mover is to stop before it fences.
         pause: random, from 0 to 1; spreads what is tried again.
     """
 
@@ -148,6 +149,7 @@ class Facts:
     since_fence: float | None = None
     blocker: str | None = None
     first_timeline: int | None = None
+    is_held: bool = False
     pause: float = 0.5
 
 
@@ -237,7 +239,7 @@ def _owns(row: Row | None, view: View) -> bool:
 
 
 def _forward(view: View) -> Action:
-    source, target, facts = view.source, view.target, view.facts
+    source, target = view.source, view.target
     if source is None:
         return Stop("the source does not know the logical shard")
     if source.state is State.RETIRED:
@@ -254,14 +256,10 @@ def _forward(view: View) -> Action:
         return Stop("the target does not answer")
     if target is None or not _owns(target, view) or target.state is State.RETIRED:
         return Do(Step.IMPORT)
-    for step in FORWARD[2:7]:
-        if facts.broken is not None and step in view.done - {Step.LOCK, Step.BUILD}:
-            return GiveUp(facts.broken)
-        if step not in view.done:
-            return Do(step)
-    if facts.broken is not None:
-        return GiveUp(facts.broken)
-    return _followed(view)
+    if view.facts.broken is not None:
+        return GiveUp(view.facts.broken)
+    missing = [step for step in FORWARD[2:7] if step not in view.done]
+    return Do(missing[0]) if missing else _followed(view)
 
 
 def _followed(view: View) -> Action:
@@ -277,6 +275,8 @@ def _followed(view: View) -> Action:
         return Do(Step.VERIFY)
     if Step.PREPARE_BACK not in view.done:
         return Do(Step.PREPARE_BACK)
+    if facts.is_held:
+        return Done()
     if facts.n_fences >= MAX_FENCES:
         return GiveUp(f"no fence in {facts.n_fences} attempts: {facts.blocker or 'no lock'}")
     if facts.since_fence is not None:

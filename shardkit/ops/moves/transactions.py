@@ -18,6 +18,7 @@ from psycopg import sql
 
 from shardkit.errors import OutcomeUnknownError, RefusedError, TryAgainError
 from shardkit.gates import lsn_of
+from shardkit.ids import MAX_AHEAD_MS, SEQUENCE_BITS
 from shardkit.ops.blame import first_line, holders
 from shardkit.ops.moves.transitions import Action, Decide, Event, Fence, Move, Row, Yield, step
 from shardkit.ops.ownershiptables import TIMELINE
@@ -49,6 +50,15 @@ ON CONFLICT (logical_shard) DO UPDATE SET epoch = excluded.epoch, state = exclud
     moved_to = excluded.moved_to, move_id = excluded.move_id, attempt = excluded.attempt,
     fenced_at = excluded.fenced_at, fence_timeline = excluded.fence_timeline
 """
+
+_CLOCK_ERROR_MS: Final = 250
+"""How far the clocks of two servers may be apart, beyond the seconds that a failover takes."""
+
+# A row lock. Ids are leased at most MAX_AHEAD_MS ahead of the clock of the server that leases.
+_PASS_IDS: Final = (
+    "UPDATE {} SET state = greatest(state, (shardkit.id_clock_ms() + "
+    f"{MAX_AHEAD_MS + _CLOCK_ERROR_MS}) << {SEQUENCE_BITS})"
+)
 
 # Catalogues only. Always in this order, so that two that lock cannot deadlock.
 _TABLES: Final = """
@@ -180,15 +190,25 @@ def change(
         raise
 
 
-def promote(connection: Connection) -> tuple[int, list[int]]:
-    """Put a promoted primary in order: register its timeline, raise the epochs of what it owns.
+def promote(
+    connection: Connection, *, server: str = "", detail: Mapping[str, Any] | None = None
+) -> tuple[int, list[int]]:
+    """Put a promoted primary in order: its timeline, the epochs of what it owns, its ids.
 
-    The first transaction on a new primary; doing it again changes nothing.
+    The first transaction on a new primary; doing it again changes nothing. No id comes again that
+    was leased where the promoted server did not hear of it.
+
+    Args:
+        connection: to it.
+        server: its address, for `shardkit.failovers`.
+        detail: what else is noted there.
 
     Returns:
         The timeline, and the logical shards whose epoch has grown.
     """
     with connection.transaction():
+        # Not confirmed by standbys, which follow only now, and ask for the newest timeline.
+        connection.execute("SET LOCAL synchronous_commit = local")
         # A row lock on the identity keeps two from doing it at once.
         found = connection.execute(
             f"SELECT timeline, {TIMELINE} FROM shardkit.identity FOR UPDATE".encode()
@@ -205,7 +225,16 @@ def promote(connection: Connection) -> tuple[int, list[int]]:
                 "WHERE state IN ('active', 'fenced') RETURNING logical_shard"
             ).fetchall()
         )
+        for (number,) in rows:
+            connection.execute(
+                sql.SQL(_PASS_IDS).format(sql.Identifier(schema_name(number), "shardkit_id_state"))
+            )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
+        connection.execute(
+            "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
+            "VALUES ('promoted', %s, %s, %s)",
+            (server, timeline, json.dumps({"before": registered, **(detail or {})})),
+        )
         return timeline, sorted(number for (number,) in rows)
 
 
