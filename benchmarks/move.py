@@ -280,7 +280,9 @@ def _naive(
     with (
         connect(topology.physical[source], admin=True) as here,
         connect(shard, admin=True) as there,
-        psycopg.connect(local.superuser_dsn(local.primary(source).name), dbname="shardkit") as reads,
+        psycopg.connect(
+            local.superuser_dsn(local.primary(source).name), dbname="shardkit"
+        ) as reads,
         psycopg.connect(local.superuser_dsn(local.primary(target).name), dbname="shardkit") as into,
     ):
         change(here, SHARD, Claim(move))
@@ -292,11 +294,11 @@ def _naive(
             there.execute("SET LOCAL search_path = pg_catalog")
             there.execute("SELECT shardkit.close_shard(%s, true)", (SHARD,))
         begun = time.monotonic()
-        change(
-            here, SHARD, lambda at, line: Fence(move, target, at, line), lock_timeout=2.0
-        )
+        change(here, SHARD, lambda at, line: Fence(move, target, at, line), lock_timeout=2.0)
         into.execute("SET session_replication_role = replica")
-        query = b"SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind = 'r'"
+        query = (
+            b"SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind = 'r'"
+        )
         for (name,) in reads.execute(query, (schema,)).fetchall():
             table = sql.Identifier(schema, name)
             into.execute(sql.SQL("TRUNCATE {}").format(table))

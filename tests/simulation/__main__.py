@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 from tests.simulation.bugs import BUGS
+from tests.simulation.failoverworld import FAILOVER_BUGS
 from tests.simulation.runs import WORLDS, run
 
 __all__ = ["main"]
@@ -27,9 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("--seeds", type=int, default=1, help="how many, from that one on")
     parser.add_argument("--world", choices=[*WORLDS], help="one of them only")
-    parser.add_argument("--bug", choices=[*BUGS], help="a protection to leave out (database)")
+    parser.add_argument("--bug", choices=[*BUGS, *FAILOVER_BUGS], help="a protection to leave out")
     given = parser.parse_args(arguments)
-    worlds = [given.world] if given.world else ["database"] if given.bug else [*WORLDS]
+    of_bug = "failover" if given.bug in FAILOVER_BUGS else "database"
+    worlds = [given.world] if given.world else [of_bug] if given.bug else [*WORLDS]
     began, failed, n_steps = time.monotonic(), 0, 0
     for seed in range(given.seed, given.seed + given.seeds):
         for world in worlds:

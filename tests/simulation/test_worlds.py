@@ -15,10 +15,11 @@ from tests.simulation.__main__ import main
 from tests.simulation.breakerworld import BreakerWorld
 from tests.simulation.bugs import BUGS
 from tests.simulation.cacheworld import CacheWorld
+from tests.simulation.failoverworld import FAILOVER_BUGS, FailoverWorld
 from tests.simulation.runs import run
 from tests.simulation.world import World
 
-SEEDS = {"database": 400, "cache": 1000, "breaker": 600}
+SEEDS = {"database": 400, "failover": 200, "cache": 1000, "breaker": 600}
 """Two thousand in all; `python -m tests.simulation 0 --seeds 10000` has more."""
 
 
@@ -40,6 +41,9 @@ def test_nothing_is_found_where_nothing_is_wrong(world: str) -> None:
             counts["killed movers"] += made.n_killed_movers
             ops = [record for record in made.journal.records if isinstance(record, Operation)]
             counts.update(op.outcome.name for op in ops)
+        elif isinstance(made, FailoverWorld):
+            counts["failovers"] += made.n_failovers
+            counts["rejoined"] += made.counts["Rejoin"]
         elif isinstance(made, CacheWorld):
             counts["cached"] += result.verdicts["caches"].counts["reads from caches"]
         elif isinstance(made, BreakerWorld):
@@ -60,6 +64,7 @@ def test_nothing_is_found_where_nothing_is_wrong(world: str) -> None:
                 "UNKNOWN",
             ),
         ),
+        "failover": ("sets", "owners", "liveness", "failovers", "rejoined"),
         "cache": ("sessions", "caches", "cached"),
         "breaker": ("liveness", "opened", "refused"),
     }[world]
@@ -97,6 +102,19 @@ def test_every_bug_is_found_by_the_judge_it_is_for(bug: str) -> None:
         if not set(wanted.findings).isdisjoint(verdict.totals):
             return
     pytest.fail(f"{wanted.judge} has not found that this is left out: {bug}")
+
+
+@pytest.mark.parametrize("bug", FAILOVER_BUGS)
+def test_every_bug_of_a_failover_is_found(bug: str) -> None:
+    judge_name, findings = FAILOVER_BUGS[bug]
+    for seed in range(300):
+        try:
+            verdict = run("failover", seed, bug=bug).verdicts[judge_name]
+        except AssertionError:
+            continue
+        if not set(findings).isdisjoint(verdict.totals):
+            return
+    pytest.fail(f"{judge_name} has not found that this is left out: {bug}")
 
 
 @pytest.mark.parametrize("protocol", ["P1", "P2", "P3", "P4", "P5", "P6"])

@@ -302,6 +302,8 @@ class Driver:
             return
         self._memory.untouchable.add(node)
         try:
+            # Said, so that it is opened again if it comes back before another was promoted.
+            server.note("fenced", server=node)
             server.close()
             server.end_sessions()
         except (psycopg.Error, OSError):

@@ -205,7 +205,7 @@ class Server:
             is_lost=in_recovery and not streams and (waited is None or waited > _RENEWED),
             is_renewed=waited is not None and _RENEWED < waited < _RENEWALS,
             is_closed=closed and not in_recovery,
-            is_drained=closed and kind == "switchover" and not in_recovery,
+            is_drained=closed and kind in {"switchover", "fenced"} and not in_recovery,
             is_quiet=not busy,
             is_claimed=self.is_claimed,
             since=since,
