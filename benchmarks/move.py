@@ -42,7 +42,8 @@ TARGETS = {
 }
 WRITERS = 8
 REST = 0.01
-"""Seconds that a writer rests between two writes: the machine is busy, and not its queue measured."""
+"""Seconds that a writer rests between two writes, so that the queue of a full machine is not what
+is measured."""
 ROW = 1024
 SHARD = 0
 OWNER = ids.compose(1, SHARD, 1)
@@ -107,7 +108,7 @@ def arm(megabytes: int, *, moves_: int, is_naive: bool = False) -> dict[str, Any
                 spans, seconds = moved(topology, moves_)
             writes, failed = writers.end()
         lost = len(writes) - stored(topology)
-    held = pauses(writes, [(begun - 0.3, ended + 0.3) for begun, ended in spans])
+    held = pauses(writes, spans)
     quiet = [
         ended - begun
         for _, begun, ended in writes
@@ -166,6 +167,7 @@ class Writers:
         self._process = process
 
     def end(self) -> tuple[Writes, int]:
+        """Stop them; return what they wrote, and how many writes failed."""
         self._pipe.send("end")
         found: tuple[Writes, int] = self._pipe.recv()
         self._process.join(30)
@@ -198,9 +200,13 @@ def write(config: Path, pipe: Connection) -> None:
             while not stop.is_set():
                 n += 1
                 body = f"w{number}-{n}"
+
+                def unit(session: Any, body: str = body) -> None:
+                    session.add(Note(owner_id=OWNER, body=body))
+
                 begun = time.monotonic()
                 try:
-                    cluster.run(lambda session: session.add(Note(owner_id=OWNER, body=body)))
+                    cluster.run(unit)
                 except Exception as error:  # noqa: BLE001  every failure counts
                     failed.append(error)
                 else:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import psycopg
 
+from shardkit.clock import SYSTEM
 from shardkit.ops.moves import transactions
 from shardkit.ops.moves.copying import size_of, tables_of
 from shardkit.ops.moves.replication import name_of
@@ -31,6 +32,9 @@ ROOM: Final = 1.3
 _OLDEST: Final = 160000
 """First version that keeps what it has received from going back, and lets others than superusers
 subscribe. Source: release notes of PostgreSQL 16."""
+
+_TRANSIENT: Final = 2.0
+"""Seconds that a prepared transaction may be there: atomic commits over servers prepare and go."""
 
 # AccessShareLock on catalogues and settings.
 _FACTS: Final = """
@@ -277,10 +281,7 @@ def _reference(connection: psycopg.Connection[Any]) -> list[Any]:
 
 def _transactions(source: Side, target: Side, long: float) -> Iterator[Check]:
     for side in (source, target):
-        prepared = [
-            f"{gid} of {owner} ({age:.0f} s)"
-            for gid, owner, age in side.connection.execute(_PREPARED)
-        ]
+        prepared = _prepared(side.connection)
         yield Check(
             f"prepared transactions on {side.shard.name}",
             ", ".join(prepared) or "none",
@@ -298,6 +299,17 @@ def _transactions(source: Side, target: Side, long: float) -> Iterator[Check]:
             f"a transaction has been writing for too long: {'; '.join(old)}" if old else None,
             "wait for it, or end it: SELECT pg_terminate_backend(pid)",
         )
+
+
+def _prepared(connection: psycopg.Connection[Any]) -> list[str]:
+    """Return the prepared transactions that stay."""
+    until = SYSTEM.monotonic() + _TRANSIENT
+    first = {row[0] for row in connection.execute(_PREPARED)}
+    while True:
+        rows = [row for row in connection.execute(_PREPARED).fetchall() if row[0] in first]
+        if not rows or SYSTEM.monotonic() > until:
+            return [f"{gid} of {owner} ({age:.0f} s)" for gid, owner, age in rows]
+        SYSTEM.sleep(0.05)
 
 
 def _room(

@@ -7,7 +7,7 @@ is in the ownership rows. So nothing about a move is known to the mover alone. C
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ WHERE (o.move_id IS NOT NULL OR o.logical_shard = %(one)s)
 _JOURNAL = """
 SELECT move_id::text, attempt, step, is_done, detail,
     pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - noted)
-FROM shardkit.move_journal WHERE logical_shard = %s AND (%s::uuid IS NULL OR move_id = %s::uuid)
+FROM shardkit.move_journal WHERE logical_shard = %s AND move_id = %s::uuid
 ORDER BY entry
 """
 
@@ -159,11 +159,9 @@ class Known:
         return row is not None and row.state in {State.ACTIVE, State.FENCED}
 
 
-def read_journal(
-    connection: psycopg.Connection[Any], logical_shard: int, move_id: str | None
-) -> Journal:
-    """Return the journal of one move, or of all of a logical shard, from its target."""
-    rows = connection.execute(_JOURNAL, (logical_shard, move_id, move_id))
+def read_journal(connection: psycopg.Connection[Any], logical_shard: int, move_id: str) -> Journal:
+    """Return the journal of a move from its target; elsewhere an empty one."""
+    rows = connection.execute(_JOURNAL, (logical_shard, move_id))
     return Journal(tuple(Entry(*row) for row in rows))
 
 
@@ -178,24 +176,27 @@ def known_moves(
     """
     names = list(topology.physical)
     with ThreadPoolExecutor(len(names)) as pool:
-        asked = pool.map(lambda name: _ask(topology, name, logical_shard), names)
+        asked = pool.map(lambda name: _rows(topology, name, logical_shard), names)
         answers = dict(zip(names, asked, strict=True))
-    silent = {name: found for name, found in answers.items() if isinstance(found, str)}
-    rows: dict[int, dict[str, Row]] = {}
-    journals: dict[tuple[int, str], tuple[str, Journal]] = {}
-    for name, found in answers.items():
-        if isinstance(found, str):
-            continue
-        for number, row, journal in found:
-            rows.setdefault(number, {})[name] = row
-            for move_id in {entry.move_id for entry in journal.entries}:
-                some = tuple(entry for entry in journal.entries if entry.move_id == move_id)
-                journals[number, move_id] = name, Journal(some)
-    moves = [
-        _known(number, move_id, at, journals)
-        for number, at in sorted(rows.items())
-        for move_id in sorted({row.move_id for row in at.values() if row.move_id})
-    ]
+        silent = {name: found for name, found in answers.items() if isinstance(found, str)}
+        rows: dict[int, dict[str, Row]] = {}
+        for name, found in answers.items():
+            for number, row in [] if isinstance(found, str) else found:
+                rows.setdefault(number, {})[name] = row
+        claims = {
+            (number, row.move_id)
+            for number, at in rows.items()
+            for row in at.values()
+            if row.move_id is not None
+        }
+        up = [name for name in names if name not in silent] if claims else []
+        read = pool.map(lambda name: _journals(topology, name, claims), up)
+        journals = {
+            key: (name, journal)
+            for name, found in zip(up, read, strict=True)
+            for key, journal in found.items()
+        }
+    moves = [_known(number, move_id, rows[number], journals) for number, move_id in sorted(claims)]
     return moves, silent
 
 
@@ -217,25 +218,28 @@ def _known(
     return Known(number, move_id, attempt, source, target, rows, journal)
 
 
-def _ask(
-    topology: Topology, name: str, logical_shard: int | None
-) -> list[tuple[int, Row, Journal]] | str:
-    found: list[tuple[int, Row, Journal]] = []
+def _rows(topology: Topology, name: str, logical_shard: int | None) -> list[tuple[int, Row]] | str:
     try:
         with (
             suppress(psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn),
             connect(topology.physical[name], application="shardkit moves", patience=5.0) as asked,
         ):
-            for number, epoch, state, *others in asked.execute(
-                _KNOWN, {"one": logical_shard}
-            ).fetchall():
-                row = Row(epoch, State(state), *others)
-                found.append((number, row, read_journal(asked, number, None)))
-            # The target before its row is there, and after it was given up.
-            if logical_shard is not None and not found:
-                journal = read_journal(asked, logical_shard, None)
-                if journal.entries:
-                    found.append((logical_shard, Row(0, State.RETIRED), journal))
+            return [
+                (number, Row(epoch, State(state), *others))
+                for number, epoch, state, *others in asked.execute(_KNOWN, {"one": logical_shard})
+            ]
     except (EndpointUnavailableError, psycopg.OperationalError) as error:
         return str(error).strip().splitlines()[0]
-    return found
+    return []
+
+
+def _journals(
+    topology: Topology, name: str, claims: Collection[tuple[int, str]]
+) -> dict[tuple[int, str], Journal]:
+    with (
+        suppress(EndpointUnavailableError, psycopg.Error),
+        connect(topology.physical[name], application="shardkit moves", patience=5.0) as asked,
+    ):
+        found = {claim: read_journal(asked, *claim) for claim in claims}
+        return {claim: journal for claim, journal in found.items() if journal.entries}
+    return {}

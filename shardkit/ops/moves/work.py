@@ -17,11 +17,12 @@ from shardkit.clock import SYSTEM
 from shardkit.errors import MoveError, RefusedError, TryAgainError
 from shardkit.ops import ddllocks
 from shardkit.ops.moves import copying, cutover, replication, rows, shapes, transactions
-from shardkit.ops.moves.machine import BUDGET, Goal, Step
+from shardkit.ops.moves.machine import BUDGET, STALL, Goal, Step
 from shardkit.ops.moves.presence import application, open_connection
 from shardkit.ops.moves.rows import Diff, Key
 from shardkit.ops.moves.transactions import Changed, change
 from shardkit.ops.moves.transitions import (
+    Action,
     Activate,
     Claim,
     Decide,
@@ -242,6 +243,8 @@ class Work:
             self._thaw(self.on(side, "rows"))
         self._same_shape()
         replication.advance_slot(target, number)
+        transactions.rehearse(source, number, Action.CLOSE_WRITES)
+        transactions.rehearse(target, number, Action.OPEN)
         took = cutover.reached(target, number, cutover.touch(source, number), _NEAR)
         if took is None:
             raise TryAgainError(f"a change takes more than {_NEAR:g} s to the target")
@@ -403,10 +406,18 @@ class Work:
 
     def _caught_up(self, source: str, target: str) -> None:
         """Return once one side has applied what the other has committed."""
-        number = self.logical_shard
-        state = cutover.touch(self.on(source), number)
-        if cutover.reached(self.on(target), number, state, 10.0) is None:
-            raise MoveError("a change does not arrive in 10 s: the apply has stalled")
+        here, there, number = self.on(source), self.on(target), self.logical_shard
+        state = cutover.touch(here, number)
+        errors = replication.progress(here, there, number).errors
+        for _ in range(round(STALL)):
+            if cutover.reached(there, number, state, 1.0) is not None:
+                return
+            found = replication.progress(here, there, number)
+            if found.lost:
+                raise MoveError(found.lost)
+            if found.errors > errors + 1:
+                raise MoveError(f"the target cannot apply: {found.conflicts or 'its log says why'}")
+        raise MoveError(f"a change does not arrive in {STALL:.0f} s: the apply has stalled")
 
     def _compared(self, source: str, target: str, step: Step) -> Diff:
         here, there = self.on(source, "rows"), self.on(target, "rows")
