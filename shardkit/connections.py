@@ -215,7 +215,12 @@ class _Core:
             engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
             replicas = self.replica_sets[endpoint.physical]
             check = checks_server(
-                self.topology, endpoint, self.fingerprints, replicas.meets, is_reader=is_reader
+                self.topology,
+                endpoint,
+                self.fingerprints,
+                replicas.meets,
+                partial(self.held.believed, endpoint.physical),
+                is_reader=is_reader,
             )
             event.listen(engine, "connect", check)
             if endpoint.role is Role.PRIMARY:

@@ -99,9 +99,10 @@ class _Watcher:
                 await self._follow(name)
             except (psycopg.Error, OSError, TimeoutError, ValueError, _NotBelievedError) as error:
                 _LOG.debug("%s does not say what it owns: %s", name, error)
+            if await self._changes(name):
+                continue
             self._held.silent(name, self._held.asking(name))
-            if not await self._changes(name):
-                await self._called(name, _AGAIN)
+            await self._called(name, _AGAIN)
 
     async def _changes(self, name: str) -> bool:
         """Look for another primary; tell whether there is one now."""

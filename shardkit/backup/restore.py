@@ -15,10 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import URL
 
 from shardkit.backup import manifest
@@ -31,6 +33,8 @@ from shardkit.errors import BackupError, ConfigurationError, RefusedError, TryAg
 from shardkit.local.account import Account, claim_folder, is_reachable, server_account
 from shardkit.local.binaries import SHARED_FOLDER
 from shardkit.local.ports import HOST
+from shardkit.ops.direct import connect
+from shardkit.ops.moves.transactions import promote
 from shardkit.topology import PhysicalShard, Topology
 from shardkit.twophase import Settled, resolve
 
@@ -251,8 +255,19 @@ def restored(
                 held.watch()
                 list(pool.map(recover, found.physical))
                 _check(servers, choice.label)
+                here = _topology(topology, servers)
+                for shard in here.physical.values():
+                    _register(shard)
                 on_step("recovered")
-                yield Sides(servers, _topology(topology, servers), seconds)
+                yield Sides(servers, here, seconds)
+
+
+def _register(shard: PhysicalShard) -> None:
+    """Register the timeline on which a server was restored: clients use no other."""
+    with connect(shard, application="shardkit backup", patience=60.0) as connection:
+        # One of an older version registers its timeline when it is migrated.
+        with suppress(UndefinedTable, UndefinedColumn):
+            promote(connection, server=shard.name, detail={"restored": True})
 
 
 def settle(topology: Topology, clock: Clock = SYSTEM) -> tuple[Settled, ...]:
