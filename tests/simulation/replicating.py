@@ -128,6 +128,10 @@ class PostgresNode(Server):
 
     # -- replication
 
+    @property
+    def _receives(self) -> bool:
+        return self.is_up and self.in_recovery
+
     def receives(self) -> Steps:
         """Receive the log of whom it follows, to the end."""
         while not self.is_over:
@@ -139,12 +143,7 @@ class PostgresNode(Server):
             last = self.log[-1] if self.log else None
             request = ("stream", self.name, len(self.log), last)
             answer = yield Call(self.peers[source], request, 1.5 * _KEEPALIVE)
-            if (
-                not self.is_up
-                or self.life != life
-                or self.follows != source
-                or not self.in_recovery
-            ):
+            if (self.life, self.follows) != (life, source) or not self._receives:
                 continue  # told otherwise meanwhile
             if answer is LOST:
                 continue

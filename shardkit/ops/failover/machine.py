@@ -378,11 +378,16 @@ def _unsafe(view: View, policy: Policy, node: Node) -> Action | None:
 def _doubt(view: View, policy: Policy, leader: Node) -> Action | None:
     """Return why nobody may be told to follow a primary that seems lawful, or None.
 
-    Standbys were taken away from it, and together with servers that do not answer they are enough
-    to have let one of those be promoted. Nobody can confirm commits to the old one meanwhile.
+    Standbys that had its timeline were taken away from it, and together with servers that do not
+    answer they are enough to have let one of those be promoted. Nobody can confirm commits to the
+    old one meanwhile. (Whoever was cut before it was promoted itself has an older timeline.)
     """
     silent = [n for n in view.nodes if not n.answers]
-    apart = [n for n in view.nodes if n.is_standby and n.follows not in {leader.name, None}]
+    apart = [
+        n
+        for n in view.nodes
+        if n.is_standby and n.follows not in {leader.name, None} and n.timeline >= leader.timeline
+    ]
     if silent and apart and len(silent) + len(apart) >= policy.needed:
         return Refuse(
             f"{_names(apart)} does not follow {leader.name} any more, and {_names(silent)} may "
@@ -403,23 +408,8 @@ def _tended(view: View, policy: Policy, leader: Node, upstarts: list[Node]) -> A
         if doubt is not None:
             return doubt
     others = [n for n in view.nodes if n.name != leader.name]
-    if policy.acts:
-        for node in others:
-            if node.takes_writes and node not in upstarts and not _is_shut(view, node):
-                return Fence(node.name)
-        if view.wanted is not None and view.wanted != leader.name:
-            return _switched(view, leader, view.node(view.wanted))
-        if leader.is_drained:
-            return Open(leader.name)
-        for node in others:
-            # One that is told to follow an unknown name may know the primary by another one.
-            is_unknown = node.follows is None and node.streams
-            if (
-                node.is_standby
-                and node.follows != leader.name
-                and not (is_unknown or node.is_stuck)
-            ):
-                return Repoint(node.name, leader.name)
+    if policy.acts and (step := _gathered(view, leader, upstarts)):
+        return step
     if view.pooled is not None and view.pooled != leader.name:
         return Lead(leader.name)
     if policy.acts:
@@ -435,6 +425,24 @@ def _tended(view: View, policy: Policy, leader: Node, upstarts: list[Node]) -> A
     missing = [n.name for n in others if not (n.is_standby and n.streams)]
     told = f"{leader.name} is the primary, on timeline {leader.timeline}"
     return Wait(f"{told}; {', '.join(missing)} does not follow") if missing else Rest(told)
+
+
+def _gathered(view: View, leader: Node, upstarts: list[Node]) -> Action | None:
+    """Return what brings the others behind the primary, or another one in its place; or None."""
+    others = [n for n in view.nodes if n.name != leader.name]
+    for node in others:
+        if node.takes_writes and node not in upstarts and not _is_shut(view, node):
+            return Fence(node.name)
+    if view.wanted is not None and view.wanted != leader.name:
+        return _switched(view, leader, view.node(view.wanted))
+    if leader.is_drained:
+        return Open(leader.name)
+    for node in others:
+        # One that is told to follow an unknown name may know the primary by another one.
+        is_unknown = node.follows is None and node.streams
+        if node.is_standby and node.follows != leader.name and not (is_unknown or node.is_stuck):
+            return Repoint(node.name, leader.name)
+    return None
 
 
 def _switched(view: View, leader: Node, target: Node) -> Action:
