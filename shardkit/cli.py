@@ -28,6 +28,7 @@ from shardkit.commands import (
     move,
     outbox,
     pgbouncer,
+    rebalance,
     reference,
     roles,
     shardfiles,
@@ -66,6 +67,7 @@ app.add_typer(twophase.app, name="twophase")
 app.add_typer(outbox.app, name="outbox")
 app.add_typer(cache.app, name="cache")
 app.add_typer(backup.app, name="backup")
+app.add_typer(rebalance.app, name="rebalance")
 app.add_typer(pgbouncer.app, name="pgbouncer")
 app.add_typer(roles.app, name="roles")
 app.add_typer(failover.app, name="failover")

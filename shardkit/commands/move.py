@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from shardkit.commands.migrate import MigrationsOption, inputs
+from shardkit.commands.migrate import inputs
 from shardkit.commands.moving import Moving, outcome_line, plan_table, status_table
-from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
+from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption, MigrationsOption
 from shardkit.commands.output import console
 from shardkit.config import default_file, load, parse_ranges
 from shardkit.errors import ConfigurationError, RefusedError, ShardkitError

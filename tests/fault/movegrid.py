@@ -1,4 +1,4 @@
-"""The crash grid of moves: every persisted step × {mover, source, target} × {kill, freeze, cut}.
+"""The crash grid of moves: every persisted step by {mover, source, target} by {kill, freeze, cut}.
 
     make move-grid                                   # all of it
     python -m tests.fault.movegrid --only source     # cells whose name has the text
