@@ -52,6 +52,7 @@ class Node:
         follows: name of the server that it is told to follow; `CUT`, or None for unknown.
         streams: whether it receives the log.
         is_lost: a standby says that its primary is out of its reach.
+        is_renewing: it tries to reach its primary anew.
         is_renewed: it was told to reach its primary anew, and has had the time for it.
         is_closed: a primary that was told to take no writes.
         is_drained: and that by a switchover or a failover, not by a person.
@@ -71,6 +72,7 @@ class Node:
     follows: str | None = None
     streams: bool = False
     is_lost: bool = False
+    is_renewing: bool = False
     is_renewed: bool = False
     is_closed: bool = False
     is_drained: bool = False
@@ -477,9 +479,11 @@ def _lost(view: View, policy: Policy) -> Action:
             "bring one of the others back, or run shardkit failover --accept-loss",
         )
     if not has_begun and not any(n.is_lost or n.follows == CUT for n in standbys):
-        fresh = [n.name for n in standbys if not n.is_renewed]
+        fresh = [n.name for n in standbys if not (n.is_renewed or n.is_renewing)]
         if fresh:
             return Renew(fresh[0])
+        if any(n.is_renewing for n in standbys):
+            return Wait(f"{_names(standbys)} try to reach {view.leader}")
         return Wait(f"{_names(standbys)} still reach {view.leader}")
     return _succeeded(view, standbys)
 
@@ -498,8 +502,10 @@ def _succeeded(view: View, standbys: list[Node]) -> Action:
     """The primary is lost: a standby takes its place."""
     if not all(n.is_claimed for n in standbys):
         return Claim(tuple(sorted(n.name for n in standbys)))
-    if view.leader not in view.fenced | view.untouchable:
-        return Fence(view.leader)
+    # Who answers nothing may be the primary, whatever is remembered.
+    for node in view.nodes:
+        if not node.is_standby and node.name not in view.fenced | view.untouchable:
+            return Fence(node.name)
     linked = tuple(n.name for n in standbys if n.follows != CUT or n.streams)
     if linked:
         return Cut(linked)

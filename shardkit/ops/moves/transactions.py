@@ -243,7 +243,9 @@ def promote(
     """
     with connection.transaction():
         # Not confirmed by standbys, which follow only now, and ask for the newest timeline.
-        connection.execute("SET LOCAL synchronous_commit = local")
+        connection.execute(
+            "SET LOCAL transaction_read_only = off; SET LOCAL synchronous_commit = local"
+        )
         # A row lock on the identity keeps two from doing it at once.
         found = connection.execute(
             f"SELECT timeline, {TIMELINE} FROM shardkit.identity FOR UPDATE".encode()
