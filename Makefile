@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills halves migrate-kill test-docker lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills halves migrate-kill move-grid test-docker lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -87,6 +87,9 @@ halves: setup ## 310 kills in atomic commits over two servers, and no commit hal
 
 migrate-kill: setup ## kill a migration before each of its statements, and no logical shard is half done
 	@SHARDKIT_KILL_STEP=1 SHARDKIT_KILL_SECONDS=7200 $(BIN)/python -m pytest -s tests/fault/test_migrate_kill.py $(ARGS)
+
+move-grid: setup ## break movers and servers at every step of a move; about half an hour
+	@$(BIN)/python -m tests.fault.movegrid $(ARGS)
 
 stale: setup ## a million writes, each read at once from replicas, and no read is stale
 	@$(BIN)/python -m benchmarks stale $(ARGS)

@@ -13,13 +13,17 @@ from typing import Any, Final
 import psycopg
 
 from shardkit.errors import EndpointUnavailableError, RefusedError
-from shardkit.ops.direct import parameters
+from shardkit.ops.direct import Unguarded, parameters
 from shardkit.topology import PhysicalShard
+from shardkit.waits import Connection
 
 __all__ = ["SILENCE", "Presence", "application", "end_others", "open_connection"]
 
 SILENCE: Final = 5.0
 """Seconds without a sign of life after which a mover is taken for frozen."""
+
+PATIENCE: Final = 20.0
+"""Seconds that a server has to answer what takes no time; the network may lose what was sent."""
 
 _BEAT: Final = 1.0
 
@@ -54,9 +58,15 @@ def application(logical_shard: int) -> str:
 
 
 def open_connection(
-    shard: PhysicalShard, logical_shard: int, **options: Any
+    shard: PhysicalShard, logical_shard: int, *, patience: float | None = PATIENCE, **options: Any
 ) -> psycopg.Connection[Any]:
     """Open a connection of a mover in autocommit mode, to the primary of a physical shard.
+
+    Args:
+        shard: which.
+        logical_shard: that is moved.
+        patience: seconds it waits for an answer; None for as long as it takes.
+        options: further ones of libpq.
 
     Raises:
         EndpointUnavailableError: it does not accept the connection (retryable).
@@ -64,7 +74,13 @@ def open_connection(
     url = shard.mover_url or shard.admin_url
     given = parameters(url, application=application(logical_shard))
     try:
-        connection = psycopg.connect(autocommit=True, **{**given, **_ALIVE, **options})
+        given = {**given, **_ALIVE, **options}
+        if patience is None:
+            connection = psycopg.connect(autocommit=True, **given)
+        else:
+            connection = Connection.open(
+                "", patience=patience, guard=Unguarded(), autocommit=True, **given
+            )
         if "replication" not in options:
             if shard.roles.owner not in {url.username, shard.roles.admin}:
                 connection.execute(

@@ -30,7 +30,7 @@ from shardkit.ops.moves.rows import Diff
 from shardkit.ops.moves.transactions import LOCK_TIMEOUT
 from shardkit.ops.moves.transitions import Move
 from shardkit.ops.moves.work import Report, Script, Work
-from shardkit.ops.placed import as_placed
+from shardkit.ops.placed import as_led, as_placed
 from shardkit.ops.revisions import Revision
 from shardkit.topology import PhysicalShard, Topology
 
@@ -143,6 +143,7 @@ def plan(
         EndpointUnavailableError: a server does not answer (retryable).
     """
     options = options or Options()
+    topology = as_led(topology)
     source = _owner(topology, logical_shard, target)
     with ExitStack() as stack:
         here, there = (
@@ -184,6 +185,7 @@ def move(
         EndpointUnavailableError: a server does not answer (retryable).
     """
     options = options or Options()
+    topology = as_led(topology)
     planned = plan(topology, logical_shard, target, options=options)
     if planned.problems:
         first = planned.problems[0]
@@ -213,6 +215,7 @@ def resume(
         TryAgainError: as in `move` (retryable).
         EndpointUnavailableError: a server does not answer (retryable).
     """
+    topology = as_led(topology)
     known = _known(topology, logical_shard)
     return _taken_up(topology, known, known.journal.goal, script, options)
 
@@ -234,6 +237,7 @@ def abort(
         TryAgainError: something was in the way; the same again goes on (retryable).
         EndpointUnavailableError: a server does not answer (retryable).
     """
+    topology = as_led(topology)
     known = _known(topology, logical_shard)
     return _taken_up(topology, known, Goal.ABORT, script or _none, options)
 
@@ -246,6 +250,7 @@ def clean(topology: Topology, logical_shard: int, *, options: Options | None = N
         TryAgainError: something was in the way; the same again goes on (retryable).
         EndpointUnavailableError: a server does not answer (retryable).
     """
+    topology = as_led(topology)
     known = _known(topology, logical_shard)
     if not known.is_handed_over:
         raise RefusedError(
@@ -266,6 +271,7 @@ def rollback(topology: Topology, logical_shard: int, *, options: Options | None 
         EndpointUnavailableError: a server does not answer (retryable).
     """
     options = options or Options()
+    topology = as_led(topology)
     known = _known(topology, logical_shard)
     if not known.is_handed_over or Step.TURN not in known.journal.done(Goal.MOVE):
         raise RefusedError(
@@ -345,6 +351,7 @@ def verify(
         MoveError: the schemas differ, or one copy does not follow any more.
         EndpointUnavailableError: a server does not answer (retryable).
     """
+    topology = as_led(topology)
     known = _known(topology, logical_shard)
     done = known.journal.done(Goal.MOVE)
     if Step.FOLLOW not in done or (known.is_handed_over and Step.TURN not in done):
@@ -372,7 +379,7 @@ def verify(
 
 def status(topology: Topology) -> tuple[list[Known], dict[str, str]]:
     """Return the moves that are not over, and which servers do not answer and why."""
-    return known_moves(topology)
+    return known_moves(as_led(topology))
 
 
 def _owner(topology: Topology, logical_shard: int, target: str) -> str:

@@ -18,7 +18,7 @@ from shardkit.errors import MoveError, RefusedError, TryAgainError
 from shardkit.ops import ddllocks
 from shardkit.ops.moves import copying, cutover, replication, rows, shapes, transactions
 from shardkit.ops.moves.machine import BUDGET, STALL, Goal, Step
-from shardkit.ops.moves.presence import application, open_connection
+from shardkit.ops.moves.presence import PATIENCE, application, open_connection
 from shardkit.ops.moves.rows import Diff, Key
 from shardkit.ops.moves.transactions import Changed, change
 from shardkit.ops.moves.transitions import (
@@ -118,7 +118,10 @@ class Work:
         found = self._open.get(key)
         if found is None or found.closed or found.broken:
             shard = self.source if side == "source" else self.target
-            found = self._open[key] = open_connection(shard, self.logical_shard)
+            # What reads or makes all of it takes as long as it takes.
+            patience = PATIENCE if use == "control" else None
+            found = open_connection(shard, self.logical_shard, patience=patience)
+            self._open[key] = found
             if use == "rows":
                 rows.prepare(found)
         return found
@@ -184,6 +187,7 @@ class Work:
         slot = open_connection(
             self.source,
             number,
+            patience=None,
             replication="database",
             options=f"-c lock_timeout={round(_SLOT_PATIENCE * 1000)} -c statement_timeout=0",
         )
@@ -205,13 +209,15 @@ class Work:
                 done += n_bytes
                 self.report(Report(number, Step.COPY, table, done, total, "bytes"))
 
-            copying.copy(self.on("source", "rows"), target, number, snapshot, on_bytes)
+            into = self.on("target", "long")
+            copying.copy(self.on("source", "rows"), into, number, snapshot, on_bytes)
 
     def _index(self, _goal: Goal) -> None:
         def on_part(name: str, done: int, total: int) -> None:
             self.report(Report(self.logical_shard, Step.INDEX, name, done, total, "parts"))
 
-        copying.complete(self.on("source"), self.on("target"), self.logical_shard, on_part)
+        target = self.on("target", "long")
+        copying.complete(self.on("source"), target, self.logical_shard, on_part)
 
     def _follow(self, _goal: Goal) -> None:
         replication.enable(self.on("target"), self.logical_shard, self._url(self.source))
