@@ -8,10 +8,14 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Final
+
+import psycopg
 
 from shardkit.local.server import LocalServer
 from shardkit.testing import Way
+from shardkit.topology import Role
 from tests.history.live.stage import Process, Stage
 
 __all__ = ["FAULTS", "SERVERS", "Broken"]
@@ -27,17 +31,25 @@ def _physical(stage: Stage, draw: random.Random) -> str:
 
 
 def _primary(stage: Stage, draw: random.Random) -> LocalServer:
-    return stage.local.primary(_physical(stage, draw))
+    physical = _physical(stage, draw)
+    try:
+        return stage.primary(physical)
+    except psycopg.Error:  # in the middle of a failover
+        return draw.choice(stage.members(physical))
 
 
 def _replica(stage: Stage, draw: random.Random) -> LocalServer:
-    return draw.choice(stage.local.replicas(_physical(stage, draw)))
+    physical = _physical(stage, draw)
+    found = [server for server in stage.members(physical) if server.role is Role.REPLICA]
+    return draw.choice(found or stage.members(physical))
 
 
 def _killed(stage: Stage, server: LocalServer, seconds: float) -> Broken:
-    stage.local.kill_server(server.name)
+    with stage.lock:
+        stage.local.kill_server(server.name)
     yield f"kill {server.name}", seconds
-    stage.local.start_server(server.name)
+    with stage.lock:  # a failover may have made something else of it
+        stage.local.start_server(server.name)
 
 
 def _frozen(stage: Stage, server: LocalServer, seconds: float) -> Broken:
@@ -69,9 +81,10 @@ def freeze_replica(stage: Stage, draw: random.Random) -> Broken:
 def pause_replay(stage: Stage, draw: random.Random) -> Broken:
     """A replica receives and shows nothing of it."""
     server = _replica(stage, draw)
-    with stage.superuser_of(server.name) as connection:
+    with suppress(psycopg.Error), stage.superuser_of(server.name) as connection:
         connection.execute("SELECT pg_wal_replay_pause()")
-        yield f"pause the replay of {server.name}", draw.random() * 3
+    yield f"pause the replay of {server.name}", draw.random() * 3
+    with suppress(psycopg.Error), stage.superuser_of(server.name) as connection:
         connection.execute("SELECT pg_wal_replay_resume()")
 
 

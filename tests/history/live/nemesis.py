@@ -12,13 +12,21 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
+import psycopg
+
+from shardkit.testing import wait_until
 from tests.history.live.faults import FAULTS, SERVERS
 from tests.history.live.plan import draw_of
 from tests.history.live.stage import Stage
+from tests.history.live.watching import Watching
 
 __all__ = ["Mover", "Nemesis"]
+
+
+_LONGEST: Final = 90.0
+"""Seconds that a failover may take until every server follows again, on a busy machine."""
 
 
 class Mover(Protocol):
@@ -33,6 +41,9 @@ class Mover(Protocol):
     def move(self, shard: int, source: str, target: str) -> bool:
         """Move a logical shard; return whether it has changed hands."""
 
+    def close(self) -> None:
+        """End what is left of it."""
+
 
 class Nemesis:
     """What breaks and moves.
@@ -43,6 +54,8 @@ class Nemesis:
         faults: names of what may break; empty for nothing.
         pause: seconds between two faults, about.
         move_pause: seconds between two moves, about.
+        failover_pause: seconds between two losses of a primary, about; only where it is watched.
+        is_watched: whether `shardkit failover watch` runs.
 
     Attributes:
         counts: what was done how often.
@@ -57,6 +70,8 @@ class Nemesis:
         faults: Sequence[str] = tuple(FAULTS),
         pause: float = 1.0,
         move_pause: float = 0.5,
+        failover_pause: float = 10.0,
+        is_watched: bool = False,
     ) -> None:
         self.stage = stage
         self.mover = mover
@@ -65,6 +80,8 @@ class Nemesis:
         self._faults = tuple(faults)
         self._pause = pause
         self._move_pause = move_pause
+        self._failover_pause = failover_pause
+        self.watching = Watching(stage, self._failed_over) if is_watched else None
         self._stop = threading.Event()
         self._servers = threading.Lock()
         self._failed: list[BaseException] = []
@@ -80,20 +97,25 @@ class Nemesis:
             loops.append(self._moves)
         if self._faults:
             loops.append(self._breaks)
+        if self.watching is not None:
+            loops.append(self._loses)
         threads = [
             threading.Thread(
                 target=self._kept, args=(loop, draw_of(self.stage.plan, loop.__name__))
             )
             for loop in loops
         ]
-        for thread in threads:
-            thread.start()
-        self._stop.wait(seconds)
-        self._stop.set()
-        for thread in threads:
-            thread.join()
-        if self._failed:
-            raise self._failed[0]
+        with self.watching or _Nothing():
+            for thread in threads:
+                thread.start()
+            self._stop.wait(seconds)
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            if self._failed:
+                raise self._failed[0]
+            if self.watching is not None:
+                self.watching.wait(_LONGEST)
 
     def _kept(self, loop: Callable[[random.Random], None], draw: random.Random) -> None:
         try:
@@ -108,7 +130,7 @@ class Nemesis:
         assert self.mover is not None, "only then it is run"
         shard = draw.randrange(self.stage.plan.logical_shards)
         with self._exclusively():
-            source = self.stage.owners()[shard]
+            source = self.stage.owner_of(shard)
             target = draw.choice(sorted({*self.stage.topology.physical} - {source}))
             self.is_moving = True
             try:
@@ -117,6 +139,38 @@ class Nemesis:
                 self.is_moving = False
         self.counts["moves" if is_moved else "moves given up"] += 1
         self._stop.wait(draw.random() * 2 * self._move_pause)
+
+    def _failed_over(self, _physical: str) -> None:
+        self.counts["failovers"] += 1
+        self.counts["failovers during a move"] += self.is_moving
+
+    def _loses(self, draw: random.Random) -> None:
+        """Kill or freeze a primary for good; wait until another has taken its place."""
+        assert self.watching is not None, "only then it is run"
+        self._stop.wait(draw.random() * 2 * self._failover_pause)
+        physical = draw.choice(sorted(self.stage.topology.physical))
+        how = draw.choice(("kill", "kill", "freeze"))
+        try:
+            primary = self.stage.primary(physical).name
+        except psycopg.Error:
+            return
+        if self._stop.is_set() or not self.watching.is_well(physical):
+            return
+        began = time.monotonic_ns()
+        with self.stage.lock:
+            if how == "kill":
+                self.stage.local.kill_server(primary)
+            else:
+                self.stage.local.pause(primary)
+        self.counts[f"{how} a primary for good"] += 1
+        before = self.counts["failovers"]
+        watching = self.watching
+        wait_until(
+            lambda: self.counts["failovers"] > before and watching.is_well(physical),
+            _LONGEST,
+            f"another primary of {physical}: {watching.latest}",
+        )
+        self.stage.fault(f"{how} {primary} for good", began)
 
     def _exclusively(self) -> threading.Lock | _Nothing:
         assert self.mover is not None, "asked while something moves"

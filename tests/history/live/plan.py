@@ -140,6 +140,7 @@ class Plan:
             pool=PoolConfig(size=self.threads, overflow=self.threads, timeout=10.0),
             cache=CacheConfig(backend=self.cache, nodes=(node,), timeout=0.05),  # type: ignore[arg-type]  # one of them
             map_age=self.map_age,
+            failover_wait=self.deadline,
         )
 
 

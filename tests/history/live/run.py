@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tests.history.findings import Verdict
 from tests.history.judge import Limits, judge, report
 from tests.history.ledger import Ledger
 from tests.history.live.faults import FAULTS
-from tests.history.live.movers import StandInMover
+from tests.history.live.movers import RealMover, StandInMover
 from tests.history.live.nemesis import Mover, Nemesis
 from tests.history.live.plan import KINDS, Plan
 from tests.history.live.stage import Stage, described
@@ -47,6 +47,7 @@ class Result:
         verdicts: of the judges, by name.
         lines: of the report of the judges.
         seconds: it took, by part.
+        said: what movers and the watcher said, by text.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Result:
     verdicts: Mapping[str, Verdict]
     lines: Sequence[str]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    said: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def violations(self) -> int:
@@ -106,15 +108,24 @@ def run(
     limits = limits or Limits(bound=10.0, within=calm / 2)
     plan = Plan(config="", folder=str(history), seed=seed, seconds=seconds + calm, **planned)
     counts: Counter[str] = Counter()
+    said: Counter[str] = Counter()
     with ExitStack() as stack:
         stage = Stage.open(plan, folder / "servers", stack, **(shaped or {}))
         stack.callback(stage.end_at_once)
         note_leftovers(stage, "before")
         stage.begin(clients=clients, relays=relays)
         took["start"] = time.monotonic() - began
-        schedule = Nemesis(stage, moves(stage), **(nemesis or {}))
+        mover = moves(stage)
+        if mover is not None:
+            stack.callback(mover.close)
+        schedule = Nemesis(stage, mover, **(nemesis or {}))
         schedule.run(seconds)
         counts.update(schedule.counts)
+        if isinstance(mover, RealMover):
+            counts.update(mover.counts)
+            said.update(mover.said)
+        if schedule.watching is not None:
+            said.update({f"watcher: {what}": n for what, n in schedule.watching.said.items()})
         time.sleep(calm)
         stage.end("client")
         if relays:
@@ -130,7 +141,7 @@ def run(
     verdicts, lines, n_operations = _judged(history, limits)
     counts.update(n_operations)
     took["judge"] = time.monotonic() - began - took["start"] - took["run"]
-    return Result(history, counts, errors, verdicts, lines, took)
+    return Result(history, counts, errors, verdicts, lines, took, said)
 
 
 def _judged(history: Path, limits: Limits) -> tuple[dict[str, Verdict], list[str], dict[str, int]]:
@@ -140,6 +151,13 @@ def _judged(history: Path, limits: Limits) -> tuple[dict[str, Verdict], list[str
     found = find(history, refs) if refs else {}
     lines = list(report(verdicts, found, faults=ledger.facts.get("fault", ())))
     return verdicts, lines, {"operations": ledger.total}
+
+
+_MOVERS: Final[Mapping[str, Moves]] = {
+    "real": RealMover,
+    "stand-in": StandInMover,
+    "none": lambda _stage: None,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,7 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", nargs="*", choices=[*FAULTS], default=[*FAULTS])
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between faults, about")
     parser.add_argument("--move-pause", type=float, default=0.5, help="between moves, about")
-    parser.add_argument("--no-moves", action="store_true")
+    parser.add_argument("--failover-pause", type=float, default=8.0, help="between them, about")
+    parser.add_argument("--mover", choices=(*_MOVERS,), default="real")
+    parser.add_argument("--no-failovers", action="store_true")
+    parser.add_argument("--pooler", choices=("pgbouncer", "none"), default="pgbouncer")
     parser.add_argument("--cache", choices=("memcached", "redis"), default="memcached")
     parser.add_argument("--keep", type=Path, help="a new folder to leave the history in")
     given = parser.parse_args(arguments)
@@ -169,9 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=given.seconds, calm=given.calm, seed=given.seed, clients=given.clients,
             relays=given.relays, threads=given.threads, logical_shards=given.shards,
             think=given.think, kinds=tuple(given.kinds), cache=given.cache,
-            moves=(lambda _: None) if given.no_moves else StandInMover,
+            moves=_MOVERS[given.mover], shaped={"pgbouncer": given.pooler == "pgbouncer"},
             nemesis={
                 "faults": given.faults, "pause": given.pause, "move_pause": given.move_pause,
+                "failover_pause": given.failover_pause, "is_watched": not given.no_failovers,
             },
         )  # fmt: skip
         if given.keep:
@@ -180,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     print("done: " + ", ".join(f"{n:,} {what}" for what, n in sorted(result.counts.items())))
     print("seconds: " + ", ".join(f"{what} {s:.1f}" for what, s in result.seconds.items()))
+    for line in described(result.said, 30):
+        print(line)
     print(f"{result.n_errors:,} errors of clients")
     for line in described(result.errors):
         print(line)

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -24,8 +25,10 @@ import psycopg
 
 from shardkit.config import load
 from shardkit.local import LocalCluster, LocalOptions
+from shardkit.local.server import LocalServer, ServerKind
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.testing import FaultProxy, create_tables, wait_until
+from shardkit.topology import Role
 from tests.fixtures.servers import lend, options
 from tests.fixtures.sharded import admin
 from tests.history.live.plan import Plan
@@ -48,9 +51,8 @@ def shape(logical_shards: int = 4, replicas: int = 2, **changes: Any) -> LocalOp
         "wal_sender_timeout": "3s",
         "max_connections": "150",
     }
-    return options(
-        physical=2, replicas=replicas, logical_shards=logical_shards, settings=settings, **changes
-    )
+    wanted = {"confirm": 1, "physical": 2, "settings": settings, **changes}
+    return options(replicas=replicas, logical_shards=logical_shards, **wanted)
 
 
 class Process:
@@ -118,18 +120,25 @@ class Stage:
         recorder: of what happens to servers and processes.
         processes: that run, by name.
         links: that break, by the port they stand before.
+        config: of the cluster; failovers may follow each other closely.
         errors: what clients were told, by text.
+        lock: held while servers are started and stopped.
     """
 
     def __init__(self, local: LocalCluster, plan: Plan, stack: ExitStack) -> None:
         self.local = local
-        _, self.topology = load(local.config_path)
+        config, self.topology = load(local.config_path)
+        # Failovers follow each other more closely than in earnest, and are found out sooner.
+        quick = {"failures": 2, "patience": 0.5, "interval": 0.2, "timeout": 0.7, "every": 0.0}
+        failover = config.failover.model_copy(update=quick)
+        self.config = config.model_copy(update={"failover": failover})
         self.links = self._linked(stack)
         ports = {str(port): link.port for port, link in self.links.items()}
         self.plan = replace(plan, config=str(local.config_path), ports=ports)
         self.recorder = Recorder(Path(plan.folder), "stage")
         self.processes: dict[str, Process] = {}
         self.errors: Counter[str] = Counter()
+        self.lock = threading.Lock()
         self._count: Counter[str] = Counter()
 
     @classmethod
@@ -167,30 +176,49 @@ class Stage:
                 with cluster.writer() as session:
                     session.add_all(first_rows(shard, self.plan.n_lists))
                     session.commit()
-        self._synchronous()
         for shard in range(self.plan.logical_shards):
             accounts = {str(n): OPENED for n in range(ACCOUNTS)}
             self.recorder.fact("bank", bank=f"b{shard}", accounts=accounts)
 
-    def _synchronous(self) -> None:
-        """Have every primary wait for one of its replicas, whoever is primary later."""
-        for name in self.topology.physical:
-            members = [self.local.primary(name), *self.local.replicas(name)]
-            for server in members:
-                others = ", ".join(each.name for each in members if each is not server)
-                with psycopg.connect(
-                    self.local.superuser_dsn(server.name), autocommit=True
-                ) as connection:
-                    connection.execute(
-                        f"ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 ({others})'".encode()
-                    )
-                    connection.execute("SELECT pg_reload_conf()")
-
     # -- servers
+
+    def members(self, physical: str) -> list[LocalServer]:
+        """Return the database servers of a physical shard, whatever they are now."""
+        return [
+            server
+            for server in self.local.servers
+            if server.physical == physical and server.kind is ServerKind.POSTGRESQL
+        ]
+
+    def primary(self, physical: str) -> LocalServer:
+        """Return the present primary: of those that take writes, that of the newest timeline.
+
+        Raises:
+            psycopg.OperationalError: nobody is it now.
+        """
+        best: tuple[int, LocalServer] | None = None
+        for server in self.members(physical):
+            if server.role is not Role.PRIMARY:
+                continue
+            try:
+                with self.superuser_of(server.name) as connection:
+                    row = connection.execute(f"SELECT {TIMELINE}".encode()).fetchone()
+            except psycopg.Error:
+                continue
+            if row is not None and (best is None or row[0] > best[0]):
+                best = row[0], server
+        if best is None:
+            raise psycopg.OperationalError(f"{physical} has no primary now")
+        return best[1]
+
+    def replicas(self, physical: str) -> list[LocalServer]:
+        """Return all but the present primary."""
+        primary = self.primary(physical).name
+        return [server for server in self.members(physical) if server.name != primary]
 
     def superuser(self, physical: str) -> psycopg.Connection[tuple[Any, ...]]:
         """Connect to the present primary of a physical shard."""
-        return self.superuser_of(self.local.primary(physical).name)
+        return self.superuser_of(self.primary(physical).name)
 
     def superuser_of(self, server: str) -> psycopg.Connection[tuple[Any, ...]]:
         """Connect to a server."""
@@ -209,6 +237,20 @@ class Stage:
                 claim = (epoch, state != "retired", name)
                 found[shard] = max(found.get(shard, claim), claim)
         return {shard: name for shard, (_, _, name) in found.items()}
+
+    def owner_of(self, shard: int) -> str:
+        """Return who owns a logical shard, as soon as every server says something."""
+        found: dict[int, str] = {}
+
+        def asked() -> bool:
+            try:
+                found.update(self.owners())
+            except psycopg.Error:
+                return False
+            return True
+
+        wait_until(asked, 60.0, "every primary says what it owns")
+        return found[shard]
 
     # -- processes
 

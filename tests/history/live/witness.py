@@ -76,7 +76,7 @@ def note_leftovers(stage: Stage, moment: str) -> None:
                     f"SELECT error FROM {schema}.shardkit_outbox_dead".encode()
                 )
             ]
-        for server in [stage.local.primary(name), *stage.local.replicas(name)]:
+        for server in stage.members(name):
             with stage.superuser_of(server.name) as connection:
                 slots = connection.execute("SELECT slot_name FROM pg_replication_slots")
                 things[f"replication slots of {server.name}"] = [row[0] for row in slots]
@@ -94,7 +94,7 @@ def look(stage: Stage, recorder: Recorder) -> None:
             schema = schema_name(shard)
             found = primary.execute(f"SELECT event FROM {schema}.effects".encode())
             effects += [event for (event,) in found]
-        for server in stage.local.replicas(owner):
+        for server in stage.replicas(owner):
             with stage.superuser_of(server.name) as replica:
                 wait_until(partial(_has, replica, row[0]), 60.0, f"{server.name} follows")
                 _sets(stage, recorder, replica, shard, server.name, role="replica")
