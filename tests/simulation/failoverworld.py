@@ -90,7 +90,7 @@ class FailoverWorld:
         self.n_operator = 0
         simulation.spawn("operator", self._operator())
         self._serial = 0
-        self._is_over = False
+        self._is_over = self._is_busy = False
         draw = simulation.random
         self._watchers: list[Actor] = []
         for n in range(2):
@@ -101,6 +101,8 @@ class FailoverWorld:
         ]
         simulation.network.lost = draw.choice((0.0, 0.002, 0.01))
         simulation.network.late = draw.choice((0.0, 0.01))
+        if "not the most advanced" in bugs:
+            simulation.network.delay = 0.02  # standbys differ for longer
         for _ in range(2):  # two faults at a time
             simulation.spawn("chaos", self._faults())
         simulation.at(_CHAOS, self._heal)
@@ -164,7 +166,7 @@ class FailoverWorld:
         fenced: set[str] = set()
         untouchable: set[str] = set()
         while not self._is_over:
-            yield 0.05 + 0.1 * draw.random()
+            yield (0.05 if self._is_busy else 0.2) + 0.1 * draw.random()
             probe = yield Call(self.nodes[leader], ("probe",), _TIMEOUT)
             if isinstance(probe, Ok):
                 failures = 0
@@ -193,6 +195,7 @@ class FailoverWorld:
             action = machine.decide(view, self.policy)
             self.simulation.say(name, action)
             self.counts[type(action).__name__] += 1
+            self._is_busy = not isinstance(action, machine.Rest)
             if not isinstance(action, Fence) and failures == 0:
                 untouchable.clear()
             yield from self._act(name, action, untouchable)

@@ -18,11 +18,11 @@ from tests.simulation.scheduler import LOST, Call, Reply, Server, Simulation, St
 
 __all__ = ["Entry", "PostgresNode"]
 
-_LOST_AFTER: Final = 0.1
+_LOST_AFTER: Final = 0.25
 """Seconds without a word of its primary, after which a standby says that it is out of reach."""
 
-_RENEWED: Final = 0.12
-_KEEPALIVE: Final = 0.05
+_RENEWED: Final = 0.27
+_KEEPALIVE: Final = 0.1
 """Seconds after which a primary says something to its standbys."""
 
 

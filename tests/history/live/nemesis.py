@@ -56,6 +56,8 @@ class Nemesis:
         move_pause: seconds between two moves, about.
         failover_pause: seconds between two losses of a primary, about; only where it is watched.
         is_watched: whether `shardkit failover watch` runs.
+        deaf: replicas that do not receive the log for a while before a primary is lost, once, at
+            the end; None for no such loss.
 
     Attributes:
         counts: what was done how often.
@@ -72,6 +74,7 @@ class Nemesis:
         move_pause: float = 0.5,
         failover_pause: float = 10.0,
         is_watched: bool = False,
+        deaf: int | None = None,
     ) -> None:
         self.stage = stage
         self.mover = mover
@@ -81,6 +84,7 @@ class Nemesis:
         self._pause = pause
         self._move_pause = move_pause
         self._failover_pause = failover_pause
+        self._deaf = deaf
         self.watching = Watching(stage, self._failed_over) if is_watched else None
         self._stop = threading.Event()
         self._servers = threading.Lock()
@@ -97,7 +101,7 @@ class Nemesis:
             loops.append(self._moves)
         if self._faults:
             loops.append(self._breaks)
-        if self.watching is not None:
+        if self.watching is not None and self._deaf is None:
             loops.append(self._loses)
         threads = [
             threading.Thread(
@@ -105,16 +109,27 @@ class Nemesis:
             )
             for loop in loops
         ]
+        if self._deaf is not None:
+            self._stop.wait(seconds / 2)
+            self._make_deaf(self._deaf)
+            self._stop.wait(seconds / 2)
+            for physical in self.stage.topology.physical:
+                self.stage.local.kill_server(self.stage.primary(physical).name)
         with self.watching or _Nothing():
             for thread in threads:
                 thread.start()
-            self._stop.wait(seconds)
+            if self._deaf is None:
+                self._stop.wait(seconds)
             self._stop.set()
             for thread in threads:
                 thread.join()
             if self._failed:
                 raise self._failed[0]
             if self.watching is not None:
+                if self._deaf is not None:
+                    n = len(self.stage.topology.physical)
+                    what = "every physical shard has another primary"
+                    wait_until(lambda: self.counts["failovers"] >= n, _LONGEST, what)
                 self.watching.wait(_LONGEST)
 
     def _kept(self, loop: Callable[[random.Random], None], draw: random.Random) -> None:
@@ -139,6 +154,13 @@ class Nemesis:
                 self.is_moving = False
         self.counts["moves" if is_moved else "moves given up"] += 1
         self._stop.wait(draw.random() * 2 * self._move_pause)
+
+    def _make_deaf(self, n: int) -> None:
+        for physical in self.stage.topology.physical:
+            for server in self.stage.replicas(physical)[:n]:
+                with self.stage.superuser_of(server.name) as replica:
+                    replica.execute("ALTER SYSTEM SET primary_conninfo = 'host=/nowhere'")
+                    replica.execute("SELECT pg_reload_conf()")
 
     def _failed_over(self, _physical: str) -> None:
         self.counts["failovers"] += 1

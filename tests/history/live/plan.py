@@ -76,6 +76,8 @@ class Plan:
         cache: `memcached` or `redis`, for all of them.
         deadline: seconds of each operation.
         think: seconds a client pauses between two operations, at most.
+        hold: seconds that a transaction which adds to a set stays open, at most.
+        is_named: whether what writes has a name, by which it is run again after a lost answer.
         every: seconds after which lists and sets are new ones.
         map_age: see `Cluster`.
         ports: by real port, where the processes behind faulty links connect instead.
@@ -93,6 +95,8 @@ class Plan:
     cache: str = "memcached"
     deadline: float = 30.0
     think: float = 0.02
+    hold: float = 0.0
+    is_named: bool = True
     every: float = 5.0
     map_age: float = 1.0
     ports: Mapping[str, int] = field(default_factory=dict)

@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--relays", type=int, default=2, help="processes")
     parser.add_argument("--shards", type=int, default=4, help="logical shards")
     parser.add_argument("--think", type=float, default=0.05, help="longest pause of a client")
+    parser.add_argument("--deadline", type=float, default=30.0, help="of each operation")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--faults", nargs="*", choices=[*FAULTS], default=[*FAULTS])
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between faults, about")
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder,
             seconds=given.seconds, calm=given.calm, seed=given.seed, clients=given.clients,
             relays=given.relays, threads=given.threads, logical_shards=given.shards,
-            think=given.think, kinds=tuple(given.kinds), cache=given.cache,
+            think=given.think, deadline=given.deadline, kinds=tuple(given.kinds), cache=given.cache,
             moves=_MOVERS[given.mover], shaped={"pgbouncer": given.pooler == "pgbouncer"},
             nemesis={
                 "faults": given.faults, "pause": given.pause, "move_pause": given.move_pause,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlalchemy import ARRAY, BigInteger, text
+from sqlalchemy import ARRAY, BigInteger, Identity, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardkit import Sharded, ids, unique_lookup
@@ -62,6 +62,7 @@ class Element(Sharded, Base):
     set_id: Mapped[int] = mapped_column(index=True)
     value: Mapped[str]
     stamp: Mapped[str]
+    number: Mapped[int] = mapped_column(BigInteger, Identity())
 
 
 class Account(Sharded, Base):

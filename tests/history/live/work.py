@@ -115,11 +115,19 @@ class Client:
         operation = self._serial()
 
         def run() -> tuple[Any, dict[str, Any]]:
-            got = self.cluster.run(fn, operation=operation, near=near)
+            if self.plan.is_named:
+                got: Any = self.cluster.run(fn, operation=operation, near=near)
+            else:
+                got = self.cluster.run(fn)
             self.token = self.cluster.last_token()
             return (got["got"], got["more"]) if isinstance(got, dict) and "more" in got else (got, {})  # fmt: skip
 
         return run
+
+    def _hold(self) -> None:
+        """Let a transaction stay open for a moment."""
+        if self.plan.hold:
+            time.sleep(self.draw.random() * self.plan.hold)
 
     def _looks(self, fn: Callable[[WriteSession], Any]) -> Callable[[], tuple[Any, dict[str, Any]]]:
         """Return what reads from the primary."""
@@ -193,7 +201,9 @@ class Client:
             element = Element(set_id=home, value=value, stamp=func.history.stamp(shard))
             session.add(element)
             session.flush()
-            return {"got": None, "more": {"ids": [element.id], "stamp": stamp_of(element.stamp)}}
+            self._hold()
+            ids_ = [element.id, f"{shard}/{element.number}"]
+            return {"got": None, "more": {"ids": ids_, "stamp": stamp_of(element.stamp)}}
 
         self._op("set", ["add", name, value], shard, self._writes(add, home))
 
