@@ -95,11 +95,11 @@ def fail_over(
                 f"{driver.leader} is the primary of {physical!r} and answers",
                 hint="for a switchover without loss add --planned",
             )
-        old = driver.leader
         wish = Wish(to=to, is_planned=is_planned, is_ordered=not is_planned,
                     accepts_loss=accepts_loss)  # fmt: skip
         return _until(
-            driver, wish, lambda view: driver.leader != old and _is_settled(view, driver.leader),
+            driver, wish,
+            lambda view: _is_led(view, driver.leader, to) and _is_settled(view, driver.leader),
             timeout=timeout, progress=progress, clock=clock,
         )  # fmt: skip
     finally:
@@ -274,6 +274,11 @@ def _until(
             )
         if not is_step:
             clock.sleep(_PAUSE)
+
+
+def _is_led(view: View, leader: str, to: str | None) -> bool:
+    """Tell whether there is a primary, and the one that is wanted."""
+    return view.node(leader).takes_writes and to in {None, leader}
 
 
 def _is_settled(view: View, leader: str) -> bool:

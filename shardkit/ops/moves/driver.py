@@ -156,7 +156,7 @@ class Driver:
             while self._step(presence):
                 pass
         finally:
-            work.close()
+            work.end()
             presence.close()
         if self._why is not None:
             raise self._why

@@ -374,7 +374,7 @@ def verify(
     try:
         return work.compared(is_handed_over=known.is_handed_over)
     finally:
-        work.close()
+        work.end()
 
 
 def status(topology: Topology) -> tuple[list[Known], dict[str, str]]:

@@ -30,6 +30,7 @@ __all__ = [
     "Changed",
     "change",
     "journal",
+    "noted",
     "now",
     "promote",
     "rehearse",
@@ -59,7 +60,7 @@ _READ: Final = f"SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard =
 _WRITE: Final = """
 INSERT INTO shardkit.ownership
     (logical_shard, epoch, state, moved_to, move_id, attempt, fenced_at, fence_timeline)
-VALUES (%s, %s, %s, %s, %s, %s, to_timestamp(%s), %s)
+VALUES ({}, {}, {}, {}, {}::uuid, {}, to_timestamp({}), {})
 ON CONFLICT (logical_shard) DO UPDATE SET epoch = excluded.epoch, state = excluded.state,
     moved_to = excluded.moved_to, move_id = excluded.move_id, attempt = excluded.attempt,
     fenced_at = excluded.fenced_at, fence_timeline = excluded.fence_timeline
@@ -91,7 +92,7 @@ BEGIN
     SET LOCAL lock_timeout = {lock_timeout};
     EXECUTE 'LOCK TABLE ' || tables || ' IN EXCLUSIVE MODE';
 END $$;
-UPDATE {ids} SET state = state + 1
+UPDATE {ids} SET state = state + 1 RETURNING state
 """
 
 _PATIENCE: Final = 2.0
@@ -119,11 +120,13 @@ class Changed:
         before: the row until then; None where there was none.
         row: the row now.
         lsn: a log position after the commit, in bytes: whoever has replayed it has seen it.
+        state: of ids, after a lock: the last that was written before the tables were closed.
     """
 
     before: Row | None
     row: Row
     lsn: int
+    state: int | None = None
 
 
 def row_of(connection: Connection, logical_shard: int) -> Row | None:
@@ -187,21 +190,24 @@ def change(
         if not isinstance(event, Event):
             event = event(float(clock[0][0]), int(clock[0][1]))
         decided = step(before, event)
+        state = None
         script = [_doing(number, action, lock_timeout) for action in decided.actions]
         if isinstance(event, Fence | Decide | Yield):
             script.append(_writers_of(number, roles, granted=True))
-        if script:
+        if decided.row != before:
+            script.append(sql.SQL(_WRITE).format(number, *_values(decided.row)))
+        if note is not None:
+            move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
+            script.append(noted(number, move, type(event).__name__, detail=note))
+        if script:  # in one round trip
             found = _sets(connection.execute(sql.SQL(";").join(script)))
             if isinstance(event, Fence | Decide | Yield):
                 _refuse(found[-1])
-        if decided.row != before:
-            connection.execute(_WRITE, (number, *_values(decided.row)))
-        if note is not None:
-            move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
-            journal(connection, number, move, type(event).__name__, detail=note)
+            if Action.LOCK in decided.actions:
+                state = int(found[0][0][0])
         sent = True
         [(lsn,)] = _sets(connection.execute(_DONE))[-1]
-        return Changed(before, decided.row, lsn_of(lsn.encode()))
+        return Changed(before, decided.row, lsn_of(lsn.encode()), state)
     except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
         connection.rollback()
         raise TryAgainError(
@@ -294,11 +300,22 @@ def journal(
         is_done: False before it, True after it.
         detail: what a resume needs to know.
     """
-    connection.execute(
+    connection.execute(noted(logical_shard, move, name, is_done=is_done, detail=detail))
+
+
+def noted(
+    logical_shard: int,
+    move: Move,
+    name: str,
+    *,
+    is_done: bool = True,
+    detail: Mapping[str, Any] | None = None,
+) -> sql.Composed:
+    """Return the statement of `journal`."""
+    return sql.SQL(
         "INSERT INTO shardkit.move_journal (move_id, attempt, logical_shard, step, is_done, lsn, "
-        "detail) VALUES (%s, %s, %s, %s, %s, pg_catalog.pg_current_wal_insert_lsn(), %s)",
-        (move.id, move.attempt, logical_shard, name, is_done, json.dumps(detail or {})),
-    )
+        "detail) VALUES ({}, {}, {}, {}, {}, pg_catalog.pg_current_wal_insert_lsn(), {})"
+    ).format(move.id, move.attempt, logical_shard, str(name), is_done, json.dumps(detail or {}))
 
 
 def rehearse(connection: Connection, logical_shard: int, *actions: Action) -> None:

@@ -7,6 +7,7 @@ beforehand: between the fence and the activation there is no time to connect.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -50,8 +51,6 @@ _REPLICAS: Final = 10.0
 
 _NEAR: Final = 0.3
 """Seconds that a change may take to the target for a fence to be worth trying."""
-
-_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM pg_class LIMIT 1"
 
 _SLOT_PATIENCE: Final = 60.0
 """Seconds that a new slot waits for transactions that are writing."""
@@ -109,6 +108,10 @@ class Work:
     _open: dict[str, Connection] = field(default_factory=dict)
     _print: tuple[str, float] | None = None
     _is_frozen: bool = False
+    _state: int | None = None
+    _has_standbys: bool = True
+    _snapshot: Future[None] | None = None
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     # -- connections
 
@@ -131,7 +134,13 @@ class Work:
         for connection in self._open.values():
             connection.close()
         self._open.clear()
+        self._snapshot = None
         self._is_frozen = False
+
+    def end(self) -> None:
+        """Close every connection, and begin nothing more."""
+        self.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     # -- the steps
 
@@ -248,6 +257,8 @@ class Work:
         for side in ("source", "target"):  # opened while nobody waits for them
             self._thaw(self.on(side, "rows"))
         self._same_shape()
+        self._state, self._snapshot = None, None
+        self._has_standbys = cutover.has_standbys(source)
         replication.advance_slot(target, number)
         transactions.rehearse(source, number, Action.CLOSE_WRITES)
         transactions.rehearse(target, number, Action.OPEN)
@@ -264,28 +275,31 @@ class Work:
         )
         self.fenced = SYSTEM.monotonic()
         self.is_drained = False
+        self._state = changed.state
         self._changed("source", changed)
 
     def _drain(self, _goal: Goal) -> None:
-        target, number = self.on("target"), self.logical_shard
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
         here, there = self.on("source", "rows"), self.on("target", "rows")
         self._thaw(here)
-        frozen = cutover.freeze(here, number)
+        self._thaw(there)
+        # Beside the target's apply.
+        freezing = self._pool.submit(cutover.freeze, here, number)
+        state = self._state if self._state is not None else freezing.result().state
+        is_here = cutover.reached(target, number, state, self._left()) is not None
+        frozen = freezing.result()
         self._is_frozen = True
-        if cutover.reached(target, number, frozen.state, self._left()) is None:
+        if not is_here:
             raise TryAgainError("the target has not applied everything in time")
-        if not cutover.flushed(self.on("source"), frozen.lsn, self._left()):
+        if self._has_standbys and not cutover.flushed(source, frozen.lsn, self._left()):
             raise TryAgainError("a replica of the source has not received the fence in time")
         if odd := rows.differing(here, target, number, self.hot):
             raise MoveError(f"rows of {', '.join(odd)} differ in the fence")
 
-        def note(connection: Connection) -> None:
-            transactions.journal(connection, number, self.move, Step.DRAIN, detail={})
-
-        cutover.land(target, number, frozen, note)
-        self._thaw(there)
-        there.execute(_SNAPSHOT)
-        # The transaction above was synchronous: replicas that commits wait for have it.
+        # Beside the decision; nothing but the apply writes there before the activation.
+        self._snapshot = self._pool.submit(cutover.snapshot, there)
+        # Synchronous: replicas that commits wait for have it, and all that came before.
+        cutover.land(target, number, frozen, transactions.noted(number, self.move, Step.DRAIN))
         self.is_drained = True
 
     def _decide(self, _goal: Goal) -> None:
@@ -295,11 +309,14 @@ class Work:
             source, number, lambda _at, timeline: Decide(self.move, timeline), roles=roles
         )
         self._changed("source", changed)
-        cutover.flushed(source, changed.lsn, _REPLICAS)
+        if self._has_standbys:
+            cutover.flushed(source, changed.lsn, _REPLICAS)
 
     def _activate(self, _goal: Goal) -> None:
         source = self.rows["source"]
         assert source is not None, "it has handed over"
+        if self._snapshot is not None:
+            self._snapshot.result()
         event = Activate(self.move, source, self.target.name)
         self._changed("target", change(self.on("target"), self.logical_shard, event, note={}))
         if self.fenced is not None:
