@@ -102,7 +102,7 @@ class FailoverWorld:
         simulation.network.lost = draw.choice((0.0, 0.002, 0.01))
         simulation.network.late = draw.choice((0.0, 0.01))
         if "not the most advanced" in bugs:
-            simulation.network.delay = 0.02  # standbys differ for longer
+            simulation.network.lost = 0.1  # standbys differ for longer
         for _ in range(2):  # two faults at a time
             simulation.spawn("chaos", self._faults())
         simulation.at(_CHAOS, self._heal)
@@ -189,6 +189,7 @@ class FailoverWorld:
             fenced = {n.name for n in nodes if n.answers and n.is_closed} | (fenced - answering)
             view = View(
                 tuple(nodes), leader, failures, failing, fenced=frozenset(fenced),
+                accepts_loss="not the most advanced" in self.bugs,
                 untouchable=frozenset(untouchable), pooled=self._pooled,
                 can_rejoin=frozenset(answering),
             )  # fmt: skip

@@ -52,6 +52,9 @@ class StandInMover:
             mover.close()
         return True
 
+    def settle(self) -> None:
+        """Nothing is left of it."""
+
     def close(self) -> None:
         """Nothing is left of it."""
 
@@ -111,6 +114,14 @@ class RealMover:
             time.sleep(0.2 + 0.3 * self._draw.random())
             told = self._ask("resume", shard)
         if way == "rollback":  # whatever came of it, what is left has to go
+            self._see_through("clean", shard, until)
+
+    def settle(self) -> None:
+        """End what is under way, and forget every old copy."""
+        until = time.monotonic() + _PATIENCE
+        self._dies = 0.0
+        for shard in range(self._stage.plan.logical_shards):
+            self._see_through("resume", shard, until)
             self._see_through("clean", shard, until)
 
     def _has_moved(self, shard: int, target: str) -> bool:

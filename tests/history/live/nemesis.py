@@ -41,6 +41,9 @@ class Mover(Protocol):
     def move(self, shard: int, source: str, target: str) -> bool:
         """Move a logical shard; return whether it has changed hands."""
 
+    def settle(self) -> None:
+        """Finish or give up what is under way, once all is healed."""
+
     def close(self) -> None:
         """End what is left of it."""
 
@@ -131,6 +134,8 @@ class Nemesis:
                     what = "every physical shard has another primary"
                     wait_until(lambda: self.counts["failovers"] >= n, _LONGEST, what)
                 self.watching.wait(_LONGEST)
+            if self.mover is not None:
+                self.mover.settle()
 
     def _kept(self, loop: Callable[[random.Random], None], draw: random.Random) -> None:
         try:

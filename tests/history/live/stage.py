@@ -282,7 +282,7 @@ class Stage:
             self.start("client", is_linked=n == clients - 1)
         for _ in range(relays):
             self.start("relay")
-        wait_until(lambda: all(map(self._works, self.of("client"))), 60.0, "clients work")
+        wait_until(lambda: all(map(self._works, self.of("client"))), 180.0, "clients work")
 
     def _works(self, process: Process) -> bool:
         assert process.is_alive, process.end()

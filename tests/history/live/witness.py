@@ -7,6 +7,7 @@ is written down of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -59,8 +60,14 @@ def _one(connection: Connection, query: str) -> int:
 
 
 def note_leftovers(stage: Stage, moment: str) -> None:
-    """Write down what every physical shard holds besides data."""
+    """Write down what every physical shard holds besides data.
+
+    Sessions whose client has ended have some seconds to end, too.
+    """
     for name in stage.topology.physical:
+        if moment == "after":
+            with suppress(AssertionError):
+                wait_until(partial(_is_quiet, stage, name), 15.0, "sessions end")
         with stage.superuser(name) as connection:
             things = {
                 kind: [row[0] for row in connection.execute(query.encode())]
@@ -81,6 +88,11 @@ def note_leftovers(stage: Stage, moment: str) -> None:
                 slots = connection.execute("SELECT slot_name FROM pg_replication_slots")
                 things[f"replication slots of {server.name}"] = [row[0] for row in slots]
         stage.recorder.fact("leftovers", where=name, moment=moment, things=things)
+
+
+def _is_quiet(stage: Stage, name: str) -> bool:
+    with stage.superuser(name) as connection:
+        return not connection.execute(_LEFT["idle transactions"].encode()).fetchall()
 
 
 def look(stage: Stage, recorder: Recorder) -> None:
