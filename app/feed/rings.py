@@ -13,8 +13,8 @@
 
 All big-endian. A delivery writes one slot in place: nothing is moved, trimmed or allocated. A ring
 that is full grows to the next of `STEPS`, which fill jemalloc's size classes, so that an entry
-takes 8.2 bytes with everything around it; one of `MOST` slots overwrites its oldest arrival and
-raises the floor to it. Ids may arrive late, in any order and twice; readers sort.
+takes 8.2 bytes with everything around it; one of `MOST` slots gives up its `BLOCK` oldest arrivals
+at once and raises the floor to them. Ids may arrive late, in any order and twice; readers sort.
 
 Sources: app.md, section 3.1, for what other encodings take (`python -m benchmarks feed`); jemalloc
 5.3, size classes; Redis 7, sds.h (a header of five bytes for strings of up to 65,535, one byte at
@@ -34,10 +34,13 @@ __all__ = ["ADD", "FILL", "MOST", "STEPS", "Timeline", "decoded", "encoded", "pa
 HEADER: Final = struct.Struct(">BxHHxxQQ")
 FORMAT: Final = 1
 
-STEPS: Final = (36, 76, 156, 316, 636, 892)
+STEPS: Final = (36, 76, 156, 316, 636, 888)
 """Slots of a ring as it grows: strings of 320, 640, 1280, 2560, 5120 and 7168 bytes."""
 
 MOST: Final = STEPS[-1]
+
+BLOCK: Final = 24
+"""Slots that are given up together in a full ring; `MOST` is a multiple."""
 
 
 class Timeline(NamedTuple):
@@ -92,41 +95,49 @@ def decoded(value: bytes | None) -> Timeline | None:
     return Timeline(listed, floor, covered)
 
 
-_STEPS: Final = f"local steps = {{{', '.join(map(str, STEPS))}}}"
+_STEPS: Final = f"local steps, block = {{{', '.join(map(str, STEPS))}}}, {BLOCK}"
 
 _STORE: Final = (
-    f"{_STEPS}\n"
-    """
+    _STEPS
+    + """
+local most = steps[#steps]
+local function less(a, b)
+    local c, d = struct.unpack('>I4I4', a)
+    local e, f = struct.unpack('>I4I4', b)
+    return c < e or (c == e and d < f)
+end
+local function room(key, slots)
+    for s = 1, #steps do
+        if steps[s] > slots then
+            local empty = string.rep('\\0', 8 * (steps[s] - slots))
+            redis.call('SET', key, redis.call('GET', key) .. empty, 'KEEPTTL')
+            return slots, steps[s]
+        end
+    end
+    return 0, slots
+end
+local function drop(key, slot)
+    local at = 24 + 8 * slot
+    local gone = redis.call('GETRANGE', key, at, at + 8 * block - 1)
+    local floor = redis.call('GETRANGE', key, 8, 15)
+    for i = 1, #gone, 8 do
+        local photo = string.sub(gone, i, i + 7)
+        if less(floor, photo) then floor = photo end
+    end
+    redis.call('SETRANGE', key, 8, floor)
+    redis.call('SETRANGE', key, at, string.rep('\\0', #gone))
+end
 local function store(key, photos, covered)
-    local head = redis.call('GETRANGE', key, 0, 23)
-    if #head < 24 then return 0 end
-    local slot, slots = struct.unpack('>HH', string.sub(head, 3, 6))
-    local floor = string.sub(head, 9, 16)
+    local head = redis.call('GETRANGE', key, 2, 5)
+    if #head < 4 then return 0 end
+    local slot, slots = struct.unpack('>HH', head)
     for i = 1, #photos do
-        if slot >= slots then
-            local more
-            for s = 1, #steps do
-                if steps[s] > slots then more = steps[s] break end
-            end
-            if more then
-                local empty = string.rep('\\0', 8 * (more - slots))
-                redis.call('SET', key, redis.call('GET', key) .. empty, 'KEEPTTL')
-                slots = more
-            else
-                slot = 0
-            end
-        end
-        local at = 24 + 8 * slot
-        if slots == steps[#steps] then
-            local gone = redis.call('GETRANGE', key, at, at + 7)
-            local a, b = struct.unpack('>I4I4', gone)
-            local c, d = struct.unpack('>I4I4', floor)
-            if a > c or (a == c and b > d) then floor = gone end
-        end
-        redis.call('SETRANGE', key, at, photos[i])
+        if slot >= slots then slot, slots = room(key, slots) end
+        if slots == most and slot % block == 0 then drop(key, slot) end
+        redis.call('SETRANGE', key, 24 + 8 * slot, photos[i])
         slot = slot + 1
     end
-    redis.call('SETRANGE', key, 2, struct.pack('>HH', slot, slots) .. '\\0\\0' .. floor)
+    redis.call('SETRANGE', key, 2, struct.pack('>HH', slot, slots))
     if covered ~= '' then redis.call('SETRANGE', key, 16, covered) end
     return #photos
 end
