@@ -97,9 +97,7 @@ def decoded(value: bytes | None) -> Timeline | None:
 
 _STEPS: Final = f"local steps, block = {{{', '.join(map(str, STEPS))}}}, {BLOCK}"
 
-_STORE: Final = (
-    _STEPS
-    + """
+_STORE: Final = """
 local most = steps[#steps]
 local function less(a, b)
     local c, d = struct.unpack('>I4I4', a)
@@ -127,35 +125,35 @@ local function drop(key, slot)
     redis.call('SETRANGE', key, 8, floor)
     redis.call('SETRANGE', key, at, string.rep('\\0', #gone))
 end
-local function store(key, photos, covered)
-    local head = redis.call('GETRANGE', key, 2, 5)
-    if #head < 4 then return 0 end
-    local slot, slots = struct.unpack('>HH', head)
-    for i = 1, #photos do
+local call, unpack, pack = redis.call, struct.unpack, struct.pack
+local function store(key, photos, first, covered)
+    local head = call('GETRANGE', key, '2', '5')
+    if head == '' then return 0 end
+    local slot, slots = unpack('>HH', head)
+    for i = first, #photos do
         if slot >= slots then slot, slots = room(key, slots) end
         if slots == most and slot % block == 0 then drop(key, slot) end
-        redis.call('SETRANGE', key, 24 + 8 * slot, photos[i])
+        call('SETRANGE', key, 24 + 8 * slot, photos[i])
         slot = slot + 1
     end
-    redis.call('SETRANGE', key, 2, struct.pack('>HH', slot, slots))
-    if covered ~= '' then redis.call('SETRANGE', key, 16, covered) end
-    return #photos
+    call('SETRANGE', key, '2', pack('>HH', slot, slots))
+    if covered ~= '' then call('SETRANGE', key, '16', covered) end
+    return #photos - first + 1
 end
 """
-)
-# Halves are compared, since numbers of Lua are exact up to 2^53 only.
+# Halves are compared, since numbers of Lua are exact up to 2^53 only. Constants are text: Redis
+# would write a number anew at each call. Both by measurement: `python -m benchmarks feed`.
 
-ADD: Final = f"""{_STORE}
-local covered = table.remove(ARGV, 1)
+ADD: Final = f"""{_STEPS}{_STORE}
 local n = 0
-for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, covered) end
+for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, 2, ARGV[1]) end
 return n
 """
 """Adds ids to rings; KEYS: rings, of which those that are not there are left; ARGV: `covered`, or
 nothing to leave it, then ids. Returns how many slots were written. It reads and writes the named
 keys alone; in a Redis Cluster these would have to share a slot."""
 
-FILL: Final = f"""{_STORE}
+FILL: Final = f"""{_STEPS}{_STORE}
 local old = redis.call('GET', KEYS[1])
 if not old or #old < 24 or string.sub(old, 9, 16) ~= ARGV[2] then return 0 end
 local _, slots = struct.unpack('>HH', string.sub(old, 3, 6))
@@ -165,7 +163,7 @@ for slot = 0, slots - 1 do
     if photo ~= '\\0\\0\\0\\0\\0\\0\\0\\0' then found[#found + 1] = photo end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-store(KEYS[1], found, '')
+store(KEYS[1], found, 1, '')
 return 1
 """
 """Puts a ring in the place of one that is being built, with the ids that came meanwhile. KEYS: the

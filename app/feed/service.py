@@ -97,7 +97,8 @@ class FeedService:
                 photos, last = await self.photos(session, viewer.id, begin.before, n)
                 shown = [(photo, "following") for photo in photos]
                 after = None if last is None else Place(last)
-            described = await describe(session, [photo for photo, _ in shown], viewer)
+            rows = [photo for photo, _ in shown]
+            described = await describe(session, rows, viewer, is_checked=True)
             reasons = {photo.id: reason for photo, reason in shown}
             items = [FeedItem(**dict(each), reason=reasons[each.id]) for each in described]
             text = None
