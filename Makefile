@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills halves migrate-kill test-docker lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills feed-paging halves migrate-kill test-docker lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -102,6 +102,9 @@ test-chaos-cache: setup ## ten million reads of the cache under faults, and none
 
 cache-kills: setup ## for how long something old is shown after writers are killed; a minute
 	@$(BIN)/python -m benchmarks cachekills $(ARGS)
+
+feed-paging: setup ## ten million items of feeds while people post, delete and block; minutes
+	@$(BIN)/python -m benchmarks feedpaging $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

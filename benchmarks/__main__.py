@@ -30,6 +30,7 @@ LONG = (
     "cachechaos",
     "cachekills",
     "chaos",
+    "feedpaging",
     "halves",
     "lookup",
     "migrate_blocker",

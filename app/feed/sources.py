@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from app.feed.modes import ROOT
 from app.feed.rings import Timeline
@@ -70,7 +71,7 @@ def following_of(session: ReadSession, user_id: int, most: int) -> tuple[list[Ed
     """Return whom somebody follows, newest first, and the authors who are pulled."""
     mine, service = (user_id, int(Kind.FOLLOWS)), (ROOT, int(Kind.PULLED))
     lists = session.cached_many(edges_of, (mine, service))
-    following = [Edge._make(pair) for pair in lists[mine]]
+    following = tao.edges(lists[mine])
     if len(following) >= edges_of.limit:
         following = tao.assoc_page(session, user_id, Kind.FOLLOWS, None, most)
     pulled = {id2 for _, id2 in lists[service]}
@@ -98,7 +99,8 @@ async def gathered(
     owners = frozenset({edge.id2 for edge in following} | {user_id})
     if timeline is None:
         return Sources(owners, lacks_timeline=True)
-    new = [edge for edge in following if edge.at > timeline.covered]
+    covered = timeline.covered
+    new = list(takewhile(lambda edge: edge.at > covered, following))  # they are newest first
     if len(new) > MOST_NEW:
         return Sources(owners, new=new)
     asked: Iterable[int] = {user_id, *(pulled & owners), *(edge.id2 for edge in new)}
