@@ -3,7 +3,8 @@
 Ten million items, or a tenth of a percent of that with --quick. Each walk is judged by what was
 certain: what had been delivered before it began and was there until it ended is in it, once;
 nothing whose deletion had been acknowledged before a page began is on that page; nobody is on it
-who had been blocked before it began. Timelines are shorter than the feeds, so every walk ends in databases.
+who had been blocked before it began. Timelines are shorter than the feeds, so every walk ends in
+databases.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from app.feed.service import FeedService
 from app.feed.timelines import AsyncTimelines
 from app.graph import tao
 from app.graph.models import Kind
+from app.partial import FAILED, is_partial
 from app.photos.models import Photo
 from app.workers import relay_of
 from benchmarks.measure import report
@@ -215,9 +217,14 @@ async def walk(cluster: Any, feed: FeedService, reader: int) -> Walked:
     before = ids.MAX_ID
     while True:
         at = time.monotonic()
-        async with Database(cluster, timeout=60.0).reader() as session:
-            photos, last = await feed.photos(session, reader, before, PAGE)
-            shown = [(photo.id, photo.owner_id) for photo in photos]
+        try:
+            async with Database(cluster, timeout=60.0).reader() as session:
+                photos, last = await feed.photos(session, reader, before, PAGE)
+                shown = [(photo.id, photo.owner_id) for photo in photos]
+                if is_partial(session):
+                    continue  # it says so; one reads it again
+        except FAILED:  # on a machine that is too busy; a client is told to come back
+            continue
         pages.append((at, time.monotonic(), shown))
         if last is None:
             return pages
