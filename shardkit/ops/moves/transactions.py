@@ -7,7 +7,6 @@ by failover, over direct connections with the login that owns the schemas.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +19,7 @@ from shardkit.errors import OutcomeUnknownError, RefusedError, TryAgainError
 from shardkit.gates import lsn_of
 from shardkit.ids import MAX_AHEAD_MS, SEQUENCE_BITS
 from shardkit.ops.blame import blockers, first_line
+from shardkit.ops.moves.entries import noted
 from shardkit.ops.moves.transitions import Action, Decide, Event, Fence, Move, Row, Yield, step
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.ownership import State
@@ -29,8 +29,6 @@ __all__ = [
     "LOCK_TIMEOUT",
     "Changed",
     "change",
-    "journal",
-    "noted",
     "now",
     "promote",
     "rehearse",
@@ -279,43 +277,6 @@ def promote(
             (server, timeline, json.dumps({"before": registered, **(detail or {})})),
         )
         return timeline, sorted(number for (number,) in rows)
-
-
-def journal(
-    connection: Connection,
-    logical_shard: int,
-    move: Move,
-    name: str,
-    *,
-    is_done: bool = True,
-    detail: Mapping[str, Any] | None = None,
-) -> None:
-    """Write into the journal of moves that a step begins, or is done.
-
-    Args:
-        connection: to the primary of the target.
-        logical_shard: that is moved.
-        move: which attempt.
-        name: of the step.
-        is_done: False before it, True after it.
-        detail: what a resume needs to know.
-    """
-    connection.execute(noted(logical_shard, move, name, is_done=is_done, detail=detail))
-
-
-def noted(
-    logical_shard: int,
-    move: Move,
-    name: str,
-    *,
-    is_done: bool = True,
-    detail: Mapping[str, Any] | None = None,
-) -> sql.Composed:
-    """Return the statement of `journal`."""
-    return sql.SQL(
-        "INSERT INTO shardkit.move_journal (move_id, attempt, logical_shard, step, is_done, lsn, "
-        "detail) VALUES ({}, {}, {}, {}, {}, pg_catalog.pg_current_wal_insert_lsn(), {})"
-    ).format(move.id, move.attempt, logical_shard, str(name), is_done, json.dumps(detail or {}))
 
 
 def rehearse(connection: Connection, logical_shard: int, *actions: Action) -> None:
