@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from app import counts
 from app.graph import repair
+from app.photos import likes
 from app.settings import Settings
 from app.workers import relay_of
 from shardkit import Cluster
@@ -28,7 +29,7 @@ from shardkit.errors import ConfigurationError, ShardkitError
 __all__ = ["main", "run"]
 
 FAILED, USAGE = 1, 2
-KINDS = (repair.MISSING, repair.EXTRA, *map(str, counts.COUNTS))
+KINDS = (repair.MISSING, repair.EXTRA, *map(str, counts.COUNTS), likes.SLOTS_WRONG)
 
 
 def main(
@@ -84,6 +85,7 @@ def run(
         shards = range(from_shard, cluster.topology.n_logical_shards)
         for shard in bar.track(shards, description="logical shards"):
             found.update(repair.compare(cluster, shard, n=n, dry_run=dry_run))
+            found.update(likes.mend(cluster, shard, n=n, dry_run=dry_run))
             found.update(counts.mend(cluster, shard, n=n, dry_run=dry_run))
     if not dry_run:
         relay.drain()

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
-from app.photos.images import ImageLimits, ImageWorkers
-from app.photos.store import BlobStore, FileBlobStore
+from app.feed.building import Builder
+from app.feed.cursors import Cursors
+from app.feed.ranked import RankedFeed
+from app.feed.timelines import AsyncTimelines
+from app.legacy.photos import open_client, open_map
+from app.photos.images import FORMATS, ImageLimits, ImageWorkers
+from app.photos.likes import Likes
+from app.photos.opening import open_blobs
+from app.photos.running import RunningUploads
+from app.photos.store import BlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
+from shardkit.idmap import AsyncIdMap
 
 __all__ = ["Resources", "open_resources"]
 
@@ -29,8 +36,14 @@ class Resources:
         passwords: the hasher.
         blobs: the bytes of pictures.
         workers: the decoding processes.
+        uploads: those that are worked on after their answer.
         clock: the time.
+        likes: writes likes, many together.
+        cursors: where pages of feeds begin.
+        ranked: ranks feeds.
         redis_url: address of Redis, or None when there is none.
+        legacy_photos: ids of photos by the number they once had; None without Redis.
+        timelines: what was pushed to whom, and who builds it; None without Redis.
     """
 
     settings: Settings
@@ -38,8 +51,14 @@ class Resources:
     passwords: Passwords
     blobs: BlobStore
     workers: ImageWorkers
+    uploads: RunningUploads
     clock: Clock
+    likes: Likes
+    cursors: Cursors
+    ranked: RankedFeed
     redis_url: str | None = None
+    legacy_photos: AsyncIdMap | None = None
+    timelines: tuple[AsyncTimelines, Builder] | None = None
 
 
 @asynccontextmanager
@@ -51,20 +70,42 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
-        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        workers = ImageWorkers(
+            settings.image_workers,
+            ImageLimits(max_pixels=settings.max_pixels),
+            FORMATS if settings.webp else ("jpg",),
+        )
         stack.push_async_callback(workers.close)
+        uploads = RunningUploads()
+        stack.push_async_callback(uploads.close)
+        likes = Likes(cluster, clock, timeout=settings.database_timeout)
+        stack.push_async_callback(likes.close)
+        redis_url = cluster.services.get("redis")
+        legacy_photos: AsyncIdMap | None = None
+        timelines: tuple[AsyncTimelines, Builder] | None = None
+        if redis_url is not None:
+            redis = open_client(redis_url)
+            stack.push_async_callback(redis.aclose)
+            legacy_photos = open_map(redis)
+            opened = AsyncTimelines(redis_url)
+            stack.push_async_callback(opened.close)
+            builder = Builder(cluster, opened, settings.max_followees)
+            stack.push_async_callback(builder.close)
+            timelines = opened, builder
         yield Resources(
             settings=settings,
             cluster=cluster,
             passwords=await asyncio.to_thread(Passwords, settings.hash_workers),
-            blobs=FileBlobStore(settings.media_folder),
+            blobs=blobs,
             workers=workers,
+            uploads=uploads,
             clock=clock,
-            redis_url=_services(settings.config).get("redis"),
+            likes=likes,
+            cursors=Cursors(cluster.token_keys),
+            ranked=RankedFeed(cluster, clock),
+            redis_url=redis_url,
+            legacy_photos=legacy_photos,
+            timelines=timelines,
         )
-
-
-def _services(config: Path) -> Mapping[str, str]:
-    """Return `[services]` of a configuration file that the cluster has accepted already."""
-    services: Mapping[str, str] = tomllib.loads(config.read_text("utf-8")).get("services", {})
-    return services

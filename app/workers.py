@@ -18,8 +18,13 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from app.feed import fanout
+from app.feed.modes import Modes
+from app.feed.timelines import Timelines
 from app.graph import inverse
-from app.graph.models import FOLLOW_CHANGED
+from app.graph.models import ASSOC_CHANGED
+from app.photos import likes, removal
+from app.photos.models import LIKES_CHANGED, PHOTO_ADDED, PHOTO_DELETED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -28,7 +33,7 @@ from shardkit.outbox import Backoff, Event
 __all__ = ["main", "relay_of"]
 
 BATCH = 50
-"""Follows applied at once: so many rows of people may be locked for a moment."""
+"""Edges applied at once: so many rows of people may be locked for a moment."""
 
 THREADS = 2
 
@@ -36,13 +41,38 @@ BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
 """Tried for some six hours: a server that is down that long must not leave dead letters behind."""
 
 
-def relay_of(cluster: Cluster) -> Relay:
-    """Return a relay that does everything the service's events ask for."""
+def relay_of(
+    cluster: Cluster, modes: Modes | None = None, *, settings: Settings | None = None
+) -> Relay:
+    """Return a relay that does everything the service's events ask for.
+
+    Args:
+        cluster: whose events; its `[services]` say where timelines are.
+        modes: decides whose photos are pushed.
+        settings: where pictures are; without them, bytes that a process which died while it
+            deleted a photo has left are left to the sweeper.
+    """
+    redis = cluster.services.get("redis")
+    timelines = None if redis is None else Timelines(redis)
+    modes = modes or Modes()
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
 
-    @relay.on(FOLLOW_CHANGED, batch=BATCH)
-    def follows(events: list[Event]) -> None:
+    @relay.on(ASSOC_CHANGED, batch=BATCH)
+    def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+
+    @relay.on(PHOTO_DELETED, batch=BATCH)
+    def pictures(events: list[Event]) -> None:
+        if settings is not None:
+            removal.remove(settings, events)
+
+    @relay.on(PHOTO_ADDED, batch=BATCH)
+    def photos(events: list[Event]) -> None:
+        fanout.deliver(cluster, timelines, modes, events)
+
+    @relay.on(LIKES_CHANGED, batch=BATCH)
+    def counts(events: list[Event]) -> None:
+        likes.fold(cluster, events)
 
     return relay
 
@@ -51,7 +81,8 @@ def __getattr__(name: str) -> Relay:
     """Make `relay` when it is asked for: an import opens nothing."""
     if name != "relay":
         raise AttributeError(name)
-    return relay_of(Cluster.from_file(Settings.read(os.environ).config))
+    settings = Settings.read(os.environ)
+    return relay_of(Cluster.from_file(settings.config), settings=settings)
 
 
 def main(
@@ -69,7 +100,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     with cluster:
-        relay = relay_of(cluster)
+        relay = relay_of(cluster, settings=settings)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: relay.stop())
         if attached:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -62,9 +62,11 @@ class _Opened(Generic[C]):
         cache: CacheConfig | None = None,
         map_age: float = MAP_AGE,
         failover_wait: float = FAILOVER_PATIENCE,
+        services: Mapping[str, str] | None = None,
         durability: DurabilityConfig | None = None,
     ) -> None:
         self.token_keys = tuple(token_keys)
+        self.services = dict(services or {})
         self.connections = self._connections_class(
             topology,
             pool=pool,
@@ -104,6 +106,7 @@ class _Opened(Generic[C]):
             cache=settings.found_cache,
             map_age=settings.limits.map_age,
             failover_wait=settings.failover.wait,
+            services=settings.services,
             durability=settings.durability,
         )
 
@@ -146,6 +149,7 @@ class Cluster(_Opened[Connections]):
             then it is asked again before they are used, cached rows included.
         failover_wait: seconds for which `run` waits for another primary, from when the old one was
             first missed; 0 for not.
+        services: addresses of other servers by name: `[services]` of the configuration.
         durability: what an acknowledged commit survives; None for `async`.
 
     Example:

@@ -64,8 +64,14 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [backup]
     folder = "/srv/backups"                  # docs/backup.md
 
+    [rebalance]                              # docs/rebalance.md
+    tolerance = 0.1                          # part of its share that a server may be off
+    load_tolerance = 0.25                    # the same of rows read and written
+    pins = { alpha = "0-3" }                 # what is not to be moved away from there
+
     [[physical]]
     name = "alpha"
+    weight = 1.0                             # its capacity beside that of the others
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"; "" for none.
                                              # The first placement: the servers know where they are
     primary = "postgresql://shardkit_app:…@127.0.0.1:5501/shardkit"
@@ -121,6 +127,7 @@ from shardkit.sections import (
     PgBouncerConfig,
     PhysicalConfig,
     PoolConfig,
+    RebalanceConfig,
     ReplicaConfig,
     ReplicasConfig,
     TokensConfig,
@@ -145,6 +152,7 @@ __all__ = [
     "PgBouncerConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "RebalanceConfig",
     "ReplicaConfig",
     "ReplicasConfig",
     "RolesConfig",
@@ -175,6 +183,7 @@ class Config(Section):
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
     cache: CacheConfig = CacheConfig()
     backup: BackupConfig = BackupConfig()
+    rebalance: RebalanceConfig = RebalanceConfig()
     durability: DurabilityConfig = DurabilityConfig()
     failover: FailoverConfig = FailoverConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
@@ -230,6 +239,17 @@ class Config(Section):
                 f"physical.logical_shards: {format_ranges(missing)} placed nowhere; "
                 f"every logical shard from 0 to {total - 1} needs an owner"
             )
+        for name in self.rebalance.pins:
+            if name not in names:
+                raise ValueError(
+                    f"rebalance.pins.{name}: no physical shard is called that; "
+                    f"there are {', '.join(sorted(names))}"
+                )
+        for number, name in self.rebalance.pinned.items():
+            if number >= total:
+                raise ValueError(
+                    f"rebalance.pins.{name}: {number} is beyond the last logical shard {total - 1}"
+                )
         return self
 
     def topology(self, folder: Path) -> Topology:
@@ -381,6 +401,7 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "pgbouncer": PgBouncerConfig,
         "cache": CacheConfig,
         "backup": BackupConfig,
+        "rebalance": RebalanceConfig,
         "durability": DurabilityConfig,
         "failover": FailoverConfig,
         "physical": PhysicalConfig,

@@ -21,11 +21,11 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import deadlines
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.heldmap import HeldMap
 from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
 from shardkit.probes import answered
+from shardkit.runners import AsyncBackground, Background
 from shardkit.successors import successor
 from shardkit.topology import Endpoint, Topology, libpq_options
 

@@ -162,6 +162,10 @@ def is_away(error: BaseException) -> bool:
     )
 
 
+_MOVING: Final = 0.002
+"""Seconds, at most, before a unit is tried again that met a logical shard which is being moved."""
+
+
 class Attempts:
     """The attempts of one unit of work, told of each failure.
 
@@ -217,7 +221,8 @@ class Attempts:
         state.set_exception((type(error), error, error.__traceback__))
         found: Any = cast("tenacity.Retrying", state.retry_object).iter(state)
         state.prepare_for_next_attempt()
-        return float(found)
+        # Whoever waits for a move is told of its end: `shardkit.owners`.
+        return min(float(found), _MOVING) if is_moving(error) else float(found)
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         """Tell whether this was the last attempt; the credit is asked for last of all."""

@@ -31,6 +31,7 @@ __all__ = [
     "PgBouncerConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "RebalanceConfig",
     "ReplicaConfig",
     "ReplicasConfig",
     "TokensConfig",
@@ -280,10 +281,46 @@ class MigrationsConfig(Section):
     placed."""
 
 
+class RebalanceConfig(Section):
+    """`[rebalance]`: what `shardkit rebalance` keeps to where its options do not say otherwise."""
+
+    tolerance: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.1
+    """By how much of its share a physical shard may have too many or too few bytes. Source: Citus,
+    the threshold of its rebalancer."""
+
+    load_tolerance: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.25
+    """The same of rows read and written."""
+
+    pins: Mapping[str, str] = Field(default_factory=dict)
+    """Ranges and numbers of logical shards that belong on a physical shard, by its name."""
+
+    @property
+    def pinned(self) -> dict[int, str]:
+        """The physical shard of every logical shard that has a pin."""
+        return {n: name for name, text in self.pins.items() for n in parse_ranges(text)}
+
+    @field_validator("pins")
+    @classmethod
+    def _are_pinned_once(cls, pins: Mapping[str, str]) -> Mapping[str, str]:
+        seen: dict[int, str] = {}
+        for name, text in pins.items():
+            for number in parse_ranges(text):
+                if number in seen:
+                    raise ValueError(
+                        f"logical shard {number} is pinned to {seen[number]!r} and to {name!r}; "
+                        "take one of the two away"
+                    )
+                seen[number] = name
+        return pins
+
+
 class PhysicalConfig(Section):
     """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
 
     name: Name
+    weight: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] = 1.0
+    """Its capacity beside that of the others, for `shardkit rebalance`."""
+
     logical_shards: str = ""
     """Ranges and numbers; none for a server that logical shards are to be moved to."""
 

@@ -25,6 +25,7 @@ from app.deps import (
     Photos,
     ResourcesDep,
     SignedIn,
+    Uploads,
     begin_login,
     end_login,
 )
@@ -35,9 +36,11 @@ from app.errors import (
     UploadError,
     problem_of,
 )
+from app.feed.cursors import FeedCursor
+from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
-from app.photos.schemas import Caption, CommentIn
+from app.photos.schemas import Caption, CommentIn, PhotoOut
 from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
@@ -46,6 +49,9 @@ __all__ = ["local_path", "router"]
 router = APIRouter(include_in_schema=False)
 
 FEED_PAGE, GRID_PAGE, COMMENT_PAGE, PEOPLE_PAGE = 10, 24, 50, 30
+REFRESH = 2
+"""Seconds after which the page of an upload asks again."""
+
 SEE_OTHER = 303
 NO_MORE = {"next_cursor": None}
 
@@ -60,7 +66,12 @@ PagesDep = Annotated[Pages, Depends(get_pages)]
 
 @router.get("/")
 async def home(
-    *, request: Request, viewer: MaybeViewer, feed: Feed, pages: PagesDep, cursor: Cursor = None
+    *,
+    request: Request,
+    viewer: MaybeViewer,
+    feed: Feed,
+    pages: PagesDep,
+    cursor: FeedCursor = None,
 ) -> Response:
     """Show the home feed, or what this is to a stranger."""
     if viewer is None:
@@ -79,11 +90,23 @@ async def home(
             first=("landing.html", {}),
         )
     back = "/" if cursor is None else f"/?cursor={cursor}"
+    place = feed.place(viewer, cursor)
 
     async def load() -> Mapping[str, Any]:
-        return {"page": await feed.home(viewer, cursor, FEED_PAGE), "back": back}
+        return {
+            "page": await feed.home(viewer, place, FEED_PAGE, is_ranked=viewer.is_feed_ranked),
+            "back": back,
+        }
 
     return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
+
+
+@router.post("/feed-order")
+async def feed_order(viewer: SignedIn, form: Sent, accounts: Accounts) -> Response:
+    """Choose how one's own feed is ordered."""
+    is_ranked = form.text("order") == "ranked"
+    await accounts.edit(viewer, ProfilePatch(is_feed_ranked=is_ranked))
+    return _go("/")
 
 
 @router.get("/explore")
@@ -181,7 +204,11 @@ async def log_out(
 @router.get("/settings")
 async def settings_form(viewer: SignedIn, pages: PagesDep) -> Response:
     """Show the form for the profile."""
-    values = {"display_name": viewer.display_name, "bio": viewer.bio}
+    values = {
+        "display_name": viewer.display_name,
+        "bio": viewer.bio,
+        "is_private": viewer.is_private,
+    }
     return pages.whole(
         "settings.html", title="Edit profile", viewer=viewer, values=values, errors=()
     )
@@ -190,7 +217,7 @@ async def settings_form(viewer: SignedIn, pages: PagesDep) -> Response:
 @router.post("/settings")
 async def settings(viewer: SignedIn, form: Sent, accounts: Accounts, pages: PagesDep) -> Response:
     """Change the profile."""
-    values = form.texts("display_name", "bio")
+    values = {**form.texts("display_name", "bio"), "is_private": bool(form.text("is_private"))}
     try:
         await accounts.edit(viewer, ProfilePatch.model_validate(values))
     except (AppError, ValidationError) as error:
@@ -214,7 +241,7 @@ async def upload_form(viewer: SignedIn, pages: PagesDep, resources: ResourcesDep
 
 @router.post("/upload")
 async def upload(
-    viewer: SignedIn, form: Upload, photos: Photos, pages: PagesDep, resources: ResourcesDep
+    viewer: SignedIn, form: Upload, uploads: Uploads, pages: PagesDep, resources: ResourcesDep
 ) -> Response:
     """Store a photo."""
     caption = form.text("caption")
@@ -223,7 +250,8 @@ async def upload(
         if data is None:
             raise EmptyUploadError("Choose a photo first.")
         checked = TypeAdapter(Caption).validate_python(caption)
-        photo = await photos.upload(viewer, data, checked)
+        patience = resources.settings.upload_patience
+        made = await uploads.upload(viewer, data, checked, patience=patience)
     except (UploadError, ValidationError) as error:
         return _again(
             pages,
@@ -235,7 +263,23 @@ async def upload(
             values={"caption": caption},
             megabytes=resources.settings.max_upload_bytes >> 20,
         )
-    return _go(f"/p/{photo.id}")
+    return _go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
+
+
+@router.get("/uploads/{upload_id}")
+async def upload_status(
+    upload_id: Id, viewer: SignedIn, uploads: Uploads, pages: PagesDep
+) -> Response:
+    """Show what has become of an upload; the page asks again by itself."""
+    found = await uploads.status(viewer, upload_id)
+    if found.photo_id is not None:
+        return _go(f"/p/{found.photo_id}")
+    response = pages.whole(
+        "uploading.html", title="Upload", viewer=viewer, here="upload", upload=found
+    )
+    if found.state == "working":
+        response.headers["refresh"] = str(REFRESH)
+    return response
 
 
 @router.get("/u/{username}")
@@ -251,6 +295,9 @@ async def profile(
 ) -> Response:
     """Show a person and their photos; whether the person exists is known before the head."""
     found = await accounts.profile(username, viewer)
+
+    if not found.is_open:
+        return pages.whole("closed.html", title=found.username, viewer=viewer, profile=found)
 
     async def load() -> Mapping[str, Any]:
         page = await photos.grid(found.id, viewer, cursor, GRID_PAGE)
@@ -276,16 +323,18 @@ async def people(
     accounts: Accounts,
     graph: Graph,
     pages: PagesDep,
-    cursor: Cursor = None,
+    after: After,
 ) -> Response:
     """Show who follows a person, or whom the person follows."""
     if direction not in {"followers", "following"}:
         raise NotFoundError
-    found = await accounts.profile(username, None)
+    found = await accounts.profile(username, viewer)
+    if not found.is_open:
+        raise NotFoundError("This account is private.")
     read = graph.followers if direction == "followers" else graph.following
 
     async def load() -> Mapping[str, Any]:
-        page = await read(found.username, cursor, PEOPLE_PAGE)
+        page = await read(found.username, viewer, after, PEOPLE_PAGE)
         return {
             "page": page,
             "username": found.username,
@@ -302,7 +351,7 @@ async def people(
 @router.post("/u/{username}/follow")
 async def follow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Follow a person."""
-    person = await graph.follow(viewer, username)
+    person, _ = await graph.follow(viewer, username)
     return _back(form, f"/u/{person.username}")
 
 
@@ -311,6 +360,58 @@ async def unfollow(username: str, viewer: SignedIn, form: Sent, graph: Graph) ->
     """Unfollow a person."""
     person = await graph.unfollow(viewer, username)
     return _back(form, f"/u/{person.username}")
+
+
+@router.post("/u/{username}/block")
+async def block(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
+    """Block a person."""
+    person = await graph.block(viewer, username)
+    return _go(f"/u/{person.username}")
+
+
+@router.post("/u/{username}/unblock")
+async def unblock(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
+    """End a block."""
+    person = await graph.unblock(viewer, username)
+    return _back(form, f"/u/{person.username}")
+
+
+@router.get("/requests")
+async def requests(
+    *, request: Request, viewer: SignedIn, graph: Graph, pages: PagesDep, after: After
+) -> Response:
+    """Show who asks to follow the viewer."""
+
+    async def load() -> Mapping[str, Any]:
+        return {"page": await graph.requests(viewer, after, PEOPLE_PAGE)}
+
+    return pages.streamed(request, ("requests.html", load), title="Requests", viewer=viewer)
+
+
+@router.post("/requests/{username}/accept")
+async def accept(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
+    """Let a person follow the viewer."""
+    await graph.accept(viewer, username)
+    return _go("/requests")
+
+
+@router.post("/requests/{username}/refuse")
+async def refuse(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
+    """Refuse a person who asks to follow the viewer."""
+    await graph.refuse(viewer, username)
+    return _go("/requests")
+
+
+@router.get("/blocks")
+async def blocks(
+    *, request: Request, viewer: SignedIn, graph: Graph, pages: PagesDep, after: After
+) -> Response:
+    """Show whom the viewer blocks."""
+
+    async def load() -> Mapping[str, Any]:
+        return {"page": await graph.blocked(viewer, after, PEOPLE_PAGE)}
+
+    return pages.streamed(request, ("blocks.html", load), title="Blocked", viewer=viewer)
 
 
 @router.get("/p/{photo_id}")
@@ -328,7 +429,7 @@ async def photo(
     path = f"/p/{photo_id}"
 
     async def load() -> Mapping[str, Any]:
-        page = await photos.comments(photo_id, cursor, COMMENT_PAGE)
+        page = await photos.comments(photo_id, viewer, cursor, COMMENT_PAGE)
         return {"page": page, "path": path, "owner_id": shown.owner.id}
 
     return pages.streamed(

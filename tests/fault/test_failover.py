@@ -39,7 +39,7 @@ from tests.models import Base, User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
-PATIENCE = 25.0
+PATIENCE = 60.0
 SHARDS = 4
 QUICK = FailoverConfig(every=0.0, patience=0.4, interval=0.15, failures=3)
 STEPS = (
