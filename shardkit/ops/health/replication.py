@@ -211,5 +211,6 @@ def _names(server: Server) -> tuple[str, ...]:
 
 CHECKS = (
     sync_wildcard, sync_missing, sync_blocked, sync_unknown, sync_undeclared, hot_standby,
-    not_streaming, other_lineage, replica_room, wal_senders, slots_room, slot_inactive, slot_lost, slot_unbounded,
+    not_streaming, other_lineage, replica_room, wal_senders, slots_room, slot_inactive, slot_lost,
+    slot_unbounded,
 )  # fmt: skip
