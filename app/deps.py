@@ -13,6 +13,7 @@ from app.errors import NotSignedInError
 from app.feed.service import FeedService
 from app.graph.service import GraphService
 from app.photos.service import PhotoService
+from app.photos.uploads import UploadService
 from app.resources import Resources
 from app.settings import Settings
 from shardkit.contrib.asgi import fresh_of
@@ -26,6 +27,7 @@ __all__ = [
     "MaybeViewer",
     "Photos",
     "SignedIn",
+    "Uploads",
     "begin_login",
     "end_login",
     "get_resources",
@@ -90,8 +92,18 @@ def session_limits(settings: Settings) -> SessionLimits:
 
 async def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
     """Return the photo service."""
-    return PhotoService(
-        database, resources.blobs, resources.workers, resources.clock, resources.likes
+    return PhotoService(database, resources.blobs, resources.clock, resources.likes)
+
+
+async def get_uploads(resources: ResourcesDep, database: DatabaseDep) -> UploadService:
+    """Return the upload service."""
+    return UploadService(
+        database,
+        resources.blobs,
+        resources.workers,
+        resources.uploads,
+        clock=resources.clock,
+        lifetime=resources.settings.upload_lifetime,
     )
 
 
@@ -114,6 +126,7 @@ async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedServic
 
 Accounts = Annotated[AccountService, Depends(get_accounts)]
 Photos = Annotated[PhotoService, Depends(get_photos)]
+Uploads = Annotated[UploadService, Depends(get_uploads)]
 Graph = Annotated[GraphService, Depends(get_graph)]
 Feed = Annotated[FeedService, Depends(get_feed)]
 

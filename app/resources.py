@@ -13,11 +13,15 @@ from app.feed.building import Builder
 from app.feed.cursors import Cursors
 from app.feed.ranked import RankedFeed
 from app.feed.timelines import AsyncTimelines
-from app.photos.images import ImageLimits, ImageWorkers
+from app.legacy.photos import open_client, open_map
+from app.photos.images import FORMATS, ImageLimits, ImageWorkers
 from app.photos.likes import Likes
-from app.photos.store import BlobStore, FileBlobStore
+from app.photos.opening import open_blobs
+from app.photos.running import RunningUploads
+from app.photos.store import BlobStore
 from app.settings import Settings
 from shardkit import AsyncCluster
+from shardkit.idmap import AsyncIdMap
 
 __all__ = ["Resources", "open_resources"]
 
@@ -32,11 +36,13 @@ class Resources:
         passwords: the hasher.
         blobs: the bytes of pictures.
         workers: the decoding processes.
+        uploads: those that are worked on after their answer.
         clock: the time.
         likes: writes likes, many together.
         cursors: where pages of feeds begin.
         ranked: ranks feeds.
         redis_url: address of Redis, or None when there is none.
+        legacy_photos: ids of photos by the number they once had; None without Redis.
         timelines: what was pushed to whom, and who builds it; None without Redis.
     """
 
@@ -45,11 +51,13 @@ class Resources:
     passwords: Passwords
     blobs: BlobStore
     workers: ImageWorkers
+    uploads: RunningUploads
     clock: Clock
     likes: Likes
     cursors: Cursors
     ranked: RankedFeed
     redis_url: str | None = None
+    legacy_photos: AsyncIdMap | None = None
     timelines: tuple[AsyncTimelines, Builder] | None = None
 
 
@@ -62,13 +70,25 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
-        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        workers = ImageWorkers(
+            settings.image_workers,
+            ImageLimits(max_pixels=settings.max_pixels),
+            FORMATS if settings.webp else ("jpg",),
+        )
         stack.push_async_callback(workers.close)
+        uploads = RunningUploads()
+        stack.push_async_callback(uploads.close)
         likes = Likes(cluster, clock, timeout=settings.database_timeout)
         stack.push_async_callback(likes.close)
         redis_url = cluster.services.get("redis")
+        legacy_photos: AsyncIdMap | None = None
         timelines: tuple[AsyncTimelines, Builder] | None = None
         if redis_url is not None:
+            redis = open_client(redis_url)
+            stack.push_async_callback(redis.aclose)
+            legacy_photos = open_map(redis)
             opened = AsyncTimelines(redis_url)
             stack.push_async_callback(opened.close)
             builder = Builder(cluster, opened, settings.max_followees)
@@ -78,12 +98,14 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             settings=settings,
             cluster=cluster,
             passwords=await asyncio.to_thread(Passwords, settings.hash_workers),
-            blobs=FileBlobStore(settings.media_folder),
+            blobs=blobs,
             workers=workers,
+            uploads=uploads,
             clock=clock,
             likes=likes,
             cursors=Cursors(cluster.token_keys),
             ranked=RankedFeed(cluster, clock),
             redis_url=redis_url,
+            legacy_photos=legacy_photos,
             timelines=timelines,
         )

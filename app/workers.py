@@ -23,8 +23,8 @@ from app.feed.modes import Modes
 from app.feed.timelines import Timelines
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
-from app.photos import likes
-from app.photos.models import LIKES_CHANGED, PHOTO_ADDED
+from app.photos import likes, removal
+from app.photos.models import LIKES_CHANGED, PHOTO_ADDED, PHOTO_DELETED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -41,12 +41,16 @@ BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
 """Tried for some six hours: a server that is down that long must not leave dead letters behind."""
 
 
-def relay_of(cluster: Cluster, modes: Modes | None = None) -> Relay:
+def relay_of(
+    cluster: Cluster, modes: Modes | None = None, *, settings: Settings | None = None
+) -> Relay:
     """Return a relay that does everything the service's events ask for.
 
     Args:
         cluster: whose events; its `[services]` say where timelines are.
         modes: decides whose photos are pushed.
+        settings: where pictures are; without them, bytes that a process which died while it
+            deleted a photo has left are left to the sweeper.
     """
     redis = cluster.services.get("redis")
     timelines = None if redis is None else Timelines(redis)
@@ -56,6 +60,11 @@ def relay_of(cluster: Cluster, modes: Modes | None = None) -> Relay:
     @relay.on(ASSOC_CHANGED, batch=BATCH)
     def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+
+    @relay.on(PHOTO_DELETED, batch=BATCH)
+    def pictures(events: list[Event]) -> None:
+        if settings is not None:
+            removal.remove(settings, events)
 
     @relay.on(PHOTO_ADDED, batch=BATCH)
     def photos(events: list[Event]) -> None:
@@ -72,7 +81,8 @@ def __getattr__(name: str) -> Relay:
     """Make `relay` when it is asked for: an import opens nothing."""
     if name != "relay":
         raise AttributeError(name)
-    return relay_of(Cluster.from_file(Settings.read(os.environ).config))
+    settings = Settings.read(os.environ)
+    return relay_of(Cluster.from_file(settings.config), settings=settings)
 
 
 def main(
@@ -90,7 +100,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     with cluster:
-        relay = relay_of(cluster)
+        relay = relay_of(cluster, settings=settings)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: relay.stop())
         if attached:

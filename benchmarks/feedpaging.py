@@ -78,7 +78,7 @@ class Writer(threading.Thread):
         self._cluster.services["redis"] = here.redis
         self._relay = relay_of(self._cluster)
         self._known, self._readers, self._authors = known, readers, authors
-        self._rng = random.Random(3)  # noqa: S311 - a draw that repeats
+        self._rng = random.Random(3)
         self.ended = threading.Event()
         self.error: BaseException | None = None
         self.changes = 0

@@ -57,8 +57,8 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     n_people, n_edges = (4_000, 120_000) if quick else (100_000, 4_000_000)
     with world() as here:
         people = here.people(n_people)
-        draw = zipf(people, random.Random(1))  # noqa: S311 - a draw that repeats
-        rng = random.Random(2)  # noqa: S311
+        draw = zipf(people, random.Random(1))
+        rng = random.Random(2)
         made = here.edges((rng.choice(people), draw()) for _ in range(n_edges))
         with Cluster(here.topology, cache=here.cache) as cluster, Cluster(here.topology) as plain:
             patient(cluster)
@@ -74,7 +74,7 @@ def zipf(people: Sequence[int], rng: random.Random) -> Callable[[], int]:
 
 
 def reads(people: Sequence[int], n: int, seed: int) -> list[Read]:
-    rng = random.Random(seed)  # noqa: S311 - a draw that repeats
+    rng = random.Random(seed)
     draw = zipf(people, rng)
     kinds = rng.choices(list(MIX), list(MIX.values()), k=n)
     return [

@@ -107,7 +107,7 @@ class World:
 
     def photos(self, owners: Sequence[int], each: int) -> dict[int, list[int]]:
         """Add photos of some people, in an order mixed over all; return their ids by owner."""
-        rng = random.Random(1)  # noqa: S311 - an order that repeats
+        rng = random.Random(1)
         order = [owner for owner in owners for _ in range(each)]
         rng.shuffle(order)
         rows: dict[int, list[Any]] = {}

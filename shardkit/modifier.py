@@ -45,6 +45,7 @@ class ModifyingSession(EmittingSession):
         if result is not None or state.is_select:
             return result
         shard = state.bind_arguments["logical_shard"]
+        self._cluster.physical_of(shard)  # refuses what is no logical shard
         if is_write:
             Claims.refuse(state.statement, state.parameters, numbered=True)
         self._note_written((shard,))

@@ -55,7 +55,7 @@ class ReachingSession(ReadSession):
         """
         shard_map = self._map
         if shard_map is None:
-            self._cluster.physical_of(logical_shard)
+            self._cluster.physical_of(logical_shard)  # refuses what is no logical shard
             shard_map = self._map = super()._map_of((logical_shard,))
         return shard_map.owner(logical_shard)
 

@@ -8,25 +8,29 @@ from sqlalchemy import Index, SmallInteger, String, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
-from shardkit import CachedList, Sharded, after_insert
+from shardkit import CachedList, Sharded, after_delete, after_insert
 
 __all__ = [
     "LIKES_CHANGED",
     "PHOTO_ADDED",
+    "PHOTO_DELETED",
     "Comment",
     "Like",
     "LikeSlot",
     "Photo",
+    "Upload",
     "newest_of",
     "slots_of",
 ]
-
 
 LIKES_CHANGED = "likes.changed"
 """Topic of the events that say that the likes of a photo have to be counted."""
 
 PHOTO_ADDED = "photo.added"
 """Topic of the events that say that somebody has a new photo, in the order of each person."""
+
+PHOTO_DELETED = "photo.deleted"
+"""Topic of the events that say whose bytes are to be removed."""
 
 
 class Photo(Sharded, Base):
@@ -45,6 +49,7 @@ class Photo(Sharded, Base):
             lambda photo: {"id": str(photo.id), "owner_id": str(photo.owner_id)},
             key="owner_id",
         ),
+        after_delete(PHOTO_DELETED, ("blob_key",)),
     )
     __table_args__ = (Index("photos_owner_id_id_idx", "owner_id", text("id DESC")),)
 
@@ -53,6 +58,7 @@ class Photo(Sharded, Base):
     width: Mapped[int]
     height: Mapped[int]
     blob_key: Mapped[str] = mapped_column(String(32))
+    has_webp: Mapped[bool] = mapped_column(default=False, server_default="false")
     like_count: Mapped[int] = mapped_column(default=0, server_default="0")
     comment_count: Mapped[int] = mapped_column(default=0, server_default="0")
     created_at: Mapped[dt.datetime]
@@ -94,6 +100,30 @@ class Comment(Sharded, Base):
     author_id: Mapped[int]
     body: Mapped[str] = mapped_column(String(1000))
     created_at: Mapped[dt.datetime]
+
+
+class Upload(Sharded, Base):
+    """An upload that takes longer than its client waits for: what has become of it.
+
+    *Invariant:* `photo_id` is set in the transaction that inserts the photo.
+
+    Attributes:
+        photo_id: the photo, once it is there.
+        problem_type: why there is none, as in a problem document.
+        problem_detail: the same for people.
+        expires_at: from then on nobody works on it any more, whatever became of who did.
+    """
+
+    __tablename__ = "uploads"
+    __shard_key__ = "owner_id"
+    __table_args__ = (Index("uploads_owner_id_idx", "owner_id"),)
+
+    owner_id: Mapped[int]
+    photo_id: Mapped[int | None]
+    problem_type: Mapped[str] = mapped_column(String(100), default="", server_default="")
+    problem_detail: Mapped[str] = mapped_column(String(500), default="", server_default="")
+    created_at: Mapped[dt.datetime]
+    expires_at: Mapped[dt.datetime]
 
 
 newest_of = CachedList(Photo.owner_id, order_by=Photo.id.desc(), limit=120)

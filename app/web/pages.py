@@ -25,6 +25,7 @@ from app.deps import (
     Photos,
     ResourcesDep,
     SignedIn,
+    Uploads,
     begin_login,
     end_login,
 )
@@ -39,7 +40,7 @@ from app.feed.cursors import FeedCursor
 from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
-from app.photos.schemas import Caption, CommentIn
+from app.photos.schemas import Caption, CommentIn, PhotoOut
 from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
@@ -48,6 +49,9 @@ __all__ = ["local_path", "router"]
 router = APIRouter(include_in_schema=False)
 
 FEED_PAGE, GRID_PAGE, COMMENT_PAGE, PEOPLE_PAGE = 10, 24, 50, 30
+REFRESH = 2
+"""Seconds after which the page of an upload asks again."""
+
 SEE_OTHER = 303
 NO_MORE = {"next_cursor": None}
 
@@ -237,7 +241,7 @@ async def upload_form(viewer: SignedIn, pages: PagesDep, resources: ResourcesDep
 
 @router.post("/upload")
 async def upload(
-    viewer: SignedIn, form: Upload, photos: Photos, pages: PagesDep, resources: ResourcesDep
+    viewer: SignedIn, form: Upload, uploads: Uploads, pages: PagesDep, resources: ResourcesDep
 ) -> Response:
     """Store a photo."""
     caption = form.text("caption")
@@ -246,7 +250,8 @@ async def upload(
         if data is None:
             raise EmptyUploadError("Choose a photo first.")
         checked = TypeAdapter(Caption).validate_python(caption)
-        photo = await photos.upload(viewer, data, checked)
+        patience = resources.settings.upload_patience
+        made = await uploads.upload(viewer, data, checked, patience=patience)
     except (UploadError, ValidationError) as error:
         return _again(
             pages,
@@ -258,7 +263,23 @@ async def upload(
             values={"caption": caption},
             megabytes=resources.settings.max_upload_bytes >> 20,
         )
-    return _go(f"/p/{photo.id}")
+    return _go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
+
+
+@router.get("/uploads/{upload_id}")
+async def upload_status(
+    upload_id: Id, viewer: SignedIn, uploads: Uploads, pages: PagesDep
+) -> Response:
+    """Show what has become of an upload; the page asks again by itself."""
+    found = await uploads.status(viewer, upload_id)
+    if found.photo_id is not None:
+        return _go(f"/p/{found.photo_id}")
+    response = pages.whole(
+        "uploading.html", title="Upload", viewer=viewer, here="upload", upload=found
+    )
+    if found.state == "working":
+        response.headers["refresh"] = str(REFRESH)
+    return response
 
 
 @router.get("/u/{username}")

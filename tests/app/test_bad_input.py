@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ import pytest
 
 from app.settings import Settings
 from tests.fixtures import pictures
+from tests.fixtures.blobs import keys_in
 from tests.fixtures.service import PASSWORD, Person, Service, serving
 
 pytestmark = pytest.mark.integration
@@ -34,10 +34,6 @@ def problem(answer: httpx.Response, status: int, kind: str | None = None) -> dic
     for secret in ("Traceback", "SELECT", "psycopg", "127.0.0.1:", "shard_0"):
         assert secret not in answer.text
     return body
-
-
-def stored(service: Service) -> set[Path]:
-    return {path for path in service.settings.media_folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,7 @@ def test_upload_refused_and_nothing_stored(
     join: Join, service: Service, data: bytes, status: int, kind: str
 ) -> None:
     ana = join("ana")
-    before = stored(service)
+    before = keys_in(service)
 
     try:
         answer = ana.upload(data, name="../../etc/passwd.jpg")
@@ -76,7 +72,7 @@ def test_upload_refused_and_nothing_stored(
     else:
         problem(answer, status, kind)
 
-    assert stored(service) == before
+    assert keys_in(service) == before
     grid = ana.http.get(f"/api/v1/users/{ana.username}/photos").json()
     assert grid["items"] == []
 
