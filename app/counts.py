@@ -15,7 +15,7 @@ from typing import Any, Final
 from sqlalchemy import func, select
 
 from app.accounts.models import User
-from app.graph.models import Follow, Follower
+from app.graph.models import COUNTED, Assoc
 from app.photos.models import Comment, Like, Photo
 from app.scan import pages
 from shardkit import Cluster
@@ -31,11 +31,13 @@ class Count:
         owner: class of the row that has the count.
         name: of the column.
         counted: column of the other table that holds the owner's id.
+        kind: of the edges that are counted, where it is edges.
     """
 
     owner: Any
     name: str
     counted: Any
+    kind: int | None = None
 
     def __str__(self) -> str:
         return f"{self.owner.__tablename__}.{self.name}"
@@ -44,13 +46,14 @@ class Count:
     def truth(self) -> Any:
         """The number as an expression about the owner's row."""
         counting = select(func.count()).select_from(self.counted.class_)
+        if self.kind is not None:
+            counting = counting.where(Assoc.atype == self.kind)
         return counting.where(self.counted == self.owner.id).scalar_subquery()
 
 
 COUNTS: Final = (
     Count(User, "photo_count", Photo.owner_id),
-    Count(User, "following_count", Follow.follower_id),
-    Count(User, "follower_count", Follower.followee_id),
+    *(Count(User, name, Assoc.id1, int(kind)) for kind, name in COUNTED.items()),
     Count(Photo, "like_count", Like.photo_id),
     Count(Photo, "comment_count", Comment.photo_id),
 )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Generic, TypeVar
 
 from fastapi import Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from app.ids import Id, IdText
+from app.ids import Id
 
 __all__ = ["Cursor", "Limit", "Page", "cut"]
 
@@ -29,6 +29,14 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="items per page")]
 """Length of a page, as a query parameter."""
 
 
+CursorText = Annotated[
+    str | int,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+    WithJsonSchema({"type": "string"}),
+]
+"""A cursor in JSON: text that only we read; often an id."""
+
+
 class Page(BaseModel, Generic[T]):
     """Some items and where the rest begins.
 
@@ -38,7 +46,7 @@ class Page(BaseModel, Generic[T]):
 
     items: Sequence[T]
     next_cursor: Annotated[
-        IdText | None, Field(description="send as `cursor` for the next page; null at the end")
+        CursorText | None, Field(description="send as `cursor` for the next page; null at the end")
     ] = None
     partial: Annotated[
         bool, Field(description="items may be missing here; read the page again in a moment")

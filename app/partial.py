@@ -7,7 +7,7 @@ of them says so. Writers never read like this.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Select
 
@@ -15,6 +15,8 @@ from shardkit import AsyncReadSession, CachedCount, all_shards, deadline
 from shardkit.errors import GatherError, UnavailableError
 
 __all__ = ["FAILED", "PATIENCE", "answered", "answered_or_none", "counted", "is_partial"]
+
+K = TypeVar("K")
 
 PATIENCE: Final = 1.5
 """Seconds that servers have to give their part: a list does not wait for one that is frozen."""
@@ -53,8 +55,8 @@ async def answered_or_none(session: AsyncReadSession, statement: Select[Any]) ->
 
 
 async def counted(
-    session: AsyncReadSession, count: CachedCount, kept: Mapping[int, int]
-) -> Mapping[int, int]:
+    session: AsyncReadSession, count: CachedCount, kept: Mapping[K, int]
+) -> Mapping[K, int]:
     """Return counts by key; those that are kept in rows where servers do not answer.
 
     Args:

@@ -19,7 +19,7 @@ import typer
 from pydantic import ValidationError
 
 from app.graph import inverse
-from app.graph.models import FOLLOW_CHANGED
+from app.graph.models import ASSOC_CHANGED
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -28,7 +28,7 @@ from shardkit.outbox import Backoff, Event
 __all__ = ["main", "relay_of"]
 
 BATCH = 50
-"""Follows applied at once: so many rows of people may be locked for a moment."""
+"""Edges applied at once: so many rows of people may be locked for a moment."""
 
 THREADS = 2
 
@@ -40,8 +40,8 @@ def relay_of(cluster: Cluster) -> Relay:
     """Return a relay that does everything the service's events ask for."""
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
 
-    @relay.on(FOLLOW_CHANGED, batch=BATCH)
-    def follows(events: list[Event]) -> None:
+    @relay.on(ASSOC_CHANGED, batch=BATCH)
+    def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
 
     return relay

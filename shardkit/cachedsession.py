@@ -187,7 +187,7 @@ class CachedSession(BoundSession):
             if found.is_known and found.values is not None:
                 value: V = plan.value(found.values)
                 return value
-        return derived.result(self.scalars(derived.statement(identity)).all())
+        return derived.result(self.execute(derived.statement(identity)).all())
 
     def cached_many(self, derived: Derived[V], keys: Iterable[Any]) -> dict[Any, V]:
         """Return lists or counts by their keys: one round trip for each server of the cache.
@@ -220,7 +220,7 @@ class CachedSession(BoundSession):
             found |= {key: counts.get(value, 0) for key, (value,) in rest.items()}
             rest = {}
         for key, identity in rest.items():
-            found[key] = derived.result(self.scalars(derived.statement(identity)).all())
+            found[key] = derived.result(self.execute(derived.statement(identity)).all())
         return {key: found[key] for key in wanted}
 
     def _cached_lists(

@@ -106,7 +106,7 @@ class Derived(Generic[V_co]):
         key: columns; the logical shard of the rows is that of one of them.
         order: columns and how each orders, as SQL; empty for a count.
         limit: of a list; 0 for a count.
-        value: column of which a list has the values; None for a count.
+        values: columns of which a list has the values; none for a count.
         lives: of its entries.
         name: as listeners are told.
 
@@ -119,7 +119,7 @@ class Derived(Generic[V_co]):
         *,
         order: Sequence[tuple[Column[Any], str]],
         limit: int,
-        value: Column[Any] | None,
+        values: Sequence[Column[Any]],
         ttl: float,
     ) -> None:
         kind = type(self).__name__
@@ -132,7 +132,7 @@ class Derived(Generic[V_co]):
         self.table: Table = self.key[0].table
         self.order = tuple(order)
         self.limit = limit
-        self.value = value
+        self.values = tuple(values)
         self.name = f"{kind}({', '.join(str(column) for column in self.key)})"
         if type(ttl) not in (int, float) or not (math.isfinite(ttl) and 1 <= ttl <= LONGEST_TTL):
             raise NotCacheableError(
@@ -187,14 +187,16 @@ class Derived(Generic[V_co]):
     def statement(self, identity: Sequence[Any]) -> Select[Any]:
         """Return what reads it from a database, as any program would."""
         matches = [column == value for column, value in zip(self.key, identity, strict=True)]
-        if self.value is None:
+        if not self.values:
             return select(func.count()).select_from(self.table).where(*matches)
-        found = select(self.value).where(*matches).limit(self.limit)
+        found = select(*self.values).where(*matches).limit(self.limit)
         return found.order_by(*(_ordering(column, how) for column, how in self.order))
 
-    def result(self, found: Sequence[Any]) -> V_co:
-        """Return the answer of `statement`, of its first column."""
-        return cast("V_co", list(found) if self.value is not None else found[0])
+    def result(self, rows: Sequence[Any]) -> V_co:
+        """Return what the rows of `statement` are."""
+        if not self.values:
+            return cast("V_co", rows[0][0])
+        return cast("V_co", [row[0] if len(self.values) == 1 else tuple(row) for row in rows])
 
     # -- what is watched
 
@@ -205,7 +207,7 @@ class Derived(Generic[V_co]):
         Raises:
             NotCacheableError: a column has a type of which equal values look different.
         """
-        for column in (*self.key, *(() if self.value is None else (self.value,))):
+        for column in (*self.key, *self.values):
             if not is_exact_key(column.type):
                 raise NotCacheableError(
                     f"{self.name}: {column.name}, a {type(column.type).__name__}, may be written "
@@ -213,14 +215,14 @@ class Derived(Generic[V_co]):
                     hint="use BigInteger, Text, Uuid or LargeBinary, without a collation",
                 )
         key = [f"{TAGS[_python_type(column)]}:{column.name}" for column in self.key]
-        listed = () if self.value is None else (self.value, *(column for column, _ in self.order))
+        listed = (*self.values, *(column for column, _ in self.order))
         columns = dict.fromkeys(column.name for column in (*self.key, *listed))
         text = "\t".join(
             [
                 type(self).__name__,
                 self.table.name,
                 ",".join(key),
-                "" if self.value is None else f"{TAGS[_python_type(self.value)]}:{self.value.name}",
+                ",".join(f"{TAGS[_python_type(each)]}:{each.name}" for each in self.values),
                 ",".join(f"{column.name} {how}" for column, how in self.order),
                 str(self.limit),
             ]
@@ -238,7 +240,8 @@ class CachedList(Derived[list[Any]]):
         order_by: attributes, or such with `desc()`, `asc()`, `nulls_first()`, `nulls_last()`. The
             primary key decides where they do not.
         limit: values it has at most, from 1 to 10,000.
-        of: attribute whose values it has; None for the primary key, or what the key leaves of it.
+        of: attribute whose values it has; several make it a list of tuples; None for the primary
+            key, or what the key leaves of it.
         ttl: seconds an entry may stay, from 1.
 
     Raises:
@@ -267,8 +270,9 @@ class CachedList(Derived[list[Any]]):
             raise NotCacheableError(
                 "a CachedList is ordered by another table's column", hint="order by one of its own"
             )
-        value = _value(of, columns, primary)
-        super().__init__(columns, order=order, limit=limit, value=value, ttl=ttl)
+        several = of if isinstance(of, tuple | list) else (of,)
+        values = [_value(each, columns, primary) for each in several]
+        super().__init__(columns, order=order, limit=limit, values=values, ttl=ttl)
 
 
 class CachedCount(Derived[int]):
@@ -287,7 +291,7 @@ class CachedCount(Derived[int]):
     """
 
     def __init__(self, *key: Any, ttl: float = 300.0) -> None:
-        super().__init__(key, order=(), limit=0, value=None, ttl=ttl)
+        super().__init__(key, order=(), limit=0, values=(), ttl=ttl)
 
     def statement_of_many(self, identities: Sequence[Sequence[Any]]) -> Select[Any]:
         """Return what reads counts of keys of one column, with their keys; none for no rows."""

@@ -101,7 +101,8 @@ class DerivedPlan:
 
     def answered(self, row: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
         """Return the values of a row that a question has found."""
-        n, value, version, is_watched = row
+        n, *values, version, is_watched = row
+        value = values[0] if len(values) == 1 else values
         return [*wanted[n][1], value, version, is_watched]
 
     def identity(self, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -132,14 +133,15 @@ class DerivedPlan:
         if not payload.startswith(self._shape):
             return None
         values = decode_row(payload[len(self._shape) :], self.version_index)
-        wanted = int if self.derived.value is None else list
+        wanted = list if self.derived.values else int
         if values is None or type(values[-1]) is not wanted:
             return None
         return [*values, version, True]
 
     def value(self, values: Sequence[Any]) -> Any:
-        """Return the list or the count."""
-        return values[self.n_keys]
+        """Return the list or the count; what has several columns is kept by column."""
+        found = values[self.n_keys]
+        return list(zip(*found, strict=True)) if len(self.derived.values) > 1 else found
 
 
 @functools.cache
@@ -162,17 +164,14 @@ def _statement(derived: Derived[Any], shards: tuple[int, ...]) -> TextClause:
 def _of_one(derived: Derived[Any], shard: int) -> str:
     table = f"{_quoted(schema_name(shard))}.{_quoted(derived.table.name)}"
     matches = " AND ".join(f"t.{_named(c)} = w.k{n}" for n, c in enumerate(derived.key))
-    if derived.value is None:
-        value = _COUNT.format(table=table, matches=matches)
-    else:
-        order = ", ".join(f"t.{_named(column)} {how}" for column, how in derived.order)
-        value = _LIST.format(
-            value=_named(derived.value),
-            table=table,
-            matches=matches,
-            order=order,
-            limit=derived.limit,
+    order = ", ".join(f"t.{_named(column)} {how}" for column, how in derived.order)
+    lists = [  # in one order, of one snapshot
+        _LIST.format(
+            value=_named(column), table=table, matches=matches, order=order, limit=derived.limit
         )
+        for column in derived.values
+    ]
+    value = ", ".join(lists) or _COUNT.format(table=table, matches=matches)
     types = ["integer", *(_TYPES[tag.partition(":")[0]] for tag in derived.watch.key)]
     names = ["n", *(f"key_{n}" for n in range(len(derived.key)))]
     arrays = [f"CAST(:{name}_{shard} AS {kind}[])" for name, kind in zip(names, types, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from sqlalchemy import Index, LargeBinary, String
+from sqlalchemy import Index, LargeBinary, String, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models import Base
@@ -19,6 +19,7 @@ class User(Sharded, Base):
     *Invariant:* no two users of the whole cluster have one username, in its canonical form.
     Each count changes in the transaction that inserts or deletes the row it counts, under a lock
     on this row: photos, forward edges (`following_count`) and inverse edges (`follower_count`).
+    Photos and edges of a private person are for who follows them and was let to.
     The hash of the password is loaded only for who asks for it, and never cached.
     """
 
@@ -33,6 +34,8 @@ class User(Sharded, Base):
     photo_count: Mapped[int] = mapped_column(default=0, server_default="0")
     follower_count: Mapped[int] = mapped_column(default=0, server_default="0")
     following_count: Mapped[int] = mapped_column(default=0, server_default="0")
+    is_private: Mapped[bool] = mapped_column(default=False, server_default=false())
+    is_feed_ranked: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[dt.datetime]
 
 

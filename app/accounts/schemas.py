@@ -99,6 +99,12 @@ class ProfilePatch(_Body):
 
     display_name: Annotated[Line, Field(max_length=60)] | None = None
     bio: Annotated[Paragraph, Field(max_length=300)] | None = None
+    is_private: Annotated[
+        bool | None, Field(strict=True, description="only followers see one's photos")
+    ] = None
+    is_feed_ranked: Annotated[
+        bool | None, Field(strict=True, description="one's feed is ranked, not newest first")
+    ] = None
 
 
 class PersonOut(BaseModel):
@@ -113,10 +119,16 @@ class ViewerOut(PersonOut):
     """The person who is logged in."""
 
     bio: str
+    is_private: bool
+    is_feed_ranked: bool
 
 
 class ProfileOut(PersonOut):
-    """A profile as one viewer sees it."""
+    """A profile as one viewer sees it.
+
+    Attributes:
+        is_open: the viewer may see the photos.
+    """
 
     bio: str
     photo_count: int
@@ -124,6 +136,10 @@ class ProfileOut(PersonOut):
     following_count: int
     created_at: dt.datetime
     followed_by_me: bool
+    requested_by_me: bool
+    blocked_by_me: bool
+    is_private: bool
+    is_open: bool
     is_me: bool
 
 

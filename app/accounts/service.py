@@ -33,11 +33,12 @@ from app.accounts.schemas import (
 from app.clock import Clock
 from app.database import Database, Request
 from app.errors import NotFoundError, SignInFailedError, UsernameTakenError
-from app.graph.models import followers_of, following_of
-from app.graph.repository import GraphRepository
+from app.graph.models import COUNTED, Kind, count_of
+from app.graph.tao import on
+from app.graph.ties import NOBODY, followers_with, ties_of
 from app.ids import parse_id
 from app.partial import counted
-from shardkit import AsyncWriteSession
+from shardkit import AsyncReadSession, AsyncWriteSession
 from shardkit.errors import (
     InvalidIdError,
     InvalidShardKeyError,
@@ -77,6 +78,8 @@ class Viewer:
         display_name: how the person is called.
         bio: what the person says about themselves.
         login_id: id of the log-in used.
+        is_private: whether only followers see the person's photos.
+        is_feed_ranked: whether the person's feed is ranked, or newest first.
     """
 
     id: int
@@ -84,11 +87,18 @@ class Viewer:
     display_name: str
     bio: str
     login_id: int
+    is_private: bool = False
+    is_feed_ranked: bool = False
 
     def out(self) -> ViewerOut:
         """Return the viewer as clients see it."""
         return ViewerOut(
-            id=self.id, username=self.username, display_name=self.display_name, bio=self.bio
+            id=self.id,
+            username=self.username,
+            display_name=self.display_name,
+            bio=self.bio,
+            is_private=self.is_private,
+            is_feed_ranked=self.is_feed_ranked,
         )
 
 
@@ -234,19 +244,19 @@ class AccountService:
             user = await AccountRepository(session).user_by_name(name)
             if user is None:
                 raise NotFoundError("There is no such person.")
-            graph, followed, is_counted = GraphRepository(session), False, False
+            ties = NOBODY
             if viewer is not None and viewer.id != user.id:
-                followed = await graph.follows(viewer.id, user.id)
-                is_counted = await graph.is_follower(user.id, viewer.id)
-            if viewer is not None and followed != is_counted:
-                n_followers, is_counted = await graph.counted(viewer.id, user.id)
+                ties = await on(session, ties_of, viewer.id, user.id)
+            if ties.is_blocked:
+                raise NotFoundError("There is no such person.")
+            if viewer is not None and ties.follows != ties.is_counted:
+                n_followers, is_counted = await on(session, followers_with, viewer.id, user.id)
                 # The relay has not been there yet; who has just followed sees it counted.
-                n_followers += followed - is_counted
+                n_followers += ties.follows - is_counted
             else:  # asked after that, so a viewer who follows is counted
-                kept = {user.id: user.follower_count}
-                n_followers = (await counted(session, followers_of, kept))[user.id]
-            kept = {user.id: user.following_count}
-            n_following = (await counted(session, following_of, kept))[user.id]
+                n_followers = await _count(session, user, Kind.FOLLOWED_BY)
+            n_following = await _count(session, user, Kind.FOLLOWS)
+        is_me = viewer is not None and viewer.id == user.id
         return ProfileOut(
             id=user.id,
             username=user.username,
@@ -256,8 +266,12 @@ class AccountService:
             follower_count=n_followers,
             following_count=n_following,
             created_at=user.created_at,
-            followed_by_me=followed,
-            is_me=viewer is not None and viewer.id == user.id,
+            followed_by_me=ties.follows,
+            requested_by_me=ties.requested,
+            blocked_by_me=ties.blocks,
+            is_private=user.is_private,
+            is_open=is_me or not (ties.blocks or (user.is_private and not ties.follows)),
+            is_me=is_me,
         )
 
     async def edit(self, viewer: Viewer, patch: ProfilePatch) -> ViewerOut:
@@ -269,6 +283,10 @@ class AccountService:
                 user.display_name = patch.display_name or user.username
             if patch.bio is not None:
                 user.bio = patch.bio
+            if patch.is_private is not None:
+                user.is_private = patch.is_private
+            if patch.is_feed_ranked is not None:
+                user.is_feed_ranked = patch.is_feed_ranked
             return _viewer(user, viewer.login_id).out().model_dump(mode="json")
 
         request = Request(viewer.id, ("edit", patch.model_dump(exclude_unset=True)))
@@ -311,13 +329,26 @@ class AccountService:
         )
 
 
+async def _count(session: AsyncReadSession, user: User, kind: Kind) -> int:
+    key = (user.id, int(kind))
+    return (await counted(session, count_of, {key: getattr(user, COUNTED[kind])}))[key]
+
+
 def person_out(user: User) -> PersonOut:
     """Return a user as it appears in lists."""
     return PersonOut(id=user.id, username=user.username, display_name=user.display_name)
 
 
 def _viewer(user: User, login_id: int) -> Viewer:
-    return Viewer(user.id, user.username, user.display_name, user.bio, login_id)
+    return Viewer(
+        user.id,
+        user.username,
+        user.display_name,
+        user.bio,
+        login_id,
+        is_private=user.is_private,
+        is_feed_ranked=user.is_feed_ranked,
+    )
 
 
 def _digest(secret: str) -> bytes:

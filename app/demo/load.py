@@ -23,10 +23,12 @@ from app.clock import Clock
 from app.database import Database
 from app.demo.plan import DemoPlan
 from app.demo.scenes import draw
-from app.graph.models import Follow
+from app.graph import tao
+from app.graph.models import Assoc, Kind
 from app.photos.images import SIZES
 from app.photos.models import Comment, Like, Photo
 from app.photos.store import BlobStore
+from shardkit import WriteSession
 
 __all__ = ["DemoCounts", "DemoLoader", "Progress"]
 
@@ -181,18 +183,10 @@ class DemoLoader:
         async def forward(number: int) -> None:
             me, others = self._user_ids[number], self._ids(self._plan.follows[number])
             async with self._database.writer() as session:
-                statement = select(Follow.followee_id).where(Follow.follower_id == me)
-                missing = others - set(await session.scalars(statement))
-                if not missing:
-                    return
-                session.add_all(
-                    Follow(follower_id=me, followee_id=other, created_at=self._now)
-                    for other in sorted(missing)
-                )
-                user = await session.get_one(User, me, with_for_update=True)
-                user.following_count += len(missing)
-                await session.commit()
-                self._added.follows += len(missing)
+                added = await tao.on(session, _add_follows, me, others, self._now)
+                if added:
+                    await session.commit()
+                    self._added.follows += added
 
         await self._each("follows", self._plan.follows, forward)
 
@@ -279,3 +273,18 @@ class DemoLoader:
         async with asyncio.TaskGroup() as group:
             for item in todo:
                 group.create_task(one(item))
+
+
+def _add_follows(session: WriteSession, me: int, others: set[int], now: dt.datetime) -> int:
+    """Add follows that lack; return how many."""
+    user = tao.locked(session, me)
+    keys = [(me, int(Kind.FOLLOWS), other) for other in sorted(others)]
+    at = int(now.timestamp() * 1000)
+    missing = [
+        key[2]
+        for key, edge in zip(keys, session.get_many(Assoc, keys), strict=True)
+        if edge is None
+    ]
+    for other in missing:
+        tao.assoc_add(session, user, Kind.FOLLOWS, other, at)
+    return len(missing)

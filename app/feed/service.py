@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from app.accounts.service import Viewer
 from app.database import Database
-from app.graph.repository import GraphRepository
+from app.graph import tao
+from app.graph.models import Kind
 from app.paging import Page, cut
 from app.photos.repository import PhotoRepository
 from app.photos.schemas import PhotoOut
@@ -33,7 +34,9 @@ class FeedService:
     async def home(self, viewer: Viewer, before: int | None, n: int) -> Page[PhotoOut]:
         """Return a page of the viewer's feed, newest first, without gaps or repeats."""
         async with self._database.reader() as session:
-            owners = await GraphRepository(session).followee_ids(viewer.id, self._max_followees)
+            owners = await tao.on(
+                session, tao.all_ids, viewer.id, Kind.FOLLOWS, self._max_followees
+            )
             rows = await PhotoRepository(session).of_owners([*owners, viewer.id], before, n + 1)
             photos, cursor = cut(rows, n, lambda photo: photo.id)
             return await photo_page(session, photos, viewer, cursor)

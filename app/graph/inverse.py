@@ -1,14 +1,13 @@
-"""Applies follows on the shard of the person who is followed: the inverse edge and its count.
+"""Applies edges on the shard of the person they lead to: inverse edges, counts, what a block ends.
 
-Handler of the relay, see `app.workers`. An event says what the edge of a pair is, not what to add
-to a number: an edge that is there already is left, and the count changes only with a row. Together
+Handler of the relay, see `app.workers`. An event says what an edge is, not what to add to a
+number: an edge that is there already is left, and the count changes only with a row. Together
 with the note of the event in the same transaction, nothing is counted twice or forgotten, wherever
 a process is killed.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,31 +15,38 @@ from typing import Self
 
 from app.accounts.models import User
 from app.database import TIMEOUT
-from app.graph.models import Follower
+from app.graph import tao
+from app.graph.models import INVERSE, Assoc, Kind
 from shardkit import Cluster, WriteSession, deadline, ids
 from shardkit.errors import UnavailableError
 from shardkit.outbox import Event
 
 __all__ = ["apply"]
 
+ENDED_BY_BLOCK = (Kind.FOLLOWS, Kind.REQUESTED)
+"""Edges from who is blocked to who blocks that a block removes."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What an event says; `since` is None where nobody follows any more."""
+    """What an event says; `at` is None where there is no such edge any more."""
 
-    follower_id: int
-    followee_id: int
-    since: dt.datetime | None
+    id1: int
+    kind: Kind
+    id2: int
+    at: int | None
 
     @classmethod
     def read(cls, event: Event) -> Self:
         payload = event.payload
-        since = payload["since"]
-        return cls(
-            int(payload["follower_id"]),
-            int(payload["followee_id"]),
-            None if since is None else dt.datetime.fromisoformat(since),
-        )
+        return cls(int(payload["id1"]), Kind(payload["kind"]), int(payload["id2"]), payload["at"])
+
+    @property
+    def edges(self) -> list[tuple[int, int, int]]:
+        """Primary keys of the edges at the other end that this decides about."""
+        if self.kind is Kind.BLOCKS:
+            return [(self.id2, int(kind), self.id1) for kind in ENDED_BY_BLOCK]
+        return [(self.id2, int(INVERSE[self.kind]), self.id1)]
 
 
 def apply(cluster: Cluster, events: Sequence[Event]) -> None:
@@ -50,7 +56,7 @@ def apply(cluster: Cluster, events: Sequence[Event]) -> None:
 
     Args:
         cluster: where the inverse edges are.
-        events: those of a pair in order.
+        events: those of an edge in order.
 
     Raises:
         UnavailableError: a server does not answer; what others have was applied (retryable).
@@ -58,7 +64,7 @@ def apply(cluster: Cluster, events: Sequence[Event]) -> None:
     shard_map = cluster.topology.shard_map
     concerned: dict[str, list[Event]] = defaultdict(list)
     for event in events:
-        shard = ids.shard_of(_Change.read(event).followee_id)
+        shard = ids.shard_of(_Change.read(event).id2)
         concerned[shard_map.owner(shard)].append(event)
     failed: UnavailableError | None = None
     for some in concerned.values():
@@ -78,30 +84,47 @@ def _not_applied(session: WriteSession, events: Sequence[Event]) -> list[_Change
     by_shard: dict[int, list[tuple[Event, _Change]]] = defaultdict(list)
     for event in events:
         change = _Change.read(event)
-        by_shard[ids.shard_of(change.followee_id)].append((event, change))
+        by_shard[ids.shard_of(change.id2)].append((event, change))
     found = []
     for _, pairs in sorted(by_shard.items()):
-        near = pairs[0][1].followee_id
+        near = pairs[0][1].id2
         new = {event.id for event in session.once_many((e for e, _ in pairs), near=near)}
         found += [change for event, change in pairs if event.id in new]
     return found
 
 
 def _write(session: WriteSession, changes: Sequence[_Change]) -> None:
-    """Make the inverse edges what the last change of each pair says, and count them."""
-    wanted = {(change.followee_id, change.follower_id): change for change in changes}
+    """Make the edges what the last change of each says, and count them."""
     people: dict[int, User | None] = {}
-    for followee_id in sorted({pair[0] for pair in wanted}):  # one order: relays do not deadlock
-        people[followee_id] = session.get(User, followee_id, with_for_update=True)
-    edges = session.get_many(
-        Follower, list(wanted)
-    )  # read after the locks: nobody else changes them
-    for (pair, change), edge in zip(wanted.items(), edges, strict=True):
-        user = people[pair[0]]
-        if change.since is None and edge is not None:
-            session.delete(edge)
-            if user is not None:
-                user.follower_count -= 1
-        elif change.since is not None and edge is None and user is not None:
-            session.add(Follower(followee_id=pair[0], follower_id=pair[1], created_at=change.since))
-            user.follower_count += 1
+    for id2 in sorted({change.id2 for change in changes}):  # one order: relays do not deadlock
+        people[id2] = session.get(User, id2, with_for_update=True)
+    last = {(change.id2, change.kind, change.id1): change for change in changes}
+    keys = [key for change in last.values() for key in change.edges]
+    # Read after the locks: nobody else changes them.
+    found = session.get_many(Assoc, keys)
+    held = {key: edge for key, edge in zip(keys, found, strict=True) if edge is not None}
+    for change in last.values():
+        user = people[change.id2]
+        if user is not None:
+            _settle(session, user, change, held)
+
+
+def _settle(
+    session: WriteSession,
+    user: User,
+    change: _Change,
+    held: dict[tuple[int, int, int], Assoc],
+) -> None:
+    edges = [(key, held.get(key)) for key in change.edges]
+    if change.kind is Kind.BLOCKS:
+        for key, edge in edges:  # what came after the block is of a later time, and stays
+            if edge is not None and change.at is not None and edge.at <= change.at:
+                tao.assoc_delete(session, user, Kind(key[1]), change.id1)
+        return
+    ((key, edge),) = edges
+    if change.at is None:
+        tao.assoc_delete(session, user, Kind(key[1]), change.id1)
+    elif edge is None:
+        tao.assoc_add(session, user, Kind(key[1]), change.id1, change.at)
+    else:
+        edge.at = change.at

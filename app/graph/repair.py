@@ -1,8 +1,8 @@
 """Finds edges that are there on one side only, and has the relay mend them.
 
-The forward edge is the truth. A pair whose two sides differ is said once more: under the lock that
-every follow takes, an event is emitted that says what the forward edge is. It comes behind all that
-is still under way for the pair, and the relay makes the inverse edge and its count what it says.
+The forward edge is the truth. One whose two sides differ is said once more: under the lock that
+every change takes, an event is emitted that says what the forward edge is. It comes behind all that
+is still under way for the edge, and the relay makes the inverse edge and its count what it says.
 So repair and traffic cannot cross, and a repair that is killed has said less, never a wrong thing.
 """
 
@@ -15,18 +15,22 @@ from typing import Any, Final
 from sqlalchemy import select
 
 from app.accounts.models import User
-from app.graph.models import FOLLOW_CHANGED, Follow, Follower, key_of, told
+from app.graph import tao
+from app.graph.models import INVERSE, Assoc, Kind
 from app.scan import pages
-from shardkit import Cluster, WriteSession
+from shardkit import Cluster
 
 __all__ = ["EXTRA", "MISSING", "compare"]
 
-MISSING: Final = "followers.missing"
-EXTRA: Final = "followers.extra"
-"""What is found, by name: inverse edges that lack, and inverse edges of nobody who follows."""
+MISSING: Final = "edges.missing"
+EXTRA: Final = "edges.extra"
+"""What is found, by name: forward edges whose inverse lacks or is of another time, and inverse
+edges without a forward one."""
 
-Pair = tuple[int, int]
-"""Ids of the follower and of who is followed."""
+Key = tuple[int, int, int]
+"""Primary key of a forward edge."""
+
+FORWARD: Final = {int(inverse): int(kind) for kind, inverse in INVERSE.items()}
 
 
 def compare(cluster: Cluster, shard: int, *, n: int, dry_run: bool) -> Counter[str]:
@@ -46,44 +50,43 @@ def compare(cluster: Cluster, shard: int, *, n: int, dry_run: bool) -> Counter[s
         GatherError: primaries of the other sides do not (retryable).
     """
     found: Counter[str] = Counter()
-    forward: Any = select(Follow.follower_id, Follow.followee_id)
-    for rows in pages(cluster, shard, forward, [Follow.follower_id, Follow.followee_id], n):
+    edges: Any = select(Assoc.id1, Assoc.atype, Assoc.id2, Assoc.at)
+    for page in pages(cluster, shard, edges, [Assoc.id1, Assoc.atype, Assoc.id2], n):
+        rows = [row for row in page if row.atype in FORWARD or Kind(row.atype) in INVERSE]
+        others = [(row.id2, _other(row.atype), row.id1) for row in rows]
         with cluster.writer() as session:
-            there = session.get_many(Follower, [(row[1], row[0]) for row in rows])
-        lacking = [(row[0], row[1]) for row, edge in zip(rows, there, strict=True) if edge is None]
+            there = session.get_many(Assoc, others)
+        lacking: list[Key] = []
+        extra: list[Key] = []
+        for row, key, other in zip(rows, others, there, strict=True):
+            if row.atype in FORWARD:
+                if other is None:
+                    extra.append(key)
+            elif other is None or other.at != row.at:
+                lacking.append((row.id1, row.atype, row.id2))
         found[MISSING] += _say_again(cluster, lacking, present=True, dry_run=dry_run)
-    inverse: Any = select(Follower.followee_id, Follower.follower_id)
-    for rows in pages(cluster, shard, inverse, [Follower.followee_id, Follower.follower_id], n):
-        with cluster.writer() as session:
-            held = session.get_many(Follow, [(row[1], row[0]) for row in rows])
-        extra = [(row[1], row[0]) for row, edge in zip(rows, held, strict=True) if edge is None]
         found[EXTRA] += _say_again(cluster, extra, present=False, dry_run=dry_run)
     return found
 
 
-def _say_again(cluster: Cluster, pairs: Sequence[Pair], *, present: bool, dry_run: bool) -> int:
-    """Emit what the forward edges of pairs are now; return how many were as they seemed."""
-    by_follower: dict[int, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_follower[pair[0]].append(pair)
+def _other(atype: int) -> int:
+    return FORWARD[atype] if atype in FORWARD else int(INVERSE[Kind(atype)])
+
+
+def _say_again(cluster: Cluster, keys: Sequence[Key], *, present: bool, dry_run: bool) -> int:
+    """Emit what forward edges are now; return how many were as they seemed."""
+    by_person: dict[int, list[Key]] = defaultdict(list)
+    for key in keys:
+        by_person[key[0]].append(key)
     n = 0
-    for follower_id, some in sorted(by_follower.items()):
+    for id1, some in sorted(by_person.items()):
         with cluster.writer() as session:
-            session.get(User, follower_id, with_for_update=True)
-            edges = session.get_many(Follow, some)
-            for pair, edge in zip(some, edges, strict=True):
+            session.get(User, id1, with_for_update=True)
+            for key, edge in zip(some, session.get_many(Assoc, some), strict=True):
                 n += (edge is not None) is present
                 if not dry_run:
-                    _emit(session, pair, edge)
+                    at = None if edge is None else edge.at
+                    tao.announce(session, id1, Kind(key[1]), key[2], at)
             if not dry_run:
                 session.commit()
     return n
-
-
-def _emit(session: WriteSession, pair: Pair, edge: Follow | None) -> None:
-    session.emit(
-        FOLLOW_CHANGED,
-        told(*pair, None if edge is None else edge.created_at),
-        key=key_of(*pair),
-        near=pair[0],
-    )

@@ -1,13 +1,16 @@
-"""Follow and unfollow, and the lists of both directions.
+"""Follow, unfollow, ask to follow, block, and the lists of both directions.
 
 Called by the API and the pages. An edge is two rows on two shards. The forward one is written
-here, with its count and the event that announces it, in one transaction on the follower's shard;
-it is the truth. The relay has `app.graph.inverse` write the other one.
+here, with its count and the event that announces it, in one transaction on the shard of the person
+whose edge it is; it is the truth. The relay has `app.graph.inverse` write the other one. A request
+to follow a private account is an edge of the one who asks; accepting it makes it a follow, in one
+transaction there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from app.accounts.models import User
 from app.accounts.repository import AccountRepository, person_of_name
@@ -16,16 +19,22 @@ from app.accounts.service import Viewer, person_out
 from app.clock import Clock
 from app.database import Database, Request
 from app.errors import FollowLimitError, InvalidInputError, NotFoundError
-from app.graph.repository import GraphRepository, add_follow, remove_follow
-from app.paging import Page, cut
-from app.partial import is_partial
-from shardkit import AsyncWriteSession
+from app.graph import tao
+from app.graph.models import Kind
+from app.graph.places import cut_edges
+from app.graph.privacy import check_unblocked, hidden, visible
+from app.graph.tao import Edge
+from app.paging import Page
+from app.partial import FAILED, PATIENCE, is_partial
+from shardkit import AsyncReadSession, AsyncWriteSession, WriteSession, deadline
 
 __all__ = ["GraphService"]
 
+T = TypeVar("T")
+
 
 class GraphService:
-    """What people do with follows.
+    """What people do with edges.
 
     Args:
         database: the client's sessions.
@@ -38,83 +47,223 @@ class GraphService:
         self._clock = clock
         self._max_followees = max_followees
 
-    async def follow(self, viewer: Viewer, name: str) -> PersonOut:
-        """Make the viewer follow a person; following twice is following once.
+    # -- follows
+
+    async def follow(self, viewer: Viewer, name: str) -> tuple[PersonOut, bool]:
+        """Make the viewer follow a person, or ask a private one; twice is once.
+
+        Returns:
+            The person, and whether the viewer follows now; otherwise the person has to answer.
 
         Raises:
-            NotFoundError: nobody has the name.
+            NotFoundError: nobody has the name, or there is a block.
             InvalidInputError: it is the viewer.
             FollowLimitError: the viewer follows too many already.
         """
         followee = await self._person(name)
         if followee.id == viewer.id:
             raise InvalidInputError("username", "You cannot follow yourself.")
+        async with self._database.primary() as session:
+            await check_unblocked(session, viewer.id, followee.id)
+        is_private = followee.is_private
 
-        async def work(session: AsyncWriteSession) -> None:
-            follower = await _locked(session, viewer.id)
-            if follower.following_count >= self._max_followees and not (
-                await GraphRepository(session).follows(viewer.id, followee.id)
-            ):
+        def work(session: WriteSession) -> bool:
+            me = tao.locked(session, viewer.id)
+            if tao.has(session, me.id, Kind.FOLLOWS, followee.id):
+                return True
+            if me.following_count >= self._max_followees:
                 raise FollowLimitError
-            await add_follow(session, follower, followee.id, self._clock())
+            if is_private:
+                tao.assoc_add(session, me, Kind.REQUESTED, followee.id, self._now())
+                return False
+            tao.assoc_delete(session, me, Kind.REQUESTED, followee.id)
+            tao.assoc_add(session, me, Kind.FOLLOWS, followee.id, self._now())
+            return True
 
         request = Request(viewer.id, ("follow", followee.id))
-        await self._database.run(request, work, near=viewer.id)
-        return person_out(followee)
+        return person_out(followee), await self._run(request, work, near=viewer.id)
 
     async def unfollow(self, viewer: Viewer, name: str) -> PersonOut:
-        """Make the viewer no longer follow a person; doing so twice is doing so once.
+        """Make the viewer no longer follow a person, nor ask to; doing so twice is doing so once.
 
         Raises:
             NotFoundError: nobody has the name.
         """
         followee = await self._person(name)
 
-        async def work(session: AsyncWriteSession) -> None:
-            await remove_follow(session, await _locked(session, viewer.id), followee.id)
+        def work(session: WriteSession) -> None:
+            me = tao.locked(session, viewer.id)
+            tao.assoc_delete(session, me, Kind.FOLLOWS, followee.id)
+            tao.assoc_delete(session, me, Kind.REQUESTED, followee.id)
 
         request = Request(viewer.id, ("unfollow", followee.id))
-        await self._database.run(request, work, near=viewer.id)
+        await self._run(request, work, near=viewer.id)
         return person_out(followee)
 
-    async def followers(self, name: str, before: int | None, n: int) -> Page[PersonOut]:
-        """Return a page of the people who follow somebody.
+    # -- requests
+
+    async def accept(self, viewer: Viewer, name: str) -> PersonOut:
+        """Let a person follow the viewer who has asked to; twice is once.
+
+        Raises:
+            NotFoundError: nobody has the name, or that person has not asked.
+        """
+        return await self._answer(viewer, name, accepted=True)
+
+    async def refuse(self, viewer: Viewer, name: str) -> PersonOut:
+        """Refuse a person who has asked to follow the viewer; twice is once.
 
         Raises:
             NotFoundError: nobody has the name.
         """
-        return await self._people(name, before, n, inverse=True)
+        return await self._answer(viewer, name, accepted=False)
 
-    async def following(self, name: str, before: int | None, n: int) -> Page[PersonOut]:
-        """Return a page of the people somebody follows.
+    async def remove_follower(self, viewer: Viewer, name: str) -> PersonOut:
+        """Make a person no longer follow the viewer; twice is once.
 
         Raises:
             NotFoundError: nobody has the name.
         """
-        return await self._people(name, before, n, inverse=False)
+        person = await self._person(name)
+
+        def work(session: WriteSession) -> None:
+            tao.assoc_delete(session, tao.locked(session, person.id), Kind.FOLLOWS, viewer.id)
+
+        await self._run(Request(viewer.id, ("remove", person.id)), work, near=person.id)
+        return person_out(person)
+
+    async def requests(self, viewer: Viewer, after: Edge | None, n: int) -> Page[PersonOut]:
+        """Return a page of people who ask to follow the viewer, newest first."""
+        async with self._database.reader() as session:
+            edges = await tao.on(
+                session, tao.assoc_page, viewer.id, Kind.REQUESTED_BY, after, n + 1
+            )
+            shown, cursor = cut_edges(edges, n)
+            ids = [edge.id2 for edge in shown]
+            # The list is the relay's; whoever has been answered is left out at once.
+            pairs = [(id_, viewer.id) for id_ in ids]
+            try:
+                with deadline(PATIENCE):
+                    asked = await tao.on(session, tao.there, Kind.REQUESTED, pairs)
+                    gone = await tao.on(session, hidden, viewer.id, ids)
+            except FAILED:
+                asked, gone = set(pairs), set()
+            wanted = [id_ for id_ in ids if (id_, viewer.id) in asked and id_ not in gone]
+            return await _people(session, wanted, cursor)
+
+    # -- blocks
+
+    async def block(self, viewer: Viewer, name: str) -> PersonOut:
+        """Hide the viewer and a person from each other, and end edges; twice is once.
+
+        Raises:
+            NotFoundError: nobody has the name.
+            InvalidInputError: it is the viewer.
+        """
+        person = await self._person(name)
+        if person.id == viewer.id:
+            raise InvalidInputError("username", "You cannot block yourself.")
+
+        def work(session: WriteSession) -> None:
+            me = tao.locked(session, viewer.id)
+            tao.assoc_delete(session, me, Kind.FOLLOWS, person.id)
+            tao.assoc_delete(session, me, Kind.REQUESTED, person.id)
+            tao.assoc_add(session, me, Kind.BLOCKS, person.id, self._now())
+
+        await self._run(Request(viewer.id, ("block", person.id)), work, near=viewer.id)
+        return person_out(person)
+
+    async def unblock(self, viewer: Viewer, name: str) -> PersonOut:
+        """End a block; doing so twice is doing so once. Edges that it ended do not come back.
+
+        Raises:
+            NotFoundError: nobody has the name.
+        """
+        person = await self._person(name)
+
+        def work(session: WriteSession) -> None:
+            tao.assoc_delete(session, tao.locked(session, viewer.id), Kind.BLOCKS, person.id)
+
+        await self._run(Request(viewer.id, ("unblock", person.id)), work, near=viewer.id)
+        return person_out(person)
+
+    async def blocked(self, viewer: Viewer, after: Edge | None, n: int) -> Page[PersonOut]:
+        """Return a page of people whom the viewer blocks, newest first."""
+        async with self._database.reader() as session:
+            edges = await tao.on(session, tao.assoc_page, viewer.id, Kind.BLOCKS, after, n + 1)
+            shown, cursor = cut_edges(edges, n)
+            return await _people(session, [edge.id2 for edge in shown], cursor)
+
+    # -- lists
+
+    async def followers(
+        self, name: str, viewer: Viewer | None, after: Edge | None, n: int
+    ) -> Page[PersonOut]:
+        """Return a page of the people who follow somebody, newest first.
+
+        Raises:
+            NotFoundError: nobody has the name, or the viewer may not know.
+        """
+        return await self._listed(name, viewer, after, n, Kind.FOLLOWED_BY)
+
+    async def following(
+        self, name: str, viewer: Viewer | None, after: Edge | None, n: int
+    ) -> Page[PersonOut]:
+        """Return a page of the people somebody follows, newest first.
+
+        Raises:
+            NotFoundError: nobody has the name, or the viewer may not know.
+        """
+        return await self._listed(name, viewer, after, n, Kind.FOLLOWS)
 
     async def followed_among(self, viewer: Viewer | None, ids: Sequence[int]) -> set[int]:
         """Return which of some people the viewer follows."""
-        if viewer is None:
+        if viewer is None or not ids:
             return set()
         async with self._database.reader() as session:
-            return await GraphRepository(session).followed_among(viewer.id, ids)
+            found = await tao.on(session, tao.assoc_get, viewer.id, Kind.FOLLOWS, ids)
+            return set(found)
 
-    async def _people(
-        self, name: str, before: int | None, n: int, *, inverse: bool
+    # -- parts
+
+    async def _listed(
+        self, name: str, viewer: Viewer | None, after: Edge | None, n: int, kind: Kind
     ) -> Page[PersonOut]:
         async with self._database.reader() as session:
-            accounts = AccountRepository(session)
-            user = await accounts.user_by_name(name)
-            if user is None:
+            user = await AccountRepository(session).user_by_name(name)
+            me = None if viewer is None else viewer.id
+            if user is None or not await tao.on(session, visible, me, {user.id: user}):
                 raise NotFoundError("There is no such person.")
-            graph = GraphRepository(session)
-            read = graph.followers if inverse else graph.following
-            ids, cursor = cut(await read(user.id, before, n + 1), n, lambda user_id: user_id)
-            users = await accounts.users(ids)
-            partial = is_partial(session)
-        people = [person_out(users[user_id]) for user_id in ids if user_id in users]
-        return Page[PersonOut](items=people, next_cursor=cursor, partial=partial)
+            edges = await tao.on(session, tao.assoc_page, user.id, kind, after, n + 1)
+            shown, cursor = cut_edges(edges, n)
+            return await _people(session, [edge.id2 for edge in shown], cursor)
+
+    async def _answer(self, viewer: Viewer, name: str, *, accepted: bool) -> PersonOut:
+        person = await self._person(name)
+
+        def work(session: WriteSession) -> bool:
+            them = tao.locked(session, person.id)
+            if not accepted:
+                tao.assoc_delete(session, them, Kind.REQUESTED, viewer.id)
+                return True
+            if tao.has(session, them.id, Kind.FOLLOWS, viewer.id):
+                return True
+            kinds = (Kind.REQUESTED, Kind.FOLLOWS)
+            return tao.assoc_change_type(session, them, kinds, viewer.id, self._now())
+
+        what = "accept" if accepted else "refuse"
+        request = Request(viewer.id, (what, person.id))
+        if not await self._run(request, work, near=person.id):
+            raise NotFoundError("This person has not asked to follow you.")
+        return person_out(person)
+
+    async def _run(self, request: Request, work: Callable[[WriteSession], T], *, near: int) -> T:
+        """Run a unit of work that is a function of shardkit's own session."""
+
+        async def unit(session: AsyncWriteSession) -> T:
+            return await tao.on(session, work)
+
+        return await self._database.run(request, unit, near=near)
 
     async def _person(self, name: str) -> User:
         user = await person_of_name(self._database, name)
@@ -122,9 +271,13 @@ class GraphService:
             raise NotFoundError("There is no such person.")
         return user
 
+    def _now(self) -> int:
+        return int(self._clock().timestamp() * 1000)
 
-async def _locked(session: AsyncWriteSession, user_id: int) -> User:
-    user = await session.get(User, user_id, with_for_update=True)
-    if user is None:
-        raise NotFoundError("There is no such person.")
-    return user
+
+async def _people(
+    session: AsyncReadSession, ids: Sequence[int], cursor: str | None
+) -> Page[PersonOut]:
+    users = await AccountRepository(session).users(ids)
+    people = [person_out(users[user_id]) for user_id in ids if user_id in users]
+    return Page[PersonOut](items=people, next_cursor=cursor, partial=is_partial(session))

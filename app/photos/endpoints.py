@@ -52,7 +52,7 @@ async def grid(
     limit: Limit = 30,
 ) -> Page[PhotoOut]:
     """Return a person's photos, newest first."""
-    owner = await accounts.profile(username, None)
+    owner = await accounts.profile(username, viewer)
     return await photos.grid(owner.id, viewer, cursor, limit)
 
 
@@ -70,10 +70,10 @@ async def unlike(photo_id: Id, viewer: SignedIn, photos: Photos) -> LikesOut:
 
 @router.get("/photos/{photo_id}/comments")
 async def comments(
-    photo_id: Id, photos: Photos, cursor: Cursor = None, limit: Limit = 30
+    photo_id: Id, viewer: MaybeViewer, photos: Photos, cursor: Cursor = None, limit: Limit = 30
 ) -> Page[CommentOut]:
     """Return the comments under a photo, oldest first."""
-    return await photos.comments(photo_id, cursor, limit)
+    return await photos.comments(photo_id, viewer, cursor, limit)
 
 
 @router.post(

@@ -18,6 +18,8 @@ from app.addresses import MEDIA
 from app.clock import Clock
 from app.database import Database, Request
 from app.errors import ForbiddenError, NotFoundError
+from app.graph.privacy import check_reaction, hidden_among, seen_among
+from app.graph.tao import on
 from app.paging import Page, cut
 from app.partial import counted, is_partial
 from app.photos.images import SIZES, ImageWorkers
@@ -26,7 +28,7 @@ from app.photos.repository import PhotoRepository, delete_photo, locked_photo
 from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
 from app.photos.store import BlobStore
 from shardkit import AsyncReadSession, AsyncWriteSession
-from shardkit.errors import OutcomeUnknownError
+from shardkit.errors import OutcomeUnknownError, UnavailableError
 
 __all__ = ["PhotoService", "describe", "image_url", "images_of", "photo_page"]
 
@@ -127,14 +129,19 @@ class PhotoService:
             # Asked for by itself: a list leaves out whose server does not answer, one photo cannot.
             if await session.get(User, photo.owner_id) is None:
                 raise NotFoundError
-            (shown,) = await describe(session, [photo], viewer)
-            return shown
+            shown = await describe(session, [photo], viewer)
+            if not shown:
+                raise _unseen(session)
+            return shown[0]
 
     async def grid(
         self, owner_id: int, viewer: Viewer | None, before: int | None, n: int
     ) -> Page[PhotoOut]:
-        """Return a page of one person's photos, newest first."""
+        """Return a page of one person's photos, newest first; none to who may not see them."""
         async with self._database.reader() as session:
+            owners = await AccountRepository(session).users([owner_id])
+            if not await seen_among(session, None if viewer is None else viewer.id, owners):
+                return Page[PhotoOut](items=[], partial=is_partial(session))
             photos, cursor = await PhotoRepository(session).grid(owner_id, before, n)
             return await photo_page(session, photos, viewer, cursor)
 
@@ -147,6 +154,7 @@ class PhotoService:
 
         async def work(session: AsyncWriteSession) -> int:
             photo = await locked_photo(session, photo_id)
+            await on(session, check_reaction, viewer.id, photo.owner_id)
             if await session.get(Like, (photo_id, viewer.id)) is None:
                 session.add(Like(photo_id=photo_id, user_id=viewer.id, created_at=self._clock()))
                 photo.like_count += 1
@@ -184,6 +192,7 @@ class PhotoService:
 
         async def work(session: AsyncWriteSession) -> dict[str, Any]:
             photo = await locked_photo(session, photo_id)
+            await on(session, check_reaction, viewer.id, photo.owner_id)
             comment = Comment(
                 photo_id=photo_id, author_id=viewer.id, body=given.body, created_at=self._clock()
             )
@@ -222,18 +231,25 @@ class PhotoService:
         request = Request(viewer.id, ("delete comment", photo_id, comment_id))
         await self._database.run(request, work, near=photo_id)
 
-    async def comments(self, photo_id: int, after: int | None, n: int) -> Page[CommentOut]:
-        """Return a page of the comments under a photo, oldest first.
+    async def comments(
+        self, photo_id: int, viewer: Viewer | None, after: int | None, n: int
+    ) -> Page[CommentOut]:
+        """Return a page of the comments under a photo, oldest first, without who is blocked.
 
         Raises:
-            NotFoundError: there is no such photo.
+            NotFoundError: there is no such photo, or the viewer may not see it.
         """
         async with self._database.reader() as session:
             repository = PhotoRepository(session)
-            await repository.photo(photo_id)
+            photo = await repository.photo(photo_id)
+            me = None if viewer is None else viewer.id
+            owners = await AccountRepository(session).users([photo.owner_id])
+            if not await seen_among(session, me, owners):
+                raise _unseen(session)
             rows = await repository.comments(photo_id, after, n + 1)
             comments, cursor = cut(rows, n, lambda comment: comment.id)
             authors = await AccountRepository(session).users(c.author_id for c in comments)
+            hidden = await hidden_among(session, me, authors)
             partial = is_partial(session)
         shown = [
             CommentOut(
@@ -244,7 +260,7 @@ class PhotoService:
                 created_at=comment.created_at,
             )
             for comment in comments
-            if comment.author_id in authors
+            if comment.author_id in authors and comment.author_id not in hidden
         ]
         return Page[CommentOut](items=shown, next_cursor=cursor, partial=partial)
 
@@ -265,6 +281,8 @@ async def describe(
 ) -> Sequence[PhotoOut]:
     """Return photos with their owners, how many like them, and whether the viewer does."""
     owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
+    seen = await seen_among(session, None if viewer is None else viewer.id, owners)
+    photos = [photo for photo in photos if photo.owner_id in seen]
     liked: set[int] = set()
     if viewer is not None:
         ids = [photo.id for photo in photos]
@@ -273,8 +291,14 @@ async def describe(
     return [
         _photo_out(photo, owners[photo.owner_id], likes[photo.id], liked=photo.id in liked)
         for photo in photos
-        if photo.owner_id in owners
     ]
+
+
+def _unseen(session: AsyncReadSession) -> Exception:
+    """Return why nothing is shown: there is nothing for this viewer, or it is not known."""
+    if is_partial(session):
+        return UnavailableError("the owner is on a server that does not answer")
+    return NotFoundError("There is no such photo.")
 
 
 async def photo_page(

@@ -35,6 +35,7 @@ from app.errors import (
     UploadError,
     problem_of,
 )
+from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
 from app.photos.schemas import Caption, CommentIn
@@ -181,7 +182,11 @@ async def log_out(
 @router.get("/settings")
 async def settings_form(viewer: SignedIn, pages: PagesDep) -> Response:
     """Show the form for the profile."""
-    values = {"display_name": viewer.display_name, "bio": viewer.bio}
+    values = {
+        "display_name": viewer.display_name,
+        "bio": viewer.bio,
+        "is_private": viewer.is_private,
+    }
     return pages.whole(
         "settings.html", title="Edit profile", viewer=viewer, values=values, errors=()
     )
@@ -190,7 +195,7 @@ async def settings_form(viewer: SignedIn, pages: PagesDep) -> Response:
 @router.post("/settings")
 async def settings(viewer: SignedIn, form: Sent, accounts: Accounts, pages: PagesDep) -> Response:
     """Change the profile."""
-    values = form.texts("display_name", "bio")
+    values = {**form.texts("display_name", "bio"), "is_private": bool(form.text("is_private"))}
     try:
         await accounts.edit(viewer, ProfilePatch.model_validate(values))
     except (AppError, ValidationError) as error:
@@ -252,6 +257,9 @@ async def profile(
     """Show a person and their photos; whether the person exists is known before the head."""
     found = await accounts.profile(username, viewer)
 
+    if not found.is_open:
+        return pages.whole("closed.html", title=found.username, viewer=viewer, profile=found)
+
     async def load() -> Mapping[str, Any]:
         page = await photos.grid(found.id, viewer, cursor, GRID_PAGE)
         return {"page": page, "path": f"/u/{found.username}"}
@@ -276,16 +284,18 @@ async def people(
     accounts: Accounts,
     graph: Graph,
     pages: PagesDep,
-    cursor: Cursor = None,
+    after: After,
 ) -> Response:
     """Show who follows a person, or whom the person follows."""
     if direction not in {"followers", "following"}:
         raise NotFoundError
-    found = await accounts.profile(username, None)
+    found = await accounts.profile(username, viewer)
+    if not found.is_open:
+        raise NotFoundError("This account is private.")
     read = graph.followers if direction == "followers" else graph.following
 
     async def load() -> Mapping[str, Any]:
-        page = await read(found.username, cursor, PEOPLE_PAGE)
+        page = await read(found.username, viewer, after, PEOPLE_PAGE)
         return {
             "page": page,
             "username": found.username,
@@ -302,7 +312,7 @@ async def people(
 @router.post("/u/{username}/follow")
 async def follow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Follow a person."""
-    person = await graph.follow(viewer, username)
+    person, _ = await graph.follow(viewer, username)
     return _back(form, f"/u/{person.username}")
 
 
@@ -311,6 +321,58 @@ async def unfollow(username: str, viewer: SignedIn, form: Sent, graph: Graph) ->
     """Unfollow a person."""
     person = await graph.unfollow(viewer, username)
     return _back(form, f"/u/{person.username}")
+
+
+@router.post("/u/{username}/block")
+async def block(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
+    """Block a person."""
+    person = await graph.block(viewer, username)
+    return _go(f"/u/{person.username}")
+
+
+@router.post("/u/{username}/unblock")
+async def unblock(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
+    """End a block."""
+    person = await graph.unblock(viewer, username)
+    return _back(form, f"/u/{person.username}")
+
+
+@router.get("/requests")
+async def requests(
+    *, request: Request, viewer: SignedIn, graph: Graph, pages: PagesDep, after: After
+) -> Response:
+    """Show who asks to follow the viewer."""
+
+    async def load() -> Mapping[str, Any]:
+        return {"page": await graph.requests(viewer, after, PEOPLE_PAGE)}
+
+    return pages.streamed(request, ("requests.html", load), title="Requests", viewer=viewer)
+
+
+@router.post("/requests/{username}/accept")
+async def accept(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
+    """Let a person follow the viewer."""
+    await graph.accept(viewer, username)
+    return _go("/requests")
+
+
+@router.post("/requests/{username}/refuse")
+async def refuse(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
+    """Refuse a person who asks to follow the viewer."""
+    await graph.refuse(viewer, username)
+    return _go("/requests")
+
+
+@router.get("/blocks")
+async def blocks(
+    *, request: Request, viewer: SignedIn, graph: Graph, pages: PagesDep, after: After
+) -> Response:
+    """Show whom the viewer blocks."""
+
+    async def load() -> Mapping[str, Any]:
+        return {"page": await graph.blocked(viewer, after, PEOPLE_PAGE)}
+
+    return pages.streamed(request, ("blocks.html", load), title="Blocked", viewer=viewer)
 
 
 @router.get("/p/{photo_id}")
@@ -328,7 +390,7 @@ async def photo(
     path = f"/p/{photo_id}"
 
     async def load() -> Mapping[str, Any]:
-        page = await photos.comments(photo_id, cursor, COMMENT_PAGE)
+        page = await photos.comments(photo_id, viewer, cursor, COMMENT_PAGE)
         return {"page": page, "path": path, "owner_id": shown.owner.id}
 
     return pages.streamed(

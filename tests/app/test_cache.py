@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.database import Database
-from app.graph.models import followers_of, following_of
+from app.graph.models import Kind, count_of
 from app.partial import counted
 from app.photos.repository import PhotoRepository
 from app.photos.service import photo_page
@@ -75,10 +75,10 @@ async def test_a_profile_that_was_read_is_not_read_again(service: Service, join:
             async with Database(cluster).reader() as session:
                 found, cursor = await PhotoRepository(session).grid(owner, None, 30)
                 page = await photo_page(session, found, None, cursor)
-                followers = await counted(session, followers_of, {owner: -1})
-                following = await counted(session, following_of, {owner: -1})
+                keys = {kind: (owner, int(kind)) for kind in (Kind.FOLLOWED_BY, Kind.FOLLOWS)}
+                counts = await counted(session, count_of, dict.fromkeys(keys.values(), -1))
             likes = [(str(item.id), item.like_count) for item in page.items]
-            return likes, followers[owner], following[owner]
+            return likes, counts[keys[Kind.FOLLOWED_BY]], counts[keys[Kind.FOLLOWS]]
 
         expected = ([(photos[2], 0), (photos[1], 1), (photos[0], 0)], 0, 1)
         assert await read() == expected

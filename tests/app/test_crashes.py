@@ -24,7 +24,8 @@ import pytest
 from sqlalchemy import select
 
 from app.accounts.models import User
-from app.graph.models import Follow, Follower
+from app.graph import tao
+from app.graph.models import Assoc, Kind
 from app.photos.models import Comment
 from app.repair import KINDS, run
 from app.workers import relay_of
@@ -220,13 +221,15 @@ def owner_of(site: LocalCluster, row_id: int) -> str:
 
 
 def forward(cluster: Cluster) -> set[tuple[int, int]]:
-    statement = select(Follow.follower_id, Follow.followee_id).options(all_shards())
+    statement = select(Assoc.id1, Assoc.id2).where(Assoc.atype == int(Kind.FOLLOWS))
+    statement = statement.options(all_shards())
     with cluster.writer() as session:
         return {(a, b) for a, b in session.execute(statement)}
 
 
 def inverse(cluster: Cluster) -> set[tuple[int, int]]:
-    statement = select(Follower.follower_id, Follower.followee_id).options(all_shards())
+    statement = select(Assoc.id2, Assoc.id1).where(Assoc.atype == int(Kind.FOLLOWED_BY))
+    statement = statement.options(all_shards())
     with cluster.writer() as session:
         return {(a, b) for a, b in session.execute(statement)}
 
@@ -296,12 +299,11 @@ def new_user(cluster: Cluster, name: str) -> int:
 
 def follow(cluster: Cluster, follower: int, followee: int, *, is_there: bool = True) -> None:
     with cluster.writer() as session:
-        user = session.get_one(User, follower, with_for_update=True)
+        user = tao.locked(session, follower)
         if is_there:
-            session.add(Follow(follower_id=follower, followee_id=followee, created_at=NOW))
+            assert tao.assoc_add(session, user, Kind.FOLLOWS, followee, 1_767_225_600_000)
         else:
-            session.delete(session.get_one(Follow, (follower, followee)))
-        user.following_count += 1 if is_there else -1
+            assert tao.assoc_delete(session, user, Kind.FOLLOWS, followee)
         session.commit()
 
 

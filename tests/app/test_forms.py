@@ -83,7 +83,7 @@ def test_every_form_that_changes_something_has_a_key_of_its_own(
     assert len(keys) == len(set(keys)), "each page has keys of its own"
     assert actions == {
         "/signup", "/login", "/upload", "/settings", "/p/…/like", "/p/…/delete",
-        "/p/…/comments", "/p/…/comments/…/delete", "/u/…/unfollow",
+        "/p/…/comments", "/p/…/comments/…/delete", "/u/…/unfollow", "/u/…/block",
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import delete, update
 
 from app.accounts.models import User
-from app.graph.models import Follow, Follower
+from app.graph.models import Assoc, Kind
 from app.photos.models import Photo
 from app.repair import KINDS, run
 from shardkit import Cluster
@@ -48,6 +48,10 @@ def followers_of(person: Person) -> set[str]:
     return {item["username"] for item in answer["items"]}
 
 
+def edges(id1: int, kind: Kind) -> Any:
+    return delete(Assoc).where(Assoc.id1 == id1, Assoc.atype == int(kind))
+
+
 def execute(cluster: Cluster, *statements: Any) -> None:
     for statement in statements:
         with cluster.writer() as session:
@@ -70,16 +74,16 @@ def test_what_disagrees_is_found_and_mended(join: Join, service: Service) -> Non
         lost = [int(fans[0].id), int(fans[1].id)]
         execute(
             cluster,
-            delete(Follower).where(Follower.followee_id == me, Follower.follower_id.in_(lost)),
-            delete(Follow).where(Follow.follower_id == int(fans[2].id), Follow.followee_id == me),
+            edges(me, Kind.FOLLOWED_BY).where(Assoc.id2.in_(lost)),
+            edges(int(fans[2].id), Kind.FOLLOWS).where(Assoc.id2 == me),
             update(User).where(User.id == me).values(follower_count=77, photo_count=0),
             update(Photo).where(Photo.owner_id == me, Photo.id == photo).values(like_count=9),
         )
 
     found = repair(service, "--dry-run", "--batch", "2")
     expected = dict.fromkeys(KINDS, 0) | {
-        "followers.missing": 2,
-        "followers.extra": 1,
+        "edges.missing": 2,
+        "edges.extra": 1,
         "users.follower_count": 1,
         "users.photo_count": 1,
         "users.following_count": 1,

@@ -64,9 +64,9 @@ def test_the_order_is_whole_and_read_as_it_was_written() -> None:
     text = str(ranked.statement((1, "a")))
     assert "photos.rank DESC NULLS LAST, photos.code ASC, photos.id ASC" in text
     assert [(column.name, how) for column, how in newest.order] == [("id", "DESC")]
-    assert newest.value is Photo.__table__.c.id
+    assert newest.values == (Photo.__table__.c.id,)
     of = CachedList(Like.photo_id, order_by=Like.user_id, limit=5)
-    assert of.value is Like.__table__.c.user_id
+    assert of.values == (Like.__table__.c.user_id,)
 
 
 def test_what_differs_has_names_of_its_own() -> None:
