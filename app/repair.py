@@ -1,6 +1,7 @@
 """Compares what is kept twice and mends it: `python -m app.repair --config shardkit.toml`.
 
-Edges of follows against their other sides, and every count against what it counts. Reads the
+Edges of follows against their other sides, people against what they are found by, and every count
+against what it counts. Reads the
 primaries in pages and locks one row at a time, so it runs beside the service, as often as wanted;
 it may be interrupted and run again, or begun at a logical shard.
 """
@@ -20,6 +21,7 @@ from rich.progress import Progress
 
 from app import counts
 from app.graph import repair
+from app.search import repair as search_repair
 from app.settings import Settings
 from app.workers import relay_of
 from shardkit import Cluster
@@ -28,7 +30,13 @@ from shardkit.errors import ConfigurationError, ShardkitError
 __all__ = ["main", "run"]
 
 FAILED, USAGE = 1, 2
-KINDS = (repair.MISSING, repair.EXTRA, *map(str, counts.COUNTS))
+KINDS = (
+    repair.MISSING,
+    repair.EXTRA,
+    search_repair.MISSING,
+    search_repair.STRAY,
+    *map(str, counts.COUNTS),
+)
 
 
 def main(
@@ -84,6 +92,7 @@ def run(
         shards = range(from_shard, cluster.topology.n_logical_shards)
         for shard in bar.track(shards, description="logical shards"):
             found.update(repair.compare(cluster, shard, n=n, dry_run=dry_run))
+            found.update(search_repair.compare(cluster, shard, n=n, dry_run=dry_run))
             found.update(counts.mend(cluster, shard, n=n, dry_run=dry_run))
     if not dry_run:
         relay.drain()

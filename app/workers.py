@@ -20,6 +20,9 @@ from pydantic import ValidationError
 
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
+from app.notifications.bus import Bus
+from app.reactions import Reactions
+from app.resources import services
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -36,13 +39,21 @@ BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
 """Tried for some six hours: a server that is down that long must not leave dead letters behind."""
 
 
-def relay_of(cluster: Cluster) -> Relay:
-    """Return a relay that does everything the service's events ask for."""
+def relay_of(cluster: Cluster, redis_url: str | None = None) -> Relay:
+    """Return a relay that does everything the service's events ask for.
+
+    Args:
+        cluster: whose events.
+        redis_url: where servers are told of notifications; None lets them look by themselves.
+    """
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
+    reactions = Reactions(cluster, Bus(redis_url))
+    reactions.register(relay)
 
     @relay.on(ASSOC_CHANGED, batch=BATCH)
     def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+        reactions.edges_changed(events)
 
     return relay
 
@@ -51,7 +62,8 @@ def __getattr__(name: str) -> Relay:
     """Make `relay` when it is asked for: an import opens nothing."""
     if name != "relay":
         raise AttributeError(name)
-    return relay_of(Cluster.from_file(Settings.read(os.environ).config))
+    config = Settings.read(os.environ).config
+    return relay_of(Cluster.from_file(config), services(config).get("redis"))
 
 
 def main(
@@ -69,7 +81,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     with cluster:
-        relay = relay_of(cluster)
+        relay = relay_of(cluster, services(settings.config).get("redis"))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: relay.stop())
         if attached:
