@@ -21,8 +21,12 @@ def folded(text: str) -> str:
         'zoe a'
     """
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
-    kept = (each for each in plain if not unicodedata.combining(each) and each != "\x00")
+    kept = (each for each in plain if not unicodedata.combining(each) and _can_be_stored(each))
     return unicodedata.normalize("NFKC", "".join(kept)).casefold()
+
+
+def _can_be_stored(character: str) -> bool:
+    return character != "\x00" and not "\ud800" <= character <= "\udfff"
 
 
 def words(text: str) -> list[str]:

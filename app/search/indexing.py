@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from app.accounts.models import User
 from app.database import TIMEOUT
-from app.search.grams import folded, trigrams
+from app.search.grams import trigrams, words
 from app.search.models import PersonEntry
 from shardkit import Cluster, deadline
 
@@ -20,7 +20,7 @@ LONGEST = 400
 
 def document_of(username: str, display_name: str) -> str:
     """Return what a person is looked for in."""
-    return folded(f"{username} {display_name}")[:LONGEST]
+    return " ".join(words(f"{username} {display_name}"))[:LONGEST]
 
 
 def index_person(cluster: Cluster, user_id: int) -> bool:

@@ -16,7 +16,7 @@ class PersonEntry(Sharded, Base):
 
     Attributes:
         username: the canonical name.
-        document: username and display name, folded: what is looked through.
+        document: the words of username and display name, folded: what is looked through.
         grams: the trigrams of the document.
     """
 

@@ -2,19 +2,20 @@
 
 Each question is one statement a server with ORDER BY and LIMIT in it, merged by shardkit. First
 what matches by its words, the last of which may be half typed (`tsvector`, GIN); only when that is
-not enough, what is alike (arrays of trigrams, GIN), by the similarity of pg_trgm. Text goes in as
-bound values only, and what becomes a `tsquery` is made of letters and digits.
+not enough, what shares most of the trigrams that were typed (arrays, GIN). Text goes in as bound
+values only, and what becomes a `tsquery` is made of letters and digits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
-    Numeric,
+    Integer,
     Text,
     case,
     cast,
@@ -34,8 +35,9 @@ from shardkit import AsyncCluster, all_shards, deadline
 
 __all__ = ["ALIKE", "PostgresSearch"]
 
-ALIKE: Final = 0.3
-"""Similarity from which something is found; the default of pg_trgm (manual, F.35)."""
+ALIKE: Final = 0.6
+"""Share of what was typed that something has to have: pg_trgm's default for word_similarity, of
+which this is the bound from above: the trigrams need not be side by side (manual, F.35)."""
 
 _MOST_WORDS: Final = 6
 _MOST_GRAMS: Final = 40
@@ -61,11 +63,12 @@ class PostgresSearch:
         found = [row.user_id for row in first.items]
         if len(found) >= n:
             return Found(found, first.is_partial)
-        alike = _alike(PersonEntry.grams, " ".join(typed))
+        whole = " ".join(typed)
+        shared, length = _shared(PersonEntry.grams, whole), _length(PersonEntry.grams)
         statement = (
-            select(PersonEntry.user_id, alike.label("alike"))
-            .where(_shares(PersonEntry.grams, " ".join(typed)), alike >= ALIKE)
-            .order_by(alike.desc(), PersonEntry.user_id.desc())
+            select(PersonEntry.user_id, shared.label("shared"), length.label("length"))
+            .where(_overlaps(PersonEntry.grams, whole), shared >= _enough(whole))
+            .order_by(shared.desc(), length, PersonEntry.user_id.desc())
             .limit(n)
         )
         more = await self._asked(statement)
@@ -82,17 +85,17 @@ class PostgresSearch:
         first = await self._asked(
             select(Tag.name, Tag.photo_count, is_it.label("is_it"))
             .where(Tag.name >= name, Tag.name < name + "\U0010ffff")  # begins with it, in C order
-            .order_by(is_it.desc(), Tag.photo_count.desc(), Tag.name)
+            .order_by(is_it.desc(), Tag.photo_count.desc(), Tag.name.collate("C"))
             .limit(n)
         )
         found = {row.name: row.photo_count for row in first.items}
         partial = first.is_partial
         if len(found) < n:
-            alike = _alike(Tag.grams, name)
+            shared, length = _shared(Tag.grams, name), _length(Tag.grams)
             more = await self._asked(
-                select(Tag.name, Tag.photo_count, alike.label("alike"))
-                .where(_shares(Tag.grams, name), alike >= ALIKE)
-                .order_by(alike.desc(), Tag.photo_count.desc(), Tag.name)
+                select(Tag.name, Tag.photo_count, shared.label("shared"), length.label("length"))
+                .where(_overlaps(Tag.grams, name), shared >= _enough(name))
+                .order_by(shared.desc(), length, Tag.photo_count.desc(), Tag.name.collate("C"))
                 .limit(n)
             )
             found = {**{row.name: row.photo_count for row in more.items}, **found}
@@ -124,24 +127,34 @@ def _people_by_words(typed: Sequence[str], name: str, n: int) -> Any:
     return (
         select(PersonEntry.user_id, rank.label("rank"))
         .where(matches)
-        .order_by(rank.desc(), func.length(PersonEntry.document), PersonEntry.user_id.desc())
+        .order_by(
+            rank.desc(),
+            func.length(PersonEntry.document, type_=Integer),
+            PersonEntry.user_id.desc(),
+        )
         .limit(n)
     )
 
 
-def _shares(column: Any, text: str) -> ColumnElement[bool]:
+def _length(column: Any) -> Any:
+    return func.cardinality(column, type_=Integer)
+
+
+def _overlaps(column: Any, text: str) -> ColumnElement[bool]:
     """Say that something has one of the trigrams of a text: by the GIN index."""
     return column.op("&&")(_array(_grams(text)))  # type: ignore[no-any-return]
 
 
-def _alike(column: Any, text: str) -> Any:
-    """Return the similarity as an expression: trigrams of both over trigrams of either."""
-    grams = _grams(text)
-    both: Any = literal(0)
-    for gram in grams:
-        both = both + case((column.op("@>")(_array([gram])), 1), else_=0)
-    either = func.cardinality(column) + len(grams) - both
-    return cast(both, Numeric) / either
+def _shared(column: Any, text: str) -> Any:
+    """Return how many of the trigrams of a text something has, as an expression."""
+    shared: Any = literal(0)
+    for gram in _grams(text):
+        shared = shared + case((column.op("@>")(_array([gram])), 1), else_=0)
+    return shared
+
+
+def _enough(text: str) -> int:
+    return math.ceil(ALIKE * len(_grams(text)))
 
 
 def _grams(text: str) -> list[str]:

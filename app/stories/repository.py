@@ -57,7 +57,7 @@ class StoryRepository:
             StoryView.story_id.in_(story_ids)
         )
         rows = await self._session.execute(statement.group_by(StoryView.story_id))
-        return dict(rows.tuples().all())
+        return {row[0]: row[1] for row in rows}
 
     async def viewers(self, story_id: int, before: int | None, n: int) -> Sequence[StoryView]:
         """Return who has seen a story, the last first."""

@@ -160,15 +160,16 @@ def test_who_sees_stories_and_who_has_seen_them(join: Join, service: Service) ->
 def test_a_story_is_posted_once_and_refused_like_a_photo(join: Join, service: Service) -> None:
     ana = join("ana")
     before = set(service.settings.media_folder.rglob("*.jpg"))
-    file = {"file": ("a.jpg", pictures.jpeg(64, 64)), "caption": (None, "once")}
-    three_times(ana.http, "POST", "/api/v1/stories", files=file)
+    picture = ("a.jpg", pictures.jpeg(64, 64))
+    once = {"file": picture, "caption": (None, "once")}
+    three_times(ana.http, "POST", "/api/v1/stories", files=once)
     assert len(ana.http.get("/api/v1/stories").json()["items"][0]["stories"]) == 1
     assert len(set(service.settings.media_folder.rglob("*.jpg")) - before) == 4
     for data, status in ((b"", 422), (b"GIF89a", 415), (pictures.bomb_png(), 422)):
         answer = ana.http.post("/api/v1/stories", files={"file": ("a.jpg", data)})
         assert answer.status_code == status
         assert answer.headers["content-type"] == "application/problem+json"
-    long = ana.http.post("/api/v1/stories", files=file | {"caption": (None, "x" * 501)})
+    long = ana.http.post("/api/v1/stories", files={"file": picture, "caption": (None, "x" * 501)})
     assert long.status_code == 422
 
 
