@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from shardkit import AsyncWriteSession
+from shardkit import AsyncWriteSession, WriteSession
 
 __all__ = [
     "COMMENTS_REMOVED",
@@ -31,6 +31,8 @@ __all__ = [
     "tag_changed",
 ]
 
+Emitter = AsyncWriteSession | WriteSession
+
 PHOTO_ADDED: Final = "photo.added"
 PHOTO_REMOVED: Final = "photo.removed"
 LIKE_CHANGED: Final = "like.changed"
@@ -44,19 +46,19 @@ _AT_ONCE: Final = 500
 """Comments that one event names: an event has up to 64 KiB."""
 
 
-def photo_added(session: AsyncWriteSession, photo_id: int, owner_id: int, names: list[str]) -> None:
+def photo_added(session: Emitter, photo_id: int, owner_id: int, names: list[str]) -> None:
     """Say that a caption mentions people."""
     payload = {"photo_id": str(photo_id), "owner_id": str(owner_id), "mentions": names}
     _emit(session, PHOTO_ADDED, payload, photo_id)
 
 
-def photo_removed(session: AsyncWriteSession, photo_id: int) -> None:
+def photo_removed(session: Emitter, photo_id: int) -> None:
     """Say that a photo is gone."""
     _emit(session, PHOTO_REMOVED, {"photo_id": str(photo_id)}, photo_id)
 
 
 def like_changed(
-    session: AsyncWriteSession, photo_id: int, owner_id: int, user_id: int, *, liked: bool
+    session: Emitter, photo_id: int, owner_id: int, user_id: int, *, liked: bool
 ) -> None:
     """Say that somebody likes a photo, or no longer does."""
     payload = {
@@ -70,7 +72,7 @@ def like_changed(
 
 
 def comment_added(
-    session: AsyncWriteSession,
+    session: Emitter,
     photo_id: int,
     comment_id: int,
     *,
@@ -98,30 +100,28 @@ def comment_added(
     _emit(session, COMMENT_ADDED, payload, photo_id)
 
 
-def comments_removed(session: AsyncWriteSession, photo_id: int, ids: Sequence[int]) -> None:
+def comments_removed(session: Emitter, photo_id: int, ids: Sequence[int]) -> None:
     """Say that comments are gone."""
     for start in range(0, len(ids), _AT_ONCE):
         some = [str(each) for each in ids[start : start + _AT_ONCE]]
         _emit(session, COMMENTS_REMOVED, {"photo_id": str(photo_id), "ids": some}, photo_id)
 
 
-def tag_changed(
-    session: AsyncWriteSession, photo_id: int, names: Iterable[str], change: int
-) -> None:
+def tag_changed(session: Emitter, photo_id: int, names: Iterable[str], change: int) -> None:
     """Say that a photo has tags it did not have (1), or has them no longer (-1)."""
     for name in names:
         session.emit(TAG_CHANGED, {"tag": name, "change": change}, key=name, near=photo_id)
 
 
-def person_changed(session: AsyncWriteSession, user_id: int) -> None:
+def person_changed(session: Emitter, user_id: int) -> None:
     """Say that a person is new, or is called otherwise."""
     _emit(session, PERSON_CHANGED, {"user_id": str(user_id)}, user_id)
 
 
-def person_removed(session: AsyncWriteSession, user_id: int) -> None:
+def person_removed(session: Emitter, user_id: int) -> None:
     """Say that a person is gone; to be emitted with the deletion of the person's row."""
     _emit(session, PERSON_REMOVED, {"user_id": str(user_id)}, user_id)
 
 
-def _emit(session: AsyncWriteSession, topic: str, payload: dict[str, Any], about: int) -> None:
+def _emit(session: Emitter, topic: str, payload: dict[str, Any], about: int) -> None:
     session.emit(topic, payload, key=about, near=about)

@@ -1,7 +1,7 @@
 """Compares what is kept twice and mends it: `python -m app.repair --config shardkit.toml`.
 
-Edges of follows against their other sides, people against what they are found by, and every count
-against what it counts. Reads the
+Edges of follows against their other sides, people against what they are found by, captions against
+their tags, and every count against what it counts. Reads the
 primaries in pages and locks one row at a time, so it runs beside the service, as often as wanted;
 it may be interrupted and run again, or begun at a logical shard.
 """
@@ -23,6 +23,7 @@ from app import counts
 from app.graph import repair
 from app.search import repair as search_repair
 from app.settings import Settings
+from app.tags import repair as tags_repair
 from app.workers import relay_of
 from shardkit import Cluster
 from shardkit.errors import ConfigurationError, ShardkitError
@@ -35,6 +36,7 @@ KINDS = (
     repair.EXTRA,
     search_repair.MISSING,
     search_repair.STRAY,
+    tags_repair.WRONG,
     *map(str, counts.COUNTS),
 )
 
@@ -93,6 +95,7 @@ def run(
         for shard in bar.track(shards, description="logical shards"):
             found.update(repair.compare(cluster, shard, n=n, dry_run=dry_run))
             found.update(search_repair.compare(cluster, shard, n=n, dry_run=dry_run))
+            found.update(tags_repair.mend(cluster, shard, n=n, dry_run=dry_run))
             found.update(counts.mend(cluster, shard, n=n, dry_run=dry_run))
     if not dry_run:
         relay.drain()

@@ -61,7 +61,7 @@ def test_pages_of_tags_are_newest_first_over_all_shards(join: Join) -> None:
     assert [len(page) for page in pages] == [3, 3, 2]
 
     def counted() -> bool:
-        return searched(people[0], f"#{tag}")["tags"] == [{"name": tag, "photo_count": 8}]
+        return bool(searched(people[0], f"#{tag}")["tags"] == [{"name": tag, "photo_count": 8}])
 
     wait_until(counted, SOON, "the relay counts the tag")
     for photo in shown[1:]:
