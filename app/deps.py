@@ -41,7 +41,6 @@ __all__ = [
     "begin_login",
     "end_login",
     "get_resources",
-    "login_token",
     "session_limits",
 ]
 
@@ -165,14 +164,10 @@ Search = Annotated[SearchService, Depends(get_search)]
 
 
 async def get_maybe_viewer(request: Request, accounts: Accounts) -> Viewer | None:
-    """Return who is asking, or None."""
-    return await accounts.viewer(login_token(request))
-
-
-def login_token(request: Request) -> str | None:
-    """Return the log-in that a request says it has; a bearer header counts before the cookie."""
+    """Return who is asking, or None; a bearer header counts before the cookie."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    return bearer.strip() if scheme.lower() == "bearer" else request.cookies.get(_cookie(request))
+    token = bearer.strip() if scheme.lower() == "bearer" else request.cookies.get(_cookie(request))
+    return await accounts.viewer(token)
 
 
 MaybeViewer = Annotated[Viewer | None, Depends(get_maybe_viewer)]

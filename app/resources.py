@@ -65,7 +65,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
         stack.push_async_callback(workers.close)
         blobs = FileBlobStore(settings.media_folder)
         redis_url = services(settings.config).get("redis")
-        hub = await stack.enter_async_context(opened(cluster, redis_url))
+        hub = await stack.enter_async_context(opened(cluster, redis_url, clock))
         stack.enter_context(running(keep_clean(cluster, blobs, clock)))
         yield Resources(
             settings=settings,

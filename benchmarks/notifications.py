@@ -191,13 +191,14 @@ async def _listen(
         f"GET /api/v1/me/notifications/stream HTTP/1.1\r\nHost: {host}:{port}\r\n"
         f"Authorization: Bearer {member.token}\r\nConnection: close\r\n\r\n"
     )
-    is_open = False
     async with gate:
-        while not is_open:  # a machine that is busy may refuse: as clients do, again
+        while True:  # a machine that is busy may refuse: as clients do, again
             reader, writer = await asyncio.open_connection(host, port)
             writer.write(asking.encode())
-            while not is_open and (line := await reader.readline()):
-                is_open = line.startswith(b"retry:")
+            while (line := await reader.readline()) and not line.startswith(b"retry:"):
+                pass
+            if line:
+                break
         arrivals.open += 1
         arrivals.changed.set()
     try:

@@ -37,6 +37,23 @@ class CommentOut(BaseModel):
         replies: the first of them.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "1903344051200002",
+                    "photo_id": "1903344051200001",
+                    "parent_id": None,
+                    "author": {"id": "1903344051200000", "username": "ana", "display_name": "Ana"},
+                    "body": "What a #light, @ben!",
+                    "created_at": "2026-11-21T11:00:00Z",
+                    "reply_count": 0,
+                    "replies": [],
+                }
+            ]
+        }
+    )
+
     id: IdText
     photo_id: IdText
     parent_id: IdText | None

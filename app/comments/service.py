@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import delete, select
 
 from app import happenings
-from app.accounts.models import User
 from app.accounts.repository import AccountRepository
+from app.accounts.schemas import PersonOut
 from app.accounts.service import Viewer, person_out
 from app.clock import Clock
 from app.comments.repository import CommentRepository
@@ -85,9 +85,8 @@ class CommentService:
                 told=told,
                 names=mentions(given.body),
             )
-            person = User(username=viewer.username, display_name=viewer.display_name)
-            person.id = viewer.id
-            return _out(comment, person).model_dump(mode="json")
+            me = PersonOut(id=viewer.id, username=viewer.username, display_name=viewer.display_name)
+            return _out(comment, me).model_dump(mode="json")
 
         request = Request(viewer.id, ("comment", photo_id, given.body, given.parent_id))
         return CommentOut.model_validate(await self._database.run(request, work, near=photo_id))
@@ -195,10 +194,10 @@ async def _page(
     hidden = await hidden_among(session, _id(viewer), authors)
     items = []
     for comment in _of_people(comments, authors.keys() - hidden):
-        out = _out(comment, authors[comment.author_id])
+        out = _out(comment, person_out(authors[comment.author_id]))
         out.reply_count = (counts or {}).get(comment.id, 0)
         out.replies = [
-            _out(answer, authors[answer.author_id])
+            _out(answer, person_out(authors[answer.author_id]))
             for answer in _of_people(below.get(comment.id, ()), authors.keys() - hidden)
         ]
         items.append(out)
@@ -213,12 +212,12 @@ def _id(viewer: Viewer | None) -> int | None:
     return None if viewer is None else viewer.id
 
 
-def _out(comment: Comment, author: User) -> CommentOut:
+def _out(comment: Comment, author: PersonOut) -> CommentOut:
     return CommentOut(
         id=comment.id,
         photo_id=comment.photo_id,
         parent_id=comment.parent_id,
-        author=person_out(author),
+        author=author,
         body=comment.body,
         created_at=comment.created_at,
     )

@@ -11,12 +11,10 @@ from fastapi.responses import StreamingResponse
 
 from app.addresses import API
 from app.deps import (
-    Accounts,
     Keyed,
     Notifications,
     ResourcesDep,
     SignedIn,
-    login_token,
 )
 from app.ids import Id
 from app.notifications.schemas import GroupOut, ReadIn, UnreadOut
@@ -72,7 +70,6 @@ async def stream(
     *,
     request: Request,
     viewer: SignedIn,
-    accounts: Accounts,
     notifications: Notifications,
     resources: ResourcesDep,
     last_event_id: Annotated[
@@ -84,15 +81,9 @@ async def stream(
     headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
     if request.scope.get("is_head"):
         return Response(media_type="text/event-stream", headers=headers)
-    token = login_token(request)
-
-    async def is_welcome() -> bool:
-        return await accounts.viewer(token) is not None
 
     async def chunks() -> AsyncIterator[str]:
-        found = events(
-            resources.hub, notifications, viewer.id, last_event_id, is_welcome=is_welcome
-        )
+        found = events(resources.hub, notifications, viewer, last_event_id)
         try:
             async for text in found:
                 yield text

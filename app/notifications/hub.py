@@ -4,6 +4,7 @@ Each stream has a bounded queue. What comes over Redis is put into the queues of
 queue that is full is emptied and marked as behind, and its stream reads the inbox instead: memory
 is bounded, and nothing is lost. Every few seconds, and all the time while Redis is away, the hub
 asks the inboxes of everybody who listens for their highest number, and marks who missed something.
+It also looks for the log-ins of all streams, and ends those that have none any more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -20,6 +22,8 @@ from typing import Final, Self
 from redis.exceptions import RedisError
 from sqlalchemy import select
 
+from app.accounts.models import LoginSession
+from app.clock import Clock
 from app.database import TIMEOUT
 from app.notifications.bus import Message, listen
 from app.notifications.models import Inbox
@@ -33,11 +37,14 @@ log = logging.getLogger("app")
 DEPTH: Final = 32
 """Messages that wait for one client; then it is behind, and reads its inbox."""
 
-CALM: Final = 10.0
+CALM: Final = 5.0
 """Seconds between two looks at the inboxes while Redis tells of what comes."""
 
 ALONE: Final = 0.5
 """The same while it does not."""
+
+CHECKED: Final = 5.0
+"""Seconds between two checks of the log-ins, if it looks that often."""
 
 _AT_ONCE: Final = 1000
 
@@ -47,13 +54,15 @@ class Subscription:
 
     Attributes:
         user_id: whose.
+        login_id: the log-in it was opened with; it ends with that.
         seq: up to which the stream has sent; it keeps this.
         is_behind: whether the inbox has to be read.
         is_closed: whether there will be nothing more.
     """
 
-    def __init__(self, user_id: int, depth: int = DEPTH) -> None:
+    def __init__(self, user_id: int, login_id: int, depth: int = DEPTH) -> None:
         self.user_id = user_id
+        self.login_id = login_id
         self.seq = 0
         self.is_behind = False
         self.is_closed = False
@@ -103,11 +112,14 @@ class Hub:
     Args:
         cluster: where the inboxes are.
         redis_url: where servers are told of what comes; None for nowhere.
+        clock: the time.
     """
 
-    def __init__(self, cluster: AsyncCluster, redis_url: str | None) -> None:
+    def __init__(self, cluster: AsyncCluster, redis_url: str | None, clock: Clock) -> None:
         self._cluster = cluster
         self._redis_url = redis_url
+        self._clock = clock
+        self._next_check = 0.0
         self._open: dict[int, set[Subscription]] = defaultdict(set)
         self._hears = False
         self._doubt = asyncio.Event()
@@ -118,9 +130,9 @@ class Hub:
         return sum(map(len, self._open.values()))
 
     @contextmanager
-    def subscribed(self, user_id: int) -> Iterator[Subscription]:
+    def subscribed(self, user_id: int, login_id: int) -> Iterator[Subscription]:
         """Listen to what comes for a person, for the time of a `with` block."""
-        subscription = Subscription(user_id)
+        subscription = Subscription(user_id, login_id)
         self._open[user_id].add(subscription)
         try:
             yield subscription
@@ -166,6 +178,25 @@ class Hub:
                     if subscription.seq < last_seq:
                         subscription.fall_behind()
 
+    async def check(self) -> None:
+        """End the streams whose log-in has ended; one statement a server for all of them.
+
+        Raises:
+            ShardkitError: a server does not answer; what is open stays so for now.
+        """
+        streams = iter(self._everybody())
+        while some := list(islice(streams, _AT_ONCE)):
+            statement = select(LoginSession.id).where(
+                LoginSession.id.in_({each.login_id for each in some}),
+                LoginSession.expires_at > self._clock(),
+            )
+            with deadline(TIMEOUT):
+                async with self._cluster.writer() as session:
+                    good = set(await session.scalars(statement))
+            for subscription in some:
+                if subscription.login_id not in good:
+                    subscription.close()
+
     async def _look(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -174,6 +205,9 @@ class Hub:
             self._doubt.clear()
             try:
                 await self.look()
+                if time.monotonic() >= self._next_check:
+                    await self.check()
+                    self._next_check = time.monotonic() + CHECKED
             except ShardkitError as error:
                 log.warning("inboxes were not asked: %s", error)
             except Exception:
@@ -199,9 +233,9 @@ class Hub:
 
 
 @asynccontextmanager
-async def opened(cluster: AsyncCluster, redis_url: str | None) -> AsyncIterator[Hub]:
+async def opened(cluster: AsyncCluster, redis_url: str | None, clock: Clock) -> AsyncIterator[Hub]:
     """Run a hub for the time of a `with` block."""
-    hub = Hub(cluster, redis_url).start()
+    hub = Hub(cluster, redis_url, clock).start()
     try:
         yield hub
     finally:

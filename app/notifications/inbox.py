@@ -16,6 +16,7 @@ from app.database import TIMEOUT
 from app.graph import privacy
 from app.notifications.models import Inbox, Notification
 from app.notifications.notices import Notice, Withdrawal
+from app.photos.models import Photo
 from shardkit import Cluster, WriteSession, all_shards, deadline, ids
 
 __all__ = ["KEPT", "forget", "names_to_ids", "put", "remove_all", "withdraw"]
@@ -157,12 +158,27 @@ def _may_know(session: WriteSession, notice: Notice) -> bool:
     """Tell whether no block is between the two, and the photo is one the person may see."""
     if privacy.hidden(session, notice.user_id, [notice.actor_id]):
         return False
+    if not _is_there(session, notice):
+        return False
     if notice.owner_id is None or notice.owner_id == notice.user_id:
         return True
     owner = session.get(User, notice.owner_id)
     if owner is None:
         return False
     return bool(privacy.visible(session, notice.user_id, {owner.id: owner}))
+
+
+def _is_there(session: WriteSession, notice: Notice) -> bool:
+    """Tell whether the photo still is: what is told of it then goes before or with it.
+
+    Beside the person the row is locked, so that a deletion comes after this COMMIT, and after it
+    what removes notifications. Elsewhere events of the photo come in order.
+    """
+    if notice.photo_id is None:
+        return True
+    is_near = ids.shard_of(notice.photo_id) == ids.shard_of(notice.user_id)
+    lock = {"read": True, "key_share": True} if is_near else None
+    return session.get(Photo, notice.photo_id, with_for_update=lock) is not None
 
 
 def _trim(session: WriteSession, inbox: Inbox) -> None:

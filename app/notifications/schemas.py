@@ -41,6 +41,26 @@ class GroupOut(BaseModel):
         unread: whether there is one that is not marked as read.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "seq": "42",
+                    "kind": "like",
+                    "count": 3,
+                    "actors": [
+                        {"id": "1903344051200000", "username": "ana", "display_name": "Ana"}
+                    ],
+                    "photo_id": "1903344051200001",
+                    "photo": "/media/0123456789abcdef0123456789abcdef/150.jpg",
+                    "comment_id": None,
+                    "created_at": "2026-11-21T11:00:00Z",
+                    "unread": True,
+                }
+            ]
+        }
+    )
+
     seq: IdText
     kind: NoticeKind
     count: int
@@ -54,6 +74,8 @@ class GroupOut(BaseModel):
 
 class UnreadOut(BaseModel):
     """How much there is that was not read."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"unread": 3}]})
 
     unread: int
 

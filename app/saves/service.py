@@ -47,7 +47,7 @@ class SaveService:
                 raise unseen(session)
 
         async def work(session: AsyncWriteSession) -> None:
-            # Of what is deleted meanwhile the relay removes the row again (`app.removal`).
+            # Deleted meanwhile on another server, it leaves a row that nobody is shown.
             if await session.get(Photo, photo_id) is None:
                 raise NotFoundError("There is no such photo.")
             await _lock(session, viewer.id)

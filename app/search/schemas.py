@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.accounts.schemas import PersonOut
 
@@ -27,6 +27,20 @@ class SearchOut(BaseModel):
         tags: hashtags that begin with it or are like it.
         partial: whether something may be missing because a server did not answer.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "people": [
+                        {"id": "1903344051200000", "username": "ana", "display_name": "Ana"}
+                    ],
+                    "tags": [{"name": "analog", "photo_count": 12}],
+                    "partial": False,
+                }
+            ]
+        }
+    )
 
     people: Sequence[PersonOut]
     tags: Sequence[TagOut]

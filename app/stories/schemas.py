@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.accounts.schemas import Paragraph, PersonOut
 from app.ids import IdText
@@ -25,6 +25,25 @@ class StoryOut(BaseModel):
         seen_by_me: whether the viewer has opened it.
         view_count: how many others have; null for everybody but the owner.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "1903344051200003",
+                    "owner": {"id": "1903344051200000", "username": "ana", "display_name": "Ana"},
+                    "caption": "On the way",
+                    "width": 1080,
+                    "height": 810,
+                    "images": {"640": "/media/stories/1903344051200003/640.jpg"},
+                    "created_at": "2026-11-21T11:00:00Z",
+                    "expires_at": "2026-11-22T11:00:00Z",
+                    "seen_by_me": False,
+                    "view_count": None,
+                }
+            ]
+        }
+    )
 
     id: IdText
     owner: PersonOut

@@ -263,6 +263,13 @@ def test_streams_tell_at_once_and_go_on_where_they_were(join: Join, service: Ser
     assert [each["id"] for each in missed] == [each["seq"] for each in missed]
 
 
+def test_a_stream_ends_with_its_login(join: Join, service: Service) -> None:
+    ana = join("ana")
+    with listening(service, ana) as events:
+        ana.http.delete("/api/v1/sessions/current").raise_for_status()
+        assert list(events) == []
+
+
 def test_what_is_no_stream(join: Join, service: Service) -> None:
     ana = join("ana")
     stream = f"{NOTICES}/stream"

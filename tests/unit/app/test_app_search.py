@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from app.comments.schemas import CommentOut
+from app.notifications.schemas import GroupOut, UnreadOut
 from app.search.cached import LIFE, CachedSearch
 from app.search.grams import folded, similarity, trigrams, words
 from app.search.protocol import Found, TagFound
+from app.search.schemas import SearchOut
+from app.stories.schemas import StoryOut
 
 
 @pytest.mark.parametrize(
@@ -74,3 +79,9 @@ def test_an_answer_is_kept_for_seconds_and_asked_for_once() -> None:
         assert (await cached.people("ben", 5)).items == [5]
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("schema", [CommentOut, GroupOut, SearchOut, StoryOut, UnreadOut])
+def test_examples_of_the_document_are_what_is_answered(schema: type[BaseModel]) -> None:
+    for example in schema.model_json_schema(mode="serialization")["examples"]:
+        assert schema.model_validate(example).model_dump(mode="json") == example

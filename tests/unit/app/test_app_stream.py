@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
 
 from app.accounts.schemas import PersonOut
+from app.accounts.service import Viewer
 from app.notifications import notices
 from app.notifications.bus import Message
 from app.notifications.hub import DEPTH, Hub, Subscription
@@ -20,6 +21,7 @@ from app.notifications.schemas import NotificationOut
 from app.notifications.service import News
 from app.notifications.stream import events
 
+VIEWER = Viewer(1, "ben", "Ben", "", 2)
 AT = dt.datetime(2026, 11, 21, 12, tzinfo=dt.UTC)
 ANA = PersonOut(id=7, username="ana", display_name="Ana")
 
@@ -73,17 +75,12 @@ class Client:
                 self.seen.append(int(number.removeprefix("id: ")))
 
 
-async def yes() -> bool:
-    return True
-
-
 def opened(hub: Hub, box: Box, last: int | None, **options: Any) -> Client:
-    is_welcome: Callable[[], Awaitable[bool]] = options.pop("is_welcome", yes)
-    return Client(events(hub, cast("Any", box), 1, last, is_welcome=is_welcome, **options))
+    return Client(events(hub, cast("Any", box), VIEWER, last, **options))
 
 
 def hub_without_servers() -> Hub:
-    return Hub(cast("Any", None), None)
+    return Hub(cast("Any", None), None, lambda: AT)
 
 
 async def begun(client: Client) -> None:
@@ -153,7 +150,7 @@ def test_a_client_that_does_not_read_takes_no_memory_and_loses_nothing() -> None
 
 
 def test_a_queue_is_bounded() -> None:
-    subscription = Subscription(1, depth=3)
+    subscription = Subscription(1, 2, depth=3)
     for seq in range(1, 4):
         subscription.offer(Message(1, seq, ""))
     behind = [subscription.is_behind]
@@ -164,26 +161,15 @@ def test_a_queue_is_bounded() -> None:
     assert list(subscription.taken()) == []
 
 
-def test_a_stream_ends_with_its_login_and_with_the_server() -> None:
+def test_a_stream_shows_life_and_ends_with_the_server() -> None:
     async def run() -> None:
-        hub, box, now, answers = hub_without_servers(), Box(), [0.0], [True, False]
-
-        def clock() -> float:
-            now[0] += 10.0
-            return now[0]
-
-        async def is_welcome() -> bool:
-            return answers.pop(0)
-
-        client = opened(hub, box, None, is_welcome=is_welcome, heartbeat=10.0, clock=clock)
-        assert [text async for text in client.stream][1:] == [": still here\n\n"]
-        assert len(hub) == 0
-
-        other = opened(hub, box, None)
-        await begun(other)
+        hub, box = hub_without_servers(), Box()
+        client = opened(hub, box, None, heartbeat=0.0)
+        await begun(client)
+        assert [await anext(client.stream) for _ in range(2)] == [": still here\n\n"] * 2
         assert len(hub) == 1
         await hub.stop()
-        assert [text async for text in other.stream] == []
+        assert [text async for text in client.stream] == []
         assert len(hub) == 0
 
     asyncio.run(run())
