@@ -6,8 +6,8 @@ the event in the outbox, the relay in another process, the inbox of the owner on
 Redis, the hub of the server, the stream. The clock runs from the answer to the like to the arrival
 of the event in the listener's socket; also from the request, which includes the like.
 
-The control is how late a sleep of the measuring process ends meanwhile. The peer is the same service
-without Redis, whose hub asks the inboxes twice a second.
+The control is how late a sleep of the measuring process ends meanwhile. The peer is the same
+service without Redis, whose hub asks the inboxes twice a second.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class GroupOut(BaseModel):
 
     Attributes:
         seq: number of the newest of them.
-        count: how many there are.
+        count: how many people did so.
         actors: who did them, the last first, three at most.
         photo: address of a small picture of the photo, if the viewer may see it.
         unread: whether there is one that is not marked as read.
