@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import exists, select
 
 from app.accounts.models import User
 from app.scan import pages
@@ -27,22 +27,19 @@ def compare(cluster: Cluster, shard: int, *, n: int, dry_run: bool) -> Counter[s
         EndpointUnavailableError: the primary does not answer (retryable).
     """
     found: Counter[str] = Counter()
-    people: Any = select(User.id, User.username, User.display_name)
+    people: Any = select(
+        User.id, User.username, User.display_name, PersonEntry.username, PersonEntry.document
+    ).join(PersonEntry, PersonEntry.user_id == User.id, isouter=True)
     for rows in pages(cluster, shard, people, [User.id], n):
-        with cluster.writer() as session:
-            entries = session.get_many(PersonEntry, [row.id for row in rows])
-        for row, entry in zip(rows, entries, strict=True):
-            document = document_of(row.username, row.display_name)
-            if entry is None or (entry.username, entry.document) != (row.username, document):
+        for user_id, username, display_name, *entry in rows:
+            if entry != [username, document_of(username, display_name)]:
                 found[MISSING] += 1
                 if not dry_run:
-                    index_person(cluster, row.id)
-    for rows in pages(cluster, shard, select(PersonEntry.user_id), [PersonEntry.user_id], n):
-        with cluster.writer() as session:
-            users = session.get_many(User, [row.user_id for row in rows])
-        for row, user in zip(rows, users, strict=True):
-            if user is None:
-                found[STRAY] += 1
-                if not dry_run:
-                    index_person(cluster, row.user_id)
+                    index_person(cluster, user_id)
+    stray: Any = select(PersonEntry.user_id).where(~exists().where(User.id == PersonEntry.user_id))
+    for rows in pages(cluster, shard, stray, [PersonEntry.user_id], n):
+        for (user_id,) in rows:
+            found[STRAY] += 1
+            if not dry_run:
+                index_person(cluster, user_id)
     return found

@@ -18,6 +18,7 @@ from typing import Final
 from app.accounts.usernames import canonical
 
 __all__ = [
+    "HASHES",
     "MAX_MENTIONS",
     "MAX_TAG",
     "MAX_TAGS",
@@ -38,7 +39,9 @@ MAX_TAGS: Final = 30
 MAX_MENTIONS: Final = 20
 """People of one text who are told."""
 
-_HASHES: Final = "#\uff03"
+HASHES: Final = "#\uff03"
+"""What a tag begins with."""
+
 _GLUE: Final = frozenset("#\uff03@&/")
 """Before a sign these say that no word begins there, as letters do."""
 
@@ -81,7 +84,7 @@ def segments(text: str) -> list[Segment]:
         sign = text[here]
         begins = here == 0 or not _is_glued(text[here - 1]) or here == tag_end
         end = here + 1
-        if begins and (sign == "@" or sign in _HASHES):
+        if begins and (sign == "@" or sign in HASHES):
             kind = Kind.MENTION if sign == "@" else Kind.TAG
             end = _name_end(text, end) if sign == "@" else _word_end(text, end)
             if name := (_mention if sign == "@" else _tag)(text, here + 1, end):
@@ -113,7 +116,7 @@ def canonical_tag(text: str) -> str:
         ValueError: this is no tag.
     """
     word = text.strip()
-    if word[:1] and word[0] in _HASHES:
+    if word[:1] and word[0] in HASHES:
         word = word[1:]
     if not word or _word_end(word, 0) != len(word) or not (name := _folded(word)):
         raise ValueError(f"must be a word of up to {MAX_TAG} letters, digits or _, with a letter")

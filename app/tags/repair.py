@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 
 from app import happenings
 from app.photos.models import Photo
 from app.scan import pages
 from app.tags.models import PhotoTag
-from app.tags.parser import tags
+from app.tags.parser import HASHES, tags
 from shardkit import Cluster, WriteSession
 
 __all__ = ["WRONG", "mend"]
@@ -32,7 +32,8 @@ def mend(cluster: Cluster, shard: int, *, n: int, dry_run: bool) -> Counter[str]
         EndpointUnavailableError: the primary does not answer (retryable).
     """
     found: Counter[str] = Counter()
-    captions: Any = select(Photo.id, Photo.caption)
+    signs = or_(*(Photo.caption.contains(sign) for sign in HASHES))
+    captions: Any = select(Photo.id, Photo.caption).where(signs)
     for rows in pages(cluster, shard, captions, [Photo.id], n):
         wanted = {row.id: names for row in rows if (names := set(tags(row.caption)))}
         if not wanted:
