@@ -6,11 +6,11 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills halves migrate-kill test-docker lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills bench-idmap-300m halves migrate-kill test-docker photo-torn move-grid lock clean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
-		awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
+		awk -F '\t' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 
 setup: ## make .venv from requirements.lock; does nothing when it is up to date
 	@$(PYTHON) scripts/setup.py
@@ -88,6 +88,9 @@ halves: setup ## 310 kills in atomic commits over two servers, and no commit hal
 migrate-kill: setup ## kill a migration before each of its statements, and no logical shard is half done
 	@SHARDKIT_KILL_STEP=1 SHARDKIT_KILL_SECONDS=7200 $(BIN)/python -m pytest -s tests/fault/test_migrate_kill.py $(ARGS)
 
+move-grid: setup ## break movers and servers at every step of a move; about half an hour
+	@$(BIN)/python -m tests.fault.movegrid $(ARGS)
+
 stale: setup ## a million writes, each read at once from replicas, and no read is stale
 	@$(BIN)/python -m benchmarks stale $(ARGS)
 
@@ -102,6 +105,11 @@ test-chaos-cache: setup ## ten million reads of the cache under faults, and none
 
 cache-kills: setup ## for how long something old is shown after writers are killed; a minute
 	@$(BIN)/python -m benchmarks cachekills $(ARGS)
+
+bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, and a million reads
+	@$(BIN)/python -m benchmarks idmap300m $(ARGS)
+photo-torn: setup ## crash photo volumes at 20,000 byte positions and kill 60 writers; a minute
+	@SHARDKIT_TORN=all $(BIN)/python -m pytest -s tests/app/test_torn.py $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

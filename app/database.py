@@ -94,6 +94,14 @@ class Database:
         """
         return hmac.digest(salt, (self._key or "").encode(), "sha256")
 
+    def saw(self, token: str) -> None:
+        """Have this client's reads see what somebody else has written for it.
+
+        Args:
+            token: of the session that wrote.
+        """
+        self._fresh.saw(token)
+
     @asynccontextmanager
     async def reader(self, *, fresh: bool = True) -> AsyncIterator[AsyncReadSession]:
         """Open a session on replicas that have seen this client's writes.

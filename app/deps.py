@@ -15,6 +15,7 @@ from app.feed.service import FeedService
 from app.graph.service import GraphService
 from app.notifications.service import NotificationService
 from app.photos.service import PhotoService
+from app.photos.uploads import UploadService
 from app.resources import Resources
 from app.saves.service import SaveService
 from app.search.service import SearchService
@@ -38,6 +39,7 @@ __all__ = [
     "SignedIn",
     "Stories",
     "Tags",
+    "Uploads",
     "begin_login",
     "end_login",
     "get_resources",
@@ -102,7 +104,19 @@ def session_limits(settings: Settings) -> SessionLimits:
 
 async def get_photos(resources: ResourcesDep, database: DatabaseDep) -> PhotoService:
     """Return the photo service."""
-    return PhotoService(database, resources.blobs, resources.workers, resources.clock)
+    return PhotoService(database, resources.blobs, resources.clock, resources.likes)
+
+
+async def get_uploads(resources: ResourcesDep, database: DatabaseDep) -> UploadService:
+    """Return the upload service."""
+    return UploadService(
+        database,
+        resources.blobs,
+        resources.workers,
+        resources.uploads,
+        clock=resources.clock,
+        lifetime=resources.settings.upload_lifetime,
+    )
 
 
 async def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphService:
@@ -112,7 +126,14 @@ async def get_graph(resources: ResourcesDep, database: DatabaseDep) -> GraphServ
 
 async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedService:
     """Return the feed service."""
-    return FeedService(database, resources.settings.max_followees)
+    return FeedService(
+        database,
+        resources.clock,
+        resources.cursors,
+        resources.ranked,
+        max_followees=resources.settings.max_followees,
+        timelines=resources.timelines,
+    )
 
 
 async def get_comments(resources: ResourcesDep, database: DatabaseDep) -> CommentService:
@@ -153,6 +174,7 @@ async def get_search(resources: ResourcesDep, database: DatabaseDep) -> SearchSe
 
 Accounts = Annotated[AccountService, Depends(get_accounts)]
 Photos = Annotated[PhotoService, Depends(get_photos)]
+Uploads = Annotated[UploadService, Depends(get_uploads)]
 Graph = Annotated[GraphService, Depends(get_graph)]
 Feed = Annotated[FeedService, Depends(get_feed)]
 Comments = Annotated[CommentService, Depends(get_comments)]

@@ -15,7 +15,11 @@
     │   ├── UnsupportedImageError
     │   ├── DamagedImageError
     │   ├── TooManyPixelsError
-    │   └── BodyTooLargeError
+    │   ├── BodyTooLargeError
+    │   ├── UploadInterruptedError
+    │   └── StorageFullError
+    ├── StorageUnavailableError
+    ├── DamagedPictureError
     ├── SlowBodyError
     └── BusyError
 
@@ -26,6 +30,7 @@ never carries a stack, SQL or the name of a host: those go to the log under the 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -50,6 +55,7 @@ __all__ = [
     "ConflictError",
     "CrossOriginError",
     "DamagedImageError",
+    "DamagedPictureError",
     "EmptyUploadError",
     "FieldProblem",
     "FollowLimitError",
@@ -60,10 +66,14 @@ __all__ = [
     "Problem",
     "SignInFailedError",
     "SlowBodyError",
+    "StorageFullError",
+    "StorageUnavailableError",
     "TooManyPixelsError",
     "UnsupportedImageError",
     "UploadError",
+    "UploadInterruptedError",
     "UsernameTakenError",
+    "is_disk_full",
     "problem_of",
 ]
 
@@ -144,6 +154,22 @@ class BodyTooLargeError(UploadError):
     """The request is larger than allowed."""
 
 
+class UploadInterruptedError(UploadError):
+    """The server was stopped while it worked on this; upload it again."""
+
+
+class StorageFullError(UploadError):
+    """There is no room for pictures at the moment; nothing was stored."""
+
+
+class StorageUnavailableError(AppError):
+    """Pictures cannot be reached at the moment; try again."""
+
+
+class DamagedPictureError(AppError):
+    """This picture is damaged on our disk; it has been logged."""
+
+
 class SlowBodyError(AppError):
     """The request did not arrive in time."""
 
@@ -204,6 +230,10 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     DamagedImageError: (422, "damaged-image", "Damaged image"),
     TooManyPixelsError: (422, "too-many-pixels", "Too many pixels"),
     BodyTooLargeError: (413, "body-too-large", "Request too large"),
+    UploadInterruptedError: (503, "upload-interrupted", "Upload interrupted"),
+    StorageFullError: (507, "storage-full", "Storage full"),
+    StorageUnavailableError: (503, "storage-unavailable", "Storage unavailable"),
+    DamagedPictureError: (500, "damaged-picture", "Damaged picture"),
     UploadError: (422, "upload-refused", "Upload refused"),
     SlowBodyError: (408, "slow-body", "Request too slow"),
     BusyError: (503, "busy", "Busy"),
@@ -220,6 +250,11 @@ RETRY_AFTER = 2
 """Seconds a client is asked to wait after a 503; a primary's restart takes about as long."""
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error says that there is no room on a disk."""
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+
+
 def problem_of(error: Exception) -> Problem:
     """Return what a client may know about an exception; unknown ones become a bare 500."""
     match error:
@@ -229,6 +264,8 @@ def problem_of(error: Exception) -> Problem:
             return _invalid(error.errors(include_url=False, include_input=False))
         case HTTPException():
             return _of_framework(error)
+        case OSError() if is_disk_full(error):
+            return problem_of(StorageFullError())
     for kind in type(error).__mro__:
         if kind in STATUS:
             status, slug, title = STATUS[kind]

@@ -18,7 +18,7 @@ __all__ = [
     "LIKE_CHANGED",
     "PERSON_CHANGED",
     "PERSON_REMOVED",
-    "PHOTO_ADDED",
+    "PHOTO_MENTIONS",
     "PHOTO_REMOVED",
     "TAG_CHANGED",
     "comment_added",
@@ -26,14 +26,14 @@ __all__ = [
     "like_changed",
     "person_changed",
     "person_removed",
-    "photo_added",
+    "photo_mentions",
     "photo_removed",
     "tag_changed",
 ]
 
 Emitter = AsyncWriteSession | WriteSession
 
-PHOTO_ADDED: Final = "photo.added"
+PHOTO_MENTIONS: Final = "photo.mentions"
 PHOTO_REMOVED: Final = "photo.removed"
 LIKE_CHANGED: Final = "like.changed"
 COMMENT_ADDED: Final = "comment.added"
@@ -46,10 +46,10 @@ _AT_ONCE: Final = 500
 """Comments that one event names: an event has up to 64 KiB."""
 
 
-def photo_added(session: Emitter, photo_id: int, owner_id: int, names: list[str]) -> None:
+def photo_mentions(session: Emitter, photo_id: int, owner_id: int, names: list[str]) -> None:
     """Say that a caption mentions people."""
     payload = {"photo_id": str(photo_id), "owner_id": str(owner_id), "mentions": names}
-    _emit(session, PHOTO_ADDED, payload, photo_id)
+    _emit(session, PHOTO_MENTIONS, payload, photo_id)
 
 
 def photo_removed(session: Emitter, photo_id: int) -> None:

@@ -18,13 +18,14 @@ from starlette.types import Scope
 
 import app.api
 import app.health
+import app.legacy.endpoints
 import app.photos.endpoints
 import app.stories.endpoints
 import app.web.pages
 import app.web.social
 from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
-from app.errors import AppError, NotSignedInError, problem_of
+from app.errors import AppError, NotSignedInError, is_disk_full, problem_of
 from app.metrics import Metrics
 from app.middleware import (
     BodyLimit,
@@ -78,15 +79,19 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
         return _respond(pages, scope, error)
 
     async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, OSError) and not is_disk_full(error):
+            raise error
         return respond(request.scope, error)
 
-    for kind in (AppError, ShardkitError, HTTPException, RequestValidationError, ValidationError):
+    kinds = (AppError, ShardkitError, HTTPException, RequestValidationError, ValidationError)
+    for kind in (*kinds, OSError):
         service.add_exception_handler(kind, handle)
 
     service.include_router(app.api.router)
     service.include_router(app.photos.endpoints.media)
     service.include_router(app.stories.endpoints.media)
     service.include_router(app.health.router)
+    service.include_router(app.legacy.endpoints.router)
     service.include_router(app.web.pages.router)
     service.include_router(app.web.social.router)
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))

@@ -39,7 +39,7 @@ class Reactions:
 
     def register(self, relay: Relay) -> None:
         """Make these the handlers of a relay."""
-        relay.on(happenings.PHOTO_ADDED)(self.photo_added)
+        relay.on(happenings.PHOTO_MENTIONS)(self.photo_mentions)
         relay.on(happenings.PHOTO_REMOVED)(self.photo_removed)
         relay.on(happenings.LIKE_CHANGED)(self.like_changed)
         relay.on(happenings.COMMENT_ADDED)(self.comment_added)
@@ -48,7 +48,7 @@ class Reactions:
         relay.on(happenings.PERSON_CHANGED)(self.person_changed)
         relay.on(happenings.PERSON_REMOVED)(self.person_removed)
 
-    def photo_added(self, event: Event) -> None:
+    def photo_mentions(self, event: Event) -> None:
         """Tell who is mentioned in a caption."""
         people = inbox.names_to_ids(self._cluster, event.payload["mentions"])
         self._tell(notices.of_photo(event.payload, event.created, people))

@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from app import counts
 from app.graph import repair
+from app.photos import likes
 from app.search import repair as search_repair
 from app.settings import Settings
 from app.tags import repair as tags_repair
@@ -38,6 +39,7 @@ KINDS = (
     search_repair.STRAY,
     tags_repair.WRONG,
     *map(str, counts.COUNTS),
+    likes.SLOTS_WRONG,
 )
 
 
@@ -96,6 +98,7 @@ def run(
             found.update(repair.compare(cluster, shard, n=n, dry_run=dry_run))
             found.update(search_repair.compare(cluster, shard, n=n, dry_run=dry_run))
             found.update(tags_repair.mend(cluster, shard, n=n, dry_run=dry_run))
+            found.update(likes.mend(cluster, shard, n=n, dry_run=dry_run))
             found.update(counts.mend(cluster, shard, n=n, dry_run=dry_run))
     if not dry_run:
         relay.drain()

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import tomllib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
-from app.notifications.hub import Hub, opened
-from app.photos.images import ImageLimits, ImageWorkers
-from app.photos.store import BlobStore, FileBlobStore
+from app.feed.building import Builder
+from app.feed.cursors import Cursors
+from app.feed.ranked import RankedFeed
+from app.feed.timelines import AsyncTimelines
+from app.legacy.photos import open_client, open_map
+from app.notifications.hub import Hub
+from app.notifications.hub import opened as hub_opened
+from app.photos.images import FORMATS, ImageLimits, ImageWorkers
+from app.photos.likes import Likes
+from app.photos.opening import open_blobs
+from app.photos.running import RunningUploads
+from app.photos.store import BlobStore
 from app.search.cached import CachedSearch
 from app.search.postgres import PostgresSearch
 from app.search.protocol import SearchIndex
 from app.settings import Settings
 from app.stories.cleanup import keep_clean
 from shardkit import AsyncCluster
+from shardkit.idmap import AsyncIdMap
 
-__all__ = ["Resources", "open_resources", "services"]
+__all__ = ["Resources", "open_resources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +43,16 @@ class Resources:
         passwords: the hasher.
         blobs: the bytes of pictures.
         workers: the decoding processes.
+        uploads: those that are worked on after their answer.
         clock: the time.
+        likes: writes likes, many together.
+        cursors: where pages of feeds begin.
+        ranked: ranks feeds.
         search: finds people and hashtags.
         hub: the open streams of notifications.
         redis_url: address of Redis, or None when there is none.
+        legacy_photos: ids of photos by the number they once had; None without Redis.
+        timelines: what was pushed to whom, and who builds it; None without Redis.
     """
 
     settings: Settings
@@ -46,10 +60,16 @@ class Resources:
     passwords: Passwords
     blobs: BlobStore
     workers: ImageWorkers
+    uploads: RunningUploads
     clock: Clock
+    likes: Likes
+    cursors: Cursors
+    ranked: RankedFeed
     search: SearchIndex
     hub: Hub
     redis_url: str | None = None
+    legacy_photos: AsyncIdMap | None = None
+    timelines: tuple[AsyncTimelines, Builder] | None = None
 
 
 @asynccontextmanager
@@ -61,11 +81,31 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
-        workers = ImageWorkers(settings.image_workers, ImageLimits(max_pixels=settings.max_pixels))
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        workers = ImageWorkers(
+            settings.image_workers,
+            ImageLimits(max_pixels=settings.max_pixels),
+            FORMATS if settings.webp else ("jpg",),
+        )
         stack.push_async_callback(workers.close)
-        blobs = FileBlobStore(settings.media_folder)
-        redis_url = services(settings.config).get("redis")
-        hub = await stack.enter_async_context(opened(cluster, redis_url, clock))
+        uploads = RunningUploads()
+        stack.push_async_callback(uploads.close)
+        likes = Likes(cluster, clock, timeout=settings.database_timeout)
+        stack.push_async_callback(likes.close)
+        redis_url = cluster.services.get("redis")
+        legacy_photos: AsyncIdMap | None = None
+        timelines: tuple[AsyncTimelines, Builder] | None = None
+        if redis_url is not None:
+            redis = open_client(redis_url)
+            stack.push_async_callback(redis.aclose)
+            legacy_photos = open_map(redis)
+            opened = AsyncTimelines(redis_url)
+            stack.push_async_callback(opened.close)
+            builder = Builder(cluster, opened, settings.max_followees)
+            stack.push_async_callback(builder.close)
+            timelines = opened, builder
+        hub = await stack.enter_async_context(hub_opened(cluster, redis_url, clock))
         stack.enter_context(running(keep_clean(cluster, blobs, clock)))
         yield Resources(
             settings=settings,
@@ -73,10 +113,16 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             passwords=await asyncio.to_thread(Passwords, settings.hash_workers),
             blobs=blobs,
             workers=workers,
+            uploads=uploads,
             clock=clock,
+            likes=likes,
+            cursors=Cursors(cluster.token_keys),
+            ranked=RankedFeed(cluster, clock),
+            redis_url=redis_url,
+            legacy_photos=legacy_photos,
+            timelines=timelines,
             search=CachedSearch(PostgresSearch(cluster)),
             hub=hub,
-            redis_url=redis_url,
         )
 
 
@@ -88,9 +134,3 @@ def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
         yield
     finally:
         task.cancel()
-
-
-def services(config: Path) -> Mapping[str, str]:
-    """Return `[services]` of a configuration file that the cluster has accepted already."""
-    services: Mapping[str, str] = tomllib.loads(config.read_text("utf-8")).get("services", {})
-    return services

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,16 @@ class Settings(BaseModel):
         host: address to listen on.
         port: port to listen on; taken ones make the server try the next.
         media: folder of the pictures; by default beside the configuration file.
+        blobs: what keeps them: `volumes` and `files` in that folder, or `s3`.
+        volume_bytes: length at which a volume is sealed; at most 128 GiB.
+        s3_bucket: the bucket, which must be there.
+        s3_prefix: what the names of objects begin with.
+        s3_endpoint: address of a server that speaks S3; without it, Amazon's. Credentials are
+            taken from `AWS_ACCESS_KEY_ID` and its kin.
+        webp: whether pictures are made as WebP too, at the cost of half as much time again.
+        upload_patience: an upload that takes longer is answered with 202 and the address of
+            its status.
+        upload_lifetime: an upload that takes longer than this has failed.
         max_upload_bytes: size of one uploaded file.
         max_body_bytes: size of any other request.
         body_timeout: until a request must have arrived whole.
@@ -42,6 +52,14 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     media: Path | None = None
+    blobs: Literal["volumes", "files", "s3"] = "volumes"
+    volume_bytes: Annotated[int, Field(ge=1 << 20, le=128 << 30)] = 8 << 30
+    s3_bucket: str = "pictures"
+    s3_prefix: str = ""
+    s3_endpoint: str | None = None
+    webp: bool = True
+    upload_patience: Annotated[float, Field(ge=0)] = 3.0
+    upload_lifetime: Annotated[float, Field(gt=0)] = 300.0
     max_upload_bytes: Annotated[int, Field(gt=0)] = 10 * 1024 * 1024
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024
     body_timeout: Annotated[float, Field(gt=0)] = 60.0

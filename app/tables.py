@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import app.accounts.models
+import app.feed.ranking.ads
 import app.graph.models
 import app.notifications.models
 import app.photos.models

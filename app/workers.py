@@ -18,11 +18,15 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from app.feed import fanout
+from app.feed.modes import Modes
+from app.feed.timelines import Timelines
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
 from app.notifications.bus import Bus
+from app.photos import likes, removal
+from app.photos.models import LIKES_CHANGED, PHOTO_ADDED, PHOTO_DELETED
 from app.reactions import Reactions
-from app.resources import services
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -39,21 +43,41 @@ BACKOFF = Backoff(first=0.5, longest=60.0, attempts=500)
 """Tried for some six hours: a server that is down that long must not leave dead letters behind."""
 
 
-def relay_of(cluster: Cluster, redis_url: str | None = None) -> Relay:
+def relay_of(
+    cluster: Cluster, modes: Modes | None = None, *, settings: Settings | None = None
+) -> Relay:
     """Return a relay that does everything the service's events ask for.
 
     Args:
-        cluster: whose events.
-        redis_url: where servers are told of notifications; None lets them look by themselves.
+        cluster: whose events; its `[services]` say where timelines are.
+        modes: decides whose photos are pushed.
+        settings: where pictures are; without them, bytes that a process which died while it
+            deleted a photo has left are left to the sweeper.
     """
+    redis = cluster.services.get("redis")
+    timelines = None if redis is None else Timelines(redis)
+    modes = modes or Modes()
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
-    reactions = Reactions(cluster, Bus(redis_url))
+    reactions = Reactions(cluster, Bus(redis))
     reactions.register(relay)
 
     @relay.on(ASSOC_CHANGED, batch=BATCH)
     def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
         reactions.edges_changed(events)
+
+    @relay.on(PHOTO_DELETED, batch=BATCH)
+    def pictures(events: list[Event]) -> None:
+        if settings is not None:
+            removal.remove(settings, events)
+
+    @relay.on(PHOTO_ADDED, batch=BATCH)
+    def photos(events: list[Event]) -> None:
+        fanout.deliver(cluster, timelines, modes, events)
+
+    @relay.on(LIKES_CHANGED, batch=BATCH)
+    def counts(events: list[Event]) -> None:
+        likes.fold(cluster, events)
 
     return relay
 
@@ -62,8 +86,8 @@ def __getattr__(name: str) -> Relay:
     """Make `relay` when it is asked for: an import opens nothing."""
     if name != "relay":
         raise AttributeError(name)
-    config = Settings.read(os.environ).config
-    return relay_of(Cluster.from_file(config), services(config).get("redis"))
+    settings = Settings.read(os.environ)
+    return relay_of(Cluster.from_file(settings.config), settings=settings)
 
 
 def main(
@@ -81,7 +105,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     with cluster:
-        relay = relay_of(cluster, services(settings.config).get("redis"))
+        relay = relay_of(cluster, settings=settings)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: relay.stop())
         if attached:

@@ -17,10 +17,12 @@ SHARED = (
     "cachesessions",
     "cachestages",
     "cachetrace",
+    "loopdisk",
     "measure",
     "outage",
     "promoted",
     "published",
+    "socialworld",
     "tenants",
 )
 """Modules that are no benchmarks."""
@@ -30,6 +32,7 @@ LONG = (
     "cachekills",
     "chaos",
     "halves",
+    "idmap300m",
     "lookup",
     "migrate_blocker",
     "stale",

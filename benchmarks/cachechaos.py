@@ -300,7 +300,7 @@ def _follow(shared: Any, looks: deque[tuple[float, list[Any]]]) -> None:
 
 def _trouble(shared: Any, mortal: Server, proxy: FaultProxy, outcome: Outcome) -> None:
     """Kill a server and break a link, again and again."""
-    rng = random.Random(shared.seed)  # noqa: S311  troubles, repeatable
+    rng = random.Random(shared.seed)
     faults = [
         lambda: proxy.shape(latency=0.02, jitter=0.06),
         lambda: proxy.shape(latency=0.2),

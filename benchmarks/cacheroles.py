@@ -131,7 +131,7 @@ def drive(cache: Memcached, machines: Sequence[Any], place: Place = Place.USUAL)
         for n, answer in zip(at, answers, strict=True):
             now[n] = now[n].advance(answer)
         if pause := max((getattr(now[n], "pause", 0.0) for n in at), default=0.0):
-            time.sleep(random.uniform(0, pause))  # noqa: S311  not together
+            time.sleep(random.uniform(0, pause))
     return now
 
 
@@ -152,7 +152,7 @@ def in_children(shared: Any, process: int, work: Callable[[Any, int, random.Rand
         if child == 0:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a process where it stands
             seed = shared.seed * 1_000_003 + process * 10_007 + number
-            rng = random.Random(seed)  # noqa: S311  repeatable
+            rng = random.Random(seed)
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.3, 3.0))
             with suppress(psycopg.Error, ShardkitError):
                 work(shared, process, rng)
@@ -193,7 +193,7 @@ def _writes(shared: Shared, process: int, rng: random.Random) -> None:
 
 def read(shared: Shared, process: int) -> None:
     """Read and check until the end."""
-    rng = random.Random(shared.seed * 7 + process)  # noqa: S311  repeatable
+    rng = random.Random(shared.seed * 7 + process)
     cache, aside, homes = shared.cache(), Aside(shared.servers), Ring(shared.servers)
     n = 0
     with psycopg.connect(shared.dsn, autocommit=True) as database:

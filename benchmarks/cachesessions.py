@@ -191,7 +191,7 @@ def _change(
 
 def read(shared: SessionShared, process: int) -> None:
     """Read and check until the end."""
-    rng = random.Random(shared.seed * 7 + process)  # noqa: S311  repeatable
+    rng = random.Random(shared.seed * 7 + process)
     aside, homes, n = shared.aside(), Ring(shared.servers), 0
     with shared.cluster() as cluster, shared.cluster(cached=False) as plain:
         cache = cluster.cache

@@ -58,7 +58,7 @@ class Popularity:
     def __init__(self, n_rows: int, seed: int) -> None:
         self.sums = list(itertools.accumulate(1.0 / rank**ALPHA for rank in range(1, n_rows + 1)))
         self._rows = list(range(n_rows))
-        self._random = random.Random(seed)  # noqa: S311  the same trace every time
+        self._random = random.Random(seed)
         self._random.shuffle(self._rows)
 
     def draw(self, n: int) -> list[int]:

@@ -195,7 +195,7 @@ def _run(
     workers = [start() for _ in range(RELAYS)]
     kills = 0
     pause = threading.Event()
-    chance = random.Random(7)  # noqa: S311  which worker is killed
+    chance = random.Random(7)
     try:
         for emitter in emitters:
             emitter.start()
@@ -261,7 +261,7 @@ def judge(trial: Trial, kills: int, seconds: float) -> Outcome:
 
 def transactions(trial: Trial, number: int) -> Sequence[tuple[int, bool]]:
     """Return logical shard and whether it is to be rolled back, of an emitter's transactions."""
-    chance = random.Random(number)  # noqa: S311  an order
+    chance = random.Random(number)
     n = trial.n_transactions // EMITTERS + 1
     committed = [(chance.randrange(trial.shards), False) for _ in range(n)]
     rolled_back = [(chance.randrange(trial.shards), True) for _ in range(n // ROLLED_BACK_EVERY)]

@@ -145,7 +145,7 @@ class Outcome:
 
 def run(trial: Trial) -> Outcome:
     """Kill something in each of many commits under traffic, and judge."""
-    chosen = random.Random(trial.seed)  # noqa: S311  an order that can be repeated
+    chosen = random.Random(trial.seed)
     points = [
         (server, pattern, when)
         for server, pattern in (ATOMIC if trial.is_atomic else PLAIN)

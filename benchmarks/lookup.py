@@ -210,7 +210,7 @@ def _names(trial: Race) -> list[str]:
 
 def work(trial: Race, part: str, number: int, life: int) -> None:
     """Run the clients of one process, each from where it was."""
-    chance = random.Random(f"{part} {number} {life}")  # noqa: S311 - repeatable
+    chance = random.Random(f"{part} {number} {life}")
     log = os.open(trial.folder / f"killed-{number}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     with Cluster(trial.topology, pool=POOL) as cluster:
         ready = threading.Event()
@@ -292,7 +292,7 @@ def _progress(trial: Race, slot: int) -> Iterator[Callable[[int | None], int]]:
 
 def _take(trial: Race, cluster: Cluster, me: int) -> None:
     order = _names(trial)
-    mine = random.Random(me)  # noqa: S311 - repeatable
+    mine = random.Random(me)
     for at in range(0, len(order), WINDOW):
         part = order[at : at + WINDOW]
         mine.shuffle(part)
@@ -332,7 +332,7 @@ def _look_then_insert(cluster: Cluster, name: str) -> int | None:
 
 def _change(trial: Race, cluster: Cluster, me: int) -> None:
     names = _names(trial)
-    mine = random.Random(f"change {me}")  # noqa: S311 - repeatable
+    mine = random.Random(f"change {me}")
     slot = trial.processes * trial.threads + me
     with _progress(trial, slot) as progress:
         for n in range(progress(None), trial.changes):

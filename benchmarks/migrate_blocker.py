@@ -139,7 +139,7 @@ def worked(topology: Topology, meanwhile: Callable[[], None]) -> Timed:
     timed: Timed = []
 
     def work(seed: int) -> None:
-        chance = random.Random(seed)  # noqa: S311  the same rows in every arm
+        chance = random.Random(seed)
         with connect(topology.physical["alpha"]) as connection:
             while not stop.is_set():
                 schema = chance.randrange(SHARDS)

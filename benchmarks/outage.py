@@ -134,7 +134,7 @@ def load_for(cluster: Cluster, sick: str, seconds: float, n_threads: int = 8) ->
     end = time.monotonic() + seconds
 
     def repeat(number: int) -> None:
-        choose = random.Random(number)  # noqa: S311 - a load, no secret
+        choose = random.Random(number)
         while time.monotonic() < end:
             is_healthy, owner = choose.choice(owners)
             try:

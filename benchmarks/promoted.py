@@ -16,9 +16,10 @@ import psycopg
 from psycopg import sql
 
 from shardkit import Cluster, tokens
-from shardkit.config import ReplicasConfig
+from shardkit.config import ReplicasConfig, load
 from shardkit.gates import lsn_of
 from shardkit.local import LocalCluster
+from shardkit.ops.failover import adopt
 from shardkit.testing import wait_until
 from shardkit.topology import Endpoint, Role, Topology
 
@@ -45,6 +46,8 @@ def figures(local: LocalCluster, topology: Topology, model: type[Any]) -> dict[s
     local.kill_server("alpha_0")
     local.start_server("alpha_1")
     _run(local, "alpha_1", sql.SQL("SELECT pg_promote()"))
+    config, _ = load(local.config_path)
+    adopt(config, topology, "alpha")
     local.start_server("alpha_2")
     _follow(local, "alpha_2", old="alpha_0", new="alpha_1")
     with Cluster(_after(local, topology), replicas=ReplicasConfig(patience=5.0)) as cluster:

@@ -253,7 +253,9 @@ class BoundSession(Session):
         cluster, fresh = self._cluster, self._fresh
         replicas = cluster.replica_sets[physical]
         first = self._roots[physical][0]
-        replicas.members[first].overdue(waited)
+        if (member := replicas.members.get(first)) is None:
+            return None  # it is the primary by now
+        member.overdue(waited)
         endpoint = replicas.choose(fresh.need(physical), excluding={first})
         if endpoint.role is Role.PRIMARY or not cluster.guards[endpoint].breaker.is_closed:
             return None

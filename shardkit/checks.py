@@ -28,6 +28,7 @@ from shardkit.farewells import RETRY_AFTER, Farewell, farewell
 from shardkit.fingerprints import Fingerprints
 from shardkit.gates import Gated
 from shardkit.ids import EPOCH_MS
+from shardkit.ownership import Answer, is_lawful
 from shardkit.secret import without_frames
 from shardkit.topology import Endpoint, Role, Topology
 from shardkit.waits import WaitedTooLongError
@@ -50,8 +51,11 @@ SELECT (SELECT jsonb_object_agg(table_name, rule) FROM shardkit.placement),
     pg_catalog.current_setting('transaction_read_only') = 'on',
     pg_catalog.pg_is_in_recovery(), pg_catalog.pg_backend_pid(),
     (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+    (to_jsonb(i) ->> 'timeline')::bigint, CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN
+        ('x' || pg_catalog.substr(pg_catalog.pg_walfile_name(
+            pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::bigint END,
     cluster, physical, logical_shards, id_epoch_ms
-FROM shardkit.identity
+FROM shardkit.identity AS i
 """
 
 _CLOSE_TO_IT = 0.1
@@ -133,6 +137,7 @@ def checks_server(
     endpoint: Endpoint,
     fingerprints: Fingerprints,
     meets: Callable[[int], None],
+    believed: Callable[[], Answer | None],
     *,
     is_reader: bool,
 ) -> Callable[[Any, Any], None]:
@@ -148,6 +153,7 @@ def checks_server(
         endpoint: where the connections go.
         fingerprints: told how the rows of tables were placed.
         meets: told the system identifier of the server.
+        believed: returns what is believed of the primary, None before it has answered.
         is_reader: whether the server itself must refuse to write.
     """
     expected = (topology.name, endpoint.physical, topology.n_logical_shards, EPOCH_MS)
@@ -171,7 +177,8 @@ def checks_server(
                 endpoint=str(endpoint),
                 hint="run shardkit migrate apply",
             )
-        stored, is_read_only, in_recovery, pid, system, *found = row
+        stored, is_read_only, in_recovery, pid, system, registered, timeline, *found = row
+        _refuse_successors(endpoint, believed(), system, registered, timeline)
         if in_recovery is not (endpoint.role is Role.REPLICA):
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
@@ -208,6 +215,46 @@ def checks_server(
             raise
 
     return check_or_close
+
+
+def _refuse_successors(
+    endpoint: Endpoint,
+    believed: Answer | None,
+    system: int,
+    registered: int | None,
+    timeline: int | None,
+) -> None:
+    """Refuse a server whose role has changed, or is about to; another one may do.
+
+    Args:
+        endpoint: the server, in the role that it is asked for.
+        believed: what is believed of the primary.
+        system: its system identifier.
+        registered: the timeline that is registered there.
+        timeline: of a primary; None for a replica.
+    """
+    if endpoint.role is Role.PRIMARY and timeline is not None:
+        found = Answer(system, timeline, {}, registered)
+        if registered not in {None, timeline}:
+            raise EndpointUnavailableError(
+                f"was promoted to timeline {timeline}, which is not registered",
+                endpoint=str(endpoint),
+                hint="run shardkit failover adopt, or leave it to shardkit failover watch",
+            )
+        if believed is not None and believed.system == system and not is_lawful(believed, found):
+            raise EndpointUnavailableError(
+                f"is on timeline {timeline}, and {believed.timeline} is the newest",
+                endpoint=str(endpoint),
+                hint="another server has been promoted instead of it",
+            )
+    if believed is None or believed.system != system:
+        return
+    is_demoted = endpoint.role is Role.PRIMARY and timeline is None
+    is_raised = endpoint.role is Role.REPLICA and timeline not in {None, believed.timeline}
+    if is_demoted or is_raised:
+        raise EndpointUnavailableError(
+            "is a replica now" if is_demoted else "is no replica now", endpoint=str(endpoint)
+        )
 
 
 def replace_if_dead(connection: Any, record: Any, _proxy: Any) -> None:

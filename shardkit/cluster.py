@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from shardkit import config, deadlines, units
 from shardkit.async_session import AsyncReadSession, AsyncWriteSession
 from shardkit.config import (
+    FAILOVER_PATIENCE,
     MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
@@ -59,8 +60,11 @@ class _Opened(Generic[C]):
         token_keys: Sequence[str] = (),
         cache: CacheConfig | None = None,
         map_age: float = MAP_AGE,
+        failover_wait: float = FAILOVER_PATIENCE,
+        services: Mapping[str, str] | None = None,
     ) -> None:
         self.token_keys = tuple(token_keys)
+        self.services = dict(services or {})
         self.connections = self._connections_class(
             topology,
             pool=pool,
@@ -71,6 +75,7 @@ class _Opened(Generic[C]):
             replicas=replicas,
             cache=cache,
             map_age=deadlines.positive(map_age, "map_age"),
+            failover_wait=failover_wait,
         )
 
     @classmethod
@@ -97,6 +102,8 @@ class _Opened(Generic[C]):
             token_keys=settings.tokens.secrets(),
             cache=settings.found_cache,
             map_age=settings.limits.map_age,
+            failover_wait=settings.failover.wait,
+            services=settings.services,
         )
 
     @property
@@ -136,6 +143,9 @@ class Cluster(_Opened[Connections]):
         cache: where rows of classes with `__cache_ttl__` are cached; None for nowhere.
         map_age: seconds for which what a server said of the logical shards that it owns counts;
             then it is asked again before they are used, cached rows included.
+        failover_wait: seconds for which `run` waits for another primary, from when the old one was
+            first missed; 0 for not.
+        services: addresses of other servers by name: `[services]` of the configuration.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP
@@ -219,6 +229,7 @@ class Cluster(_Opened[Connections]):
             fn,
             units.named(operation, near, fingerprint, keep),
             guards=self.connections.guards,
+            waits=self.connections.waits_for,
             clock=self.connections.clock,
         )
 
@@ -279,6 +290,7 @@ class AsyncCluster(_Opened[AsyncConnections]):
             fn,
             units.named(operation, near, fingerprint, keep),
             guards=self.connections.guards,
+            waits=self.connections.waits_for,
         )
 
     async def close(self) -> None:

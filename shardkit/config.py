@@ -45,6 +45,12 @@ A file looks like this (written by `shardkit local up`, or by hand):
     nodes = ["10.0.0.1:11211"]               # the same everywhere; else that of [services]
     timeout = 0.05                           # seconds; then the request goes on without it
 
+    [durability]
+    mode = "sync"                            # or "async", the default: docs/failover.md
+
+    [failover]
+    every = 60.0                             # seconds between two failovers, at least
+
     [tokens]
     keys = ["…"]                             # sign tokens that leave the process, newest first
 
@@ -58,8 +64,14 @@ A file looks like this (written by `shardkit local up`, or by hand):
     [backup]
     folder = "/srv/backups"                  # docs/backup.md
 
+    [rebalance]                              # docs/rebalance.md
+    tolerance = 0.1                          # part of its share that a server may be off
+    load_tolerance = 0.25                    # the same of rows read and written
+    pins = { alpha = "0-3" }                 # what is not to be moved away from there
+
     [[physical]]
     name = "alpha"
+    weight = 1.0                             # its capacity beside that of the others
     logical_shards = "0-31"                  # ranges and numbers: "0-7, 16, 20-31"; "" for none.
                                              # The first placement: the servers know where they are
     primary = "postgresql://shardkit_app:…@127.0.0.1:5501/shardkit"
@@ -101,17 +113,21 @@ from shardkit.addresses import Addresses
 from shardkit.errors import ConfigurationError
 from shardkit.logins import AdminLogin, Login, RolesConfig, Section, TlsConfig
 from shardkit.sections import (
+    FAILOVER_PATIENCE,
     MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     BackupConfig,
     CacheConfig,
     ClusterConfig,
+    DurabilityConfig,
+    FailoverConfig,
     LimitsConfig,
     MigrationsConfig,
     PgBouncerConfig,
     PhysicalConfig,
     PoolConfig,
+    RebalanceConfig,
     ReplicaConfig,
     ReplicasConfig,
     TokensConfig,
@@ -120,6 +136,7 @@ from shardkit.sections import (
 from shardkit.topology import PhysicalShard, ShardMap, Topology
 
 __all__ = [
+    "FAILOVER_PATIENCE",
     "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
@@ -128,11 +145,14 @@ __all__ = [
     "CacheConfig",
     "ClusterConfig",
     "Config",
+    "DurabilityConfig",
+    "FailoverConfig",
     "LimitsConfig",
     "MigrationsConfig",
     "PgBouncerConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "RebalanceConfig",
     "ReplicaConfig",
     "ReplicasConfig",
     "RolesConfig",
@@ -163,6 +183,9 @@ class Config(Section):
     pgbouncer: PgBouncerConfig = PgBouncerConfig()
     cache: CacheConfig = CacheConfig()
     backup: BackupConfig = BackupConfig()
+    rebalance: RebalanceConfig = RebalanceConfig()
+    durability: DurabilityConfig = DurabilityConfig()
+    failover: FailoverConfig = FailoverConfig()
     physical: Annotated[tuple[PhysicalConfig, ...], Field(min_length=1, strict=False)]
     services: Mapping[str, str] = Field(default_factory=dict)
     """Addresses of servers beside PostgreSQL, by name: `redis`, `memcached`."""
@@ -216,6 +239,17 @@ class Config(Section):
                 f"physical.logical_shards: {format_ranges(missing)} placed nowhere; "
                 f"every logical shard from 0 to {total - 1} needs an owner"
             )
+        for name in self.rebalance.pins:
+            if name not in names:
+                raise ValueError(
+                    f"rebalance.pins.{name}: no physical shard is called that; "
+                    f"there are {', '.join(sorted(names))}"
+                )
+        for number, name in self.rebalance.pinned.items():
+            if number >= total:
+                raise ValueError(
+                    f"rebalance.pins.{name}: {number} is beyond the last logical shard {total - 1}"
+                )
         return self
 
     def topology(self, folder: Path) -> Topology:
@@ -367,6 +401,9 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
         "pgbouncer": PgBouncerConfig,
         "cache": CacheConfig,
         "backup": BackupConfig,
+        "rebalance": RebalanceConfig,
+        "durability": DurabilityConfig,
+        "failover": FailoverConfig,
         "physical": PhysicalConfig,
     }
     if len(location) == 2 and location[0] == "roles":

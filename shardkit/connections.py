@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolExhaustedError
@@ -29,6 +31,7 @@ from shardkit import fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import (
+    FAILOVER_PATIENCE,
     MAP_AGE,
     MAX_ROWS,
     STATEMENT_TIMEOUT,
@@ -43,7 +46,7 @@ from shardkit.errors import (
     InvalidShardKeyError,
     UnsupportedStatementError,
 )
-from shardkit.events import EndpointFailed, Listeners
+from shardkit.events import EndpointFailed, Listeners, PrimaryChanged
 from shardkit.fingerprints import Fingerprints
 from shardkit.freshness import Knowledge
 from shardkit.guards import guards
@@ -128,6 +131,7 @@ class _Core:
         replicas: ReplicasConfig | None = None,
         cache: CacheConfig | None = None,
         map_age: float = MAP_AGE,
+        failover_wait: float = FAILOVER_PATIENCE,
         clock: Clock = SYSTEM,
     ) -> None:
         reading = replicas or ReplicasConfig()
@@ -139,12 +143,13 @@ class _Core:
         self.clock = clock
         self.listeners = Listeners()
         ceiling = (pool or PoolConfig()).size + (pool or PoolConfig()).overflow
-        self.guards = guards(
-            topology,
+        self._guards = partial(
+            guards,
             listeners=self.listeners,
             ceiling=max(2, ceiling) if adaptive else None,
             clock=clock,
         )
+        self.guards = dict(self._guards(topology))
         self.router = Router(topology.n_logical_shards)
         self.everything = tuple(range(topology.n_logical_shards))
         self.plans = Plans()
@@ -161,7 +166,7 @@ class _Core:
             on_change=self._changed,
             clock=clock,
         )
-        self.map_watch = self._watch_class(topology, held, clock=clock)
+        self.map_watch = self._watch_class(topology, held, follow=self._led, clock=clock)
         self.held = held
         self.owners = Owners(held, self.map_watch, self.pause, clock=clock)
         self.probes = self._probes_class(
@@ -178,6 +183,9 @@ class _Core:
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
+        self._failover_wait = failover_wait
+        self._away_since: dict[str, float] = {}
+        self._opened: dict[Endpoint, weakref.WeakSet[Any]] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
         self.physical = frozenset(topology.physical)
         self._changed(topology.shard_map)
@@ -207,9 +215,16 @@ class _Core:
             engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
             replicas = self.replica_sets[endpoint.physical]
             check = checks_server(
-                self.topology, endpoint, self.fingerprints, replicas.meets, is_reader=is_reader
+                self.topology,
+                endpoint,
+                self.fingerprints,
+                replicas.meets,
+                partial(self.held.believed, endpoint.physical),
+                is_reader=is_reader,
             )
             event.listen(engine, "connect", check)
+            if endpoint.role is Role.PRIMARY:
+                event.listen(engine, "connect", _noted(self._opened, endpoint))
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
                 event.listen(engine, "connect", _meters(replicas.members[endpoint]))
             event.listen(engine, "checkout", replace_if_dead)
@@ -267,6 +282,54 @@ class _Core:
         self.knowledge = Knowledge.of(topology, self.replica_sets, self._reading_patience)
         self._everything = {name: shards for name, shards in owned.items() if shards}
         self.topology = topology
+
+    def _led(self, physical: str, primary: Endpoint) -> Topology:
+        """Take another server as a primary; called from where that is found, and waits for nothing.
+
+        What runs on the old one is cut: a server that is frozen answers nobody, and one that goes
+        on without its standbys must not be written to.
+        """
+        before = self.topology.physical[physical]
+        shard = before.led_by(primary.address)
+        alone = Topology(self.topology.name, {physical: shard}, self.topology.shard_map)
+        for endpoint, guard in self._guards(alone).items():
+            self.guards.setdefault(endpoint, guard)
+        self.guards[shard.primary].breaker.close()
+        self.replica_sets[physical].follow(shard)
+        servers = {**self.topology.physical, physical: shard}
+        self.topology = Topology(self.topology.name, servers, self.topology.shard_map)
+        self._changed(self.topology.shard_map)
+        with suppress(RuntimeError):  # one was opened meanwhile, which will find out by itself
+            for driver in tuple(self._opened.get(before.primary, ())):
+                _cut(driver)
+        if self.listeners:
+            self.listeners.emit(PrimaryChanged(physical, str(before.primary), str(shard.primary)))
+        return self.topology
+
+    def waits_for(self, error: BaseException) -> float:
+        """Return for how many seconds from now another primary is waited for after an error.
+
+        All that wait for one primary give it up at the same time, and who comes later does not
+        wait at all: an outage without a failover holds nobody for long.
+        """
+        where = getattr(error, "endpoint", None)
+        names = [
+            name
+            for name, shard in self.topology.physical.items()
+            if (shard.replicas or shard.pooler)
+            and (where is None or where.startswith(f"{name}/{Role.PRIMARY}@"))
+        ]
+        if not names or self._failover_wait <= 0:
+            return 0.0
+        now = self.clock.monotonic()
+        longest = 0.0
+        for name in names:
+            self.owners.doubt(name)
+            since = self._away_since.get(name)
+            if since is None or self.held.heard_at[name] > since:
+                since = self._away_since[name] = now
+            longest = max(longest, since + self._failover_wait - now)
+        return longest
 
     def primary_of(self, physical: str) -> Endpoint:
         """Return the primary of a physical shard."""
@@ -622,6 +685,26 @@ def _meters(member: Member) -> Callable[[Any, Any], None]:
         driver.meter = member
 
     return meter
+
+
+def _noted(
+    opened: dict[Endpoint, weakref.WeakSet[Any]], endpoint: Endpoint
+) -> Callable[[Any, Any], None]:
+    """Return what remembers the connections that are open to a primary."""
+    held = opened.setdefault(endpoint, weakref.WeakSet())
+
+    def note(connection: Any, _record: Any) -> None:
+        held.add(getattr(connection, "driver_connection", connection))
+
+    return note
+
+
+def _cut(driver: Any) -> None:
+    """Hang up, from another thread than the one that waits for the server."""
+    with suppress(OSError, psycopg.Error):
+        line = socket.socket(fileno=os.dup(driver.fileno()))
+        with line:
+            line.shutdown(socket.SHUT_RDWR)
 
 
 def _forget_connections(cluster: _Core | None) -> None:

@@ -35,6 +35,11 @@
     │   │   └── EventTooLargeError
     │   ├── HandlerTimeoutError
     │   └── HandlerStuckError
+    ├── IdMapError
+    │   ├── InvalidMappingError
+    │   ├── IdMapMismatchError
+    │   ├── IdMapFullError
+    │   └── DamagedMapError
     ├── OutcomeUnknownError
     ├── OperationMismatchError
     ├── StreamEndedError
@@ -43,6 +48,7 @@
         ├── RefusedError
         ├── TryAgainError                 retryable
         ├── MigrationError
+        ├── MoveError
         ├── InconsistentLookupError
         ├── BackupError
         └── LocalServerError
@@ -254,6 +260,36 @@ class HandlerStuckError(OutboxError):
     """Too many handlers never ended; start the relay's process anew."""
 
 
+class IdMapError(ShardkitError):
+    """Redis refused a command of the id map; its message says why."""
+
+
+class InvalidMappingError(IdMapError, ValueError):
+    """An id or a value cannot stand in a map; give an int from 0 to 2^63 - 1."""
+
+
+class IdMapMismatchError(IdMapError):
+    """The map was made with another width or format; open it as it was made."""
+
+
+class IdMapFullError(IdMapError):
+    """Redis has no memory left for the map; raise maxmemory or remove something else."""
+
+
+class DamagedMapError(IdMapError):
+    """What is stored is not what was written; delete the key and load its ids again.
+
+    Attributes:
+        block: number of the block, or None when it is none at all.
+    """
+
+    def __init__(
+        self, message: str | None = None, *, hint: str | None = None, block: int | None = None
+    ) -> None:
+        self.block = block
+        super().__init__(message, hint=hint)
+
+
 class OutcomeUnknownError(ShardkitError):
     """The answer to COMMIT was lost; read the rows before you write them again."""
 
@@ -302,6 +338,10 @@ class TryAgainError(OperationError):
 
 class MigrationError(OperationError):
     """A migration failed; shards already migrated stay so, and a rerun continues."""
+
+
+class MoveError(OperationError):
+    """A move was given up, and its source goes on as before; see why, and move again."""
 
 
 class InconsistentLookupError(OperationError):

@@ -27,6 +27,7 @@ __all__ = [
     "Gathered",
     "Listener",
     "Listeners",
+    "PrimaryChanged",
     "Relayed",
     "ReplicaPassedOver",
     "StatementRouted",
@@ -165,6 +166,21 @@ class EndpointFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class PrimaryChanged:
+    """Another server of a physical shard is its primary now, and this process goes there.
+
+    Attributes:
+        physical: name of the physical shard.
+        before: the old primary, as `physical/role@host:port`.
+        endpoint: the new one.
+    """
+
+    physical: str
+    before: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaPassedOver:
     """A replica could not answer a reader, which asks the primary from then on.
 
@@ -265,6 +281,7 @@ Event = (
     StatementRouted
     | Gathered
     | EndpointFailed
+    | PrimaryChanged
     | BreakerChanged
     | ReplicaPassedOver
     | CacheRead

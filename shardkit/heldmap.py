@@ -54,6 +54,7 @@ class HeldMap:
     Attributes:
         map: the map now.
         expires: monotonic time until which what a physical shard said counts, by name.
+        heard_at: monotonic time at which a primary was last asked that then answered, by name.
         good_until: monotonic time until which every logical shard can be used, for anything; what
             each use of one looks at.
     """
@@ -71,6 +72,7 @@ class HeldMap:
         self.max_age = max_age
         self.expires = dict.fromkeys(physical, -math.inf)
         self.good_until = -math.inf
+        self.heard_at = dict.fromkeys(physical, -math.inf)
         self._first = first
         self._physical = frozenset(physical)
         self._answers: dict[str, Answer] = {}
@@ -120,7 +122,11 @@ class HeldMap:
         """Return the number of the question that is about to be asked."""
         return self._asked[physical].wanted
 
-    def told(self, physical: str, question: int, at: float, answer: Answer) -> None:
+    def believed(self, physical: str) -> Answer | None:
+        """Return what is believed of a physical shard, None before its primary has answered."""
+        return self._answers.get(physical)
+
+    def told(self, physical: str, question: int, at: float, answer: Answer) -> bool:
         """Take what a primary has said.
 
         Args:
@@ -128,16 +134,23 @@ class HeldMap:
             question: from `asking`.
             at: monotonic time at which it was asked.
             answer: what it said.
+
+        Returns:
+            Whether it is believed: another server may have become the primary.
         """
         with self._guard.lock:
             believed = accepted(self._answers.get(physical), answer)
-            if believed is not None and believed != self._answers.get(physical):
+            if believed is None:
+                return False
+            if believed != self._answers.get(physical):
                 self._answers[physical] = believed
                 found = merged(self._first, self._answers, self.map, self._physical)
                 if found != self.map:
                     self._on_change(found)
                     self.map = found
+            self.heard_at[physical] = at
             self._heard(physical, question, at + self.max_age)
+            return True
 
     def silent(self, physical: str, question: int) -> None:
         """Note that a primary did not answer: what it said last goes on counting."""

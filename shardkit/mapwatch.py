@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, Final
 
@@ -21,12 +21,13 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import deadlines
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.heldmap import HeldMap
 from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
 from shardkit.probes import answered
-from shardkit.topology import Topology, libpq_options
+from shardkit.runners import AsyncBackground, Background
+from shardkit.successors import successor
+from shardkit.topology import Endpoint, Topology, libpq_options
 
 __all__ = ["PATIENCE", "AsyncMapWatch", "MapWatch"]
 
@@ -57,6 +58,9 @@ SELECT i.cluster, i.physical, s.system_identifier, to_jsonb(i) ->> 'timeline',
 FROM shardkit.identity AS i, pg_catalog.pg_control_system() AS s
 """
 
+Follow = Callable[[str, Endpoint], Topology]
+"""Told of another primary of a physical shard; returns the topology with it."""
+
 _LIFT: Final = "SELECT shardkit.lift_expired_fence(%s)"
 
 
@@ -67,8 +71,9 @@ class _NotBelievedError(Exception):
 class _Watcher:
     """Asks the primaries of a cluster until it is cancelled."""
 
-    def __init__(self, topology: Topology, held: HeldMap, clock: Clock) -> None:
+    def __init__(self, topology: Topology, held: HeldMap, clock: Clock, follow: Follow) -> None:
         self._topology = topology
+        self._follows = follow
         self._held = held
         self._clock = clock
         self._interval = held.max_age / 2
@@ -94,8 +99,22 @@ class _Watcher:
                 await self._follow(name)
             except (psycopg.Error, OSError, TimeoutError, ValueError, _NotBelievedError) as error:
                 _LOG.debug("%s does not say what it owns: %s", name, error)
+            if await self._changes(name):
+                continue
             self._held.silent(name, self._held.asking(name))
             await self._called(name, _AGAIN)
+
+    async def _changes(self, name: str) -> bool:
+        """Look for another primary; tell whether there is one now."""
+        shard = self._topology.physical[name]
+        if shard.pooler is not None or not shard.replicas:
+            return False  # a pooler leads to it
+        found = await successor(self._topology, name, self._held.believed(name))
+        if found is None or found == shard.primary:
+            return False
+        _LOG.warning("%s is the primary of %s now", found.address, name)
+        self._topology = self._follows(name, found)
+        return True
 
     async def _follow(self, name: str) -> None:
         url = self._topology.physical[name].primary.url
@@ -112,7 +131,8 @@ class _Watcher:
                 async with answered(PATIENCE, self._clock):
                     row: Any = await (await connection.execute(_ASK)).fetchone()
                 answer, expired = self._answer(name, row)
-                self._held.told(name, question, at, answer)
+                if not self._held.told(name, question, at, answer):
+                    raise _NotBelievedError("its timeline is not registered, or not the newest")
                 for number in expired:
                     async with answered(PATIENCE, self._clock):
                         lifted: Any = await (await connection.execute(_LIFT, (number,))).fetchone()
@@ -143,6 +163,10 @@ class _Watcher:
         call.clear()
 
 
+def _nobody(topology: Topology) -> Follow:
+    return lambda _physical, _primary: topology
+
+
 def _patience() -> float:
     """Return how long to wait for an answer: at most half of what is left for all of it."""
     return min(_WAIT, deadlines.left(math.inf) / 2)
@@ -151,8 +175,15 @@ def _patience() -> float:
 class MapWatch(Background):
     """What asks for a `Cluster`: one daemon thread. Thread-safe; a fork starts anew."""
 
-    def __init__(self, topology: Topology, held: HeldMap, *, clock: Clock = SYSTEM) -> None:
-        self._watcher = _Watcher(topology, held, clock)
+    def __init__(
+        self,
+        topology: Topology,
+        held: HeldMap,
+        *,
+        follow: Follow | None = None,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self._watcher = _Watcher(topology, held, clock, follow or _nobody(topology))
         self._held = held
         super().__init__(self._watcher.run, "shardkit map")
 
@@ -181,8 +212,15 @@ class MapWatch(Background):
 class AsyncMapWatch(AsyncBackground):
     """What asks for an `AsyncCluster`: one task of its event loop."""
 
-    def __init__(self, topology: Topology, held: HeldMap, *, clock: Clock = SYSTEM) -> None:
-        self._watcher = _Watcher(topology, held, clock)
+    def __init__(
+        self,
+        topology: Topology,
+        held: HeldMap,
+        *,
+        follow: Follow | None = None,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self._watcher = _Watcher(topology, held, clock, follow or _nobody(topology))
         self._held = held
         super().__init__(self._watcher.run)
 

@@ -23,9 +23,12 @@ FENCE_PATIENCE: Final = 10.0
 """Seconds that a session without a deadline waits for a logical shard that is being moved; a fence
 lasts half of that at most (`shardkit.ownership.LIFT_AFTER`)."""
 
-_POLL: Final = 0.02
+_FIRST_POLL: Final = 0.002
+_LAST_POLL: Final = 0.02
+_GROWTH: Final = 1.5
 """Seconds between two questions about a logical shard that is being moved; a process asks once for
-all of its sessions."""
+all of its sessions. A wait that grows with what has passed is late by a share of that, with few
+questions; as soon as it is handed over its opening is milliseconds away, so it begins anew."""
 
 
 class Owners:
@@ -83,6 +86,7 @@ class Owners:
             ShardFencedError: one stays closed beyond the deadline, or `FENCE_PATIENCE` (retryable).
         """
         until: float | None = None
+        poll, before = _FIRST_POLL, None
         while True:
             found = self.current(logical_shards)
             if not found.held:
@@ -98,7 +102,12 @@ class Owners:
             until = now + deadlines.left(FENCE_PATIENCE) if until is None else until
             if now >= until:
                 raise fences.still_closed(closed[0], found)
-            self._pause(min(_POLL, until - now))
+            hold = found.owners[closed[0]], found.held[closed[0]]
+            if hold == before:
+                self._pause(min(poll, until - now))
+                poll = min(poll * _GROWTH, _LAST_POLL)
+            else:  # news: where it goes may be asked at once
+                poll, before = _FIRST_POLL, hold
             self._watch.refresh({found.owners[n] for n in closed})
 
     def ask(self, physical: Collection[str] | None = None) -> ShardMap:

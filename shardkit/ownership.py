@@ -15,7 +15,16 @@ from typing import Final
 
 from shardkit.topology import Hold, ShardMap
 
-__all__ = ["LIFT_AFTER", "Answer", "Claimed", "State", "accepted", "claims_of", "merged"]
+__all__ = [
+    "LIFT_AFTER",
+    "Answer",
+    "Claimed",
+    "State",
+    "accepted",
+    "claims_of",
+    "is_lawful",
+    "merged",
+]
 
 
 LIFT_AFTER: Final = 5.0
@@ -95,12 +104,10 @@ def accepted(known: Answer | None, new: Answer) -> Answer | None:
         The answer, in which no epoch is lower than one already seen. None where the server is
         another one, or has not heard of a promotion yet.
     """
-    if new.registered is not None and new.registered != new.timeline:
-        return None  # promoted by somebody, and not put in order yet
+    if not is_lawful(known, new):
+        return None  # promoted by somebody, and not put in order yet; or somebody else was
     if known is None:
         return new
-    if new.system != known.system or new.timeline < known.timeline:
-        return None
     rows = dict(new.rows)
     for number, before in known.rows.items():
         found = rows.get(number)
@@ -111,6 +118,20 @@ def accepted(known: Answer | None, new: Answer) -> Answer | None:
         elif found.epoch < before.epoch:
             rows[number] = before
     return replace(new, rows=rows)
+
+
+def is_lawful(known: Answer | None, new: Answer) -> bool:
+    """Tell whether a server that takes writes is the primary of its physical shard.
+
+    Its timeline is registered, and nobody has told of a later one.
+
+    Args:
+        known: what was believed of the physical shard before.
+        new: what the server says.
+    """
+    return new.registered in {None, new.timeline} and (
+        known is None or (new.system == known.system and new.timeline >= known.timeline)
+    )
 
 
 def merged(

@@ -17,10 +17,10 @@ from typing import Any, Final
 import psycopg
 from psycopg import AsyncConnection
 
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.gates import lsn_of
 from shardkit.replicas import ReplicaSet, Sample
+from shardkit.runners import AsyncBackground, Background
 from shardkit.topology import Endpoint, Topology, libpq_options
 
 __all__ = ["AsyncProbes", "PausedError", "Probes", "answered"]
@@ -77,8 +77,9 @@ class _Prober:
                 await self._follow(endpoint, replicas)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 _LOG.debug("%s does not answer: %s", endpoint, type(error).__name__)
-                if not isinstance(error, PausedError) and not replicas.is_down(endpoint):
-                    replicas.failed(endpoint)
+                now = replicas.now(endpoint)
+                if not isinstance(error, PausedError) and not replicas.is_down(now):
+                    replicas.failed(now)
             await asyncio.sleep(self._interval * 5)  # nobody is to be flooded with logins
 
     async def _follow(self, endpoint: Endpoint, replicas: ReplicaSet) -> None:
@@ -96,8 +97,9 @@ class _Prober:
                 at = self._clock.monotonic()
                 async with answered(self._timeout, self._clock):
                     state: Any = await (await connection.execute(_STATE)).fetchone()
-                replicas.observed(endpoint, _sample(at, system, state))
-                replicas.answered(endpoint)
+                now = replicas.now(endpoint)
+                replicas.observed(now, _sample(at, system, state))
+                replicas.answered(now)
                 await asyncio.sleep(self._interval)
         finally:
             if connection is not None:

@@ -221,11 +221,30 @@ class ReplicaSet:
         self.members = {e: Member(e, clock, patience) for e in shard.replicas}
         self.system: int | None = None
         self._region = region
+        self._patience = patience
         self._pause = pause
         self._clock = clock
         self._chance = chance
         self._lock = threading.Lock()
         self._primary_samples: deque[Sample] = deque(maxlen=_KEPT)
+
+    def follow(self, shard: PhysicalShard) -> None:
+        """Take other roles: another server has become the primary."""
+        with self._lock:
+            known = {member.endpoint.address: member for member in self.members.values()}
+            self.members = {
+                e: known.get(e.address) or Member(e, self._clock, self._patience)
+                for e in shard.replicas
+            }
+            self._primary_samples.clear()
+            self.primary, self.replicas = shard.primary, shard.replicas
+
+    def now(self, endpoint: Endpoint) -> Endpoint:
+        """Return a server in the role that it has now."""
+        for each in (self.primary, *self.replicas):
+            if each.address == endpoint.address:
+                return each
+        return endpoint
 
     def meets(self, system: int) -> None:
         """Note the system identifier of a server of the physical shard."""

@@ -22,13 +22,18 @@ from shardkit import deadlines
 from shardkit.clock import SYSTEM, Clock
 from shardkit.errors import (
     DeadlineExceededError,
+    EndpointUnavailableError,
     GatherError,
+    OutcomeUnknownError,
+    PoolTimeoutError,
     ShardFencedError,
     ShardkitError,
     ShardMovedError,
 )
 
-__all__ = ["MOVED", "READ_ONLY", "Attempts", "RetryBudget", "is_moving", "is_transient"]
+__all__ = [
+    "MOVED", "READ_ONLY", "Attempts", "RetryBudget", "is_away", "is_moving", "is_transient",
+]  # fmt: skip
 
 WINDOW: Final = 10
 """Seconds over which a budget counts."""
@@ -58,8 +63,14 @@ MOVED: Final = frozenset({"42501", "42P01", "3F000", READ_ONLY})
 Source: PostgreSQL manual, appendix A; docs/architecture.md, decision 7.
 """
 
-_AGAIN: Final = frozenset({"40001", "40P01", "57P01", "57P02", "57P03"})
+_SHUT: Final = frozenset({"57P01", "57P02", "57P03", READ_ONLY})
+"""Shutdowns, and a primary that takes no writes any more: a switchover begins."""
+
+_AGAIN: Final = frozenset({"40001", "40P01"}) | _SHUT
 """Serialization failure, deadlock, shutdowns; and class 08, lost connections."""
+
+_LONGEST_AWAY: Final = 0.25
+"""Seconds between two attempts while there is no primary; most cost no round trip."""
 
 
 class RetryBudget:
@@ -137,6 +148,24 @@ def is_moving(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in MOVED
 
 
+def is_away(error: BaseException) -> bool:
+    """Tell whether a primary was not there, so that another one may soon be."""
+    if isinstance(error, PoolTimeoutError):  # of a pooler that has no server
+        return isinstance(error.__cause__, DBAPIError)
+    if isinstance(error, EndpointUnavailableError | OutcomeUnknownError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    code = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or (
+        code is not None and (code in _SHUT or code.startswith("08"))
+    )
+
+
+_MOVING: Final = 0.002
+"""Seconds, at most, before a unit is tried again that met a logical shard which is being moved."""
+
+
 class Attempts:
     """The attempts of one unit of work, told of each failure.
 
@@ -145,6 +174,9 @@ class Attempts:
         spend: takes a credit for an error from the budget of the server it is about; returns
             whether there was one.
         limit: attempts, the first included.
+        waits: tells for how many seconds from now a primary that is away is waited for; asked
+            with the error.
+        clock: source of monotonic time.
 
     Example:
         >>> attempts = Attempts(is_transient, lambda _: True)
@@ -159,10 +191,15 @@ class Attempts:
         spend: Callable[[BaseException], bool],
         *,
         limit: int = ATTEMPTS,
+        waits: Callable[[BaseException], float] = lambda _error: 0.0,
+        clock: Clock = SYSTEM,
     ) -> None:
         self._is_retryable = is_retryable
         self._spend = spend
         self._limit = limit
+        self._waits = waits
+        self._clock = clock
+        self._waits_until: float | None = None
         self._state: tenacity.RetryCallState | None = None
 
     def pause(self, error: BaseException) -> float:
@@ -184,7 +221,8 @@ class Attempts:
         state.set_exception((type(error), error, error.__traceback__))
         found: Any = cast("tenacity.Retrying", state.retry_object).iter(state)
         state.prepare_for_next_attempt()
-        return float(found)
+        # Whoever waits for a move is told of its end: `shardkit.owners`.
+        return min(float(found), _MOVING) if is_moving(error) else float(found)
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         """Tell whether this was the last attempt; the credit is asked for last of all."""
@@ -192,8 +230,23 @@ class Attempts:
         error = state.outcome.exception()
         assert error is not None, "asked after a failure"
         found = deadlines.current()
+        if self._may_wait(error):
+            state.upcoming_sleep = min(state.upcoming_sleep, _LONGEST_AWAY)
+            return found is not None and found.left() <= state.upcoming_sleep
         return (
             state.attempt_number >= (MOVES if is_moving(error) else self._limit)
             or (found is not None and found.left() <= state.upcoming_sleep)
             or not self._spend(error)
         )
+
+    def _may_wait(self, error: BaseException) -> bool:
+        """Tell whether a primary that is away is still waited for: no attempts are counted then."""
+        if not is_away(error):
+            return False
+        seconds = self._waits(error)
+        if seconds <= 0:
+            return False
+        now = self._clock.monotonic()
+        if self._waits_until is None:
+            self._waits_until = now + seconds
+        return now < self._waits_until

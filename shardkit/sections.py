@@ -17,17 +17,21 @@ from shardkit.logins import Login, Section
 from shardkit.topology import MAX_LOGICAL_SHARDS, Pooler
 
 __all__ = [
+    "FAILOVER_PATIENCE",
     "MAP_AGE",
     "MAX_ROWS",
     "STATEMENT_TIMEOUT",
     "BackupConfig",
     "CacheConfig",
     "ClusterConfig",
+    "DurabilityConfig",
+    "FailoverConfig",
     "LimitsConfig",
     "MigrationsConfig",
     "PgBouncerConfig",
     "PhysicalConfig",
     "PoolConfig",
+    "RebalanceConfig",
     "ReplicaConfig",
     "ReplicasConfig",
     "TokensConfig",
@@ -109,6 +113,69 @@ class LimitsConfig(Section):
 
     adaptive: bool = False
     """Whether the number of sessions at a time on one server follows how quickly it answers."""
+
+
+FAILOVER_PATIENCE = 10.0
+"""Seconds that a unit of work waits for a new primary: three times what a failover takes."""
+
+
+class DurabilityConfig(Section):
+    """`[durability]`: what an acknowledged commit survives."""
+
+    mode: Literal["sync", "async"] = "async"
+    """`sync`: the loss of any one server. `async`: all but what the replicas had not received."""
+
+    confirm: Annotated[int, Field(ge=1, le=8)] = 1
+    """Standbys that confirm each commit in mode `sync`: k of `ANY k (…)`."""
+
+    last_standby: Literal["strict", "relaxed"] = "strict"
+    """When fewer standbys are left than have to confirm. `strict`: commits wait. `relaxed`: the
+    watcher lets them go unconfirmed, and notes from when until when."""
+
+    @property
+    def confirming(self) -> int:
+        """How many standbys confirm each commit; 0 for none."""
+        return self.confirm if self.mode == "sync" else 0
+
+
+class FailoverConfig(Section):
+    """`[failover]`: when another server becomes the primary; durations in seconds."""
+
+    mode: Literal["act", "follow"] = "act"
+    """`act`: `shardkit failover watch` promotes. `follow`: something else does, such as Patroni or
+    a managed service; the watcher registers what it promoted, and looks after poolers."""
+
+    failures: Annotated[int, Field(ge=1, le=100)] = 3
+    """Probes in a row that have to fail."""
+
+    patience: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 1.0
+    """How long they have to fail."""
+
+    interval: Annotated[float, Field(ge=0.05, le=60, allow_inf_nan=False)] = 0.4
+    """Between two probes."""
+
+    timeout: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = 1.0
+    """How long a server has to answer one."""
+
+    every: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 60.0
+    """Between two failovers of one physical shard, at least."""
+
+    adopt: bool = True
+    """Whether the watcher registers a promotion by somebody else, once the old primary is gone."""
+
+    wait: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = FAILOVER_PATIENCE
+    """How long `cluster.run` waits for a new primary, where no deadline says less; 0 for not."""
+
+    fence: tuple[str, ...] = Field(default=(), strict=False)
+    """Command that stops a server and exits with 0 when it surely does not run any more; `{host}`,
+    `{port}`, `{physical}` are replaced. None: it is told over SQL, where it answers."""
+
+    rejoin: tuple[str, ...] = Field(default=(), strict=False)
+    """Command that makes a stopped server a standby of `{primary_host}`:`{primary_port}`, by
+    pg_rewind or anew, and starts it."""
+
+    lead: tuple[str, ...] = Field(default=(), strict=False)
+    """Command that renders and reloads the poolers of `{physical}`."""
 
 
 class ReplicasConfig(Section):
@@ -214,10 +281,46 @@ class MigrationsConfig(Section):
     placed."""
 
 
+class RebalanceConfig(Section):
+    """`[rebalance]`: what `shardkit rebalance` keeps to where its options do not say otherwise."""
+
+    tolerance: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.1
+    """By how much of its share a physical shard may have too many or too few bytes. Source: Citus,
+    the threshold of its rebalancer."""
+
+    load_tolerance: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.25
+    """The same of rows read and written."""
+
+    pins: Mapping[str, str] = Field(default_factory=dict)
+    """Ranges and numbers of logical shards that belong on a physical shard, by its name."""
+
+    @property
+    def pinned(self) -> dict[int, str]:
+        """The physical shard of every logical shard that has a pin."""
+        return {n: name for name, text in self.pins.items() for n in parse_ranges(text)}
+
+    @field_validator("pins")
+    @classmethod
+    def _are_pinned_once(cls, pins: Mapping[str, str]) -> Mapping[str, str]:
+        seen: dict[int, str] = {}
+        for name, text in pins.items():
+            for number in parse_ranges(text):
+                if number in seen:
+                    raise ValueError(
+                        f"logical shard {number} is pinned to {seen[number]!r} and to {name!r}; "
+                        "take one of the two away"
+                    )
+                seen[number] = name
+        return pins
+
+
 class PhysicalConfig(Section):
     """`[[physical]]`: one primary, its replicas and the logical shards first placed there."""
 
     name: Name
+    weight: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] = 1.0
+    """Its capacity beside that of the others, for `shardkit rebalance`."""
+
     logical_shards: str = ""
     """Ranges and numbers; none for a server that logical shards are to be moved to."""
 

@@ -7,7 +7,7 @@ below it. This module never opens a connection.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -230,6 +230,53 @@ class PhysicalShard:
     def looking_at(self, url: URL) -> URL:
         """Return another address with the login of `looking_url`."""
         return like(self.looking_url, url)
+
+    def led_by(self, address: str) -> PhysicalShard:
+        """Return the physical shard with another server as its primary, the old one a replica.
+
+        Where a pooler stands between, clients keep their addresses, and names lead to other
+        servers: the new primary's place among the replicas is the old one's.
+
+        Args:
+            address: of the server, as `Endpoint.address` has it; behind a pooler, of its
+                `server_url`.
+        """
+        if self.pooler is not None:
+            return self._led_behind_pooler(address)
+        found = next((e for e in self.replicas if e.address == address), None)
+        if found is None:
+            return self
+        old = self.primary
+        replicas = tuple(
+            replace(old, role=Role.REPLICA, read_url=None) if each is found else each
+            for each in self.replicas
+        )
+        return self._at(found.url, replace(found, role=Role.PRIMARY), replicas)
+
+    def _led_behind_pooler(self, address: str) -> PhysicalShard:
+        for n, each in enumerate(self.replicas):
+            url = each.server_url
+            if url is not None and f"{url.host}:{url.port or 5432}/{url.database}" == address:
+                place = replace(each, server_url=like(url, self.admin_url))
+                replicas = (*self.replicas[:n], place, *self.replicas[n + 1 :])
+                return self._at(url, self.primary, replicas)
+        return self
+
+    def _at(self, server: URL, primary: Endpoint, replicas: tuple[Endpoint, ...]) -> PhysicalShard:
+        def moved(url: URL | None) -> URL | None:
+            return None if url is None else like(url, server)
+
+        return replace(
+            self,
+            primary=primary,
+            replicas=replicas,
+            admin_url=like(self.admin_url, server),
+            # A relay goes by way of the pooler, too.
+            relay_url=self.relay_url if self.pooler else moved(self.relay_url),
+            monitor_url=moved(self.monitor_url),
+            mover_url=moved(self.mover_url),
+            control_url=moved(self.control_url),
+        )
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

@@ -122,10 +122,11 @@ def run(
     name: Named | None,
     *,
     guards: Mapping[Endpoint, EndpointGuard],
+    waits: Callable[[BaseException], float],
     clock: Clock,
 ) -> T:
     """Run a unit of work; see `Cluster.run`."""
-    attempts = _attempts(name, guards)
+    attempts = _attempts(name, guards, waits)
     while True:
         try:
             with writer() as session:
@@ -144,9 +145,10 @@ async def run_async(
     name: Named | None,
     *,
     guards: Mapping[Endpoint, EndpointGuard],
+    waits: Callable[[BaseException], float],
 ) -> T:
     """Run a unit of work in a task; see `AsyncCluster.run`."""
-    attempts = _attempts(name, guards)
+    attempts = _attempts(name, guards, waits)
     while True:
         try:
             async with writer() as session:
@@ -159,8 +161,14 @@ async def run_async(
         await asyncio.sleep(pause)
 
 
-def _attempts(name: Named | None, guards: Mapping[Endpoint, EndpointGuard]) -> Attempts:
-    by_name = {str(endpoint): guard for endpoint, guard in guards.items()}
+def _attempts(
+    name: Named | None,
+    guards: Mapping[Endpoint, EndpointGuard],
+    waits: Callable[[BaseException], float],
+) -> Attempts:
+    def guard_of(error: BaseException) -> EndpointGuard | None:
+        where = getattr(error, "endpoint", None)
+        return next((g for e, g in [*guards.items()] if str(e) == where), None) if where else None
 
     def is_retryable(error: BaseException) -> bool:
         if isinstance(error, OutcomeUnknownError):
@@ -168,9 +176,9 @@ def _attempts(name: Named | None, guards: Mapping[Endpoint, EndpointGuard]) -> A
         return is_transient(error)
 
     def spend(error: BaseException) -> bool:
-        guard = by_name.get(getattr(error, "endpoint", None) or "")
+        guard = guard_of(error)
         # A deadlock or a move is nobody's failure: what the attempts of one unit allow is enough.
         is_nobodys = is_moving(error) or not isinstance(error, ShardkitError)
         return is_nobodys or guard is None or guard.budget.spend()
 
-    return Attempts(is_retryable, spend)
+    return Attempts(is_retryable, spend, waits=waits)

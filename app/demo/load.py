@@ -26,14 +26,16 @@ from app.demo.scenes import draw
 from app.graph import tao
 from app.graph.models import Assoc, Kind
 from app.photos.images import SIZES
+from app.photos.likes import Reaction, react
 from app.photos.models import Comment, Like, Photo
-from app.photos.store import BlobStore
+from app.photos.store import NAME_DIGITS, BlobStore
 from app.tags.parser import tags
 from app.tags.repository import add_tags
 from shardkit import WriteSession
 
 __all__ = ["DemoCounts", "DemoLoader", "Progress"]
 
+SMALLEST = f"{SIZES[-1]}.jpg"
 PARALLEL = 4
 """Transactions at the same time; a pool keeps five connections per server."""
 
@@ -122,42 +124,57 @@ class DemoLoader:
         loop = asyncio.get_running_loop()
         gate = asyncio.Semaphore(PARALLEL)
 
-        async def picture(number: int) -> tuple[int, int]:
+        async def picture(number: int) -> tuple[str, int, int] | None:
+            """Draw and store a picture, unless it is there."""
             planned = self._plan.photos[number]
             async with gate:
-                stored = await self._blobs.get(planned.blob_key, SIZES[-1])
-                if stored is not None and planned.blob_key in there:
-                    return 0, 0
-                sizes, width, height = await loop.run_in_executor(self._workers, draw, planned.seed)
-                await self._blobs.put(planned.blob_key, sizes)
+                if planned.name in there:
+                    key, _ = there[planned.name]
+                    if await self._blobs.get(key, SMALLEST) is not None:
+                        return None
+                variants, width, height = await loop.run_in_executor(
+                    self._workers, draw, planned.seed
+                )
                 self._added.pictures += 1
-                return width, height
+                return await self._blobs.put(planned.name, variants), width, height
 
         total = len(self._plan.photos)
         async with asyncio.TaskGroup() as group:
             drawn = [group.create_task(picture(number)) for number in range(total)]
             for number, task in enumerate(drawn):
-                width, height = await task
-                key = self._plan.photos[number].blob_key
+                made = await task
+                _, photo_id = there.get(self._plan.photos[number].name, ("", None))
                 # One after the other: ids are given in this order, and feeds sort by them.
-                self._photo_ids.append(
-                    there[key] if key in there else await self._photo(number, width, height)
-                )
+                if made is not None and photo_id is None:
+                    photo_id = await self._photo(number, *made)
+                elif made is not None and photo_id is not None:
+                    await self._show(photo_id, made[0])
+                self._photo_ids.append(photo_id or 0)
                 self._progress("photos", number + 1, total)
 
-    async def _existing_photos(self) -> dict[str, int]:
+    async def _existing_photos(self) -> dict[str, tuple[str, int]]:
+        """Return blob keys and ids of photos by the name that their key ends with."""
         statement = select(Photo.blob_key, Photo.id).where(Photo.owner_id.in_(self._user_ids))
         async with self._database.primary() as session:
-            return {row.blob_key: row.id for row in await session.execute(statement)}
+            rows = await session.execute(statement)
+            return {row.blob_key[-NAME_DIGITS:]: (row.blob_key, row.id) for row in rows}
 
-    async def _photo(self, number: int, width: int, height: int) -> int:
+    async def _show(self, photo_id: int, key: str) -> None:
+        """Have a photo show a picture that was lost and drawn again."""
+        async with self._database.writer() as session:
+            photo = await session.get_one(Photo, photo_id, with_for_update=True)
+            photo.blob_key = key
+            photo.has_webp = False
+            await session.commit()
+
+    async def _photo(self, number: int, key: str, width: int, height: int) -> int:
         planned = self._plan.photos[number]
         photo = Photo(
             owner_id=self._user_ids[planned.owner],
             caption=planned.caption,
             width=width,
             height=height,
-            blob_key=planned.blob_key,
+            blob_key=key,
             like_count=0,
             comment_count=0,
             created_at=self._now - planned.age,
@@ -222,17 +239,18 @@ class DemoLoader:
             n_added = 0
             for number, photo_id in zip(numbers, ids, strict=True):
                 time = self._now - self._plan.photos[number].age * 0.9
+                fans = self._ids(self._plan.likes[number])
                 new_likes = [
-                    Like(photo_id=photo_id, user_id=user, created_at=time)
-                    for user in sorted(self._ids(self._plan.likes[number]))
+                    Reaction(user, likes=True)
+                    for user in sorted(fans)
                     if (photo_id, user) not in likes
                 ]
                 new_comments = self._new_comments(number, photo_id, time, comments)
                 if not new_likes and not new_comments:
                     continue
-                session.add_all([*new_likes, *new_comments])
-                photo = await session.get_one(Photo, photo_id, with_for_update=True)
-                photo.like_count += len(new_likes)
+                await tao.on(session, react, photo_id, new_likes, time)
+                session.add_all(new_comments)
+                photo = await session.get_one(Photo, photo_id, with_for_update={"key_share": True})
                 photo.comment_count += len(new_comments)
                 self._added.likes += len(new_likes)
                 self._added.comments += len(new_comments)
@@ -282,7 +300,7 @@ def _add_follows(session: WriteSession, me: int, others: set[int], now: dt.datet
     """Add follows that lack; return how many."""
     user = tao.locked(session, me)
     keys = [(me, int(Kind.FOLLOWS), other) for other in sorted(others)]
-    at = int(now.timestamp() * 1000)
+    at = tao.next_time(session, me, Kind.FOLLOWS, int(now.timestamp() * 1000))
     missing = [
         key[2]
         for key, edge in zip(keys, session.get_many(Assoc, keys), strict=True)

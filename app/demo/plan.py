@@ -30,12 +30,12 @@ class PlannedPerson:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPhoto:
-    """A photo to be; `age` counts back from the load."""
+    """A photo to be; its blob key ends with `name`, and `age` counts back from the load."""
 
     owner: int
     caption: str
     seed: int
-    blob_key: str
+    name: str
     age: dt.timedelta
 
 
@@ -122,7 +122,7 @@ def _photos(rng: random.Random, n_people: int, seed: int) -> list[PlannedPhoto]:
             owner=owner,
             caption=rng.choice(words.CAPTIONS),
             seed=seed * 1_000_003 + n,
-            blob_key=hashlib.sha256(f"demo {seed} {n_people} {n}".encode()).hexdigest()[:32],
+            name=hashlib.sha256(f"demo {seed} {n_people} {n}".encode()).hexdigest()[8:32],
             age=step * (len(owners) - n - rng.random()),
         )
         for n, owner in enumerate(owners)

@@ -27,8 +27,8 @@ GRAIN_SIDE = 360
 """Pixels of the square of grain that is laid out over the picture; noise is dear to make."""
 
 
-def draw(seed: int) -> tuple[dict[int, bytes], int, int]:
-    """Return the sizes of a picture as JPEG, and the width and height of the largest."""
+def draw(seed: int) -> tuple[dict[str, bytes], int, int]:
+    """Return the variants of a picture, JPEG only, and the width and height of the largest."""
     import pyvips  # noqa: PLC0415 - loaded in the worker only
 
     width, height, svg = svg_of(seed)
@@ -36,8 +36,8 @@ def draw(seed: int) -> tuple[dict[int, bytes], int, int]:
     across, down = math.ceil(width / GRAIN_SIDE), math.ceil(height / GRAIN_SIDE)
     grain = _grain().replicate(across, down).crop(0, 0, width, height)
     picture = (picture + grain).cast("uchar").copy(interpretation="srgb").copy_memory()
-    sizes, shape = decoder.encode_sizes(picture)
-    return sizes, shape["width"], shape["height"]
+    variants, shape = decoder.encode_variants(picture, ["jpg"])
+    return variants, shape["width"], shape["height"]
 
 
 @cache

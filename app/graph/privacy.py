@@ -7,7 +7,7 @@ is answered as if there were nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import select
 
@@ -18,7 +18,15 @@ from app.graph.models import Assoc, Kind
 from app.partial import FAILED, PATIENCE, answered_or_none
 from shardkit import AsyncReadSession, ReadSession, deadline
 
-__all__ = ["check_reaction", "check_unblocked", "hidden", "hidden_among", "seen_among", "visible"]
+__all__ = [
+    "check_reaction",
+    "check_unblocked",
+    "hidden",
+    "hidden_among",
+    "hidden_from",
+    "seen_among",
+    "visible",
+]
 
 
 def hidden(session: ReadSession, viewer_id: int | None, others: Iterable[int]) -> set[int]:
@@ -103,19 +111,34 @@ async def hidden_among(
         return set(people) - await seen_among(session, viewer_id, people)
 
 
+def hidden_from(session: ReadSession, owner_id: int, user_ids: Sequence[int]) -> set[int]:
+    """Return who may not see an owner's photos; asks where the owner is.
+
+    A follow that the relay has not told the owner of yet is asked of who follows.
+    """
+    others = [user_id for user_id in user_ids if user_id != owner_id]
+    owner = session.get(User, owner_id)
+    if owner is None:
+        return set(others)
+    keys = [(owner_id, int(Kind.BLOCKS), other) for other in others]
+    gone = {edge.id2 for edge in session.get_many(Assoc, keys) if edge is not None}
+    if owner.is_private:
+        for pick in (
+            lambda other: (owner_id, int(Kind.FOLLOWED_BY), other),
+            lambda other: (other, int(Kind.FOLLOWS), owner_id),
+        ):
+            found = session.get_many(Assoc, list(map(pick, others)))
+            follows = {other for other, edge in zip(others, found, strict=True) if edge}
+            others = [other for other in others if other not in follows]
+        gone |= set(others)
+    return gone
+
+
 def check_reaction(session: ReadSession, viewer_id: int, owner_id: int) -> None:
-    """Refuse a like or a comment of who may not see the photo; asks where the photo is.
+    """Refuse a comment of who may not see the photo; asks where the photo is.
 
     Raises:
         NotFoundError: the owner blocks the viewer, or is private and not followed.
     """
-    if viewer_id == owner_id:
-        return
-    owner = session.get(User, owner_id)
-    if owner is None or tao.has(session, owner_id, Kind.BLOCKS, viewer_id):
-        raise NotFoundError("There is no such photo.")
-    if owner.is_private and not (
-        tao.has(session, owner_id, Kind.FOLLOWED_BY, viewer_id)
-        or tao.has(session, viewer_id, Kind.FOLLOWS, owner_id)  # the relay is not there yet
-    ):
+    if hidden_from(session, owner_id, [viewer_id]):
         raise NotFoundError("There is no such photo.")

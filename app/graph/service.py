@@ -10,6 +10,7 @@ transaction there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from app.accounts.models import User
@@ -63,8 +64,7 @@ class GraphService:
         followee = await self._person(name)
         if followee.id == viewer.id:
             raise InvalidInputError("username", "You cannot follow yourself.")
-        async with self._database.primary() as session:
-            await check_unblocked(session, viewer.id, followee.id)
+        await self._check_unblocked(viewer, followee)
         is_private = followee.is_private
 
         def work(session: WriteSession) -> bool:
@@ -77,7 +77,8 @@ class GraphService:
                 tao.assoc_add(session, me, Kind.REQUESTED, followee.id, self._now())
                 return False
             tao.assoc_delete(session, me, Kind.REQUESTED, followee.id)
-            tao.assoc_add(session, me, Kind.FOLLOWS, followee.id, self._now())
+            at = tao.next_time(session, me.id, Kind.FOLLOWS, self._now())
+            tao.assoc_add(session, me, Kind.FOLLOWS, followee.id, at)
             return True
 
         request = Request(viewer.id, ("follow", followee.id))
@@ -249,13 +250,27 @@ class GraphService:
             if tao.has(session, them.id, Kind.FOLLOWS, viewer.id):
                 return True
             kinds = (Kind.REQUESTED, Kind.FOLLOWS)
-            return tao.assoc_change_type(session, them, kinds, viewer.id, self._now())
+            at = tao.next_time(session, them.id, Kind.FOLLOWS, self._now())
+            return tao.assoc_change_type(session, them, kinds, viewer.id, at)
 
         what = "accept" if accepted else "refuse"
         request = Request(viewer.id, (what, person.id))
         if not await self._run(request, work, near=person.id):
             raise NotFoundError("This person has not asked to follow you.")
         return person_out(person)
+
+    async def _check_unblocked(self, viewer: Viewer, other: User) -> None:
+        """Refuse an edge to whom a block separates from the viewer, as far as servers can tell.
+
+        Where nobody can, the edge is taken: what it would show is hidden when it is read.
+        """
+        try:
+            async with self._database.primary() as session:
+                await check_unblocked(session, viewer.id, other.id)
+        except FAILED:
+            with suppress(*FAILED):
+                async with self._database.reader(fresh=False) as session:
+                    await check_unblocked(session, viewer.id, other.id)
 
     async def _run(self, request: Request, work: Callable[[WriteSession], T], *, near: int) -> T:
         """Run a unit of work that is a function of shardkit's own session."""

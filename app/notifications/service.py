@@ -23,13 +23,13 @@ from app.notifications.schemas import GroupOut, NotificationOut, UnreadOut
 from app.paging import Page, cut
 from app.partial import is_partial
 from app.photos.repository import PhotoRepository
-from app.photos.service import image_url
+from app.photos.service import images_of
 from shardkit import AsyncReadSession, AsyncWriteSession
 
 __all__ = ["MOST_ACTORS", "News", "NotificationService", "told"]
 
 MOST_ACTORS = 3
-SMALL = 150
+SMALL = "150"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,5 +201,7 @@ async def _pictures(
     owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
     seen = await seen_among(session, viewer.id, owners)
     return {
-        photo.id: image_url(photo.blob_key, SMALL) for photo in photos if photo.owner_id in seen
+        photo.id: images_of(photo.blob_key)[str(SMALL)]
+        for photo in photos
+        if photo.owner_id in seen
     }

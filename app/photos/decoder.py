@@ -1,4 +1,4 @@
-"""The decoding process: reads untrusted pictures from stdin, writes the made sizes to stdout.
+"""The decoding process: reads untrusted pictures from stdin, writes the made variants to stdout.
 
 Started by `app.photos.images` by its path, so that it imports nothing of the service: a picture
 that takes over this process finds no database, no session and no open file. Memory, processor
@@ -16,13 +16,19 @@ import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 SIZES: dict[int, bool] = {1080: False, 640: False, 320: True, 150: True}
 """Longest side in pixels, and whether it is cut to a square from the centre (for grids)."""
 
 QUALITY = 82
 """JPEG quality; 82 keeps a 1080 pixel photo near 150 KB."""
+
+WEBP_QUALITY, WEBP_EFFORT = 78, 2
+"""Near the JPEG to the eye at two thirds of its bytes; more effort gains less than it costs."""
+
+FORMATS = ("jpg", "webp")
+"""What a picture may be made in: JPEG for everybody, WebP for whoever asks for it."""
 
 LOADERS = (
     (b"\xff\xd8\xff", 0, "jpegload_buffer"),
@@ -55,28 +61,31 @@ def main() -> None:
         data = source.read(request["length"])
         _limit_cpu(cpu_seconds)
         try:
-            sizes, shape = make_sizes(pyvips, data, request["max_pixels"])
+            variants, shape = make_variants(
+                pyvips, data, request["max_pixels"], formats=request["formats"]
+            )
         except RefusedImageError as refused:
             answer(sink, {"refused": refused.args[0]})
         except (pyvips.Error, MemoryError):
             answer(sink, {"refused": "damaged"})
         else:
-            lengths = {str(size): len(blob) for size, blob in sizes.items()}
-            answer(sink, {"lengths": lengths, **shape}, sizes.values())
+            lengths = {name: len(blob) for name, blob in variants.items()}
+            answer(sink, {"lengths": lengths, **shape}, variants.values())
 
 
-def make_sizes(
-    pyvips: Any, data: bytes, max_pixels: int
-) -> tuple[dict[int, bytes], dict[str, int]]:
-    """Decode a picture and return its sizes as JPEG, upright and without metadata.
+def make_variants(
+    pyvips: Any, data: bytes, max_pixels: int, *, formats: Sequence[str] = FORMATS
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Decode a picture and return its variants, upright and without metadata.
 
     Args:
         pyvips: the image library; the demo passes its own, this process a limited one.
         data: the picture as uploaded.
         max_pixels: width times height allowed; checked on the header, before decoding.
+        formats: some of `FORMATS`.
 
     Returns:
-        JPEG bytes by size, and `width` and `height` of the largest.
+        Bytes by variant, such as `1080.jpg`, and `width` and `height` of the largest.
 
     Raises:
         RefusedImageError: not an allowed format, or too many pixels.
@@ -91,18 +100,29 @@ def make_sizes(
     picture = pyvips.Image.thumbnail_buffer(
         data, largest, height=largest, size="down", option_string="[fail_on=truncated]"
     )
-    return encode_sizes(_plain(picture).copy_memory())
+    return encode_variants(_plain(picture).copy_memory(), formats)
 
 
-def encode_sizes(picture: Any) -> tuple[dict[int, bytes], dict[str, int]]:
-    """Return the sizes of a decoded picture, and `width` and `height` of the largest."""
-    sizes: dict[int, bytes] = {}
+def encode_variants(
+    picture: Any, formats: Sequence[str] = FORMATS
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Return the variants of a decoded picture, and `width` and `height` of the largest."""
+    variants: dict[str, bytes] = {}
     for size, square in SIZES.items():
         scaled = picture.thumbnail_image(
             size, height=size, size="down", crop="centre" if square else "none"
         )
-        sizes[size] = scaled.jpegsave_buffer(Q=QUALITY, keep="icc", optimize_coding=True)
-    return sizes, {"width": picture.width, "height": picture.height}
+        if len(formats) > 1:
+            scaled = scaled.copy_memory()
+        for ending in formats:
+            variants[f"{size}.{ending}"] = _encoded(scaled, ending)
+    return variants, {"width": picture.width, "height": picture.height}
+
+
+def _encoded(picture: Any, ending: str) -> bytes:
+    if ending == "webp":
+        return bytes(picture.webpsave_buffer(Q=WEBP_QUALITY, effort=WEBP_EFFORT, keep="icc"))
+    return bytes(picture.jpegsave_buffer(Q=QUALITY, keep="icc", optimize_coding=True))
 
 
 def _plain(picture: Any) -> Any:

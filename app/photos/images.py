@@ -1,4 +1,4 @@
-"""Turns an uploaded file into the sizes the service stores, or says why it will not.
+"""Turns an uploaded file into the variants the service stores, or says why it will not.
 
 Called by the photo service. The decoding itself happens in `decoder.py`, in processes of their
 own with limits on memory, processor time and pixels; this module starts them, hands them work,
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,14 @@ from app.errors import (
 )
 from app.photos import decoder
 
-__all__ = ["SIZES", "ImageLimits", "ImageWorkers", "PreparedImage"]
+__all__ = ["FORMATS", "SIZES", "VARIANTS", "ImageLimits", "ImageWorkers", "PreparedImage"]
 
 SIZES = tuple(decoder.SIZES)
 """Longest sides of the stored pictures, in pixels, largest first."""
+
+FORMATS = decoder.FORMATS
+VARIANTS = tuple(f"{size}.{ending}" for ending in FORMATS for size in SIZES)
+"""Names of everything a picture may be made into, in the order in which volumes keep it."""
 
 _KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "VIRTUAL_ENV")
 
@@ -61,12 +65,12 @@ class PreparedImage:
     Attributes:
         width: pixels of the largest size.
         height: pixels of the largest size.
-        sizes: JPEG bytes by size.
+        variants: bytes by name, such as `1080.jpg`.
     """
 
     width: int
     height: int
-    sizes: Mapping[int, bytes]
+    variants: Mapping[str, bytes]
 
 
 @dataclass(slots=True)
@@ -93,19 +97,26 @@ class ImageWorkers:
     Args:
         n: number of processes; each uses one core.
         limits: what one picture may cost.
+        formats: what to make of it, some of `decoder.FORMATS`.
     """
 
     PICTURES_PER_PROCESS = 200
     """After so many a process is replaced, which bounds what fragmentation can cost."""
 
-    def __init__(self, n: int = 1, limits: ImageLimits | None = None) -> None:
+    def __init__(
+        self,
+        n: int = 1,
+        limits: ImageLimits | None = None,
+        formats: Sequence[str] = decoder.FORMATS,
+    ) -> None:
+        self.formats = tuple(formats)
         self.limits = limits or ImageLimits()
         self._free = asyncio.Semaphore(n)
         self._idle: list[_Worker] = []
         self._waiting = 0
 
     async def prepare(self, data: bytes) -> PreparedImage:
-        """Return the sizes of an uploaded picture.
+        """Return the variants of an uploaded picture.
 
         Raises:
             EmptyUploadError: no bytes.
@@ -179,7 +190,11 @@ class ImageWorkers:
         process = worker.process
         if process.stdin is None or process.stdout is None:
             raise OSError("a decoding process has no pipes")
-        head = {"length": len(data), "max_pixels": self.limits.max_pixels}
+        head = {
+            "length": len(data),
+            "max_pixels": self.limits.max_pixels,
+            "formats": self.formats,
+        }
         process.stdin.write(json.dumps(head).encode() + b"\n" + data)
         await process.stdin.drain()
         line = await process.stdout.readline()
@@ -190,12 +205,12 @@ class ImageWorkers:
             refusal = self._refusal(answer["refused"])
             worker.is_spent = isinstance(refusal, DamagedImageError)
             raise refusal
-        sizes = {
-            int(size): await process.stdout.readexactly(length)
-            for size, length in answer["lengths"].items()
+        variants = {
+            variant: await process.stdout.readexactly(length)
+            for variant, length in answer["lengths"].items()
         }
         worker.is_spent = False
-        return PreparedImage(answer["width"], answer["height"], sizes)
+        return PreparedImage(answer["width"], answer["height"], variants)
 
     def _refusal(self, reason: str) -> UploadError:
         match reason:

@@ -9,7 +9,7 @@ from sqlalchemy import delete, select
 from app.errors import NotFoundError
 from app.paging import cut
 from app.partial import FAILED, PATIENCE, answered, answered_or_none
-from app.photos.models import Comment, Like, Photo, newest_of
+from app.photos.models import Comment, Like, LikeSlot, Photo, newest_of
 from shardkit import AsyncReadSession, AsyncWriteSession, deadline
 
 __all__ = ["PhotoRepository", "delete_photo", "locked_photo"]
@@ -97,10 +97,12 @@ class PhotoRepository:
 async def locked_photo(session: AsyncWriteSession, photo_id: int) -> Photo:
     """Return a photo, locked until the transaction ends, so that its counts stay exact.
 
+    Others may like it meanwhile; deleting it takes a stronger lock by itself.
+
     Raises:
         NotFoundError: there is none.
     """
-    photo = await session.get(Photo, photo_id, with_for_update=True)
+    photo = await session.get(Photo, photo_id, with_for_update={"key_share": True})
     if photo is None:
         raise NotFoundError("There is no such photo.")
     return photo
@@ -109,5 +111,6 @@ async def locked_photo(session: AsyncWriteSession, photo_id: int) -> Photo:
 async def delete_photo(session: AsyncWriteSession, photo: Photo) -> None:
     """Delete a photo with its likes and comments, all on its shard."""
     await session.execute(delete(Like).where(Like.photo_id == photo.id))
+    await session.execute(delete(LikeSlot).where(LikeSlot.photo_id == photo.id))
     await session.execute(delete(Comment).where(Comment.photo_id == photo.id))
     await session.delete(photo)

@@ -1,15 +1,13 @@
-"""Upload, look at, like and delete photos.
+"""Look at, like and delete photos; `app.photos.uploads` makes them.
 
-Called by the API and the pages. The bytes are stored before the row and removed after it: a
-crash leaves at worst bytes nobody points to, never a photo without its picture.
+Called by the API and the pages. The bytes of a deleted photo are removed when its row is gone, by
+this process at once, and by the relay if it dies before.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
+import logging
 from collections.abc import Sequence
-from typing import Any
 
 from app import happenings
 from app.accounts.models import User
@@ -18,25 +16,29 @@ from app.accounts.service import Viewer, person_out
 from app.addresses import MEDIA
 from app.clock import Clock
 from app.database import Database, Request
-from app.errors import ForbiddenError, NotFoundError
-from app.graph.privacy import check_reaction, seen_among
+from app.errors import (
+    DamagedPictureError,
+    ForbiddenError,
+    NotFoundError,
+    StorageUnavailableError,
+)
+from app.graph.privacy import seen_among
 from app.graph.tao import on
 from app.paging import Page
-from app.partial import counted, is_partial
-from app.photos.images import SIZES, ImageWorkers
-from app.photos.models import Like, Photo, likes_of
+from app.partial import is_partial
+from app.photos.images import SIZES
+from app.photos.likes import Likes, Reaction, likes_among, react
+from app.photos.models import Photo
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
 from app.photos.schemas import LikesOut, PhotoOut
-from app.photos.store import BlobStore
-from app.tags.parser import mentions, tags
-from app.tags.repository import add_tags, drop_tags
+from app.photos.store import BlobStore, DamagedBlobError
+from app.tags.repository import drop_tags
 from shardkit import AsyncReadSession, AsyncWriteSession
-from shardkit.errors import OutcomeUnknownError, UnavailableError
+from shardkit.errors import UnavailableError
 
-__all__ = ["PhotoService", "describe", "image_url", "images_of", "photo_page", "unseen"]
+__all__ = ["PhotoService", "describe", "images_of", "photo_out", "photo_page", "unseen"]
 
-KEY_BYTES = 16
-"""Random bytes of a blob key: nobody guesses the address of a picture."""
+log = logging.getLogger("app")
 
 
 class PhotoService:
@@ -45,63 +47,15 @@ class PhotoService:
     Args:
         database: the client's sessions.
         blobs: where the bytes go.
-        workers: the decoding processes.
         clock: the time.
+        likes: writes likes, many together.
     """
 
-    def __init__(
-        self, database: Database, blobs: BlobStore, workers: ImageWorkers, clock: Clock
-    ) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, clock: Clock, likes: Likes) -> None:
         self._database = database
         self._blobs = blobs
-        self._workers = workers
         self._clock = clock
-
-    async def upload(self, viewer: Viewer, data: bytes, caption: str) -> PhotoOut:
-        """Store a photo and return it.
-
-        Raises:
-            UploadError: the file is refused; nothing was stored.
-            BusyError: too many uploads wait already.
-        """
-        prepared = await self._workers.prepare(data)
-        key = secrets.token_hex(KEY_BYTES)
-        await self._blobs.put(key, prepared.sizes)
-
-        async def work(session: AsyncWriteSession) -> dict[str, Any]:
-            owner = await session.get(User, viewer.id, with_for_update=True)
-            if owner is None:
-                raise NotFoundError("There is no such person.")
-            photo = Photo(
-                owner_id=viewer.id,
-                caption=caption,
-                width=prepared.width,
-                height=prepared.height,
-                blob_key=key,
-                like_count=0,
-                comment_count=0,
-                created_at=self._clock(),
-            )
-            session.add(photo)
-            owner.photo_count += 1
-            await session.flush()
-            await add_tags(session, photo.id, photo.id, tags(caption))
-            if names := mentions(caption):
-                happenings.photo_added(session, photo.id, viewer.id, names)
-            return _photo_out(photo, owner, 0, liked=False).model_dump(mode="json")
-
-        digest = hashlib.sha256(data).hexdigest()
-        request = Request(viewer.id, ("upload", digest, caption))
-        try:
-            answer = await self._database.run(request, work, near=viewer.id)
-        except Exception as error:
-            if not isinstance(error, OutcomeUnknownError):  # nothing was committed
-                await self._blobs.delete(key)
-            raise
-        photo = PhotoOut.model_validate(answer)
-        if photo.images != images_of(key):  # a repetition: the first one's are kept
-            await self._blobs.delete(key)
-        return photo
+        self._likes = likes
 
     async def delete(self, viewer: Viewer, photo_id: int) -> None:
         """Delete one's own photo with everything under it.
@@ -124,7 +78,11 @@ class PhotoService:
             return photo.blob_key
 
         request = Request(viewer.id, ("delete photo", photo_id))
-        await self._blobs.delete(await self._database.run(request, work, near=photo_id))
+        key = await self._database.run(request, work, near=photo_id)
+        try:
+            await self._blobs.delete(key)
+        except OSError:
+            log.warning("the bytes of %s are left to the relay", key, exc_info=True)
 
     async def photo(self, photo_id: int, viewer: Viewer | None) -> PhotoOut:
         """Return a photo as a viewer sees it.
@@ -134,9 +92,6 @@ class PhotoService:
         """
         async with self._database.reader() as session:
             photo = await PhotoRepository(session).photo(photo_id)
-            # Asked for by itself: a list leaves out whose server does not answer, one photo cannot.
-            if await session.get(User, photo.owner_id) is None:
-                raise NotFoundError
             shown = await describe(session, [photo], viewer)
             if not shown:
                 raise unseen(session)
@@ -158,48 +113,52 @@ class PhotoService:
 
         Raises:
             NotFoundError: there is no such photo.
+            BusyError: too many like it at this moment.
         """
-
-        async def work(session: AsyncWriteSession) -> int:
-            photo = await locked_photo(session, photo_id)
-            await on(session, check_reaction, viewer.id, photo.owner_id)
-            if await session.get(Like, (photo_id, viewer.id)) is None:
-                session.add(Like(photo_id=photo_id, user_id=viewer.id, created_at=self._clock()))
-                photo.like_count += 1
-                happenings.like_changed(session, photo_id, photo.owner_id, viewer.id, liked=True)
-            return photo.like_count
-
-        request = Request(viewer.id, ("like", photo_id))
-        n_likes = await self._database.run(request, work, near=photo_id)
-        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=True)
+        return await self._react(viewer, photo_id, likes=True)
 
     async def unlike(self, viewer: Viewer, photo_id: int) -> LikesOut:
         """Take a like back; doing so twice is doing so once.
 
         Raises:
             NotFoundError: there is no such photo.
+            BusyError: too many like it at this moment.
         """
+        return await self._react(viewer, photo_id, likes=False)
+
+    async def _react(self, viewer: Viewer, photo_id: int, *, likes: bool) -> LikesOut:
+        """Write a like together with others; alone where a key has to be kept with it."""
+        reaction = Reaction(viewer.id, likes)
+        if not self._database.has_key:
+            n_likes, token = await self._likes.react(photo_id, reaction)
+            self._database.saw(token)
+            return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
         async def work(session: AsyncWriteSession) -> int:
-            photo = await locked_photo(session, photo_id)
-            like = await session.get(Like, (photo_id, viewer.id))
-            if like is not None:
-                await session.delete(like)
-                photo.like_count -= 1
-                happenings.like_changed(session, photo_id, photo.owner_id, viewer.id, liked=False)
-            return photo.like_count
+            total, refused = await on(session, react, photo_id, [reaction], self._clock())
+            if likes and refused:
+                raise NotFoundError("There is no such photo.")
+            return total
 
-        request = Request(viewer.id, ("unlike", photo_id))
+        request = Request(viewer.id, ("like" if likes else "unlike", photo_id))
         n_likes = await self._database.run(request, work, near=photo_id)
-        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=False)
+        return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
-    async def picture(self, key: str, size: int) -> bytes:
-        """Return the bytes of one size.
+    async def picture(self, key: str, variant: str) -> bytes:
+        """Return the bytes of one variant.
 
         Raises:
             NotFoundError: there are none.
+            DamagedPictureError: the disk does not return what was stored.
+            StorageUnavailableError: the store does not answer.
         """
-        data = await self._blobs.get(key, size) if size in SIZES else None
+        try:
+            data = await self._blobs.get(key, variant)
+        except DamagedBlobError as error:
+            log.exception("a picture is damaged")
+            raise DamagedPictureError from error
+        except OSError as error:
+            raise StorageUnavailableError from error
         if data is None:
             raise NotFoundError("There is no such picture.")
         return data
@@ -216,9 +175,9 @@ async def describe(
     if viewer is not None:
         ids = [photo.id for photo in photos]
         liked = await PhotoRepository(session).liked_among(viewer.id, ids)
-    likes = await counted(session, likes_of, {photo.id: photo.like_count for photo in photos})
+    likes = await likes_among(session, photos)
     return [
-        _photo_out(photo, owners[photo.owner_id], likes[photo.id], liked=photo.id in liked)
+        photo_out(photo, owners[photo.owner_id], likes[photo.id], liked=photo.id in liked)
         for photo in photos
     ]
 
@@ -238,17 +197,13 @@ async def photo_page(
     return Page[PhotoOut](items=items, next_cursor=cursor, partial=is_partial(session))
 
 
-def image_url(blob_key: str, size: int) -> str:
-    """Return the address of one size of a picture."""
-    return f"{MEDIA}/{blob_key}/{size}.jpg"
-
-
-def images_of(blob_key: str) -> dict[str, str]:
+def images_of(blob_key: str, ending: str = "jpg") -> dict[str, str]:
     """Return the addresses of a picture by size."""
-    return {str(size): image_url(blob_key, size) for size in SIZES}
+    return {str(size): f"{MEDIA}/{blob_key}/{size}.{ending}" for size in SIZES}
 
 
-def _photo_out(photo: Photo, owner: User, n_likes: int, *, liked: bool) -> PhotoOut:
+def photo_out(photo: Photo, owner: User, n_likes: int, *, liked: bool) -> PhotoOut:
+    """Return a photo as one viewer sees it."""
     return PhotoOut(
         id=photo.id,
         owner=person_out(owner),
@@ -256,6 +211,7 @@ def _photo_out(photo: Photo, owner: User, n_likes: int, *, liked: bool) -> Photo
         width=photo.width,
         height=photo.height,
         images=images_of(photo.blob_key),
+        images_webp=images_of(photo.blob_key, "webp") if photo.has_webp else {},
         like_count=n_likes,
         comment_count=photo.comment_count,
         liked_by_me=liked,

@@ -19,7 +19,13 @@ from app.accounts.service import Viewer, person_out
 from app.addresses import MEDIA
 from app.clock import Clock
 from app.database import Database, Request
-from app.errors import ForbiddenError, NotFoundError
+from app.errors import (
+    ForbiddenError,
+    NotFoundError,
+    StorageFullError,
+    StorageUnavailableError,
+    is_disk_full,
+)
 from app.graph import tao
 from app.graph.models import Kind
 from app.graph.privacy import hidden_among, seen_among
@@ -27,8 +33,7 @@ from app.ids import Id
 from app.paging import Page, cut
 from app.partial import is_partial
 from app.photos.images import SIZES, ImageWorkers
-from app.photos.service import KEY_BYTES
-from app.photos.store import BlobStore
+from app.photos.store import NAME_DIGITS, BlobStore
 from app.stories.models import LIFE, Story, StoryView
 from app.stories.repository import StoryRepository, delete_story, living_story
 from app.stories.schemas import StoriesOut, StoryOut, ViewerOfStoryOut
@@ -74,8 +79,12 @@ class StoryService:
             BusyError: too many uploads wait already.
         """
         prepared = await self._workers.prepare(data)
-        key = secrets.token_hex(KEY_BYTES)
-        await self._blobs.put(key, prepared.sizes)
+        try:
+            key = await self._blobs.put(secrets.token_hex(NAME_DIGITS // 2), prepared.variants)
+        except OSError as error:
+            raise (
+                StorageFullError() if is_disk_full(error) else StorageUnavailableError()
+            ) from error
 
         async def work(session: AsyncWriteSession) -> tuple[str, dict[str, Any]]:
             owner = await session.get(User, viewer.id)
@@ -228,7 +237,7 @@ class StoryService:
             raise NotFoundError("There is no such picture.")
         async with self._database.reader() as session:
             story = await self._seen(session, viewer, story_id)
-        data = await self._blobs.get(story.blob_key, size)
+        data = await self._blobs.get(story.blob_key, f"{size}.jpg")
         seconds = int((story.expires_at - self._clock()).total_seconds())
         if data is None or seconds < 0:  # the store may have taken its time
             raise NotFoundError("There is no such picture.")

@@ -28,6 +28,7 @@ from app.deps import (
     Saves,
     SignedIn,
     Stories,
+    Uploads,
     begin_login,
     end_login,
 )
@@ -38,10 +39,11 @@ from app.errors import (
     UploadError,
     problem_of,
 )
+from app.feed.cursors import FeedCursor
 from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
-from app.photos.schemas import Caption
+from app.photos.schemas import Caption, PhotoOut
 from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
@@ -50,6 +52,9 @@ __all__ = ["NO_MORE", "PagesDep", "again", "back_to", "go", "local_path", "route
 router = APIRouter(include_in_schema=False)
 
 FEED_PAGE, GRID_PAGE, COMMENT_PAGE, PEOPLE_PAGE = 10, 24, 50, 30
+REFRESH = 2
+"""Seconds after which the page of an upload asks again."""
+
 SEE_OTHER = 303
 NO_MORE = {"next_cursor": None}
 
@@ -70,7 +75,7 @@ async def home(
     feed: Feed,
     stories: Stories,
     pages: PagesDep,
-    cursor: Cursor = None,
+    cursor: FeedCursor = None,
 ) -> Response:
     """Show the home feed, or what this is to a stranger."""
     if viewer is None:
@@ -89,15 +94,27 @@ async def home(
             first=("landing.html", {}),
         )
     back = "/" if cursor is None else f"/?cursor={cursor}"
+    place = feed.place(viewer, cursor)
 
     async def load() -> Mapping[str, Any]:
-        return {"page": await feed.home(viewer, cursor, FEED_PAGE), "back": back}
+        return {
+            "page": await feed.home(viewer, place, FEED_PAGE, is_ranked=viewer.is_feed_ranked),
+            "back": back,
+        }
 
     async def load_stories() -> Mapping[str, Any]:
         return {"groups": (await stories.all(viewer)).items}
 
     parts = [("home.html", load)] if cursor else [("tray.html", load_stories), ("home.html", load)]
     return pages.streamed(request, *parts, title="Home", viewer=viewer, here="home")
+
+
+@router.post("/feed-order")
+async def feed_order(viewer: SignedIn, form: Sent, accounts: Accounts) -> Response:
+    """Choose how one's own feed is ordered."""
+    is_ranked = form.text("order") == "ranked"
+    await accounts.edit(viewer, ProfilePatch(is_feed_ranked=is_ranked))
+    return go("/")
 
 
 @router.get("/explore")
@@ -223,7 +240,7 @@ async def upload_form(viewer: SignedIn, pages: PagesDep, resources: ResourcesDep
 
 @router.post("/upload")
 async def upload(
-    viewer: SignedIn, form: Upload, photos: Photos, pages: PagesDep, resources: ResourcesDep
+    viewer: SignedIn, form: Upload, uploads: Uploads, pages: PagesDep, resources: ResourcesDep
 ) -> Response:
     """Store a photo."""
     caption = form.text("caption")
@@ -232,7 +249,8 @@ async def upload(
         if data is None:
             raise EmptyUploadError("Choose a photo first.")
         checked = TypeAdapter(Caption).validate_python(caption)
-        photo = await photos.upload(viewer, data, checked)
+        patience = resources.settings.upload_patience
+        made = await uploads.upload(viewer, data, checked, patience=patience)
     except (UploadError, ValidationError) as error:
         return again(
             pages,
@@ -244,7 +262,23 @@ async def upload(
             values={"caption": caption},
             megabytes=resources.settings.max_upload_bytes >> 20,
         )
-    return go(f"/p/{photo.id}")
+    return go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
+
+
+@router.get("/uploads/{upload_id}")
+async def upload_status(
+    upload_id: Id, viewer: SignedIn, uploads: Uploads, pages: PagesDep
+) -> Response:
+    """Show what has become of an upload; the page asks again by itself."""
+    found = await uploads.status(viewer, upload_id)
+    if found.photo_id is not None:
+        return go(f"/p/{found.photo_id}")
+    response = pages.whole(
+        "uploading.html", title="Upload", viewer=viewer, here="upload", upload=found
+    )
+    if found.state == "working":
+        response.headers["refresh"] = str(REFRESH)
+    return response
 
 
 @router.get("/u/{username}")

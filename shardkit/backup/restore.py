@@ -15,10 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import URL
 
 from shardkit.backup import manifest
@@ -31,10 +33,12 @@ from shardkit.errors import BackupError, ConfigurationError, RefusedError, TryAg
 from shardkit.local.account import Account, claim_folder, is_reachable, server_account
 from shardkit.local.binaries import SHARED_FOLDER
 from shardkit.local.ports import HOST
+from shardkit.ops.direct import connect
+from shardkit.ops.moves.transactions import promote
 from shardkit.topology import PhysicalShard, Topology
 from shardkit.twophase import Settled, resolve
 
-__all__ = ["Choice", "Restored", "Sides", "chosen", "restore", "restored", "settle"]
+__all__ = ["Choice", "Restored", "Sides", "chosen", "register", "restore", "restored", "settle"]
 
 _ATTEMPTS: Final = 20
 
@@ -191,6 +195,7 @@ def restore(
     on_step("verified")
     with restored(topology, choice, into, on_step=on_step) as sides:
         is_whole = choice.manifest.physical.keys() == topology.physical.keys()
+        register(sides.topology)
         settled = settle(sides.topology) if is_whole else ()
         on_step("settled")
     return Restored(
@@ -255,6 +260,20 @@ def restored(
                 yield Sides(servers, _topology(topology, servers), seconds)
 
 
+def register(topology: Topology) -> None:
+    """Register the timelines on which servers were restored: clients use no other.
+
+    Again is fine. Rows and catalogue are those of the label only before.
+    """
+    for shard in topology.physical.values():
+        with (
+            connect(shard, application="shardkit backup", patience=60.0) as connection,
+            # One of an older version registers its timeline when it is migrated.
+            suppress(UndefinedTable, UndefinedColumn),
+        ):
+            promote(connection, server=shard.name, detail={"restored": True})
+
+
 def settle(topology: Topology, clock: Clock = SYSTEM) -> tuple[Settled, ...]:
     """End everything that is prepared, as the decision records say, or by a rollback.
 
@@ -262,6 +281,7 @@ def settle(topology: Topology, clock: Clock = SYSTEM) -> tuple[Settled, ...]:
         TryAgainError: something is left (retryable).
     """
     settled: list[Settled] = []
+    register(topology)
     with Cluster(topology) as cluster:
         done = resolve(cluster.connections, topology.physical, older_than=0.0)
         for _ in range(_ATTEMPTS):

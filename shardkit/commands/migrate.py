@@ -20,7 +20,7 @@ from shardkit.commands.migrated import (
     print_plan,
     status_json,
 )
-from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption
+from shardkit.commands.options import ConfigOption, DryRunOption, JsonOption, MigrationsOption
 from shardkit.commands.output import console, printable
 from shardkit.commands.progress import Watching
 from shardkit.config import default_file, format_ranges, load
@@ -42,13 +42,6 @@ __all__ = [
 
 app = typer.Typer(no_args_is_help=True, help="Bring every logical shard to the newest revision.")
 
-MigrationsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--migrations",
-        help="Where the revisions are: package:folder or a path; instead of migrations.location.",
-    ),
-]
 ModelsOption = Annotated[
     str | None,
     typer.Option(

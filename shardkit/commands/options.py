@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["ConfigOption", "DryRunOption", "JsonOption"]
+__all__ = ["ConfigOption", "DryRunOption", "JsonOption", "MigrationsOption"]
 
 ConfigOption = Annotated[
     Path | None,
@@ -20,4 +20,11 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be done and change nothing.")
+]
+MigrationsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--migrations",
+        help="Where the revisions are: package:folder or a path; instead of migrations.location.",
+    ),
 ]

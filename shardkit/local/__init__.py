@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardkit.local.cluster import LocalCluster
+from shardkit.local.host import LocalHost
 from shardkit.local.journal import LocalProgress
 from shardkit.local.options import LocalOptions
 from shardkit.local.server import LocalServer, ServerKind, ServerStatus, log_tail
@@ -10,6 +11,7 @@ from shardkit.local.status import LocalStatus, read_status, stop_cluster
 
 __all__ = [
     "LocalCluster",
+    "LocalHost",
     "LocalOptions",
     "LocalProgress",
     "LocalServer",

@@ -15,7 +15,6 @@ from shardkit.local.account import write_file
 from shardkit.local.fleet import Fleet, pooled_name
 from shardkit.local.services import MemcachedServer, RedisServer
 from shardkit.local.settings import PhysicalAddresses, shardkit_toml
-from shardkit.topology import Role
 
 __all__ = ["check_config", "write_config"]
 
@@ -37,12 +36,16 @@ def write_config(fleet: Fleet) -> None:
     file = fleet.layout.config
     present = tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     services = _services(fleet, present)
+    kept = {n: t for n, t in present.items() if n not in _OURS and _is_served(n, t, services)}
+    if fleet.options.confirm:
+        durability = {"mode": "sync", "confirm": fleet.options.confirm}
+        kept["durability"] = {**kept.get("durability", {}), **durability}
     text = shardkit_toml(
         logical_shards=fleet.options.logical_shards,
         physical=_physical(fleet),
         services=services,
         passwords=fleet.passwords,
-        kept={n: t for n, t in present.items() if n not in _OURS and _is_served(n, t, services)},
+        kept=kept,
     )
     wanted = Config.model_validate(tomllib.loads(text))
     if not present or Config.model_validate(present) != wanted:
@@ -70,9 +73,8 @@ def _services(fleet: Fleet, present: dict[str, Any]) -> dict[str, str]:
 def _physical(fleet: Fleet) -> list[PhysicalAddresses]:
     addresses = []
     for name, logical_shards in fleet.options.placement().items():
-        members = fleet.members(name)
-        primary = next(server for server in members if server.role is Role.PRIMARY)
-        replicas = {pooled_name(s): s.port for s in members if s.role is Role.REPLICA}
+        primary, *others = fleet.led(name)
+        replicas = {pooled_name(n): server.port for n, server in enumerate(others, start=1)}
         poolers = [(pooler.port, pooler.program.version) for pooler in fleet.poolers(name)]
         pooler = poolers[0] if poolers else None
         addresses.append(PhysicalAddresses(name, logical_shards, primary.port, replicas, pooler))

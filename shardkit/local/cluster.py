@@ -30,12 +30,15 @@ from shardkit.local.options import LocalOptions
 from shardkit.local.owner import end_leftovers
 from shardkit.local.postgres import PostgresServer
 from shardkit.local.processes import find
-from shardkit.local.server import LocalServer, ServerKind, ServerProcess
+from shardkit.local.server import LocalServer, ServerKind, ServerProcess, ServerStatus
 from shardkit.local.settings import DATABASE
 from shardkit.local.state import DirectoryLock, State, acquire
 from shardkit.topology import Role
 
 __all__ = ["LocalCluster"]
+
+_FENCE_TIMEOUT = 5.0
+"""Seconds that a server has to stop in good order, before it is ended by force."""
 
 
 class LocalCluster:
@@ -114,10 +117,7 @@ class LocalCluster:
 
         For tests and repairs: by unix socket, without a password. Applications never need it.
         """
-        server = self._server(name)
-        if not isinstance(server, PostgresServer):
-            raise LocalServerError(f"{name}: is no PostgreSQL server")
-        return make_conninfo(server.superuser_dsn, dbname=database)
+        return make_conninfo(self._database_server(name).superuser_dsn, dbname=database)
 
     def start(self, progress: Progress | None = None) -> None:
         """Start every server; make their data when it is missing.
@@ -224,6 +224,49 @@ class LocalCluster:
             other.primary = None if other is primary else primary
         server.clone(primary)
         self.start_server(name)
+
+    def end_server(self, name: str) -> None:
+        """Stop a PostgreSQL server and have it come back as a standby only.
+
+        In good order where it answers, so that its replicas have all it wrote; one that is frozen
+        is killed, and does not go on for a moment.
+        """
+        server = self._database_server(name)
+        if server.snapshot().status is ServerStatus.PAUSED:
+            server.kill()
+        server.stop(_FENCE_TIMEOUT)
+        self._record(server)
+        server.become_replica()
+
+    def rejoin_server(self, name: str, primary: str) -> None:
+        """Make a stopped PostgreSQL server a replica of a primary, and start it.
+
+        By pg_rewind, which copies what differs; where that cannot, by a new copy of everything.
+
+        Raises:
+            LocalServerError: the copy failed, or the server did not start.
+        """
+        server, leader = self._database_server(name), self._database_server(primary)
+        server.stop()
+        for other in self._running().members(leader.physical or ""):
+            other.primary = None if other is leader else leader
+        if not server.rewind(leader):
+            server.clone(leader)
+        server.become_replica()
+        self.start_server(name)
+
+    def lead(self, physical: str, primary: str) -> None:
+        """Have the PgBouncer of a physical shard send to a primary."""
+        fleet = self._running()
+        fleet.leaders[physical] = primary
+        for pooler in fleet.poolers(physical):
+            pooler.reload()
+
+    def _database_server(self, name: str) -> PostgresServer:
+        server = self._server(name)
+        if not isinstance(server, PostgresServer):
+            raise LocalServerError(f"{name}: is no PostgreSQL server")
+        return server
 
     def _prepare(self, layout: Layout, progress: Progress | None) -> tuple[Fleet, Journal]:
         """Clean up after the last owner, decide what is to run, and leave word of it."""

@@ -51,6 +51,7 @@ class Fleet:
         old: the state of the last start, or None.
         servers: by name, in the order they are shown.
         missing: programs that were wanted but are not installed.
+        leaders: names of primaries that a failover has made, by physical shard.
 
     *Invariant:* no two servers share a port or a folder.
     """
@@ -62,6 +63,7 @@ class Fleet:
     old: State | None
     servers: dict[str, ServerProcess] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    leaders: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layout: Layout, options: LocalOptions, old: State | None, clock: Clock) -> Fleet:
@@ -125,14 +127,20 @@ class Fleet:
             )
         return remembered
 
+    def led(self, physical: str) -> list[PostgresServer]:
+        """Return the PostgreSQL servers of a physical shard, the present primary first."""
+        members = self.members(physical)
+        name = self.leaders.get(physical)
+        primary = next(s for s in members if (s.name == name if name else s.role is Role.PRIMARY))
+        return [primary, *(server for server in members if server is not primary)]
+
     def pooled(self, physical: str) -> list[PooledDatabase]:
         """Return what is behind a PgBouncer; only `shardkit` takes writes."""
-        members = self.members(physical)
-        primary = next(server for server in members if server.role is Role.PRIMARY)
+        primary, *others = self.led(physical)
         places = [
             (DATABASE, primary),
             (READER_DATABASE, primary),
-            *((pooled_name(s), s) for s in members if s.role is Role.REPLICA),
+            *((pooled_name(n), server) for n, server in enumerate(others, start=1)),
         ]
         return [
             PooledDatabase(name, ports.HOST, server.port, DATABASE, is_read_only=name != DATABASE)
@@ -213,6 +221,10 @@ class Fleet:
         return None
 
 
-def pooled_name(server: ServerProcess) -> str:
-    """Return the database by which a PgBouncer knows a replica: `shardkit_1` for `alpha_1`."""
-    return f"{DATABASE}_{server.name.rpartition('_')[2]}"
+def pooled_name(number: int) -> str:
+    """Return the database by which a PgBouncer knows a replica: `shardkit_1` is the first.
+
+    The first of those that are replicas now: after a failover names lead to other servers, and
+    clients go on with theirs.
+    """
+    return f"{DATABASE}_{number}"

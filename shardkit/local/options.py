@@ -39,6 +39,7 @@ class LocalOptions:
         redis: start a Redis, when one is found.
         memcached: start a Memcached, when one is found.
         pgbouncer: put one PgBouncer in front of each physical shard, when one is found.
+        confirm: replicas that confirm each commit before it is acknowledged; 0 for none.
         fsync: False trades safety after a crash of the machine for speed; for tests.
         shared_buffers_mb: PostgreSQL's buffer cache per server, in MiB.
         settings: further PostgreSQL settings by name, for every server; they win.
@@ -53,6 +54,7 @@ class LocalOptions:
     redis: bool = True
     memcached: bool = True
     pgbouncer: bool = True
+    confirm: int = 0
     fsync: bool = True
     shared_buffers_mb: int = 64
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class LocalOptions:
         _check("physical", self.physical, 1, len(PHYSICAL_NAMES))
         _check("replicas", self.replicas, 0, _MAX_REPLICAS)
         _check("logical_shards", self.logical_shards, self.physical, MAX_LOGICAL_SHARDS)
+        _check("confirm", self.confirm, 0, self.replicas)
         _check("shared_buffers_mb", self.shared_buffers_mb, 1, 16384)
 
     @property

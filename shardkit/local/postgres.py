@@ -18,6 +18,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from shardkit.errors import LocalServerError
 from shardkit.local.account import child_environment, write_file
 from shardkit.local.layout import Layout
 from shardkit.local.options import LocalOptions
@@ -128,11 +129,35 @@ class PostgresServer(ServerProcess):
             "--no-manifest",
             *(() if self.options.fsync else ("--no-sync",)),
         )
-        self._become_replica()
+        self.become_replica()
+
+    def rewind(self, primary: PostgresServer) -> bool:
+        """Make a stopped server what a copy of a running primary would be; tell whether it is.
+
+        What only this server has is lost; nothing else is copied.
+        """
+        self._write_settings(None)
+        # A crash is recovered from by a server that speaks to nobody, which cannot be a standby.
+        (self.folder / "standby.signal").unlink(missing_ok=True)
+        try:
+            self._run(
+                "pg_rewind",
+                f"--target-pgdata={self.folder}",
+                f"--source-server={make_conninfo(primary.superuser_dsn, dbname='postgres')}",
+                f"--config-file={self._settings_file}",
+                *(() if self.options.fsync else ("--no-sync",)),
+            )
+        except LocalServerError:
+            return False
+        return True
 
     def create_roles(self, passwords: Mapping[str, str]) -> None:
         """Create the roles and the database of shardkit on a running, new primary."""
-        with psycopg.connect(self.superuser_dsn, dbname="postgres", autocommit=True) as connection:
+        # No replica runs yet that could confirm a commit.
+        alone = "-c synchronous_commit=local"
+        with psycopg.connect(
+            self.superuser_dsn, dbname="postgres", options=alone, autocommit=True
+        ) as connection:
             for role, attributes in (
                 (REPLICATION_ROLE, "LOGIN REPLICATION"),
                 # It owns the schemas, makes slots for moves and roles, and is no superuser.
@@ -150,7 +175,9 @@ class PostgresServer(ServerProcess):
                 )
             connection.execute(f"CREATE DATABASE {DATABASE} OWNER {ADMIN_ROLE}")
             connection.execute("REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC")
-        with psycopg.connect(self.superuser_dsn, dbname=DATABASE, autocommit=True) as connection:
+        with psycopg.connect(
+            self.superuser_dsn, dbname=DATABASE, options=alone, autocommit=True
+        ) as connection:
             for statement in self._grants():
                 connection.execute(statement)
 
@@ -160,15 +187,7 @@ class PostgresServer(ServerProcess):
         if self.role is Role.REPLICA and self.primary is not None:
             conninfo = self._conninfo(self.primary)
             self._forget_old_primary()
-        text = postgres_conf(
-            name=self.name,
-            port=self.port,
-            sockets=str(self.layout.sockets),
-            options=self.options,
-            folder=str(self.layout.conf),
-            primary_conninfo=conninfo,
-        )
-        write_file(self.layout.conf / f"{self.name}.conf", text, 0o644)
+        self._write_settings(conninfo)
         # No process works in the folder any more. A recycled pid in these files would keep
         # PostgreSQL from starting.
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
@@ -177,8 +196,7 @@ class PostgresServer(ServerProcess):
 
     def command(self) -> Sequence[str | Path]:
         """Return the command line of the postmaster."""
-        settings = self.layout.conf / f"{self.name}.conf"
-        return [self.program.path, "-D", self.folder, "-c", f"config_file={settings}"]
+        return [self.program.path, "-D", self.folder, "-c", f"config_file={self._settings_file}"]
 
     def is_ready(self) -> bool:
         """Return whether the postmaster says that connections are accepted."""
@@ -206,6 +224,21 @@ class PostgresServer(ServerProcess):
         found = re.search(r"Latest checkpoint's TimeLineID:\s+(\d+)", answer.stdout)
         return int(found[1]) if found else 0
 
+    @property
+    def _settings_file(self) -> Path:
+        return self.layout.conf / f"{self.name}.conf"
+
+    def _write_settings(self, conninfo: str | None) -> None:
+        text = postgres_conf(
+            name=self.name,
+            port=self.port,
+            sockets=str(self.layout.sockets),
+            options=self.options,
+            folder=str(self.layout.conf),
+            primary_conninfo=conninfo,
+        )
+        write_file(self._settings_file, text, 0o644)
+
     def _conninfo(self, primary: PostgresServer) -> str:
         return make_conninfo(
             host=HOST,
@@ -223,9 +256,10 @@ class PostgresServer(ServerProcess):
             cwd=self.folder,
         )
 
-    def _become_replica(self) -> None:
+    def become_replica(self) -> None:
+        """Have a stopped server start as a replica from now on."""
         path = self.folder / "standby.signal"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
         if self.account.is_switched:
             os.fchown(descriptor, self.account.uid, self.account.gid)

@@ -5,11 +5,13 @@ Called by `cluster`; each class says how one program is launched in the foregrou
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from shardkit.local import processes
 from shardkit.local.account import write_file
 from shardkit.local.layout import Layout
 from shardkit.local.ports import HOST
@@ -60,6 +62,8 @@ class MemcachedServer(ServerProcess):
     """A Memcached with 64 MiB, empty after every start."""
 
     kind: ClassVar[ServerKind] = ServerKind.MEMCACHED
+    # It has nothing to write down, and looks for another signal once a second only.
+    stop_signal: ClassVar[signal.Signals] = signal.SIGKILL
 
     @property
     def address(self) -> str:
@@ -93,13 +97,22 @@ class PgBouncerServer(ServerProcess):
     databases: Callable[[], Sequence[PooledDatabase]]
     settings: Mapping[str, str]
 
+    def reload(self) -> None:
+        """Write its configuration again, and have it read: names may lead elsewhere."""
+        self._write()
+        if (mark := self.mark) is not None:
+            processes.send(mark, signal.SIGHUP)
+
     def before_launch(self) -> None:
         """Write its configuration; the logins are readable by the servers' account only."""
+        self._write()
+        (self.layout.sockets / f".s.PGSQL.{self.port}").unlink(missing_ok=True)
+
+    def _write(self) -> None:
         file = self.layout.conf / f"{self.name}.userlist"
         logins = {role: self.passwords[role] for role in (APP_ROLE, ADMIN_ROLE)}
         write_file(file, render_userlist(logins), 0o600, self.account)
         write_file(self.layout.conf / f"{self.name}.ini", self._ini(str(file)), 0o644)
-        (self.layout.sockets / f".s.PGSQL.{self.port}").unlink(missing_ok=True)
 
     def _ini(self, userlist: str) -> str:
         settings = PoolerSettings(

@@ -82,6 +82,8 @@ def postgres_conf(
         "max_slot_wal_keep_size": "2GB",
         "wal_log_hints": "on",
         "wal_retrieve_retry_interval": "200ms",
+        # A replica that hears nothing asks after half of it: so a failover finds a frozen primary.
+        "wal_receiver_timeout": "5s",
         "hot_standby": "on",
         "hot_standby_feedback": "on",
         "fsync": "on" if options.fsync else "off",
@@ -92,6 +94,10 @@ def postgres_conf(
         "log_lock_waits": "on",
         "lc_messages": "C",
     }
+    if options.confirm:
+        physical, _, own = name.rpartition("_")
+        others = [f"{physical}_{n}" for n in range(options.replicas + 1) if str(n) != own]
+        values["synchronous_standby_names"] = f"ANY {options.confirm} ({', '.join(others)})"
     if primary_conninfo is not None:
         values["primary_conninfo"] = primary_conninfo
     values.update(options.settings)

@@ -15,7 +15,7 @@ from shardkit.ops.revisions import Revision
 from shardkit.ops.steps import at_once, render
 from shardkit.topology import RoleNames, schema_name
 
-__all__ = ["culprit", "first_line", "holders"]
+__all__ = ["blockers", "culprit", "first_line", "holders"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -73,6 +73,27 @@ def holders(connection: Connection, logical_shard: int | None) -> str | None:
         (schema_name(logical_shard),),
     ).fetchall()
     held = ", ".join(f"process {pid} ({user}, {name})" for pid, user, name in rows)
+    return f"locks are held by {held}" if held else "the holder has gone meanwhile; try again"
+
+
+def blockers(connection: Connection, logical_shard: int) -> str:
+    """Return who keeps the tables of a logical shard from being fenced, and by what statement."""
+    # AccessShareLock on catalogues only. Locks of a prepared transaction have no process.
+    rows = connection.execute(
+        "SELECT DISTINCT coalesce(format('process %%s (%%s, %%s), for %%s s: %%s', a.pid, "
+        "a.usename, coalesce(nullif(a.application_name, ''), '?'), "
+        "round(date_part('epoch', clock_timestamp() - a.xact_start)), left(a.query, 80)), "
+        "format('prepared transaction %%s of %%s', p.gid, p.owner), 'a transaction that is over') "
+        "FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation "
+        "LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid "
+        "LEFT JOIN pg_locks AS x ON x.virtualtransaction = l.virtualtransaction AND l.pid IS NULL "
+        "AND x.locktype = 'transactionid' "
+        "LEFT JOIN pg_prepared_xacts AS p ON p.transaction = x.transactionid "
+        "WHERE c.relnamespace = to_regnamespace(%s) AND l.granted AND "
+        "l.pid IS DISTINCT FROM pg_backend_pid() AND l.mode <> 'AccessShareLock' LIMIT 3",
+        (schema_name(logical_shard),),
+    ).fetchall()
+    held = "; ".join(str(text) for (text,) in rows)
     return f"locks are held by {held}" if held else "the holder has gone meanwhile; try again"
 
 

@@ -53,6 +53,15 @@ CREATE TABLE IF NOT EXISTS shardkit.move_journal (
     detail json,
     noted timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+CREATE TABLE IF NOT EXISTS shardkit.failovers (
+    entry bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    kind text NOT NULL,
+    server text NOT NULL,
+    timeline bigint NOT NULL,
+    position pg_lsn NOT NULL DEFAULT pg_catalog.pg_current_wal_insert_lsn(),
+    detail json,
+    noted timestamptz NOT NULL DEFAULT clock_timestamp()
+);
 CREATE INDEX IF NOT EXISTS move_journal_move ON shardkit.move_journal (move_id, entry);
 """
 

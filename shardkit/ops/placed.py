@@ -6,6 +6,7 @@ server owns is taken from the others, or from the first placement.
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -14,15 +15,35 @@ import psycopg
 from shardkit.errors import EndpointUnavailableError
 from shardkit.ops.direct import connect
 from shardkit.ownership import Answer, claims_of, merged
+from shardkit.successors import successor
 from shardkit.topology import PhysicalShard, Topology
 
-__all__ = ["as_placed"]
+__all__ = ["as_led", "as_placed"]
 
 # AccessShareLock on a small table.
 _ROWS = """
 SELECT pg_catalog.string_agg(pg_catalog.concat_ws(' ', logical_shard, epoch, state, moved_to), ',')
 FROM shardkit.ownership
 """
+
+
+def as_led(topology: Topology) -> Topology:
+    """Return the topology with the primaries of the moment, after failovers that it knows not of.
+
+    Args:
+        topology: as the configuration says; where nobody says that it is the primary, that stays.
+    """
+
+    def led(shard: PhysicalShard) -> PhysicalShard:
+        if not shard.replicas or shard.pooler is not None:
+            return shard
+        found = asyncio.run(successor(topology, shard.name, None))
+        return shard if found in {None, shard.primary} else shard.led_by(found.address)
+
+    # In threads, where no event loop runs.
+    with ThreadPoolExecutor(len(topology.physical)) as pool:
+        shards = {shard.name: shard for shard in pool.map(led, topology.physical.values())}
+    return Topology(topology.name, shards, topology.shard_map)
 
 
 def as_placed(topology: Topology) -> Topology:

@@ -36,6 +36,7 @@ __all__ = [
     "names",
     "placed",
     "render",
+    "server_url",
     "shares",
     "tls_settings",
     "write",
@@ -105,7 +106,7 @@ def render(
         ConfigurationError: the address of a server behind a pooler, or a password, is not known.
     """
     shards = list(topology.physical.values())
-    servers = [(shard, endpoint, _server_url(shard, endpoint)) for shard in shards
+    servers = [(shard, endpoint, server_url(shard, endpoint)) for shard in shards
                for endpoint in shard.endpoints]  # fmt: skip
     asks = [
         partial(
@@ -241,7 +242,7 @@ def _room(server: Server | None) -> int:
     return max(0, server.number("max_connections") - reserved - KEPT)
 
 
-def _server_url(shard: PhysicalShard, endpoint: Endpoint) -> URL:
+def server_url(shard: PhysicalShard, endpoint: Endpoint) -> URL:
     """Return the address of PostgreSQL itself."""
     if shard.pooler is None:
         return endpoint.url

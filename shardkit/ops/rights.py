@@ -103,6 +103,8 @@ ADMIN_TABLES: Final[Mapping[str, Rights]] = {
     # What a fence has taken, and what a move has done: shardkit.ops.moves.
     "closed_rights": NOTHING,
     "move_journal": Rights(monitor="SELECT"),
+    # Promotions, switchovers that began, and for how long commits were not confirmed.
+    "failovers": Rights(monitor="SELECT"),
 }
 """In the schema `shardkit` of every physical shard."""
 

@@ -83,7 +83,8 @@ class RoleFacts:
         defaults: what is granted on things to come, by schema (empty for every schema) and kind.
         stray_defaults: schemas in which roles that own nothing there give rights on what they
             make, by role, kind and who gets them.
-        resting: logical shards that are not active here; a move has their rights in hand.
+        resting: logical shards that a move has claimed, or that are not active here: their rights
+            are in its hands.
         login: who asks.
         unknown: roles that have a password in the configuration which the server refuses.
     """

@@ -112,7 +112,11 @@ LEFT JOIN pg_namespace AS n ON n.oid = d.defaclnamespace
 WHERE n.oid IS NULL OR n.nspname IN ('shardkit', 'reference') OR n.nspname ~ '^shard_[0-9]{4}$'
 ORDER BY 1, 2, 3
 """
-_RESTING: Final = "SELECT logical_shard FROM shardkit.ownership WHERE state <> 'active'"
+# As JSON, since an older version has no such column.
+_RESTING: Final = """
+SELECT logical_shard FROM shardkit.ownership AS o
+WHERE state <> 'active' OR to_jsonb(o) ->> 'move_id' IS NOT NULL
+"""
 
 
 def read(connection: psycopg.Connection[Any], shard: PhysicalShard) -> RoleFacts:

@@ -43,6 +43,7 @@ __all__ = [
     "When",
     "create_tables",
     "reroute",
+    "schema_script",
     "wait_until",
     "watch",
 ]
@@ -260,6 +261,22 @@ def create_tables(topology: Topology, metadata: MetaData) -> None:
                 with connection.transaction():
                     for statement in transaction:
                         connection.execute(statement)
+
+
+def schema_script(metadata: MetaData) -> Callable[[PhysicalShard, int, object], str]:
+    """Return what makes an empty logical shard for `shardkit.ops.moves`, after `create_tables`."""
+    tables = [table for table in metadata.sorted_tables if table.schema is None]
+
+    def script(target: PhysicalShard, logical_shard: int, _source: object) -> str:
+        schema = sql.Identifier(schema_name(logical_shard))
+        statements = [
+            *catalog.logical_shard_statements(logical_shard, roles=target.roles),
+            sql.SQL("SET LOCAL search_path = {}").format(schema),
+            *(ddl for table in tables for ddl in _ddl(table)),
+        ]
+        return "\n;\n".join(statement.as_string(None) for statement in statements)
+
+    return script
 
 
 def _creation(

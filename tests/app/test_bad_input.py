@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ import pytest
 
 from app.settings import Settings
 from tests.fixtures import pictures
+from tests.fixtures.blobs import keys_in
 from tests.fixtures.service import PASSWORD, Person, Service, serving
 
 pytestmark = pytest.mark.integration
@@ -34,10 +34,6 @@ def problem(answer: httpx.Response, status: int, kind: str | None = None) -> dic
     for secret in ("Traceback", "SELECT", "psycopg", "127.0.0.1:", "shard_0"):
         assert secret not in answer.text
     return body
-
-
-def stored(service: Service) -> set[Path]:
-    return {path for path in service.settings.media_folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,7 @@ def test_upload_refused_and_nothing_stored(
     join: Join, service: Service, data: bytes, status: int, kind: str
 ) -> None:
     ana = join("ana")
-    before = stored(service)
+    before = keys_in(service)
 
     try:
         answer = ana.upload(data, name="../../etc/passwd.jpg")
@@ -76,7 +72,7 @@ def test_upload_refused_and_nothing_stored(
     else:
         problem(answer, status, kind)
 
-    assert stored(service) == before
+    assert keys_in(service) == before
     grid = ana.http.get(f"/api/v1/users/{ana.username}/photos").json()
     assert grid["items"] == []
 
@@ -157,15 +153,18 @@ def test_malformed_cursors_are_refused(join: Join, text: str) -> None:
     http = join("ana").http
     for path in ("/api/v1/feed", "/api/v1/explore"):
         problem(http.get(path, params={"cursor": text}), 422, "invalid-input")
+    problem(http.get("/api/v1/me/requests", params={"cursor": f"{text}.."}), 422, "invalid-input")
     for path in ("/", "/explore"):
         assert http.get(path, params={"cursor": text}).status_code == 422
 
 
 @pytest.mark.parametrize("number", [0, 1, (1 << 63) - 1, 8191 << 10])
 def test_any_id_is_a_place_in_a_list(join: Join, number: int) -> None:
-    http = join("ana").http
-    for path in ("/api/v1/feed", "/api/v1/explore"):
-        assert http.get(path, params={"cursor": str(number)}).status_code == 200
+    ana = join("ana")
+    assert ana.http.get("/api/v1/explore", params={"cursor": str(number)}).status_code == 200
+    place = {"cursor": f"{number}.{number}"}
+    for path in (f"users/{ana.username}/followers", "me/requests", "me/blocks"):
+        assert ana.http.get(f"/api/v1/{path}", params=place).status_code == 200
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "101", "1000000000", "x", "", "1.5"])

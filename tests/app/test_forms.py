@@ -84,7 +84,7 @@ def test_every_form_that_changes_something_has_a_key_of_its_own(
     assert actions == {
         "/signup", "/login", "/upload", "/settings", "/p/…/like", "/p/…/delete",
         "/p/…/comments", "/p/…/comments/…/delete", "/u/…/unfollow", "/u/…/block", "/p/…/save",
-        "/stories/new",
+        "/stories/new", "/feed-order",
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from shardkit import Cluster, ids, tokens
 from shardkit.config import ReplicasConfig, load
 from shardkit.gates import lsn_of
 from shardkit.local import LocalCluster
+from shardkit.ops.failover import adopt
 from shardkit.testing import create_tables, wait_until
 from shardkit.topology import Endpoint, Role, Topology
 from tests.fixtures.servers import NewCluster
@@ -61,7 +62,7 @@ def test_a_replica_without_the_write_never_meets_its_token(new_cluster: NewClust
     with new_cluster(
         physical=1, replicas=2, logical_shards=8, redis=False, memcached=False, pgbouncer=False
     ) as local:
-        _, topology = load(local.config_path)
+        config, topology = load(local.config_path)
         create_tables(topology, Base.metadata)
         with Cluster(topology) as before:
             seen = write(before, 0)
@@ -74,6 +75,7 @@ def test_a_replica_without_the_write_never_meets_its_token(new_cluster: NewClust
         local.kill_server("alpha_0")
         local.start_server("alpha_1")
         ask(local, "alpha_1", "SELECT pg_promote()")
+        adopt(config, topology, "alpha")
         local.start_server("alpha_2")
         port = local.server("alpha_1").port
         with psycopg.connect(local.superuser_dsn("alpha_2"), autocommit=True) as superuser:

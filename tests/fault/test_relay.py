@@ -19,6 +19,7 @@ from benchmarks.measure import database
 from shardkit import Cluster, WriteSession, ids
 from shardkit.config import load
 from shardkit.local import LocalCluster
+from shardkit.ops.failover import adopt
 from shardkit.outbox import Backoff, Event, once
 from shardkit.relay import Relay
 from shardkit.testing import FaultProxy, create_tables, reroute, wait_until
@@ -250,7 +251,7 @@ def test_events_are_delivered_by_the_replica_that_takes_over(new_cluster: NewClu
     with new_cluster(
         physical=1, replicas=1, logical_shards=8, redis=False, memcached=False, pgbouncer=False
     ) as local:
-        _, topology = load(local.config_path)
+        config, topology = load(local.config_path)
         create_tables(topology, Base.metadata)
         physical = topology.physical["alpha"]
         seen: list[Any] = []
@@ -277,6 +278,7 @@ def test_events_are_delivered_by_the_replica_that_takes_over(new_cluster: NewClu
                 local.kill_server("alpha_0")
                 with psycopg.connect(local.superuser_dsn("alpha_1"), autocommit=True) as superuser:
                     superuser.execute("SELECT pg_promote()")
+                adopt(config, topology, "alpha")
                 proxy.server = ("127.0.0.1", local.server("alpha_1").port)
                 go_on.set()
                 wait_until(lambda: len(set(seen)) == 5, 60.0, "all are delivered")

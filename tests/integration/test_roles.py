@@ -15,6 +15,7 @@ from shardkit.config import CacheConfig, load
 from shardkit.ops import migrate, rolesrun
 from shardkit.ops.doctor import examine
 from shardkit.ops.health.findings import Severity
+from shardkit.ops.rebalance.measure import measure
 from shardkit.ops.reference import check, repair
 from shardkit.ops.status import is_healthy, read_status
 from shardkit.outbox import Event
@@ -138,6 +139,7 @@ def test_the_monitor_looks(roled: Roled) -> None:
     assert all(state.app.name == "shardkit_app" for state in found.facts.states)
     repair(topology)
     assert not check(topology).differences
+    assert all(shard.size_bytes > 0 for shard in measure(topology).shards)
 
 
 def test_the_mover_can_fence_and_copy(roled: Roled) -> None:

@@ -33,6 +33,27 @@ def upgrade() -> None:
         "INSERT INTO assocs (id1, atype, id2, at) SELECT followee_id, 2, follower_id, "
         "CAST(extract(epoch FROM created_at) * 1000 AS bigint) FROM followers"
     )
+    op.create_table(
+        "like_slots",
+        sa.Column("photo_id", sa.BigInteger(), nullable=False, autoincrement=False),
+        sa.Column("slot", sa.SmallInteger(), nullable=False, autoincrement=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("photo_id", "slot", name="like_slots_pkey"),
+    )
+    op.create_table(
+        "ads",
+        sa.Column("id", sa.BigInteger(), nullable=False, autoincrement=False),
+        sa.Column("owner_id", sa.BigInteger(), nullable=False, autoincrement=False),
+        sa.Column("photo_id", sa.BigInteger(), nullable=False, autoincrement=False),
+        sa.Column("bid", sa.Float(53), nullable=False),
+        sa.Column("begins_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("ends_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="ads_pkey"),
+    )
+    op.execute(
+        "INSERT INTO like_slots (photo_id, slot, n) "
+        "SELECT id, 0, like_count FROM photos WHERE like_count <> 0"
+    )
     for name in ("is_private", "is_feed_ranked"):
         op.add_column(
             "users", sa.Column(name, sa.Boolean(), nullable=False, server_default=sa.false())
@@ -43,4 +64,6 @@ def downgrade() -> None:
     """Drop what was added; follows made since then are lost."""
     for name in ("is_private", "is_feed_ranked"):
         op.drop_column("users", name)
+    op.drop_table("ads")
+    op.drop_table("like_slots")
     op.drop_table("assocs")

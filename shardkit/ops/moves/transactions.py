@@ -18,13 +18,25 @@ from psycopg import sql
 
 from shardkit.errors import OutcomeUnknownError, RefusedError, TryAgainError
 from shardkit.gates import lsn_of
-from shardkit.ops.blame import first_line, holders
+from shardkit.ids import MAX_AHEAD_MS, SEQUENCE_BITS
+from shardkit.ops.blame import blockers, first_line
 from shardkit.ops.moves.transitions import Action, Decide, Event, Fence, Move, Row, Yield, step
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.ownership import State
 from shardkit.topology import schema_name
 
-__all__ = ["LOCK_TIMEOUT", "Changed", "change", "journal", "now", "promote", "row_of", "writers"]
+__all__ = [
+    "LOCK_TIMEOUT",
+    "Changed",
+    "change",
+    "journal",
+    "noted",
+    "now",
+    "promote",
+    "rehearse",
+    "row_of",
+    "writers",
+]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -36,34 +48,66 @@ _COLUMNS: Final = (
     "pg_catalog.date_part('epoch', fenced_at), fence_timeline"
 )
 
-# A row lock: one change at a time.
-_LOCKED: Final = f"SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard = %s FOR UPDATE"
+# A row lock: one change at a time. LOCAL: both settings end with the transaction.
+_BEGIN: Final = f"""
+BEGIN; SET LOCAL lock_timeout = {{lock_timeout}}; SET LOCAL synchronous_commit = on;
+SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard = {{shard}} FOR UPDATE;
+SELECT pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()), {TIMELINE}
+"""
 
 _READ: Final = f"SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard = %s"
 
 _WRITE: Final = """
 INSERT INTO shardkit.ownership
     (logical_shard, epoch, state, moved_to, move_id, attempt, fenced_at, fence_timeline)
-VALUES (%s, %s, %s, %s, %s, %s, to_timestamp(%s), %s)
+VALUES ({}, {}, {}, {}, {}::uuid, {}, to_timestamp({}), {})
 ON CONFLICT (logical_shard) DO UPDATE SET epoch = excluded.epoch, state = excluded.state,
     moved_to = excluded.moved_to, move_id = excluded.move_id, attempt = excluded.attempt,
     fenced_at = excluded.fenced_at, fence_timeline = excluded.fence_timeline
 """
 
-# Catalogues only. Always in this order, so that two that lock cannot deadlock.
-_TABLES: Final = """
-SELECT relname FROM pg_catalog.pg_class
-WHERE relnamespace = %s::regnamespace AND relkind IN ('r', 'p') ORDER BY relname
+_CLOCK_ERROR_MS: Final = 250
+"""How far the clocks of two servers may be apart, beyond the seconds that a failover takes."""
+
+# A row lock. Ids are leased at most MAX_AHEAD_MS ahead of the clock of the server that leases.
+_PASS_IDS: Final = (
+    "UPDATE {} SET state = greatest(state, (shardkit.id_clock_ms() + "
+    f"{MAX_AHEAD_MS + _CLOCK_ERROR_MS}) << {SEQUENCE_BITS})"
+)
+
+# Every table in one order, so that two that lock cannot deadlock. SHARE UPDATE EXCLUSIVE first: it
+# keeps autovacuum out, which makes way after `deadlock_timeout`, and no writer waits behind it.
+# EXCLUSIVE then: waits for writers under way, and lets readers pass. The state of ids is among the
+# tables, which a function leases with the rights of its owner; its row is touched, since a
+# transaction with an older snapshot would lease ids as if nothing had happened.
+_LOCK: Final = """
+DO $$
+DECLARE
+    tables text := (SELECT pg_catalog.string_agg(pg_catalog.format('%I.%I', {schema}, c.relname),
+        ', ' ORDER BY c.relname) FROM pg_catalog.pg_class AS c
+        WHERE c.relnamespace = {schema}::pg_catalog.regnamespace AND c.relkind IN ('r', 'p'));
+BEGIN
+    SET LOCAL lock_timeout = {patience};
+    EXECUTE 'LOCK TABLE ' || tables || ' IN SHARE UPDATE EXCLUSIVE MODE';
+    SET LOCAL lock_timeout = {lock_timeout};
+    EXECUTE 'LOCK TABLE ' || tables || ' IN EXCLUSIVE MODE';
+END $$;
+UPDATE {ids} SET state = state + 1 RETURNING state
 """
+
+_PATIENCE: Final = 2.0
+"""Seconds for which a fence waits for autovacuum, in nobody's way."""
+
+_DONE: Final = "COMMIT; SELECT pg_catalog.pg_current_wal_insert_lsn()::text"
 
 # Catalogues only. Owners, superusers and members of either have what no REVOKE takes.
 _WRITERS: Final = """
 SELECT r.role, min(c.relname), bool_or(w.rolsuper), bool_or(pg_has_role(w.oid, c.relowner, 'USAGE'))
-FROM unnest(%(roles)s::name[]) AS r (role) JOIN pg_catalog.pg_roles AS w ON w.rolname = r.role,
+FROM unnest({roles}::name[]) AS r (role) JOIN pg_catalog.pg_roles AS w ON w.rolname = r.role,
     pg_catalog.pg_class AS c
-WHERE c.relnamespace = %(schema)s::regnamespace AND c.relkind IN ('r', 'p')
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind IN ('r', 'p')
     AND has_table_privilege(w.oid, c.oid, 'INSERT, UPDATE, DELETE, TRUNCATE')
-    AND (%(granted)s OR w.rolsuper OR pg_has_role(w.oid, c.relowner, 'USAGE'))
+    AND ({granted} OR w.rolsuper OR pg_has_role(w.oid, c.relowner, 'USAGE'))
 GROUP BY r.role
 """
 
@@ -76,11 +120,13 @@ class Changed:
         before: the row until then; None where there was none.
         row: the row now.
         lsn: a log position after the commit, in bytes: whoever has replayed it has seen it.
+        state: of ids, after a lock: the last that was written before the tables were closed.
     """
 
     before: Row | None
     row: Row
     lsn: int
+    state: int | None = None
 
 
 def row_of(connection: Connection, logical_shard: int) -> Row | None:
@@ -107,7 +153,7 @@ def writers(connection: Connection, logical_shard: int, roles: Sequence[str]) ->
         logical_shard: whose tables.
         roles: the logins of the application.
     """
-    return _writers(connection, logical_shard, roles, granted=False)
+    return _why(connection.execute(_writers_of(logical_shard, roles, granted=False)).fetchall())
 
 
 def change(
@@ -136,35 +182,37 @@ def change(
         OutcomeUnknownError: the answer to COMMIT was lost: look at the row again.
     """
     sent = False
+    number = logical_shard
     try:
-        with connection.transaction():
-            # LOCAL: both end with the transaction.
-            connection.execute(
-                f"SET LOCAL lock_timeout = {max(1, round(lock_timeout * 1000))};"
-                "SET LOCAL synchronous_commit = on".encode()
-            )
-            before = _row(connection.execute(_LOCKED, (logical_shard,)).fetchone())
-            if not isinstance(event, Event):
-                event = event(*now(connection))
-            decided = step(before, event)
-            for action in decided.actions:
-                _do(connection, logical_shard, action)
+        begin = _BEGIN.format(lock_timeout=_milliseconds(lock_timeout), shard=int(number))
+        rows, clock = _sets(connection.execute(begin.encode()))
+        before = _row(rows[0] if rows else None)
+        if not isinstance(event, Event):
+            event = event(float(clock[0][0]), int(clock[0][1]))
+        decided = step(before, event)
+        state = None
+        script = [_doing(number, action, lock_timeout) for action in decided.actions]
+        if isinstance(event, Fence | Decide | Yield):
+            script.append(_writers_of(number, roles, granted=True))
+        if decided.row != before:
+            script.append(sql.SQL(_WRITE).format(number, *_values(decided.row)))
+        if note is not None:
+            move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
+            script.append(noted(number, move, type(event).__name__, detail=note))
+        if script:  # in one round trip
+            found = _sets(connection.execute(sql.SQL(";").join(script)))
             if isinstance(event, Fence | Decide | Yield):
-                _refuse_writers(connection, logical_shard, roles)
-            if decided.row != before:
-                connection.execute(_WRITE, (logical_shard, *_values(decided.row)))
-            if note is not None:
-                move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
-                journal(connection, logical_shard, move, type(event).__name__, detail=note)
-            sent = True
-        sent = False
-        found = connection.execute("SELECT pg_catalog.pg_current_wal_insert_lsn()::text")
-        [(lsn,)] = found.fetchall()
-        return Changed(before, decided.row, lsn_of(lsn.encode()))
+                _refuse(found[-1])
+            if Action.LOCK in decided.actions:
+                state = int(found[0][0][0])
+        sent = True
+        [(lsn,)] = _sets(connection.execute(_DONE))[-1]
+        return Changed(before, decided.row, lsn_of(lsn.encode()), state)
     except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
+        connection.rollback()
         raise TryAgainError(
             f"no lock within {lock_timeout:g} s: {first_line(error)}",
-            hint=holders(connection, logical_shard),
+            hint=blockers(connection, logical_shard),
             logical_shard=logical_shard,
         ) from error
     except RefusedError as error:
@@ -178,17 +226,32 @@ def change(
                 hint="read the ownership row again, and repeat the step if it has not happened",
             ) from error
         raise
+    finally:
+        if not connection.closed and connection.info.transaction_status:
+            connection.rollback()
 
 
-def promote(connection: Connection) -> tuple[int, list[int]]:
-    """Put a promoted primary in order: register its timeline, raise the epochs of what it owns.
+def promote(
+    connection: Connection, *, server: str = "", detail: Mapping[str, Any] | None = None
+) -> tuple[int, list[int]]:
+    """Put a promoted primary in order: its timeline, the epochs of what it owns, its ids.
 
-    The first transaction on a new primary; doing it again changes nothing.
+    The first transaction on a new primary; doing it again changes nothing. No id comes again that
+    was leased where the promoted server did not hear of it.
+
+    Args:
+        connection: to it.
+        server: its address, for `shardkit.failovers`.
+        detail: what else is noted there.
 
     Returns:
         The timeline, and the logical shards whose epoch has grown.
     """
     with connection.transaction():
+        # Not confirmed by standbys, which follow only now, and ask for the newest timeline.
+        connection.execute(
+            "SET LOCAL transaction_read_only = off; SET LOCAL synchronous_commit = local"
+        )
         # A row lock on the identity keeps two from doing it at once.
         found = connection.execute(
             f"SELECT timeline, {TIMELINE} FROM shardkit.identity FOR UPDATE".encode()
@@ -205,7 +268,16 @@ def promote(connection: Connection) -> tuple[int, list[int]]:
                 "WHERE state IN ('active', 'fenced') RETURNING logical_shard"
             ).fetchall()
         )
+        for (number,) in rows:
+            connection.execute(
+                sql.SQL(_PASS_IDS).format(sql.Identifier(schema_name(number), "shardkit_id_state"))
+            )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
+        connection.execute(
+            "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
+            "VALUES ('promoted', %s, %s, %s)",
+            (server, timeline, json.dumps({"before": registered, **(detail or {})})),
+        )
         return timeline, sorted(number for (number,) in rows)
 
 
@@ -228,42 +300,56 @@ def journal(
         is_done: False before it, True after it.
         detail: what a resume needs to know.
     """
-    connection.execute(
+    connection.execute(noted(logical_shard, move, name, is_done=is_done, detail=detail))
+
+
+def noted(
+    logical_shard: int,
+    move: Move,
+    name: str,
+    *,
+    is_done: bool = True,
+    detail: Mapping[str, Any] | None = None,
+) -> sql.Composed:
+    """Return the statement of `journal`."""
+    return sql.SQL(
         "INSERT INTO shardkit.move_journal (move_id, attempt, logical_shard, step, is_done, lsn, "
-        "detail) VALUES (%s, %s, %s, %s, %s, pg_catalog.pg_current_wal_insert_lsn(), %s)",
-        (move.id, move.attempt, logical_shard, name, is_done, json.dumps(detail or {})),
-    )
+        "detail) VALUES ({}, {}, {}, {}, {}, pg_catalog.pg_current_wal_insert_lsn(), {})"
+    ).format(move.id, move.attempt, logical_shard, str(name), is_done, json.dumps(detail or {}))
 
 
-def _do(connection: Connection, logical_shard: int, action: Action) -> None:
+def rehearse(connection: Connection, logical_shard: int, *actions: Action) -> None:
+    """Do what a fence or an activation will do, and take it back: the next time it is quick.
+
+    A server process learns its catalogue and compiles functions at their first use. Locks no table,
+    and changes nothing.
+    """
+    script = [_doing(logical_shard, action, 0.0) for action in actions]
+    with connection.transaction(force_rollback=True):
+        connection.execute(sql.SQL(";").join([sql.SQL("SET LOCAL lock_timeout = 100"), *script]))
+
+
+def _doing(logical_shard: int, action: Action, lock_timeout: float) -> sql.Composed:
+    """Return the SQL of what the transaction of a change does besides."""
+    schema = schema_name(logical_shard)
     match action:
         case Action.LOCK:
-            schema = schema_name(logical_shard)
-            names = [name for (name,) in connection.execute(_TABLES, (schema,))]
-            # EXCLUSIVE: waits for writers under way, and lets readers pass. The state of ids is
-            # among the tables, which a function leases with the rights of its owner.
-            connection.execute(
-                sql.SQL("LOCK TABLE {} IN EXCLUSIVE MODE").format(
-                    sql.SQL(", ").join(sql.Identifier(schema, name) for name in names)
-                )
-            )
-            # A transaction with an older snapshot would lease ids as if nothing had happened.
-            connection.execute(
-                sql.SQL("UPDATE {} SET state = state + 1").format(
-                    sql.Identifier(schema, "shardkit_id_state")
-                )
+            return sql.SQL(_LOCK).format(
+                schema=schema,
+                ids=sql.Identifier(schema, "shardkit_id_state"),
+                patience=_milliseconds(max(lock_timeout, _PATIENCE)),
+                lock_timeout=_milliseconds(lock_timeout),
             )
         case Action.CLOSE_WRITES:
-            connection.execute("SELECT shardkit.close_shard(%s, false)", (logical_shard,))
+            return sql.SQL("SELECT shardkit.close_shard({}, false)").format(logical_shard)
         case Action.CLOSE:
-            connection.execute("SELECT shardkit.close_shard(%s, true)", (logical_shard,))
+            return sql.SQL("SELECT shardkit.close_shard({}, true)").format(logical_shard)
         case Action.OPEN:
-            connection.execute("SELECT shardkit.open_shard(%s)", (logical_shard,))
+            return sql.SQL("SELECT shardkit.open_shard({})").format(logical_shard)
 
 
-def _refuse_writers(connection: Connection, logical_shard: int, roles: Sequence[str]) -> None:
-    found = _writers(connection, logical_shard, roles, granted=True)
-    if found:
+def _refuse(rows: Sequence[tuple[Any, ...]]) -> None:
+    if found := _why(rows):
         raise RefusedError(
             "a fence would not stop "
             + "; ".join(f"{role}, which {why}" for role, why in found.items()),
@@ -271,19 +357,33 @@ def _refuse_writers(connection: Connection, logical_shard: int, roles: Sequence[
         )
 
 
-def _writers(
-    connection: Connection, logical_shard: int, roles: Sequence[str], *, granted: bool
-) -> dict[str, str]:
-    rows = connection.execute(
-        _WRITERS,
-        {"roles": list(roles), "schema": schema_name(logical_shard), "granted": granted},
+def _writers_of(logical_shard: int, roles: Sequence[str], *, granted: bool) -> sql.Composed:
+    return sql.SQL(_WRITERS).format(
+        roles=list(roles), schema=schema_name(logical_shard), granted=granted
     )
+
+
+def _why(rows: Sequence[tuple[Any, ...]]) -> dict[str, str]:
     return {
         role: "is a superuser" if is_super
         else f"owns {table}, or belongs to its owner" if owns
         else f"may write to {table}"
         for role, table, is_super, owns in rows
     }  # fmt: skip
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _sets(cursor: psycopg.Cursor[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
+    """Return the rows of every statement of a script that has any."""
+    found = []
+    while True:
+        if cursor.description is not None:
+            found.append(cursor.fetchall())
+        if not cursor.nextset():
+            return found
 
 
 def _row(found: tuple[Any, ...] | None) -> Row | None:

@@ -42,7 +42,7 @@ def test_the_demo_is_the_same_every_time_and_whole() -> None:
     names = [person.username for person in wanted.people]
     assert len(set(names)) == len(names) == 220
     assert {photo.owner for photo in wanted.photos} == set(range(220))
-    assert len({photo.blob_key for photo in wanted.photos}) == len(wanted.photos)
+    assert len({photo.name for photo in wanted.photos}) == len(wanted.photos)
     assert all(a.age > b.age for a, b in zip(wanted.photos, wanted.photos[1:], strict=False))
     for person, followees in wanted.follows.items():
         assert person not in followees

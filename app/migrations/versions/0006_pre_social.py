@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005_pre_social"
-down_revision = "0004_post_follows"
+revision = "0006_pre_social"
+down_revision = "0005_pre_uploads"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,161 @@
+"""The bytes of a timeline: a ring of photo ids in one string of Redis, eight bytes each.
+
+| offset | bytes | field | meaning |
+|---|---|---|---|
+| 0 | 1 | format | 1 |
+| 1 | 1 | | zero |
+| 2 | 2 | next | slot that is written next |
+| 4 | 2 | slots | how many there are; up to `MOST` |
+| 6 | 2 | | zero |
+| 8 | 8 | floor | every delivered id above it is in the ring; `MAX_ID` while it is being built |
+| 16 | 8 | covered | follows up to this time are in it; see `app.feed.service` |
+| 24 | 8 each | slots | ids in the order of arrival, zero for none |
+
+All big-endian. A delivery writes one slot in place: nothing is moved, trimmed or allocated. A ring
+that is full grows to the next of `STEPS`, which fill jemalloc's size classes, so that an entry
+takes 8.2 bytes with everything around it; one of `MOST` slots overwrites its oldest arrival and
+raises the floor to it. Ids may arrive late, in any order and twice; readers sort.
+
+Sources: app.md, section 3.1, for what other encodings take (`python -m benchmarks feed`); jemalloc
+5.3, size classes; Redis 7, sds.h (a header of five bytes for strings of up to 65,535, one byte at
+the end). No I/O.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+__all__ = ["ADD", "FILL", "MOST", "STEPS", "Timeline", "decoded", "encoded", "packed"]
+
+HEADER: Final = struct.Struct(">BxHHxxQQ")
+FORMAT: Final = 1
+
+STEPS: Final = (36, 76, 156, 316, 636, 892)
+"""Slots of a ring as it grows: strings of 320, 640, 1280, 2560, 5120 and 7168 bytes."""
+
+MOST: Final = STEPS[-1]
+
+
+class Timeline(NamedTuple):
+    """What a ring says.
+
+    Attributes:
+        ids: newest first, each once.
+        floor: every id above it that was delivered is among them.
+        covered: the last follow that it has the photos of; Unix milliseconds.
+    """
+
+    ids: list[int]
+    floor: int
+    covered: int
+
+
+def packed(photo_ids: Iterable[int]) -> list[bytes]:
+    """Return ids as the scripts take them."""
+    return [photo_id.to_bytes(8, "big") for photo_id in photo_ids]
+
+
+def encoded(photo_ids: Sequence[int], *, floor: int, covered: int) -> bytes:
+    """Return the bytes of a ring.
+
+    Args:
+        photo_ids: newest first; the first `MOST` are taken, and the floor is raised to the rest.
+        floor: see the table.
+        covered: see the table.
+    """
+    taken = photo_ids[:MOST]
+    if len(photo_ids) > MOST:
+        floor = max(floor, photo_ids[MOST])
+    slots = next(step for step in STEPS if step >= len(taken))
+    ring = [*taken[::-1], *[0] * (slots - len(taken))]  # the oldest are overwritten first
+    head = HEADER.pack(FORMAT, len(taken), slots, floor, covered)
+    return head + struct.pack(f">{slots}Q", *ring)
+
+
+def decoded(value: bytes | None) -> Timeline | None:
+    """Return what a ring says; None for none, and for bytes of another format."""
+    if value is None or len(value) < HEADER.size or value[0] != FORMAT:
+        return None
+    _, _, slots, floor, covered = HEADER.unpack_from(value)
+    if len(value) != HEADER.size + 8 * slots:
+        return None
+    found = array("Q", value[HEADER.size :])
+    if sys.byteorder == "little":
+        found.byteswap()
+    listed = sorted(set(found), reverse=True)
+    if listed and not listed[-1]:
+        listed.pop()
+    return Timeline(listed, floor, covered)
+
+
+_STEPS: Final = f"local steps = {{{', '.join(map(str, STEPS))}}}"
+
+_STORE: Final = (
+    f"{_STEPS}\n"
+    """
+local function store(key, photos, covered)
+    local head = redis.call('GETRANGE', key, 0, 23)
+    if #head < 24 then return 0 end
+    local slot, slots = struct.unpack('>HH', string.sub(head, 3, 6))
+    local floor = string.sub(head, 9, 16)
+    for i = 1, #photos do
+        if slot >= slots then
+            local more
+            for s = 1, #steps do
+                if steps[s] > slots then more = steps[s] break end
+            end
+            if more then
+                local empty = string.rep('\\0', 8 * (more - slots))
+                redis.call('SET', key, redis.call('GET', key) .. empty, 'KEEPTTL')
+                slots = more
+            else
+                slot = 0
+            end
+        end
+        local at = 24 + 8 * slot
+        if slots == steps[#steps] then
+            local gone = redis.call('GETRANGE', key, at, at + 7)
+            local a, b = struct.unpack('>I4I4', gone)
+            local c, d = struct.unpack('>I4I4', floor)
+            if a > c or (a == c and b > d) then floor = gone end
+        end
+        redis.call('SETRANGE', key, at, photos[i])
+        slot = slot + 1
+    end
+    redis.call('SETRANGE', key, 2, struct.pack('>HH', slot, slots) .. '\\0\\0' .. floor)
+    if covered ~= '' then redis.call('SETRANGE', key, 16, covered) end
+    return #photos
+end
+"""
+)
+# Halves are compared, since numbers of Lua are exact up to 2^53 only.
+
+ADD: Final = f"""{_STORE}
+local covered = table.remove(ARGV, 1)
+local n = 0
+for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, covered) end
+return n
+"""
+"""Adds ids to rings; KEYS: rings, of which those that are not there are left; ARGV: `covered`, or
+nothing to leave it, then ids. Returns how many slots were written. It reads and writes the named
+keys alone; in a Redis Cluster these would have to share a slot."""
+
+FILL: Final = f"""{_STORE}
+local old = redis.call('GET', KEYS[1])
+if not old or #old < 24 or string.sub(old, 9, 16) ~= ARGV[2] then return 0 end
+local _, slots = struct.unpack('>HH', string.sub(old, 3, 6))
+local found = {{}}
+for slot = 0, slots - 1 do
+    local photo = string.sub(old, 25 + 8 * slot, 32 + 8 * slot)
+    if photo ~= '\\0\\0\\0\\0\\0\\0\\0\\0' then found[#found + 1] = photo end
+end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
+store(KEYS[1], found, '')
+return 1
+"""
+"""Puts a ring in the place of one that is being built, with the ids that came meanwhile. KEYS: the
+ring; ARGV: the new one, the floor of one that is being built, seconds it is kept."""

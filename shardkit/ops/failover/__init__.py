@@ -1,0 +1,9 @@
+"""Failover: another server of a physical shard becomes its primary.
+
+`machine` decides, `nodes` and `hosts` do, `driver` brings them together, `run` has the functions
+for others. Source: docs/failover.md.
+"""
+
+from shardkit.ops.failover.run import Done, adopt, fail_over, plan, watch
+
+__all__ = ["Done", "adopt", "fail_over", "plan", "watch"]

@@ -1,0 +1,479 @@
+"""The steps of a move, each carried out once more where it was done: called by the driver.
+
+What is decided elsewhere is done here, on both servers, with connections that are opened
+beforehand: between the fence and the activation there is no time to connect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import psycopg
+
+from shardkit.clock import SYSTEM
+from shardkit.errors import MoveError, RefusedError, TryAgainError
+from shardkit.ops import ddllocks
+from shardkit.ops.moves import copying, cutover, replication, rows, shapes, transactions
+from shardkit.ops.moves.machine import BUDGET, STALL, Goal, Step
+from shardkit.ops.moves.presence import PATIENCE, application, open_connection
+from shardkit.ops.moves.rows import Diff, Key
+from shardkit.ops.moves.transactions import Changed, change
+from shardkit.ops.moves.transitions import (
+    Action,
+    Activate,
+    Claim,
+    Decide,
+    Discard,
+    Fence,
+    Import,
+    Lift,
+    Move,
+    Release,
+    Row,
+    Yield,
+)
+from shardkit.ownership import State
+from shardkit.topology import PhysicalShard, Topology
+
+__all__ = ["Report", "Script", "Work"]
+
+Connection = psycopg.Connection[Any]
+
+Script = Callable[[PhysicalShard, int, Connection], str]
+"""Makes the SQL of an empty logical shard: for which server and number, as this source has it."""
+
+_REPLICAS: Final = 10.0
+"""Seconds to wait for replicas of the source to have the decision; it stands anyhow."""
+
+_NEAR: Final = 0.3
+"""Seconds that a change may take to the target for a fence to be worth trying."""
+
+_SLOT_PATIENCE: Final = 60.0
+"""Seconds that a new slot waits for transactions that are writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How far a step is, for those who watch.
+
+    Attributes:
+        logical_shard: that is moved.
+        step: which step.
+        text: what of it, such as a table.
+        done: bytes, tables or the like that are through.
+        total: of how many; 0 where nobody knows.
+        unit: what is counted: "bytes", "tables", "parts"; "" for nothing.
+    """
+
+    logical_shard: int
+    step: str
+    text: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+@dataclass
+class Work:
+    """One attempt at a move, with its connections.
+
+    Attributes:
+        inherits: the move whose copy a way back uses; None for a move of its own.
+        hot: rows that change too often to compare before the fence.
+        fenced: monotonic time at which this mover fenced; None where it has not.
+        is_drained: whether the target has everything of the present fence.
+        pause: seconds from the fence to the activation, once both are done.
+    """
+
+    topology: Topology
+    logical_shard: int
+    move: Move
+    source: PhysicalShard
+    target: PhysicalShard
+    script: Script
+    report: Callable[[Report], None]
+    lock_timeout: float
+    inherits: str | None = None
+    rows: dict[str, Row | None] = field(default_factory=dict)
+    hot: dict[str, list[Key]] = field(default_factory=dict)
+    fenced: float | None = None
+    is_drained: bool = False
+    pause: float | None = None
+    diff: Diff | None = None
+    blocker: str | None = None
+    _open: dict[str, Connection] = field(default_factory=dict)
+    _print: tuple[str, float] | None = None
+    _is_frozen: bool = False
+    _state: int | None = None
+    _has_standbys: bool = True
+    _snapshot: Future[None] | None = None
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    # -- connections
+
+    def on(self, side: str, use: str = "control") -> Connection:
+        """Return the connection for a use to "source" or "target"; opened at the first time."""
+        key = f"{side} {use}"
+        found = self._open.get(key)
+        if found is None or found.closed or found.broken:
+            shard = self.source if side == "source" else self.target
+            # What reads or makes all of it takes as long as it takes.
+            patience = PATIENCE if use == "control" else None
+            found = open_connection(shard, self.logical_shard, patience=patience)
+            self._open[key] = found
+            if use == "rows":
+                rows.prepare(found)
+        return found
+
+    def close(self) -> None:
+        """Close every connection."""
+        for connection in self._open.values():
+            connection.close()
+        self._open.clear()
+        self._snapshot = None
+        self._is_frozen = False
+
+    def end(self) -> None:
+        """Close every connection, and begin nothing more."""
+        self.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- the steps
+
+    def do(self, step: Step, goal: Goal) -> None:
+        """Carry a step out.
+
+        Raises:
+            MoveError: it cannot succeed.
+            RefusedError: the ownership rows do not allow it.
+            TryAgainError: something was in the way (retryable).
+            psycopg.Error: a server refused, or went away.
+        """
+        getattr(self, f"_{step.name.lower()}")(goal)
+
+    def _changed(self, side: str, changed: Changed) -> None:
+        self.rows[side] = changed.row
+
+    def _claim(self, _goal: Goal) -> None:
+        source = self.on("source")
+        row = transactions.row_of(source, self.logical_shard)
+        if self.inherits and row is not None and row.move_id == self.inherits:
+            old = Move(self.inherits, row.attempt)
+            change(source, self.logical_shard, Release(old))
+        self._changed("source", change(source, self.logical_shard, Claim(self.move)))
+
+    def _import(self, _goal: Goal) -> None:
+        target = self.on("target")
+        row = transactions.row_of(target, self.logical_shard)
+        if self.inherits and row is not None and row.move_id == self.inherits:
+            old = Move(self.inherits, row.attempt)
+            change(target, self.logical_shard, Release(old))
+        self._changed("target", change(target, self.logical_shard, Import(self.move)))
+
+    def _lock(self, _goal: Goal) -> None:
+        for side in ("source", "target"):
+            ddllocks.take(
+                self.on(side),
+                self.logical_shard,
+                holder=application(self.logical_shard),
+                reason="it is being moved; shardkit move clean ends that",
+            )
+
+    def _build(self, _goal: Goal) -> None:
+        text = self.script(self.target, self.logical_shard, self.on("source"))
+        replication.unsubscribe(self.on("target"), self.logical_shard)
+        copying.build(self.on("target"), self.logical_shard, text)
+
+    def _copy(self, _goal: Goal) -> None:
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
+        replication.unsubscribe(target, number)
+        replication.drop_slot(source, number)
+        replication.publish(source, number)
+        slot = open_connection(
+            self.source,
+            number,
+            patience=None,
+            replication="database",
+            options=f"-c lock_timeout={round(_SLOT_PATIENCE * 1000)} -c statement_timeout=0",
+        )
+        with slot:
+            self.report(Report(number, Step.COPY, "waits for transactions that are writing"))
+            try:
+                snapshot = replication.exported_slot(slot, number)
+            except psycopg.errors.LockNotAvailable as error:
+                raise MoveError(
+                    f"a transaction has been writing on the source for {_SLOT_PATIENCE:.0f} s",
+                    hint="end it, and move again: pg_stat_activity, oldest backend_xid",
+                ) from error
+            replication.subscribe(target, number, self._url(self.source))
+            copying.strip(target, number)
+            total, done = copying.size_of(source, number), 0
+
+            def on_bytes(table: str, n_bytes: int) -> None:
+                nonlocal done
+                done += n_bytes
+                self.report(Report(number, Step.COPY, table, done, total, "bytes"))
+
+            into = self.on("target", "long")
+            copying.copy(self.on("source", "rows"), into, number, snapshot, on_bytes)
+
+    def _index(self, _goal: Goal) -> None:
+        def on_part(name: str, done: int, total: int) -> None:
+            self.report(Report(self.logical_shard, Step.INDEX, name, done, total, "parts"))
+
+        target = self.on("target", "long")
+        copying.complete(self.on("source"), target, self.logical_shard, on_part)
+
+    def _follow(self, _goal: Goal) -> None:
+        replication.enable(self.on("target"), self.logical_shard, self._url(self.source))
+
+    def _catch_up(self, _goal: Goal) -> None:
+        self._caught_up("source", "target")
+
+    def _verify(self, _goal: Goal) -> None:
+        self._same_shape()
+        self.diff = self._compared("source", "target", Step.VERIFY)
+        if not self.diff.is_clean:
+            raise MoveError(
+                f"the copy differs from the source: {self.diff.told()}",
+                hint="move again; if it happens twice, look for what writes to the copy",
+            )
+        self.hot = self.diff.hot
+
+    def _prepare_back(self, _goal: Goal) -> None:
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
+        replication.publish(target, number)
+        replication.make_slot(target, number)
+        replication.subscribe(source, number, self._url(self.target))
+
+    def _fence(self, _goal: Goal) -> None:
+        """Fence, if nothing that can be known beforehand speaks against it."""
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
+        self.blocker = None
+        for side in ("source", "target"):  # opened while nobody waits for them
+            self._thaw(self.on(side, "rows"))
+        self._same_shape()
+        self._state, self._snapshot = None, None
+        self._has_standbys = cutover.has_standbys(source)
+        replication.advance_slot(target, number)
+        transactions.rehearse(source, number, Action.CLOSE_WRITES)
+        transactions.rehearse(target, number, Action.OPEN)
+        took = cutover.reached(target, number, cutover.touch(source, number), _NEAR)
+        if took is None:
+            raise TryAgainError(f"a change takes more than {_NEAR:g} s to the target")
+        roles = sorted({self.source.roles.app, self.source.roles.relay})
+        changed = change(
+            source,
+            number,
+            lambda at, timeline: Fence(self.move, self.target.name, at, timeline),
+            roles=roles,
+            lock_timeout=self.lock_timeout,
+        )
+        self.fenced = SYSTEM.monotonic()
+        self.is_drained = False
+        self._state = changed.state
+        self._changed("source", changed)
+
+    def _drain(self, _goal: Goal) -> None:
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
+        here, there = self.on("source", "rows"), self.on("target", "rows")
+        self._thaw(here)
+        self._thaw(there)
+        # Beside the target's apply.
+        freezing = self._pool.submit(cutover.freeze, here, number)
+        state = self._state if self._state is not None else freezing.result().state
+        is_here = cutover.reached(target, number, state, self._left()) is not None
+        frozen = freezing.result()
+        self._is_frozen = True
+        if not is_here:
+            raise TryAgainError("the target has not applied everything in time")
+        if self._has_standbys and not cutover.flushed(source, frozen.lsn, self._left()):
+            raise TryAgainError("a replica of the source has not received the fence in time")
+        if odd := rows.differing(here, target, number, self.hot):
+            raise MoveError(f"rows of {', '.join(odd)} differ in the fence")
+
+        # Beside the decision; nothing but the apply writes there before the activation.
+        self._snapshot = self._pool.submit(cutover.snapshot, there)
+        # Synchronous: replicas that commits wait for have it, and all that came before.
+        cutover.land(target, number, frozen, transactions.noted(number, self.move, Step.DRAIN))
+        self.is_drained = True
+
+    def _decide(self, _goal: Goal) -> None:
+        source, number = self.on("source"), self.logical_shard
+        roles = sorted({self.source.roles.app, self.source.roles.relay})
+        changed = change(
+            source, number, lambda _at, timeline: Decide(self.move, timeline), roles=roles
+        )
+        self._changed("source", changed)
+        if self._has_standbys:
+            cutover.flushed(source, changed.lsn, _REPLICAS)
+
+    def _activate(self, _goal: Goal) -> None:
+        source = self.rows["source"]
+        assert source is not None, "it has handed over"
+        if self._snapshot is not None:
+            self._snapshot.result()
+        event = Activate(self.move, source, self.target.name)
+        self._changed("target", change(self.on("target"), self.logical_shard, event, note={}))
+        if self.fenced is not None:
+            self.pause = SYSTEM.monotonic() - self.fenced
+
+    def _turn(self, _goal: Goal) -> None:
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
+        replication.unsubscribe(target, number)
+        replication.drop_slot(source, number)
+        replication.unpublish(source, number)
+        if replication.is_following(source, number):
+            replication.enable(source, number, self._url(self.target))
+
+    def _check(self, _goal: Goal) -> None:
+        if self._is_frozen:
+            here, there = self.on("source", "rows"), self.on("target", "rows")
+            found = rows.frozen(here, there, self.logical_shard, self._on_table(Step.CHECK))
+            self._thaw(here)
+            self._thaw(there)
+        else:
+            found = self._compared("target", "source", Step.CHECK)
+        self.diff = found
+        odd = shapes.differences(self.on("source"), self.on("target"), self.logical_shard)
+        if not found.is_clean or odd:
+            raise MoveError(
+                f"after the move: {found.told()}{'; ' if odd else ''}{'; '.join(odd)}",
+                hint="the target is open; look at both before shardkit move rollback or clean",
+            )
+
+    # -- backwards
+
+    def _lift(self, _goal: Goal) -> None:
+        source = self.on("source")
+        row = transactions.row_of(source, self.logical_shard)
+        timeline = (row.fence_timeline if row else None) or 0
+        self._changed("source", change(source, self.logical_shard, Lift(self.move, timeline)))
+        self.fenced, self.is_drained = None, False
+        for side in ("source", "target"):
+            with suppress(psycopg.Error, TryAgainError):
+                self._thaw(self.on(side, "rows"))
+
+    def _yield(self, _goal: Goal) -> None:
+        target = self.rows["target"]
+        assert target is not None, "it is open"
+        event = Yield(self.move, self.target.name, target)
+        self._changed("source", change(self.on("source"), self.logical_shard, event))
+
+    def _detach(self, _goal: Goal) -> None:
+        for side in ("source", "target"):
+            replication.unsubscribe(self.on(side), self.logical_shard)
+        for side in ("source", "target"):
+            replication.drop_slot(self.on(side), self.logical_shard)
+            replication.unpublish(self.on(side), self.logical_shard)
+
+    def _discard(self, _goal: Goal) -> None:
+        self._changed("target", change(self.on("target"), self.logical_shard, Discard(self.move)))
+
+    def _drop_copy(self, _goal: Goal) -> None:
+        self._drop("target")
+
+    def _drop_source(self, _goal: Goal) -> None:
+        self._drop("source")
+
+    def _drop(self, side: str) -> None:
+        connection = self.on(side)
+        with connection.transaction():
+            # A row lock: nothing becomes of the row meanwhile.
+            found: Any = connection.execute(
+                "SELECT state, move_id::text FROM shardkit.ownership WHERE logical_shard = %s "
+                "FOR UPDATE",
+                (self.logical_shard,),
+            ).fetchone()
+            if found is not None and (
+                found[0] != State.RETIRED or found[1] not in {None, self.move.id}
+            ):
+                raise RefusedError(
+                    f"its copy on the {side} is {found[0]}, and not to be dropped",
+                    hint="look at shardkit move status",
+                    logical_shard=self.logical_shard,
+                )
+            copying.drop(connection, self.logical_shard)
+
+    def _unlock(self, _goal: Goal) -> None:
+        for side in ("source", "target"):
+            ddllocks.release(
+                self.on(side), self.logical_shard, holder=application(self.logical_shard)
+            )
+
+    def _release(self, goal: Goal) -> None:
+        for side in ("source", "target") if goal is Goal.CLEAN else ("source",):
+            row = transactions.row_of(self.on(side), self.logical_shard)
+            if row is not None and row.move_id == self.move.id:
+                event = Release(self.move)
+                self._changed(side, change(self.on(side), self.logical_shard, event))
+
+    # -- what steps share
+
+    def _url(self, shard: PhysicalShard) -> Any:
+        return shard.mover_url or shard.admin_url
+
+    def _left(self) -> float:
+        if self.fenced is None:  # fenced by an attempt before this one
+            return 0.5
+        return max(0.0, self.fenced + BUDGET - SYSTEM.monotonic())
+
+    def _thaw(self, connection: Connection) -> None:
+        self._is_frozen = False
+        if not connection.closed:
+            connection.execute("ROLLBACK") if connection.info.transaction_status else None
+
+    def _caught_up(self, source: str, target: str) -> None:
+        """Return once one side has applied what the other has committed."""
+        here, there, number = self.on(source), self.on(target), self.logical_shard
+        state = cutover.touch(here, number)
+        errors = replication.progress(here, there, number).errors
+        for _ in range(round(STALL)):
+            if cutover.reached(there, number, state, 1.0) is not None:
+                return
+            found = replication.progress(here, there, number)
+            if found.lost:
+                raise MoveError(found.lost)
+            if found.errors > errors + 1:
+                raise MoveError(f"the target cannot apply: {found.conflicts or 'its log says why'}")
+        raise MoveError(f"a change does not arrive in {STALL:.0f} s: the apply has stalled")
+
+    def _compared(self, source: str, target: str, step: Step) -> Diff:
+        here, there = self.on(source, "rows"), self.on(target, "rows")
+        return rows.compare(
+            here,
+            there,
+            self.logical_shard,
+            lambda: self._caught_up(source, target),
+            self._on_table(step),
+        )
+
+    def _on_table(self, step: Step) -> Callable[[str, int, int], None]:
+        return lambda name, done, total: self.report(
+            Report(self.logical_shard, step, name, done, total, "tables")
+        )
+
+    def compared(self, *, is_handed_over: bool) -> Diff:
+        """Compare all rows and the schemas while clients go on.
+
+        Raises:
+            MoveError: the schemas differ, or one copy does not follow.
+        """
+        self._same_shape()
+        pair = ("target", "source") if is_handed_over else ("source", "target")
+        return self._compared(*pair, Step.VERIFY)
+
+    def same_shape(self) -> list[str]:
+        """Return how the schemas differ: somebody has run DDL in spite of the lock."""
+        return shapes.differences(self.on("source"), self.on("target"), self.logical_shard)
+
+    def _same_shape(self) -> None:
+        if odd := self.same_shape():
+            raise MoveError(
+                f"the schemas differ: {'; '.join(odd)}",
+                hint="DDL in the middle of a move; run it after the move, by shardkit migrate",
+            )
