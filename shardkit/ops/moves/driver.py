@@ -7,7 +7,9 @@ means: that the step cannot succeed, that it may at another time, or that a serv
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -20,6 +22,7 @@ from shardkit.errors import (
     MoveError,
     OutcomeUnknownError,
     RefusedError,
+    ShardkitError,
     TryAgainError,
 )
 from shardkit.ops.blame import first_line
@@ -109,6 +112,7 @@ class Driver:
         goal: what it is to reach.
         hook: see `Hook`.
         is_held: whether to stop before the fence.
+        stop: set to have it stop where that is safe; a resume goes on.
         is_resumed: whether somebody has begun it before.
     """
 
@@ -119,12 +123,15 @@ class Driver:
         *,
         hook: Hook = lambda _name: None,
         is_held: bool = False,
+        stop: threading.Event | None = None,
         is_resumed: bool = False,
     ) -> None:
         self.work = work
         self._goal = goal
         self._hook = hook
         self._is_resumed = is_resumed
+        self._stop = stop or threading.Event()
+        self._report, work.report = work.report, self._reported
         self._facts = Facts(is_held=is_held)
         self._done: frozenset[Step] = frozenset()
         self._journal = Journal()
@@ -138,6 +145,7 @@ class Driver:
         self._is_target_up = True
         self._n_fences = 0
         self._n_locks = 0
+        self._presence: Presence | None = None
 
     def run(self) -> Outcome:
         """Go on until the goal is reached.
@@ -150,11 +158,14 @@ class Driver:
         """
         began = SYSTEM.monotonic()
         work = self.work
-        presence = Presence(work.target, work.logical_shard)
+        presence = self._presence = Presence(work.target, work.logical_shard)
         try:
             self._begin(presence)
             while self._step(presence):
                 pass
+        except (KeyboardInterrupt, SystemExit):
+            self._leave()
+            raise
         finally:
             work.end()
             presence.close()
@@ -173,6 +184,26 @@ class Driver:
             0 if work.diff is None else work.diff.n_rows,
             self._n_fences,
         )
+
+    def _leave(self) -> None:
+        """Give the writes back, since nobody goes on: Ctrl-C between the fence and the decision."""
+        source = self.work.rows.get("source")
+        if source is not None and source.state is State.FENCED:
+            with suppress(psycopg.Error, ShardkitError):
+                self.work.close()
+                self.work.do(Step.LIFT, self._goal)
+
+    def _reported(self, report: Report) -> None:
+        """Pass on how far a step is, unless it is to stop."""
+        self._report(report)
+        source = self.work.rows.get("source")
+        is_open = source is None or source.state is State.ACTIVE
+        if self._stop.is_set() and is_open:
+            raise TryAgainError(
+                "stopped, as it was told to",
+                hint=f"shardkit move resume {report.logical_shard} goes on, abort gives it up",
+                logical_shard=report.logical_shard,
+            )
 
     def _begin(self, presence: Presence) -> None:
         """End whoever was at it before, and take the move up."""
@@ -200,11 +231,7 @@ class Driver:
     def _step(self, presence: Presence) -> bool:
         """Do what comes next; return whether anything is left."""
         if presence.is_lost:
-            raise EndpointUnavailableError(
-                "the session that holds the mover's lock has ended",
-                hint="another mover may have taken over; else: shardkit move resume",
-                logical_shard=self.work.logical_shard,
-            )
+            presence.check()
         match decide(self._view()):
             case Do(step):
                 self._do(step)
@@ -453,6 +480,8 @@ class Driver:
             self._failed(step, error)
             return
         self.work.close()
+        if self._presence is not None:
+            self._presence.check()  # a mover that was frozen finds out before it does anything
         until = SYSTEM.monotonic() + _PATIENCE
         while True:
             self._look()

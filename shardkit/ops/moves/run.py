@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -63,6 +63,7 @@ class Options:
         is_held: stop when all is ready for the fence; a resume goes on.
         free_bytes: how much room the target has; None to find out where that can be done.
         on_report: told how far it is.
+        stop: set to have moves stop where that is safe; a resume goes on.
         hook: told of everything that is written down; for tests that crash there.
     """
 
@@ -71,6 +72,7 @@ class Options:
     is_held: bool = False
     free_bytes: int | None = None
     on_report: Callable[[Report], None] = lambda _report: None
+    stop: threading.Event = field(default_factory=threading.Event)
     hook: Hook = lambda _name: None
 
 
@@ -197,7 +199,7 @@ def move(
         )
     begun = Move(str(uuid.uuid4()))
     work = _work(topology, logical_shard, begun, planned.source, target, script, options)
-    return Driver(work, Goal.MOVE, hook=options.hook, is_held=options.is_held).run()
+    return _driver(work, Goal.MOVE, options).run()
 
 
 def resume(
@@ -286,7 +288,7 @@ def rollback(topology: Topology, logical_shard: int, *, options: Options | None 
         topology, logical_shard, back, known.target, known.source, _none, options,
         inherits=known.move_id,
     )  # fmt: skip
-    return Driver(work, Goal.MOVE, hook=options.hook, is_held=options.is_held).run()
+    return _driver(work, Goal.MOVE, options).run()
 
 
 def move_many(
@@ -315,6 +317,7 @@ def move_many(
     Returns:
         What has become of each, by logical shard.
     """
+    options = options or Options()
     room = {name: threading.BoundedSemaphore(max(1, per_server)) for name in topology.physical}
     owners = as_placed(topology).shard_map.owners
 
@@ -335,7 +338,12 @@ def move_many(
 
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         futures = {number: pool.submit(one, number, target) for number, target in wanted}
-        return {number: future.result() for number, future in futures.items()}
+        try:
+            return {number: future.result() for number, future in futures.items()}
+        except KeyboardInterrupt:
+            options.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def verify(
@@ -463,8 +471,18 @@ def _taken_up(
         options,
         inherits=known.journal.noted("inherits"),
     )
-    driver = Driver(work, goal, hook=options.hook, is_held=options.is_held, is_resumed=True)
-    return driver.run()
+    return _driver(work, goal, options, is_resumed=True).run()
+
+
+def _driver(work: Work, goal: Goal, options: Options, *, is_resumed: bool = False) -> Driver:
+    return Driver(
+        work,
+        goal,
+        hook=options.hook,
+        is_held=options.is_held,
+        stop=options.stop,
+        is_resumed=is_resumed,
+    )
 
 
 def _work(  # noqa: PLR0917  all that a move is
