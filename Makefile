@@ -130,8 +130,10 @@ feed-paging: setup ## ten million items of feeds while people post, delete and b
 
 bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, and a million reads
 	@$(BIN)/python -m benchmarks idmap300m $(ARGS)
+
 photo-torn: setup ## crash photo volumes at 20,000 byte positions and kill 60 writers; a minute
 	@SHARDKIT_TORN=all $(BIN)/python -m pytest -s tests/app/test_torn.py $(ARGS)
+
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
 	@$(BIN)/python -m uv pip compile pyproject.toml --all-extras --universal \
