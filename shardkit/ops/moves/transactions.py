@@ -7,6 +7,7 @@ by failover, over direct connections with the login that owns the schemas.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
