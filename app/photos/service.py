@@ -243,11 +243,24 @@ class PhotoService:
 
 
 async def describe(
-    session: AsyncReadSession, photos: Sequence[Photo], viewer: Viewer | None
+    session: AsyncReadSession,
+    photos: Sequence[Photo],
+    viewer: Viewer | None,
+    *,
+    is_checked: bool = False,
 ) -> Sequence[PhotoOut]:
-    """Return photos with their owners, how many like them, and whether the viewer does."""
+    """Return photos with their owners, how many like them, and whether the viewer does.
+
+    Args:
+        session: a reader.
+        photos: what is to be shown.
+        viewer: to whom; what others may not see is left out.
+        is_checked: whether the viewer may see all of them, as the caller has found out.
+    """
     owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
-    seen = await seen_among(session, None if viewer is None else viewer.id, owners)
+    seen = set(owners)
+    if not is_checked:
+        seen = await seen_among(session, None if viewer is None else viewer.id, owners)
     photos = [photo for photo in photos if photo.owner_id in seen]
     liked: set[int] = set()
     if viewer is not None:

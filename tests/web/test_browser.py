@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 from shardkit.local import LocalCluster
+from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.outages import home_of, servers_of, without
 from tests.fixtures.service import PASSWORD, Person, Service
@@ -242,3 +243,42 @@ def test_a_form_that_is_sent_twice_counts_once(visit: Callable[..., Page], tmp_p
     page.get_by_role("button", name="Post").dblclick()
     expect(page.locator("#comments")).to_contain_text("Said impatiently")
     expect(page.locator("#comments li")).to_have_count(2)
+
+
+def test_ask_accept_choose_and_block(visit: Callable[..., Page], tmp_path: Path) -> None:
+    file = tmp_path / "shy.jpg"
+    file.write_bytes(pictures.jpeg())
+    ana, ben = visit(), visit()
+    sign_up(ana, "shy.ana")
+    number = upload(ana, file, "For friends")
+    ana.goto("/settings")
+    ana.get_by_label("Private").check()
+    ana.get_by_role("button", name="Save").click()
+    expect(ana.get_by_text("private", exact=True)).to_be_visible()
+
+    sign_up(ben, "shy.ben")
+    ben.goto("/u/shy.ana")
+    expect(ben.get_by_text("This account is private")).to_be_visible()
+    ben.get_by_role("button", name="Ask to follow").click()
+    expect(ben.get_by_role("button", name="Take request back")).to_be_visible()
+
+    def is_asked() -> bool:
+        ana.goto("/requests")
+        return ana.get_by_role("button", name="Accept").count() == 1
+
+    wait_until(is_asked, 20.0, "the relay tells of the request")
+    ana.get_by_role("button", name="Accept").click()
+    expect(ana.get_by_text("Nobody is waiting")).to_be_visible()
+
+    ben.goto("/")
+    expect(ben.locator(f'article[data-photo="{number}"]')).to_contain_text("For friends")
+    ben.get_by_role("button", name="For you").click()
+    expect(ben.get_by_role("button", name="For you")).to_have_attribute("aria-pressed", "true")
+    expect(ben.locator(f'article[data-photo="{number}"]')).to_be_visible()
+
+    ana.goto("/u/shy.ben")
+    ana.get_by_text("Block", exact=True).click()
+    ana.get_by_role("button", name="Block shy.ben").click()
+    expect(ana.get_by_text("You block shy.ben")).to_be_visible()
+    ben.goto("/")
+    expect(ben.locator(f'article[data-photo="{number}"]')).to_have_count(0)

@@ -253,10 +253,12 @@ def promote(
         )
         # A row lock on the identity keeps two from doing it at once.
         found = connection.execute(
-            f"SELECT timeline, {TIMELINE} FROM shardkit.identity FOR UPDATE".encode()
+            f"SELECT timeline, {TIMELINE}, pg_catalog.pg_snapshot_xmax("
+            "pg_catalog.pg_current_snapshot())::text::bigint % 4294967296 "
+            "FROM shardkit.identity FOR UPDATE".encode()
         ).fetchone()
         assert found is not None, "a primary that shardkit has set up"
-        registered, timeline = found
+        registered, timeline, next_xid = found
         if registered == timeline:
             return timeline, []
         rows = (
@@ -272,10 +274,15 @@ def promote(
                 sql.SQL(_PASS_IDS).format(sql.Identifier(schema_name(number), "shardkit_id_state"))
             )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
+        noted = {"before": registered, "next_xid": next_xid, **(detail or {})}
         connection.execute(
             "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
             "VALUES ('promoted', %s, %s, %s)",
-            (server, timeline, json.dumps({"before": registered, **(detail or {})})),
+            (
+                server,
+                timeline,
+                json.dumps(noted),
+            ),
         )
         return timeline, sorted(number for (number,) in rows)
 
