@@ -184,46 +184,46 @@ async def pages(here: World, *, rounds: int) -> tuple[dict[str, float], dict[str
         slow = service(plain, None)
         first = await fast.home(viewer, None, 20)
         await builder.settled()
-        async with plain.reader() as session:
-            follows = select(Assoc.id2).where(Assoc.id1 == me, Assoc.atype == int(Kind.FOLLOWS))
+        follows = select(Assoc.id2).where(Assoc.id1 == me, Assoc.atype == int(Kind.FOLLOWS))
 
-            async def fanned_out() -> list[int]:
-                owners = [me, *await session.scalars(follows)]
+        async def fanned_out() -> list[int]:
+            async with Database(plain, timeout=60.0).reader() as reader:
+                owners = [me, *await reader.scalars(follows)]
                 newest = select(Photo.id).where(Photo.owner_id.in_(owners))
-                return list(await session.scalars(newest.order_by(Photo.id.desc()).limit(20)))
+                return list(await reader.scalars(newest.order_by(Photo.id.desc()).limit(20)))
 
-            async def found_ids() -> list[int]:
-                async with Database(cluster).reader() as reader:
-                    return (await fast.ids(reader, me, ids.MAX_ID, 20))[0]
+        async def found_ids() -> list[int]:
+            async with Database(cluster).reader() as reader:
+                return (await fast.ids(reader, me, ids.MAX_ID, 20))[0]
 
-            async def merged() -> list[int]:
-                async with Database(cluster).reader() as reader:
-                    return [p.id for p in (await fast.photos(reader, me, ids.MAX_ID, 20))[0]]
+        async def merged() -> list[int]:
+            async with Database(cluster).reader() as reader:
+                return [p.id for p in (await fast.photos(reader, me, ids.MAX_ID, 20))[0]]
 
-            async def whole(feed: FeedService) -> list[int]:
-                return [item.id for item in (await feed.home(viewer, None, 20)).items]
+        async def whole(feed: FeedService) -> list[int]:
+            return [item.id for item in (await feed.home(viewer, None, 20)).items]
 
-            expected = [item.id for item in first.items]
-            arms: dict[str, Callable[[], Any]] = {
-                "ids, merged": found_ids,
-                "ids, fan-out on read": fanned_out,
-                "photos, merged": merged,
-                "page, merged": lambda: whole(fast),
-                "page, fan-out on read": lambda: whole(slow),
-            }
-            times: dict[str, list[float]] = {name: [] for name in arms}
-            costs: dict[str, float] = dict.fromkeys(arms, 0.0)
-            for run in arms.values():
-                for _ in range(3):
+        expected = [item.id for item in first.items]
+        arms: dict[str, Callable[[], Any]] = {
+            "ids, merged": found_ids,
+            "ids, fan-out on read": fanned_out,
+            "photos, merged": merged,
+            "page, merged": lambda: whole(fast),
+            "page, fan-out on read": lambda: whole(slow),
+        }
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        costs: dict[str, float] = dict.fromkeys(arms, 0.0)
+        for run in arms.values():
+            for _ in range(3):
+                assert await run() == expected
+        for _ in range(max(3, rounds // 5)):  # counting CPU costs some, so many runs at a time
+            for name, run in arms.items():
+                spent = own_cpu(here)
+                for _ in range(RUNS):
+                    started = time.perf_counter()
                     assert await run() == expected
-            for _ in range(max(3, rounds // 5)):  # counting CPU costs some, so many runs at a time
-                for name, run in arms.items():
-                    spent = own_cpu(here)
-                    for _ in range(RUNS):
-                        started = time.perf_counter()
-                        assert await run() == expected
-                        times[name].append(time.perf_counter() - started)
-                    costs[name] += own_cpu(here) - spent
+                    times[name].append(time.perf_counter() - started)
+                costs[name] += own_cpu(here) - spent
         await builder.close()
         await opened.close()
     medians = {name: statistics.median(found) for name, found in times.items()}
@@ -238,7 +238,12 @@ async def pages(here: World, *, rounds: int) -> tuple[dict[str, float], dict[str
 def service(cluster: AsyncCluster, timelines: tuple[AsyncTimelines, Builder] | None) -> FeedService:
     ranked = RankedFeed(cluster, utc_now)
     return FeedService(
-        Database(cluster), utc_now, Cursors(), ranked, max_followees=5000, timelines=timelines
+        Database(cluster, timeout=60.0),
+        utc_now,
+        Cursors(),
+        ranked,
+        max_followees=5000,
+        timelines=timelines,
     )
 
 
