@@ -315,6 +315,8 @@ class Driver:
             return
         self._memory.untouchable[node] = self._clock.monotonic() + _UNTOUCHABLE
         try:
+            # Said, so that it is opened again if it comes back before another was promoted.
+            server.note("fenced", server=node)
             server.close()
             server.end_sessions()
         except (psycopg.Error, OSError):

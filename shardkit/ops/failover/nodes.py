@@ -209,7 +209,7 @@ class Server:
             is_renewing=waited is not None and waited <= _RENEWED,
             is_renewed=waited is not None and _RENEWED < waited < _RENEWALS,
             is_closed=closed and not in_recovery,
-            is_drained=closed and kind == "switchover" and not in_recovery,
+            is_drained=closed and kind in {"switchover", "fenced"} and not in_recovery,
             is_quiet=not busy,
             is_claimed=self.is_claimed,
             since=since,
