@@ -133,8 +133,6 @@ bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, a
 
 photo-torn: setup ## crash photo volumes at 20,000 byte positions and kill 60 writers; a minute
 	@SHARDKIT_TORN=all $(BIN)/python -m pytest -s tests/app/test_torn.py $(ARGS)
-feed-paging: setup ## ten million items of feeds while people post, delete and block; minutes
-	@$(BIN)/python -m benchmarks feedpaging $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv
