@@ -22,6 +22,7 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     IdError,
+    InvalidMappingError,
     InvalidShardKeyError,
     OperationError,
     RefusedError,
@@ -180,7 +181,7 @@ def _reported(error: ShardkitError) -> dict[str, object]:
 
 def exit_code(error: ShardkitError) -> int:
     """Return the exit code an error stands for."""
-    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError):
+    if isinstance(error, ConfigurationError | IdError | InvalidShardKeyError | InvalidMappingError):
         return 2
     if isinstance(error, RefusedError):
         return 3

@@ -32,8 +32,10 @@ from shardkit.errors import ConfigurationError, ShardkitError
 __all__ = ["cli"]
 
 FAILED, USAGE = 1, 2
+WIDTH = 120
+"""Columns of a table; figures that are cut off say nothing."""
 
-cli = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+cli = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode=None, add_completion=False)
 
 Config = Annotated[Path | None, typer.Option(help="the cluster's shardkit.toml")]
 AsJson = Annotated[bool, typer.Option("--json", help="print a JSON document")]
@@ -155,10 +157,12 @@ def _show(found: Sequence[dict[str, Any]], *, as_json: bool) -> None:
     if not found:
         typer.echo("nothing to do")
         return
-    table = Table(*found[0], box=None)
+    table = Table(box=None)
+    for name in found[0]:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for each in found:
         table.add_row(*map(_text, each.values()))
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console(highlight=False, width=max(Console().width, WIDTH)).print(table)
 
 
 def _text(value: object) -> str:

@@ -1,7 +1,7 @@
 """A primary is lost, and another server takes its place: nothing acknowledged is lost.
 
 One cluster for the file, with commits that a replica confirms; each test begins with all servers
-well and ends so. `SHARDKIT_FAILOVER_GRID=1` has a watcher killed at every step and not only at two
+well and ends so. `SHARDKIT_FAILOVER_GRID=1` has a watcher killed at every step and not only at one
 (`make failover-grid`).
 """
 
@@ -39,14 +39,14 @@ from tests.models import Base, User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
-PATIENCE = 25.0
+PATIENCE = 60.0
 SHARDS = 4
 QUICK = FailoverConfig(every=0.0, patience=0.4, interval=0.15, failures=3)
 STEPS = (
     "Claim", "Claim done", "Fence done", "Cut", "Cut done", "Promote", "Promote done", "Register",
     "Register done", "Repoint", "Repoint done", "Lead done",
 )  # fmt: skip
-GRID = STEPS if os.environ.get("SHARDKIT_FAILOVER_GRID") else ("Cut done", "Promote done")
+GRID = STEPS if os.environ.get("SHARDKIT_FAILOVER_GRID") else ("Promote done",)
 
 
 @dataclass(slots=True)
@@ -201,7 +201,11 @@ def kept(site: Site, writers: Writers) -> None:
 def test_a_killed_primary_is_replaced_and_clients_follow(site: Site) -> None:
     before, timeline = site.primary(), site.timeline()
     epoch = site.ask(before, "SELECT max(epoch) FROM shardkit.ownership")
-    with Cluster(site.topology) as cluster, site.watched(), Writers(cluster) as writers:
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        site.watched(),
+        Writers(cluster) as writers,
+    ):
         site.local.kill_server(before)
         writers.go_on(50)
         wait_until(site.is_well, PATIENCE, "every server is well")
@@ -222,7 +226,7 @@ def test_a_frozen_primary_that_thaws_after_a_promotion_acknowledges_nothing(site
     old = site.topology.physical["alpha"]
     port = site.local.server(before).port
     url = next(e.url for e in old.endpoints if e.url.port == port)
-    with Cluster(site.topology) as cluster, Writers(cluster) as writers:
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
         held = psycopg.connect(autocommit=False, **libpq_options(url))
         held.execute(
             "INSERT INTO shard_0003.users (id, name) VALUES (%s, 'late')",
@@ -264,7 +268,11 @@ def test_a_stopped_postmaster_is_found_though_old_sessions_work(site: Site) -> N
     before = site.primary()
     server = site.local._server(before)
     assert server.mark is not None
-    with Cluster(site.topology) as cluster, site.watched(), Writers(cluster) as writers:
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        site.watched(),
+        Writers(cluster) as writers,
+    ):
         send(server.mark, signal.SIGSTOP)
         wait_until(
             lambda: any(isinstance(a, Promote) for a in site.actions), PATIENCE, "a promotion"
@@ -284,7 +292,7 @@ def test_an_old_primary_that_starts_again_takes_no_writes_of_clients(site: Site)
         )
     site.local.start_server(before)  # as its supervisor would: nobody has told it anything
     assert site.ask(before, "SELECT NOT pg_is_in_recovery()")
-    with Cluster(site.topology) as cluster, Writers(cluster) as writers:
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
         writers.go_on(20)
     kept(site, writers)
     site.local.end_server(before)
@@ -294,7 +302,11 @@ def test_a_short_absence_is_no_reason(site: Site) -> None:
     timeline = site.timeline()
     patient = site.config.model_copy(update={"failover": QUICK.model_copy(update={"patience": 30})})
     patient_site = Site(site.local, patient, site.topology)
-    with Cluster(site.topology) as cluster, Writers(cluster) as writers, patient_site.watched():
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        Writers(cluster) as writers,
+        patient_site.watched(),
+    ):
         name = site.primary()
         site.local.kill_server(name)
         site.local.start_server(name)
@@ -305,7 +317,7 @@ def test_a_short_absence_is_no_reason(site: Site) -> None:
 
 def test_a_switchover_under_load_shows_nobody_an_error(site: Site) -> None:
     before, timeline = site.primary(), site.timeline()
-    with Cluster(site.topology) as cluster, Writers(cluster) as writers:
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
         done = fail_over(site.config, site.topology, "alpha", is_planned=True,
                          host=LocalHost(site.local))  # fmt: skip
         writers.go_on(30)
@@ -320,7 +332,7 @@ def test_two_watchers_promote_once(site: Site) -> None:
     timeline = site.timeline()
     second = Site(site.local, site.config, site.topology)
     with (
-        Cluster(site.topology) as cluster,
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
         site.watched(LocalHost(site.local, rejoins=False)),
         second.watched(LocalHost(site.local, rejoins=False)),
         Writers(cluster) as writers,
@@ -370,7 +382,7 @@ def test_too_few_standbys_are_no_majority(site: Site) -> None:
 @pytest.mark.parametrize("step", GRID)
 def test_a_watcher_killed_at_a_step_leaves_the_rest_to_the_next(site: Site, step: str) -> None:
     timeline, before = site.timeline(), site.primary()
-    with Cluster(site.topology) as cluster, Writers(cluster) as writers:
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
         site.local.end_server(before) if step.startswith("Lead") else site.local.kill_server(before)
         child = _SPAWN.Process(target=_watch_until, args=(site.local.config_path, step))
         child.start()

@@ -126,6 +126,7 @@ class Presence:
         self._shard = logical_shard
         self._stop = threading.Event()
         self.is_lost = False
+        self._asking = threading.Lock()
         try:
             self._take()
         except BaseException:
@@ -138,6 +139,25 @@ class Presence:
     def pid(self) -> int:
         """Process id of its session on the target."""
         return self._connection.info.backend_pid
+
+    def check(self) -> None:
+        """Make sure that this mover has the lock still.
+
+        Raises:
+            EndpointUnavailableError: it has not: another mover may have taken over.
+        """
+        if not self.is_lost:
+            try:
+                with self._asking:
+                    self._connection.execute("SELECT 1")
+            except psycopg.Error:
+                self.is_lost = True
+        if self.is_lost:
+            raise EndpointUnavailableError(
+                "the session that holds the mover's lock has ended",
+                hint="another mover may have taken over; else: shardkit move resume",
+                logical_shard=self._shard,
+            )
 
     def close(self) -> None:
         """Give the lock back."""
@@ -172,7 +192,8 @@ class Presence:
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT):
             try:
-                self._connection.execute("SELECT 1")
+                with self._asking:
+                    self._connection.execute("SELECT 1")
             except psycopg.Error:
                 self.is_lost = True
                 return
