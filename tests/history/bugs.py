@@ -70,6 +70,7 @@ def _activation_before_decision() -> None:
         source = row_of(self.on_source, self.shard)
         assert source is not None
         self.lift()  # a decision comes too late for that
+        time.sleep(1.0)  # and the mover, which was frozen, opens the target all the same
         forged = replace(source, state=State.RETIRED, epoch=source.epoch + 1)
         change(self.on_target, self.shard, Activate(self.move, forged, self.target.name), note={})
         change(self.on_source, self.shard, Release(self.move))

@@ -71,9 +71,7 @@ BITES: Final[dict[str, Bite]] = {
     "fence without the lock": Bite("sets", _LOST, {**_SETS, "hold": 0.3, "is_named": False}, **_MOVED),
     "fence without revoke": Bite("sets", _LOST, _SETS, **_MOVED),
     "catch-up not awaited": Bite("sets", _LOST, _SETS, **_MOVED),
-    "activation before decision": Bite(
-        "owners", ("two owners", "epoch went back"), _SETS, **_MOVED
-    ),
+    "activation before decision": Bite("sets", _LOST, _SETS, **_MOVED),
     "sequence not advanced": Bite("sets", ("duplicate id",), _SETS, **_MOVED),
     "unversioned cache set": Bite(
         "caches",
