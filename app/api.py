@@ -8,6 +8,7 @@ from app.accounts.endpoints import router as accounts
 from app.errors import Problem
 from app.feed.endpoints import router as feed
 from app.graph.endpoints import router as graph
+from app.leaving.endpoints import router as leaving
 from app.photos.endpoints import router as photos
 
 __all__ = ["router"]
@@ -21,5 +22,5 @@ router = APIRouter(
         422: {"description": "a value cannot be used", **_PROBLEM},
     },
 )
-for feature in (accounts, photos, graph, feed):
+for feature in (accounts, photos, graph, feed, leaving):
     router.include_router(feature)

@@ -20,10 +20,12 @@ import app.api
 import app.health
 import app.legacy.endpoints
 import app.photos.endpoints
+import app.web.account
 import app.web.pages
 from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
 from app.errors import AppError, NotSignedInError, is_disk_full, problem_of
+from app.limits.middleware import RateLimit
 from app.metrics import Metrics
 from app.middleware import (
     BodyLimit,
@@ -90,6 +92,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.include_router(app.health.router)
     service.include_router(app.legacy.endpoints.router)
     service.include_router(app.web.pages.router)
+    service.include_router(app.web.account.router)
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))
 
     upload = settings.max_upload_bytes + MULTIPART_OVERHEAD
@@ -102,6 +105,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
         timeout=settings.body_timeout,
         respond=respond,
     )
+    service.add_middleware(RateLimit, respond=respond)
     service.add_middleware(SecurityHeaders)
     service.add_middleware(RequestScope, metrics=service.state.metrics, respond=respond)
     service.add_middleware(HeadAsGet)

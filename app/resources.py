@@ -14,6 +14,8 @@ from app.feed.cursors import Cursors
 from app.feed.ranked import RankedFeed
 from app.feed.timelines import AsyncTimelines
 from app.legacy.photos import open_client, open_map
+from app.limits.buckets import Buckets, LocalBuckets, RedisBuckets
+from app.limits.limiter import Limiter
 from app.photos.images import FORMATS, ImageLimits, ImageWorkers
 from app.photos.likes import Likes
 from app.photos.opening import open_blobs
@@ -41,6 +43,7 @@ class Resources:
         likes: writes likes, many together.
         cursors: where pages of feeds begin.
         ranked: ranks feeds.
+        limiter: decides who asks too often.
         redis_url: address of Redis, or None when there is none.
         legacy_photos: ids of photos by the number they once had; None without Redis.
         timelines: what was pushed to whom, and who builds it; None without Redis.
@@ -56,6 +59,7 @@ class Resources:
     likes: Likes
     cursors: Cursors
     ranked: RankedFeed
+    limiter: Limiter
     redis_url: str | None = None
     legacy_photos: AsyncIdMap | None = None
     timelines: tuple[AsyncTimelines, Builder] | None = None
@@ -83,6 +87,9 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
         likes = Likes(cluster, clock, timeout=settings.database_timeout)
         stack.push_async_callback(likes.close)
         redis_url = cluster.services.get("redis")
+        buckets: Buckets = LocalBuckets() if redis_url is None else RedisBuckets(redis_url)
+        limiter = Limiter(buckets, settings.limits)
+        stack.push_async_callback(limiter.close)
         legacy_photos: AsyncIdMap | None = None
         timelines: tuple[AsyncTimelines, Builder] | None = None
         if redis_url is not None:
@@ -105,6 +112,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             likes=likes,
             cursors=Cursors(cluster.token_keys),
             ranked=RankedFeed(cluster, clock),
+            limiter=limiter,
             redis_url=redis_url,
             legacy_photos=legacy_photos,
             timelines=timelines,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import app.accounts.models
 import app.feed.ranking.ads
 import app.graph.models
+import app.leaving.models
 import app.photos.models  # noqa: F401 - every model has to be known
 from app.models import Base
 

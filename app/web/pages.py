@@ -44,7 +44,7 @@ from app.photos.schemas import Caption, CommentIn, PhotoOut
 from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
-__all__ = ["local_path", "router"]
+__all__ = ["PagesDep", "again", "go", "local_path", "router"]
 
 router = APIRouter(include_in_schema=False)
 
@@ -106,7 +106,7 @@ async def feed_order(viewer: SignedIn, form: Sent, accounts: Accounts) -> Respon
     """Choose how one's own feed is ordered."""
     is_ranked = form.text("order") == "ranked"
     await accounts.edit(viewer, ProfilePatch(is_feed_ranked=is_ranked))
-    return _go("/")
+    return go("/")
 
 
 @router.get("/explore")
@@ -134,7 +134,7 @@ async def explore(
 async def search(q: Annotated[str, Query(max_length=100)] = "") -> Response:
     """Go to the profile of a name."""
     try:
-        return _go(f"/u/{canonical(q)}")
+        return go(f"/u/{canonical(q)}")
     except ValueError:
         raise NotFoundError("There is no such person.") from None
 
@@ -143,7 +143,7 @@ async def search(q: Annotated[str, Query(max_length=100)] = "") -> Response:
 async def sign_up_form(viewer: MaybeViewer, pages: PagesDep) -> Response:
     """Show the form for a new account."""
     if viewer is not None:
-        return _go("/")
+        return go("/")
     values = {"username": "", "display_name": ""}
     return pages.whole("signup.html", title="Sign up", values=values, errors=())
 
@@ -155,8 +155,8 @@ async def sign_up(request: Request, form: Sent, accounts: Accounts, pages: Pages
     try:
         login = await accounts.sign_up(SignUp.model_validate(values))
     except (AppError, ValidationError) as error:
-        return _again(pages, "signup.html", "Sign up", error, values=values)
-    response = _go("/")
+        return again(pages, "signup.html", "Sign up", error, values=values)
+    response = go("/")
     begin_login(request, response, login)
     return response
 
@@ -169,7 +169,7 @@ async def log_in_form(
 ) -> Response:
     """Show the form to log in."""
     if viewer is not None:
-        return _go(local_path(goto))
+        return go(local_path(goto))
     values = {"username": "", "next": local_path(goto)}
     return pages.whole("login.html", title="Log in", here="login", values=values, errors=())
 
@@ -183,8 +183,8 @@ async def log_in(request: Request, form: Sent, accounts: Accounts, pages: PagesD
         login = await accounts.log_in(Credentials.model_validate(given))
     except (AppError, ValidationError) as error:
         values["next"] = local_path(values["next"])
-        return _again(pages, "login.html", "Log in", error, values=values)
-    response = _go(local_path(values["next"]))
+        return again(pages, "login.html", "Log in", error, values=values)
+    response = go(local_path(values["next"]))
     begin_login(request, response, login)
     return response
 
@@ -196,7 +196,7 @@ async def log_out(
     """Log out."""
     if viewer is not None:
         await accounts.log_out(viewer, everywhere=bool(form.text("everywhere")))
-    response = _go("/")
+    response = go("/")
     end_login(request, response)
     return response
 
@@ -221,8 +221,8 @@ async def settings(viewer: SignedIn, form: Sent, accounts: Accounts, pages: Page
     try:
         await accounts.edit(viewer, ProfilePatch.model_validate(values))
     except (AppError, ValidationError) as error:
-        return _again(pages, "settings.html", "Edit profile", error, viewer=viewer, values=values)
-    return _go(f"/u/{viewer.username}")
+        return again(pages, "settings.html", "Edit profile", error, viewer=viewer, values=values)
+    return go(f"/u/{viewer.username}")
 
 
 @router.get("/upload")
@@ -253,7 +253,7 @@ async def upload(
         patience = resources.settings.upload_patience
         made = await uploads.upload(viewer, data, checked, patience=patience)
     except (UploadError, ValidationError) as error:
-        return _again(
+        return again(
             pages,
             "upload.html",
             "Upload",
@@ -263,7 +263,7 @@ async def upload(
             values={"caption": caption},
             megabytes=resources.settings.max_upload_bytes >> 20,
         )
-    return _go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
+    return go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
 
 
 @router.get("/uploads/{upload_id}")
@@ -273,7 +273,7 @@ async def upload_status(
     """Show what has become of an upload; the page asks again by itself."""
     found = await uploads.status(viewer, upload_id)
     if found.photo_id is not None:
-        return _go(f"/p/{found.photo_id}")
+        return go(f"/p/{found.photo_id}")
     response = pages.whole(
         "uploading.html", title="Upload", viewer=viewer, here="upload", upload=found
     )
@@ -366,7 +366,7 @@ async def unfollow(username: str, viewer: SignedIn, form: Sent, graph: Graph) ->
 async def block(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
     """Block a person."""
     person = await graph.block(viewer, username)
-    return _go(f"/u/{person.username}")
+    return go(f"/u/{person.username}")
 
 
 @router.post("/u/{username}/unblock")
@@ -392,14 +392,14 @@ async def requests(
 async def accept(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
     """Let a person follow the viewer."""
     await graph.accept(viewer, username)
-    return _go("/requests")
+    return go("/requests")
 
 
 @router.post("/requests/{username}/refuse")
 async def refuse(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
     """Refuse a person who asks to follow the viewer."""
     await graph.refuse(viewer, username)
-    return _go("/requests")
+    return go("/requests")
 
 
 @router.get("/blocks")
@@ -459,7 +459,7 @@ async def unlike(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> 
 async def delete(photo_id: Id, viewer: SignedIn, _form: Sent, photos: Photos) -> Response:
     """Delete a photo."""
     await photos.delete(viewer, photo_id)
-    return _go(f"/u/{viewer.username}")
+    return go(f"/u/{viewer.username}")
 
 
 @router.post("/p/{photo_id}/comments")
@@ -467,7 +467,7 @@ async def comment(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) ->
     """Write a comment."""
     given = CommentIn.model_validate(form.texts("body"))
     written = await photos.comment(viewer, photo_id, given)
-    return _go(f"/p/{photo_id}#c{written.id}")
+    return go(f"/p/{photo_id}#c{written.id}")
 
 
 @router.post("/p/{photo_id}/comments/{comment_id}/delete")
@@ -476,7 +476,7 @@ async def delete_comment(
 ) -> Response:
     """Delete a comment."""
     await photos.delete_comment(viewer, photo_id, comment_id)
-    return _go(f"/p/{photo_id}#comments")
+    return go(f"/p/{photo_id}#comments")
 
 
 def local_path(text: str) -> str:
@@ -487,14 +487,15 @@ def local_path(text: str) -> str:
 
 def _back(form: Fields, otherwise: str) -> Response:
     back = local_path(form.text("back"))
-    return _go(back if back != "/" or otherwise == "/" else otherwise)
+    return go(back if back != "/" or otherwise == "/" else otherwise)
 
 
-def _go(path: str) -> RedirectResponse:
+def go(path: str) -> RedirectResponse:
+    """Lead a browser to a page of this site."""
     return RedirectResponse(quote(path, safe="/?=#&%:@"), SEE_OTHER)
 
 
-def _again(pages: Pages, template: str, title: str, error: Exception, **context: Any) -> Response:
+def again(pages: Pages, template: str, title: str, error: Exception, **context: Any) -> Response:
     """Show a refused form again with what was typed and why it was refused."""
     problem = problem_of(error)
     errors = [_sentence(field) for field in problem.errors or ()] or [problem.detail]
