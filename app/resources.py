@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+from app import timing
 from app.accounts.passwords import Passwords
 from app.clock import Clock
 from app.feed.building import Builder
@@ -74,6 +75,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
+        cluster.listen(timing.heard)
         blobs = open_blobs(settings)
         stack.push_async_callback(blobs.close)
         workers = ImageWorkers(

@@ -14,6 +14,9 @@ from app.limits.rates import Group, Rate, RateText
 __all__ = ["Settings"]
 
 PREFIX = "APP_"
+_ORIGIN = r"https?://[a-z0-9.-]+(:[0-9]{1,5})?"
+ORIGINS = rf"^({_ORIGIN}(,{_ORIGIN})*)?$"
+"""Origins as browsers send them, with commas between."""
 
 
 class Settings(BaseModel):
@@ -49,6 +52,8 @@ class Settings(BaseModel):
             the pictures.
         erasure_grace: how long after the end of an account a request may still write; then a
             second pass looks for what it has written.
+        cors_origins: sites whose pages may use the API with a bearer, separated by commas, such as
+            `https://photos.example`.
         limit_sign_ups: new accounts from one address, as requests/seconds; `off` for no limit.
         limit_log_ins: log-ins and other uses of passwords from one address.
         limit_log_in_failures: wrong passwords for one name, from anywhere.
@@ -84,6 +89,7 @@ class Settings(BaseModel):
     database_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = TIMEOUT
     exports: Path | None = None
     erasure_grace: Annotated[float, Field(ge=0)] = 30.0
+    cors_origins: Annotated[str, Field(pattern=ORIGINS)] = ""
     limit_sign_ups: RateText = Rate(100, 3600)
     limit_log_ins: RateText = Rate(60, 300)
     limit_log_in_failures: RateText = Rate(10, 900)
@@ -101,6 +107,11 @@ class Settings(BaseModel):
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         return cls.model_validate({**named, **chosen})
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """Sites whose pages may use the API with a bearer."""
+        return frozenset(filter(None, self.cors_origins.split(",")))
 
     @property
     def exports_folder(self) -> Path:

@@ -6,6 +6,7 @@ from shardkit.cluster import AsyncCluster, Cluster
 from shardkit.deadlines import deadline
 from shardkit.derived import CachedCount, CachedList
 from shardkit.emitting import after_delete, after_insert, after_update
+from shardkit.events import CacheRead
 from shardkit.guards import background
 from shardkit.models import Reference, Sharded
 from shardkit.placement import LeastLoaded, Pinned, Weighted
@@ -21,6 +22,7 @@ __all__ = [
     "AsyncCluster",
     "AsyncReadSession",
     "AsyncWriteSession",
+    "CacheRead",
     "CachedCount",
     "CachedList",
     "Cluster",
