@@ -67,6 +67,7 @@ class PhotoService:
         async def work(session: AsyncWriteSession) -> str:
             photo = await locked_photo(session, photo_id)
             if photo.owner_id != viewer.id:
+                await on(session, check_reaction, viewer.id, photo.owner_id)
                 raise ForbiddenError("This photo belongs to somebody else.")
             await delete_photo(session, photo)
             owner = await session.get(User, photo.owner_id, with_for_update=True)
@@ -182,6 +183,7 @@ class PhotoService:
             if comment is None or comment.photo_id != photo_id:
                 raise NotFoundError("There is no such comment.")
             if viewer.id not in {comment.author_id, photo.owner_id}:
+                await on(session, check_reaction, viewer.id, photo.owner_id)
                 raise ForbiddenError("This comment belongs to somebody else.")
             await session.delete(comment)
             photo.comment_count -= 1
