@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills bench-idmap-300m halves migrate-kill test-docker lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills bench-idmap-300m api-fuzz api-matrix hostile-images halves migrate-kill test-docker lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -105,6 +105,18 @@ cache-kills: setup ## for how long something old is shown after writers are kill
 
 bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, and a million reads
 	@$(BIN)/python -m benchmarks idmap300m $(ARGS)
+
+# Requests generated from the OpenAPI document.
+FUZZ ?= 5000
+
+api-fuzz: setup ## 5,000 generated requests to the API, and no answer of 5xx; FUZZ=n for others
+	@SHARDKIT_FUZZ_CASES=$(FUZZ) $(BIN)/python -m pytest -s tests/app/test_schemathesis.py $(ARGS)
+
+api-matrix: setup ## every route by everybody to things in every state
+	@SHARDKIT_MATRIX=all $(BIN)/python -m pytest -s tests/app/test_matrix.py $(ARGS)
+
+hostile-images: setup ## 250 hostile pictures: none crashes, none keeps metadata
+	@SHARDKIT_HOSTILE=250 $(BIN)/python -m pytest -s tests/app/test_hostile.py $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

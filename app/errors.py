@@ -189,8 +189,8 @@ class TooManyRequestsError(AppError):
         told: the headers that say when there may be more.
     """
 
-    def __init__(self, told: Mapping[str, str]) -> None:
-        self.told = told
+    def __init__(self, told: Mapping[str, str] | None = None) -> None:
+        self.told = told or {}
         super().__init__()
 
 

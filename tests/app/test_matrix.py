@@ -7,6 +7,7 @@ without a route. Who may not know of a thing is answered as if there were none, 
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ DESTROYS = {
 """What would end the world of the test, by role, or by every role that may; it has tests of its
 own (test_journey, test_sessions, test_blocks)."""
 
+WHOLE = "SHARDKIT_MATRIX" in os.environ
+"""Whether every state is asked for, as `make api-matrix` does, or a sample of them."""
+
+SAMPLE = ("", "public", "private", "random")
+HASHED = ("POST /api/v1/users", "POST /api/v1/sessions", "PUT /api/v1/me/password")
+"""Routes that hash a password each time."""
+
 STATES = ("public", "private", "deleted", "random", "another shard")
 
 
@@ -184,7 +192,6 @@ def world(join: Join, service: Service) -> Iterator[World]:
     owner = people[OWNER]
     hidden.http.patch("/api/v1/me", json={"is_private": True}).raise_for_status()
     tokens = {role: person.http.cookies["session"] for role, person in people.items()}
-    photo = {p: p.upload(pictures.jpeg(64, 64)).json()["id"] for p in ()}
     photo = {"public": owner.upload(pictures.jpeg(64, 64)).json()["id"]}
     photo["private"] = hidden.upload(pictures.jpeg(64, 64)).json()["id"]
     dead = owner.upload(pictures.jpeg(64, 64)).json()["id"]
@@ -244,6 +251,9 @@ def cells(document: dict[str, Any], world: World) -> Iterator[tuple[str, str, st
             names = [name for name in world.named if f"{{{name}}}" in path]
             states = world.named[names[0]] if names else [""]
             for role, state in itertools.product(ROLES, states):
+                is_dear = route in HASHED and role not in {NOBODY, OWNER}
+                if not WHOLE and (state not in SAMPLE or is_dear):
+                    continue
                 address = path
                 for name in names:
                     address = address.replace(f"{{{name}}}", world.named[name][state])
@@ -277,6 +287,7 @@ def test_every_route_by_everybody_in_every_state(world: World) -> None:
         who = "owner of private" if (role, state) == (OWNER, "private") else role
         verb = route.partition(" ")[0]
         answer = world.clients[who].request(verb, address, **body_of(document, route))
+        world.clients[who].cookies.clear()  # a sign-up logs in; bearers stay
         status = OK if answer.is_success else answer.status_code
         n += 1
         if status not in allowed:
@@ -284,7 +295,7 @@ def test_every_route_by_everybody_in_every_state(world: World) -> None:
         if status == 404:
             refusals[route].add(tuple(v for k, v in answer.json().items() if k != "request_id"))
     assert wrong == []
-    assert n > 500
+    assert n > (500 if WHOLE else 250)
     for route, said in refusals.items():
         assert len(said) == 1, f"{route}: what may not be known is told from what is not there"
 
@@ -297,7 +308,7 @@ def test_pages_that_change_something_are_for_who_is_logged_in(service: Service) 
     n = 0
     with service.client() as client:
         for route in routes:
-            if "POST" not in route.methods or route.path in open_to_all:
+            if "POST" not in (route.methods or ()) or route.path in open_to_all:
                 continue
             address = route.path.replace("{username}", "ana.lima")
             for name in route.param_convertors:
