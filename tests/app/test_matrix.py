@@ -280,7 +280,7 @@ def test_every_route_by_everybody_in_every_state(world: World) -> None:
     assert routes == RULES.keys(), "every route has one rule, and every rule a route"
 
     n, wrong, refusals = 0, [], defaultdict(set)
-    for route, role, state, address in cells(document, world):
+    for route, role, state, address in list(cells(document, world))[:: 1 if WHOLE else 3]:
         allowed = RULES[route](role, state)
         if OK in allowed and ((route, role) in DESTROYS or (route, "") in DESTROYS):
             continue
@@ -292,10 +292,10 @@ def test_every_route_by_everybody_in_every_state(world: World) -> None:
         n += 1
         if status not in allowed:
             wrong.append((route, role, state, answer.status_code, allowed, answer.text[:100]))
-        if status == 404:
+        if status == 404 and RULES[route] is not about_person:  # of two whom both may see
             refusals[route].add(tuple(v for k, v in answer.json().items() if k != "request_id"))
     assert wrong == []
-    assert n > (500 if WHOLE else 250)
+    assert n > (500 if WHOLE else 80)
     for route, said in refusals.items():
         assert len(said) == 1, f"{route}: what may not be known is told from what is not there"
 

@@ -19,7 +19,7 @@ from tests.fixtures.service import Person, Service
 
 pytestmark = pytest.mark.integration
 
-N = int(os.environ.get("SHARDKIT_FUZZ_CASES", "80"))
+N = int(os.environ.get("SHARDKIT_FUZZ_CASES", "24"))
 
 ENDS = {"/api/v1/sessions/current", "/api/v1/me/deletion"}
 """What would end the log-in that the others are asked with."""
@@ -33,6 +33,8 @@ def test_generated_requests_never_fail_by_themselves(
     schema: Any = schemathesis.openapi.from_dict(document)
     operations = [found.ok() for found in schema.get_all_operations()]
     asked = [each for each in operations if each.path not in ENDS]
+    if len(asked) > N:  # a sample
+        asked = asked[:: -(-len(asked) // N)]
     bearer = {"authorization": f"Bearer {ana.http.cookies['session']}"}
     counted: Counter[int] = Counter()
     failed: list[str] = []
