@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache cache-kills bench-idmap-300m api-fuzz api-matrix hostile-images halves migrate-kill test-docker lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker api-fuzz api-matrix hostile-images photo-torn move-grid feed-paging failover-grid test-patroni lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -46,6 +46,15 @@ test-docker: setup ## bring the whole stack of docker/ up in containers, break i
 	(docker info fails); start one, see docs/docker.md" >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/docker $(ARGS)
 
+failover-grid: ## kill the watcher at every step of a failover; three minutes
+	@$(PYTHON) scripts/setup.py --system
+	@SHARDKIT_FAILOVER_GRID=1 $(BIN)/python -m pytest tests/fault/test_failover.py $(ARGS)
+
+# Patroni is nobody's dependency; its own consensus store needs no other server.
+test-patroni: setup ## Patroni promotes and clients follow; installs Patroni when root on Debian
+	@command -v patroni >/dev/null || apt-get -qq install -y patroni python3-pysyncobj
+	@SHARDKIT_PATRONI=1 $(BIN)/python -m pytest tests/fault/test_patroni.py $(ARGS)
+
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)
 
@@ -63,6 +72,16 @@ SEEDS ?= 10000
 
 simulate: setup ## run 10,000 seeds of each simulated world; SEEDS=n for more or fewer
 	@$(BIN)/python -m tests.simulation 0 --seeds $(SEEDS) $(ARGS)
+
+# Of the long history test: how long things move and break, and what all chance is drawn from.
+SECONDS ?= 1500
+SEED ?= 0
+
+test-history: setup ## clients at work while servers move and fail, judged; SECONDS=n SEED=n
+	@$(BIN)/python -m tests.history.live.run --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+test-bites: setup ## fifteen bugs on real servers, each found by the judge named for it; minutes
+	@$(BIN)/python -m tests.history.live.bites $(ARGS)
 
 lint: setup ## style, formatting and the direction of imports
 	@$(BIN)/ruff check .
@@ -88,6 +107,9 @@ halves: setup ## 310 kills in atomic commits over two servers, and no commit hal
 migrate-kill: setup ## kill a migration before each of its statements, and no logical shard is half done
 	@SHARDKIT_KILL_STEP=1 SHARDKIT_KILL_SECONDS=7200 $(BIN)/python -m pytest -s tests/fault/test_migrate_kill.py $(ARGS)
 
+move-grid: setup ## break movers and servers at every step of a move; about half an hour
+	@$(BIN)/python -m tests.fault.movegrid $(ARGS)
+
 stale: setup ## a million writes, each read at once from replicas, and no read is stale
 	@$(BIN)/python -m benchmarks stale $(ARGS)
 
@@ -103,6 +125,9 @@ test-chaos-cache: setup ## ten million reads of the cache under faults, and none
 cache-kills: setup ## for how long something old is shown after writers are killed; a minute
 	@$(BIN)/python -m benchmarks cachekills $(ARGS)
 
+feed-paging: setup ## ten million items of feeds while people post, delete and block; minutes
+	@$(BIN)/python -m benchmarks feedpaging $(ARGS)
+
 bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, and a million reads
 	@$(BIN)/python -m benchmarks idmap300m $(ARGS)
 
@@ -117,6 +142,9 @@ api-matrix: setup ## every route by everybody to things in every state
 
 hostile-images: setup ## 250 hostile pictures: none crashes, none keeps metadata
 	@SHARDKIT_HOSTILE=250 $(BIN)/python -m pytest -s tests/app/test_hostile.py $(ARGS)
+
+photo-torn: setup ## crash photo volumes at 20,000 byte positions and kill 60 writers; a minute
+	@SHARDKIT_TORN=all $(BIN)/python -m pytest -s tests/app/test_torn.py $(ARGS)
 
 lock: setup ## write requirements.lock anew from pyproject.toml (puts uv into .venv)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q uv

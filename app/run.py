@@ -10,6 +10,7 @@ trying shardkit and for development; a service of your own runs `python -m app`.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import tomllib
@@ -193,7 +194,7 @@ def serve(config: Path, host: str, port: int) -> None:
         console.print(f"port {port} is taken, using {chosen}", markup=False)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(Settings(config=config, host=host, port=chosen)),
+            create_app(Settings.read(os.environ, config=config, host=host, port=chosen)),
             server_header=False,
             timeout_graceful_shutdown=STOP_TIMEOUT,
             log_level="warning",

@@ -26,8 +26,10 @@ from app.graph.models import ASSOC_CHANGED
 from app.leaving import exporting
 from app.leaving.erasure import Eraser
 from app.leaving.models import ACCOUNT_DELETED, EXPORT_REQUESTED
+from app.notifications.bus import Bus
 from app.photos import likes, removal
 from app.photos.models import LIKES_CHANGED, PHOTO_ADDED, PHOTO_DELETED
+from app.reactions import Reactions
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -59,10 +61,13 @@ def relay_of(
     timelines = None if redis is None else Timelines(redis)
     modes = modes or Modes()
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
+    reactions = Reactions(cluster, Bus(redis))
+    reactions.register(relay)
 
     @relay.on(ASSOC_CHANGED, batch=BATCH)
     def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+        reactions.edges_changed(events)
 
     @relay.on(PHOTO_DELETED, batch=BATCH)
     def pictures(events: list[Event]) -> None:

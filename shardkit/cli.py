@@ -2,7 +2,8 @@
 
     0 done    1 failed    2 usage or configuration    3 refused as unsafe    4 try again
 
-Groups live in `shardkit.commands`. It parses and prints; every decision is a function elsewhere.
+Groups live in `shardkit.commands`, and are imported when they are used. It parses and prints; every
+decision is a function elsewhere.
 """
 
 from __future__ import annotations
@@ -11,33 +12,11 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-import psycopg
 import typer
 
-from shardkit.commands import (
-    backup,
-    cache,
-    doctor,
-    failover,
-    idmap,
-    ids,
-    local,
-    locate,
-    lookup,
-    migrate,
-    move,
-    outbox,
-    pgbouncer,
-    rebalance,
-    reference,
-    roles,
-    shardfiles,
-    status,
-    twophase,
-)
-from shardkit.commands import downgrade as _downgrade  # noqa: F401  adds itself to migrate
-from shardkit.commands import drift as _drift  # noqa: F401  adds itself to migrate
+from shardkit.commands.lazily import LazyGroup, Place
 from shardkit.commands.output import Watched, printable
 from shardkit.errors import (
     ConfigurationError,
@@ -52,33 +31,82 @@ from shardkit.errors import (
 
 __all__ = ["app", "exit_code", "main"]
 
+
+class _Root(LazyGroup):
+    """The commands, in the order of the help; each is imported when it is used."""
+
+    places: ClassVar[Mapping[str, Place]] = {
+        "local": Place(
+            "local",
+            "An embedded cluster: PostgreSQL primaries and replicas, Redis, Memcached, PgBouncer.",
+        ),
+        "migrate": Place(
+            "migrate",
+            "Bring every logical shard to the newest revision.",
+            more=("downgrade", "drift"),
+        ),
+        "move": Place("move", "Move logical shards to other physical shards, online."),
+        "failover": Place(
+            "failover",
+            "Another server of a physical shard becomes its primary: `shardkit failover alpha`.",
+        ),
+        "rebalance": Place("rebalance", "Even out size and load over physical shards."),
+        "lookup": Place("lookup", "Fill, check and repair what keeps unique columns unique."),
+        "ids": Place("ids", "Read the ids of rows, and mint some."),
+        "idmap": Place("idmap", "Packed maps from ids to ids in Redis."),
+        "reference": Place("reference", "Reference tables: the same everywhere?"),
+        "twophase": Place(
+            "twophase", "Commits over several physical shards: what is in doubt, and its end."
+        ),
+        "outbox": Place("outbox", "Events that wait, are delivered, or were given up."),
+        "cache": Place("cache", "The cache's servers, and what they show."),
+        "backup": Place("backup", "Copies of the whole cluster, and proof that they restore."),
+        "pgbouncer": Place("pgbouncer", "PgBouncer's files from the topology as it is now."),
+        "roles": Place("roles", "Roles and their rights on every primary."),
+        "export": Place(
+            "shardfiles",
+            "Write one logical shard to files: its rows as PostgreSQL's COPY has "
+            "them, and its schema.",
+            attribute="export",
+        ),
+        "import": Place(
+            "shardfiles",
+            "Read an exported logical shard into the same, empty one of this or another cluster.",
+            attribute="import_",
+        ),
+        "locate": Place(
+            "locate",
+            "Show where an id or a shard key lives: logical shard, physical shard, "
+            "servers, and why.",
+            attribute="locate",
+        ),
+        "status": Place(
+            "status",
+            "Show every endpoint: role, lag in bytes and seconds, breaker, epoch, connections.",
+            attribute="status",
+        ),
+        "doctor": Place(
+            "doctor",
+            "Check versions, settings, roles and clocks of every node; each finding "
+            "has its remedy.",
+            attribute="doctor",
+        ),
+    }
+
+
 app = typer.Typer(
     name="shardkit",
+    cls=_Root,
     help="Many logical shards on a few PostgreSQL servers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(local.app, name="local")
-app.add_typer(migrate.app, name="migrate")
-app.add_typer(move.app, name="move")
-app.add_typer(lookup.app, name="lookup")
-app.add_typer(ids.app, name="ids")
-app.add_typer(idmap.app, name="idmap")
-app.add_typer(reference.app, name="reference")
-app.add_typer(twophase.app, name="twophase")
-app.add_typer(outbox.app, name="outbox")
-app.add_typer(cache.app, name="cache")
-app.add_typer(backup.app, name="backup")
-app.add_typer(rebalance.app, name="rebalance")
-app.add_typer(pgbouncer.app, name="pgbouncer")
-app.add_typer(roles.app, name="roles")
-app.add_typer(failover.app, name="failover")
-app.command("export")(shardfiles.export)
-app.command("import")(shardfiles.import_)
-app.command("locate")(locate.locate)
-app.command("status")(status.status)
-app.command("doctor")(doctor.doctor)
+
+
+@app.callback()
+def _root() -> None:
+    """Make it a group: Typer looks for commands that are registered."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,8 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ShardkitError as error:
         problem = _reported(error)
         sys.exit(exit_code(error))
-    except psycopg.Error as error:
-        known = _named(error)
+    except Exception as error:
+        # Whatever has not imported the driver cannot have met its errors.
+        driver = sys.modules.get("psycopg")
+        if driver is None or not isinstance(error, driver.Error):
+            raise
+        known = _named(error, lost=isinstance(error, driver.OperationalError))
         problem = _reported(known)
         sys.exit(exit_code(known))
     except SystemExit as end:
@@ -121,10 +153,10 @@ def _print_problem(problem: Mapping[str, object], code: object) -> None:
             typer.echo(json.dumps({"error": problem, "exit_code": code}, indent=2))
 
 
-def _named(error: psycopg.Error) -> ShardkitError:
+def _named(error: Exception, *, lost: bool) -> ShardkitError:
     """Return an error of the driver that no command expected, such as of a server that has gone."""
     said = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, psycopg.OperationalError):
+    if lost:
         return EndpointUnavailableError(f"a server failed or went away: {said[0]}")
     return OperationError(f"a server refused a statement: {said[0]}")
 

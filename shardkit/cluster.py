@@ -20,6 +20,7 @@ from shardkit.config import (
     MAX_ROWS,
     STATEMENT_TIMEOUT,
     CacheConfig,
+    DurabilityConfig,
     PoolConfig,
     ReplicasConfig,
 )
@@ -62,6 +63,7 @@ class _Opened(Generic[C]):
         map_age: float = MAP_AGE,
         failover_wait: float = FAILOVER_PATIENCE,
         services: Mapping[str, str] | None = None,
+        durability: DurabilityConfig | None = None,
     ) -> None:
         self.token_keys = tuple(token_keys)
         self.services = dict(services or {})
@@ -76,6 +78,7 @@ class _Opened(Generic[C]):
             cache=cache,
             map_age=deadlines.positive(map_age, "map_age"),
             failover_wait=failover_wait,
+            is_sync=durability is not None and durability.mode == "sync",
         )
 
     @classmethod
@@ -104,6 +107,7 @@ class _Opened(Generic[C]):
             map_age=settings.limits.map_age,
             failover_wait=settings.failover.wait,
             services=settings.services,
+            durability=settings.durability,
         )
 
     @property
@@ -146,6 +150,7 @@ class Cluster(_Opened[Connections]):
         failover_wait: seconds for which `run` waits for another primary, from when the old one was
             first missed; 0 for not.
         services: addresses of other servers by name: `[services]` of the configuration.
+        durability: what an acknowledged commit survives; None for `async`.
 
     Example:
         >>> cluster = Cluster.from_file("shardkit.toml")  # doctest: +SKIP

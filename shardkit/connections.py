@@ -92,6 +92,14 @@ SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system()),
 """
 
 
+# A role, a database or somebody before us on the connection may have said otherwise.
+_CONFIRMED = (
+    b"pg_catalog.set_config('synchronous_commit', "
+    b"CASE pg_catalog.current_setting('synchronous_commit') WHEN 'remote_apply' "
+    b"THEN 'remote_apply' ELSE 'on' END, true)"
+)
+
+
 class Purpose(Enum):
     """What a connection is for.
 
@@ -132,6 +140,7 @@ class _Core:
         cache: CacheConfig | None = None,
         map_age: float = MAP_AGE,
         failover_wait: float = FAILOVER_PATIENCE,
+        is_sync: bool = False,
         clock: Clock = SYSTEM,
     ) -> None:
         reading = replicas or ReplicasConfig()
@@ -184,6 +193,7 @@ class _Core:
         self.fingerprints = Fingerprints()
         self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._failover_wait = failover_wait
+        self._is_sync = is_sync
         self._away_since: dict[str, float] = {}
         self._opened: dict[Endpoint, weakref.WeakSet[Any]] = {}
         self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
@@ -223,6 +233,8 @@ class _Core:
                 is_reader=is_reader,
             )
             event.listen(engine, "connect", check)
+            if purpose is Purpose.WRITE and (self._is_sync or self._is_pooled(endpoint)):
+                event.listen(engine, "connect", _begins(partial(self._first_words, endpoint)))
             if endpoint.role is Role.PRIMARY:
                 event.listen(engine, "connect", _noted(self._opened, endpoint))
             if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
@@ -305,6 +317,17 @@ class _Core:
         if self.listeners:
             self.listeners.emit(PrimaryChanged(physical, str(before.primary), str(shard.primary)))
         return self.topology
+
+    def _is_pooled(self, endpoint: Endpoint) -> bool:
+        return self.topology.physical[endpoint.physical].pooler is not None
+
+    def _first_words(self, endpoint: Endpoint) -> bytes | None:
+        """Return what a transaction that writes begins with; see `waits.Connection.preamble`."""
+        words = [_CONFIRMED] if self._is_sync else []
+        believed = self.held.believed(endpoint.physical)
+        if self._is_pooled(endpoint) and believed is not None and believed.tells:
+            words.append(b"shardkit.on_timeline(%d)" % believed.timeline)
+        return b", ".join(words) or None
 
     def waits_for(self, error: BaseException) -> float:
         """Return for how many seconds from now another primary is waited for after an error.
@@ -685,6 +708,15 @@ def _meters(member: Member) -> Callable[[Any, Any], None]:
         driver.meter = member
 
     return meter
+
+
+def _begins(words: Callable[[], bytes | None]) -> Callable[[Any, Any], None]:
+    """Return what has transactions of a new connection begin with some words."""
+
+    def begin(connection: Any, _record: Any) -> None:
+        getattr(connection, "driver_connection", connection).preamble = words
+
+    return begin
 
 
 def _noted(

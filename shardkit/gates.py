@@ -306,7 +306,19 @@ class _Minting:
             return
         connection.committed = None
         prep, name, send = _sending(this, pgq, prepare=prepare, binary=binary)
-        _, answers, after = yield from _pipelined(connection, _COMMITTING, None, send)
+        words = None if connection.preamble is None else connection.preamble()
+
+        def send_all() -> int:
+            if words is not None:  # in the transaction that the pipeline is
+                connection.pgconn.send_query_params(b"SELECT " + words, None)
+            n_answers: int = send()
+            return n_answers + (words is not None)
+
+        _, answers, after = yield from _pipelined(connection, _COMMITTING, None, send_all)
+        if words is not None:
+            first, *answers = answers
+            if first[0].status == ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(first[0])
         if after is not None and _is_gone(after):
             connection._has_prepared = frozenset()
         _accept(this, pgq, prep, name, answers)

@@ -21,11 +21,11 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from shardkit import deadlines
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.heldmap import HeldMap
 from shardkit.ownership import LIFT_AFTER, Answer, Claimed, claims_of
 from shardkit.probes import answered
+from shardkit.runners import AsyncBackground, Background
 from shardkit.successors import successor
 from shardkit.topology import Endpoint, Topology, libpq_options
 
@@ -54,7 +54,8 @@ SELECT i.cluster, i.physical, s.system_identifier, to_jsonb(i) ->> 'timeline',
         FROM shardkit.ownership AS o),
     ARRAY(SELECT o.logical_shard FROM shardkit.ownership AS o WHERE o.state = 'fenced'
         AND (to_jsonb(o) ->> 'fenced_at')::timestamptz
-            < pg_catalog.clock_timestamp() - interval '{LIFT_AFTER} s')
+            < pg_catalog.clock_timestamp() - interval '{LIFT_AFTER} s'),
+    pg_catalog.to_regprocedure('shardkit.on_timeline(bigint)') IS NOT NULL
 FROM shardkit.identity AS i, pg_catalog.pg_control_system() AS s
 """
 
@@ -147,12 +148,12 @@ class _Watcher:
     def _answer(self, name: str, row: Any) -> tuple[Answer, list[int]]:
         if row is None or tuple(row[:2]) != (self._topology.name, name) or row[4] is None:
             raise _NotBelievedError("it is another server, or no primary")
-        _, _, system, registered, timeline, text, expired = row
+        _, _, system, registered, timeline, text, expired, tells = row
         if name not in self._texts or self._texts[name][0] != text:
             self._texts[name] = (text, claims_of(text or ""))
         rows = self._texts[name][1]
         number = None if registered is None else int(registered)
-        return Answer(system, timeline, rows, number), expired
+        return Answer(system, timeline, rows, number, tells), expired
 
     async def _called(self, name: str, seconds: float) -> None:
         """Wait until somebody must know, or for a while."""

@@ -72,12 +72,14 @@ class Answer:
         timeline: of its log.
         rows: what it says of logical shards, by number.
         registered: the timeline that was written down at the last promotion; None for unknown.
+        tells: whether it has `shardkit.on_timeline`, which one of an older version lacks.
     """
 
     system: int
     timeline: int
     rows: Mapping[int, Claimed] = field(default_factory=dict)
     registered: int | None = None
+    tells: bool = False
 
 
 def claims_of(text: str) -> dict[int, Claimed]:

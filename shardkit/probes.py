@@ -17,10 +17,10 @@ from typing import Any, Final
 import psycopg
 from psycopg import AsyncConnection
 
-from shardkit.background import AsyncBackground, Background
 from shardkit.clock import SYSTEM, Clock
 from shardkit.gates import lsn_of
 from shardkit.replicas import ReplicaSet, Sample
+from shardkit.runners import AsyncBackground, Background
 from shardkit.topology import Endpoint, Topology, libpq_options
 
 __all__ = ["AsyncProbes", "PausedError", "Probes", "answered"]

@@ -87,6 +87,8 @@ class _Patient:
         guard: who is told what becomes of each wait.
         was_undone: whether the server has said that it cancelled the last statement given up,
             so that nothing of it holds, even where the statement would have committed itself.
+        preamble: returns what is selected at the beginning of each transaction that writes, in the
+            round trip of BEGIN: what has to hold for it; or None for nothing.
         meanwhile: is called once, as soon as something was sent next: what has to be done
             beside that is done while the server works. Raises nothing.
     """
@@ -99,6 +101,7 @@ class _Patient:
     _is_ending = False  # ROLLBACK is on its way: the server is left alone at last
     _has_standby_warning = False
     was_undone = False
+    preamble: Callable[[], bytes | None] | None = None
     meanwhile: Callable[[], None] | None = None
 
     def _opened(self, patience: float, guard: Guard) -> None:
@@ -217,13 +220,17 @@ class _Patient:
             self._has_standby_warning = True
 
     def _servers_bound(self) -> bytes | None:
-        """Return what has the server itself keep the deadline in a transaction, if there is one.
+        """Return what has the server itself keep the deadline in a transaction, and the preamble.
 
         It takes no lock. Without a deadline the patience of the connection is enough.
         """
+        first = None if self.preamble is None else self.preamble()
         if deadlines.current() is None:
-            return None
-        return b"SET LOCAL statement_timeout = %d" % max(1, math.ceil(self._bound() * 1000))
+            return None if first is None else b"SELECT " + first
+        bound = max(1, math.ceil(self._bound() * 1000))
+        if first is None:
+            return b"SET LOCAL statement_timeout = %d" % bound
+        return b"SELECT pg_catalog.set_config('statement_timeout', '%d', true), %b" % (bound, first)
 
     def _start_query(self) -> PQGen[None]:
         """Begin a transaction with the server's own bound, in one round trip.
@@ -244,7 +251,7 @@ class _Patient:
             return
         self.pgconn.send_query(b"%b; %b" % (connection._get_tx_start_command(), bound))
         for result in (yield from generators.execute(self.pgconn)):
-            if result.status != ExecStatus.COMMAND_OK:
+            if result.status not in {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
                 raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
 

@@ -4,6 +4,7 @@ pytest_plugins = [
     "tests.fixtures.caches",
     "tests.fixtures.folders",
     "tests.fixtures.lateness",
+    "tests.fixtures.order",
     "tests.fixtures.poolers",
     "tests.fixtures.proxies",
     "tests.fixtures.redis_clusters",

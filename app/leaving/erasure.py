@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from sqlalchemy import delete, select
 
+from app import happenings
 from app.accounts.models import User
 from app.clock import Clock, utc_now
 from app.database import TIMEOUT
@@ -33,6 +34,8 @@ from app.photos.likes import Reaction, react
 from app.photos.models import Comment, Like, LikeSlot, Photo
 from app.photos.removal import remove_keys
 from app.settings import Settings
+from app.stories.models import Story, StoryView
+from app.tags.models import PhotoTag
 from shardkit import Cluster, WriteSession, all_shards, deadline
 from shardkit.outbox import Event
 
@@ -107,7 +110,14 @@ class Eraser:
         self._delete_all(delete(Erasure).where(Erasure.user_id == user_id))
 
     def _remove(self, user_id: int) -> None:
-        for work in (self._photos, self._likes, self._comments, self._edges, self._files):
+        for work in (
+            self._photos,
+            self._likes,
+            self._comments,
+            self._edges,
+            self._files,
+            self._views,
+        ):
             self.step(work.__name__.removeprefix("_"))
             work(user_id)
         for trace in traces():
@@ -137,7 +147,12 @@ class Eraser:
                     held = session.get(Photo, photo.id, with_for_update=True)
                     if held is None:
                         continue
-                    for entity in (Like, LikeSlot, Comment):
+                    tags = set(
+                        session.scalars(select(PhotoTag.tag).where(PhotoTag.photo_id == photo.id))
+                    )
+                    happenings.tag_changed(session, photo.id, tags, -1)
+                    happenings.photo_removed(session, photo.id)
+                    for entity in (Like, LikeSlot, Comment, PhotoTag):
                         session.execute(delete(entity).where(entity.photo_id == photo.id))
                     session.delete(held)
                     session.commit()
@@ -163,12 +178,27 @@ class Eraser:
                 self.step("comment")
                 with deadline(TIMEOUT), self._cluster.writer() as session:
                     photo = session.get(Photo, comment.photo_id, with_for_update=True)
-                    held = session.get(Comment, comment.id)
-                    if held is not None:
-                        session.delete(held)
-                        if photo is not None:
-                            photo.comment_count -= 1
+                    if session.get(Comment, comment.id) is not None:
+                        self._end_comment(session, photo, comment)
                     session.commit()
+
+    @staticmethod
+    def _end_comment(session: WriteSession, photo: Photo | None, comment: Comment) -> None:
+        """Remove a comment with the answers to it, as its author would have."""
+        answers = (Comment.photo_id == comment.photo_id, Comment.parent_id == comment.id)
+        gone = [comment.id, *session.scalars(select(Comment.id).where(*answers))]
+        here = (PhotoTag.photo_id == comment.photo_id, PhotoTag.source_id.in_(gone))
+        ended = set(session.scalars(select(PhotoTag.tag).where(*here)))
+        session.execute(delete(PhotoTag).where(*here))
+        left = select(PhotoTag.tag).where(PhotoTag.photo_id == comment.photo_id)
+        ended -= set(session.scalars(left))
+        happenings.tag_changed(session, comment.photo_id, ended, -1)
+        session.execute(
+            delete(Comment).where(Comment.photo_id == comment.photo_id, Comment.id.in_(gone))
+        )
+        if photo is not None:
+            photo.comment_count -= len(gone)
+        happenings.comments_removed(session, comment.photo_id, gone)
 
     def _edges(self, user_id: int) -> None:
         """Remove edges of the account, then those of others to it, with their counts."""
@@ -205,6 +235,11 @@ class Eraser:
         if self._settings is not None:
             for export_id in self._found(select(Export.id).where(Export.user_id == user_id)):
                 path_of(self._settings.exports_folder, export_id).unlink(missing_ok=True)
+
+    def _views(self, user_id: int) -> None:
+        """Remove who has seen the stories; the stories themselves go with the other rows."""
+        for story_id in self._found(select(Story.id).where(Story.owner_id == user_id)):
+            self._delete_all(delete(StoryView).where(StoryView.story_id == story_id))
 
     def _rows(self, trace: Trace, user_id: int) -> None:
         """Remove rows of a table that nothing counts, with the pictures they name."""

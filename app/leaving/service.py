@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from sqlalchemy import func, select
 
+from app import happenings
 from app.accounts.models import User
 from app.accounts.repository import delete_logins
 from app.accounts.service import Viewer
@@ -112,6 +113,7 @@ class LeavingService:
             await delete_logins(session, viewer.id)
             session.add(Erasure(user_id=viewer.id, created_at=self._clock()))
             await session.delete(user)
+            happenings.person_removed(session, viewer.id)
 
         await self._database.run(Request(viewer.id, ("leave",)), work, near=viewer.id)
         return DeletionOut(id=viewer.id, state="working")

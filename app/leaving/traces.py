@@ -23,7 +23,7 @@ PEOPLE: Final = frozenset(
 
 OTHERS: Final = frozenset(
     {
-        *("id", "photo_id", "comment_id", "parent_id", "story_id", "version"),
+        *("id", "photo_id", "comment_id", "parent_id", "story_id", "source_id", "version"),
         *("width", "height", "n_bytes", "n", "at", "seq", "last_seq", "read_seq"),
         *("photo_count", "follower_count", "following_count", "like_count", "comment_count"),
     }

@@ -16,15 +16,18 @@ from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from app.accounts.schemas import Credentials, ProfilePatch, SignUp
-from app.accounts.usernames import canonical
+from app.comments.schemas import CommentIn
 from app.deps import (
     Accounts,
+    Comments,
     Feed,
     Graph,
     MaybeViewer,
     Photos,
     ResourcesDep,
+    Saves,
     SignedIn,
+    Stories,
     Uploads,
     begin_login,
     end_login,
@@ -40,11 +43,11 @@ from app.feed.cursors import FeedCursor
 from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
-from app.photos.schemas import Caption, CommentIn, PhotoOut
+from app.photos.schemas import Caption, PhotoOut
 from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
-__all__ = ["PagesDep", "again", "go", "local_path", "router"]
+__all__ = ["NO_MORE", "PagesDep", "again", "back_to", "go", "local_path", "router"]
 
 router = APIRouter(include_in_schema=False)
 
@@ -70,6 +73,7 @@ async def home(
     request: Request,
     viewer: MaybeViewer,
     feed: Feed,
+    stories: Stories,
     pages: PagesDep,
     cursor: FeedCursor = None,
 ) -> Response:
@@ -98,7 +102,11 @@ async def home(
             "back": back,
         }
 
-    return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
+    async def load_stories() -> Mapping[str, Any]:
+        return {"groups": (await stories.all(viewer)).items}
+
+    parts = [("home.html", load)] if cursor else [("tray.html", load_stories), ("home.html", load)]
+    return pages.streamed(request, *parts, title="Home", viewer=viewer, here="home")
 
 
 @router.post("/feed-order")
@@ -128,15 +136,6 @@ async def explore(
     return pages.streamed(
         request, ("explore.html", load), title="Explore", viewer=viewer, here="explore"
     )
-
-
-@router.get("/search")
-async def search(q: Annotated[str, Query(max_length=100)] = "") -> Response:
-    """Go to the profile of a name."""
-    try:
-        return go(f"/u/{canonical(q)}")
-    except ValueError:
-        raise NotFoundError("There is no such person.") from None
 
 
 @router.get("/signup")
@@ -352,14 +351,14 @@ async def people(
 async def follow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Follow a person."""
     person, _ = await graph.follow(viewer, username)
-    return _back(form, f"/u/{person.username}")
+    return back_to(form, f"/u/{person.username}")
 
 
 @router.post("/u/{username}/unfollow")
 async def unfollow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Unfollow a person."""
     person = await graph.unfollow(viewer, username)
-    return _back(form, f"/u/{person.username}")
+    return back_to(form, f"/u/{person.username}")
 
 
 @router.post("/u/{username}/block")
@@ -373,7 +372,7 @@ async def block(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> R
 async def unblock(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """End a block."""
     person = await graph.unblock(viewer, username)
-    return _back(form, f"/u/{person.username}")
+    return back_to(form, f"/u/{person.username}")
 
 
 @router.get("/requests")
@@ -421,15 +420,18 @@ async def photo(
     photo_id: Id,
     viewer: MaybeViewer,
     photos: Photos,
+    comments: Comments,
+    saves: Saves,
     pages: PagesDep,
     cursor: Cursor = None,
 ) -> Response:
     """Show a photo with its comments; whether it exists is known before the head."""
     shown = await photos.photo(photo_id, viewer)
+    saved = await saves.has_saved(viewer, photo_id)
     path = f"/p/{photo_id}"
 
     async def load() -> Mapping[str, Any]:
-        page = await photos.comments(photo_id, viewer, cursor, COMMENT_PAGE)
+        page = await comments.comments(photo_id, viewer, cursor, COMMENT_PAGE)
         return {"page": page, "path": path, "owner_id": shown.owner.id}
 
     return pages.streamed(
@@ -437,7 +439,7 @@ async def photo(
         ("comments.html", load),
         title=f"Photo by {shown.owner.username}",
         viewer=viewer,
-        first=("photo.html", {"photo": shown, "path": path}),
+        first=("photo.html", {"photo": shown, "path": path, "saved": saved}),
     )
 
 
@@ -445,14 +447,14 @@ async def photo(
 async def like(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Like a photo."""
     await photos.like(viewer, photo_id)
-    return _back(form, f"/p/{photo_id}")
+    return back_to(form, f"/p/{photo_id}")
 
 
 @router.post("/p/{photo_id}/unlike")
 async def unlike(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Take a like back."""
     await photos.unlike(viewer, photo_id)
-    return _back(form, f"/p/{photo_id}")
+    return back_to(form, f"/p/{photo_id}")
 
 
 @router.post("/p/{photo_id}/delete")
@@ -463,19 +465,20 @@ async def delete(photo_id: Id, viewer: SignedIn, _form: Sent, photos: Photos) ->
 
 
 @router.post("/p/{photo_id}/comments")
-async def comment(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
-    """Write a comment."""
-    given = CommentIn.model_validate(form.texts("body"))
-    written = await photos.comment(viewer, photo_id, given)
-    return go(f"/p/{photo_id}#c{written.id}")
+async def comment(photo_id: Id, viewer: SignedIn, form: Sent, comments: Comments) -> Response:
+    """Write a comment, or answer one."""
+    parent = form.text("parent_id") or None
+    given = CommentIn.model_validate({"body": form.text("body"), "parent_id": parent})
+    written = await comments.comment(viewer, photo_id, given)
+    return back_to(form, f"/p/{photo_id}", f"#c{written.id}")
 
 
 @router.post("/p/{photo_id}/comments/{comment_id}/delete")
 async def delete_comment(
-    photo_id: Id, comment_id: Id, viewer: SignedIn, _form: Sent, photos: Photos
+    photo_id: Id, comment_id: Id, viewer: SignedIn, _form: Sent, comments: Comments
 ) -> Response:
-    """Delete a comment."""
-    await photos.delete_comment(viewer, photo_id, comment_id)
+    """Delete a comment with the answers to it."""
+    await comments.delete(viewer, photo_id, comment_id)
     return go(f"/p/{photo_id}#comments")
 
 
@@ -485,13 +488,14 @@ def local_path(text: str) -> str:
     return text if is_local and text.isascii() and text.isprintable() else "/"
 
 
-def _back(form: Fields, otherwise: str) -> Response:
+def back_to(form: Fields, otherwise: str, fragment: str = "") -> Response:
+    """Go where a form says that it was, or to another place."""
     back = local_path(form.text("back"))
-    return go(back if back != "/" or otherwise == "/" else otherwise)
+    return go((back if back != "/" or otherwise == "/" else otherwise) + fragment)
 
 
 def go(path: str) -> RedirectResponse:
-    """Lead a browser to a page of this site."""
+    """Answer a form: the browser loads another page."""
     return RedirectResponse(quote(path, safe="/?=#&%:@"), SEE_OTHER)
 
 

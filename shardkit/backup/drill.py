@@ -21,7 +21,7 @@ from sqlalchemy import MetaData
 from shardkit import ids
 from shardkit.backup import manifest
 from shardkit.backup.newest import newest_commit
-from shardkit.backup.restore import Sides, chosen, restored, settle
+from shardkit.backup.restore import Sides, chosen, register, restored, settle
 from shardkit.backup.rows import Connection, copy_out, prepare, shapes
 from shardkit.backup.store import Store
 from shardkit.backup.tools import Tools
@@ -227,6 +227,7 @@ def _rows(sides: Sides, found: manifest.Manifest) -> Check:
 
 
 def _settled(sides: Sides) -> Check:
+    register(sides.topology)
     with Cluster(sides.topology) as cluster:
         found, silent = in_doubt(cluster.connections, sides.topology.physical)
     try:

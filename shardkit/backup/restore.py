@@ -38,7 +38,7 @@ from shardkit.ops.moves.transactions import promote
 from shardkit.topology import PhysicalShard, Topology
 from shardkit.twophase import Settled, resolve
 
-__all__ = ["Choice", "Restored", "Sides", "chosen", "restore", "restored", "settle"]
+__all__ = ["Choice", "Restored", "Sides", "chosen", "register", "restore", "restored", "settle"]
 
 _ATTEMPTS: Final = 20
 
@@ -195,6 +195,7 @@ def restore(
     on_step("verified")
     with restored(topology, choice, into, on_step=on_step) as sides:
         is_whole = choice.manifest.physical.keys() == topology.physical.keys()
+        register(sides.topology)
         settled = settle(sides.topology) if is_whole else ()
         on_step("settled")
     return Restored(
@@ -255,18 +256,21 @@ def restored(
                 held.watch()
                 list(pool.map(recover, found.physical))
                 _check(servers, choice.label)
-                here = _topology(topology, servers)
-                for shard in here.physical.values():
-                    _register(shard)
                 on_step("recovered")
-                yield Sides(servers, here, seconds)
+                yield Sides(servers, _topology(topology, servers), seconds)
 
 
-def _register(shard: PhysicalShard) -> None:
-    """Register the timeline on which a server was restored: clients use no other."""
-    with connect(shard, application="shardkit backup", patience=60.0) as connection:
-        # One of an older version registers its timeline when it is migrated.
-        with suppress(UndefinedTable, UndefinedColumn):
+def register(topology: Topology) -> None:
+    """Register the timelines on which servers were restored: clients use no other.
+
+    Again is fine. Rows and catalogue are those of the label only before.
+    """
+    for shard in topology.physical.values():
+        with (
+            connect(shard, application="shardkit backup", patience=60.0) as connection,
+            # One of an older version registers its timeline when it is migrated.
+            suppress(UndefinedTable, UndefinedColumn),
+        ):
             promote(connection, server=shard.name, detail={"restored": True})
 
 
@@ -277,6 +281,7 @@ def settle(topology: Topology, clock: Clock = SYSTEM) -> tuple[Settled, ...]:
         TryAgainError: something is left (retryable).
     """
     settled: list[Settled] = []
+    register(topology)
     with Cluster(topology) as cluster:
         done = resolve(cluster.connections, topology.physical, older_than=0.0)
         for _ in range(_ATTEMPTS):

@@ -117,6 +117,36 @@ def watch(
     )
 
 
+@app.command("lost")
+def lost(
+    physical: Physical,
+    *,
+    data: Annotated[Path, typer.Option(help="Data folder of the old primary.", exists=True)],
+    old: Annotated[
+        str, typer.Option("--old", help="How to connect to it, started to follow nobody.")
+    ],
+    pg_waldump: Annotated[Path, typer.Option(help="That program, of the server's version.")],
+    timeline: Annotated[int, typer.Option(help="Of the old primary; pg_controldata tells.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the rows that only the old primary has, before it is made anew."""
+    from shardkit.ops import failover
+
+    _, topology = _loaded(config, [physical])
+    rows = failover.list_lost(
+        topology, physical, data=data, old=old, pg_waldump=pg_waldump, timeline=timeline
+    )
+    if as_json:
+        json.dump([asdict(row) for row in rows], sys.stdout, indent=2, default=str)
+        print()
+        return
+    for row in rows:
+        when = f" at {row.committed}" if row.committed else ""
+        print(f"logical shard {row.logical_shard}: {row.table} {dict(row.key)} {row.kind}{when}")
+    print(f"{len(rows)} rows")
+
+
 def _loaded(config: Path | None, names: Sequence[str]) -> tuple[Config, Topology]:
     settings, topology = load(config or default_file())
     for name in names:

@@ -55,6 +55,10 @@ class Moving:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+        if kind is KeyboardInterrupt:
+            self._bar.console.print(
+                "interrupted; shardkit move resume goes on, shardkit move abort gives it up"
+            )
 
     def on_report(self, report: Report) -> None:
         """Show how far a move is."""

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
+import psycopg
 from psycopg.conninfo import make_conninfo
 
 from shardkit.clock import SYSTEM, Clock
@@ -33,6 +34,7 @@ from shardkit.local.processes import find
 from shardkit.local.server import LocalServer, ServerKind, ServerProcess, ServerStatus
 from shardkit.local.settings import DATABASE
 from shardkit.local.state import DirectoryLock, State, acquire
+from shardkit.ops.failover.lost import LostRow, commits_beyond, fork_of, lost_rows, next_xid
 from shardkit.topology import Role
 
 __all__ = ["LocalCluster"]
@@ -254,6 +256,45 @@ class LocalCluster:
             server.clone(leader)
         server.become_replica()
         self.start_server(name)
+
+    def lost(self, name: str, primary: str) -> list[LostRow]:
+        """Return what a stopped former primary had committed and its successor never received.
+
+        It is started as a standby that follows nobody, read, and stopped again.
+
+        Raises:
+            LocalServerError: it does not start.
+        """
+        server, leader = self._database_server(name), self._database_server(primary)
+        with psycopg.connect(
+            self.superuser_dsn(primary), replication="database", autocommit=True
+        ) as stream:
+            timeline = server.timeline()
+            fork = fork_of(stream, timeline)
+        program = Path(server.program.tool("pg_waldump"))
+        commits = commits_beyond(program, server.folder, timeline, fork)
+        if not commits.at:
+            return []
+        server.primary = None
+        server.become_replica()
+        self.start_server(name)
+        try:
+            with (
+                psycopg.connect(self.superuser_dsn(name), autocommit=True) as old,
+                psycopg.connect(self.superuser_dsn(primary), autocommit=True) as new,
+            ):
+                shards = [
+                    n
+                    for (n,) in new.execute(
+                        "SELECT logical_shard FROM shardkit.ownership ORDER BY logical_shard"
+                    ).fetchall()
+                ]
+                first = next_xid(new, timeline)
+                return [*lost_rows(old, new, commits, shards, first_xid=first)]
+        finally:
+            server.stop()
+            server.primary = leader
+            self._record(server)
 
     def lead(self, physical: str, primary: str) -> None:
         """Have the PgBouncer of a physical shard send to a primary."""

@@ -6,13 +6,18 @@ the new primary. Used by tests, by benchmarks, and by `shardkit local up`.
 
 from __future__ import annotations
 
+import logging
 import threading
+from typing import Final
 
 from shardkit.errors import LocalServerError
 from shardkit.local.cluster import LocalCluster
 from shardkit.local.server import ServerKind
+from shardkit.ops.failover.lost import LostRow
 
 __all__ = ["LocalHost"]
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class LocalHost:
@@ -22,14 +27,27 @@ class LocalHost:
         local: the cluster, started by this process.
         fences: whether it may stop servers; tests leave that out to see what holds without.
         rejoins: whether it may make servers standbys again.
+        lists: whether it lists what is lost before.
+
+    Attributes:
+        lost: what the servers had that it has made anew, by name, the last time.
     """
 
     leads = True
 
-    def __init__(self, local: LocalCluster, *, fences: bool = True, rejoins: bool = True) -> None:
+    def __init__(
+        self,
+        local: LocalCluster,
+        *,
+        fences: bool = True,
+        rejoins: bool = True,
+        lists: bool = False,
+    ) -> None:
         self._local = local
         self._fences = fences
         self.can_rejoin = rejoins
+        self._lists = lists
+        self.lost: dict[str, list[LostRow]] = {}
         self._lock = threading.Lock()
 
     def fence(self, physical: str, server: str) -> bool:
@@ -42,8 +60,14 @@ class LocalHost:
 
     def rejoin(self, physical: str, server: str, primary: str) -> None:
         """Make a server a standby of the primary."""
+        name, leader = self._named(physical, server), self._named(physical, primary)
         with self._lock:
-            self._local.rejoin_server(self._named(physical, server), self._named(physical, primary))
+            if self._lists:
+                self._local.stop_server(name)
+                self.lost[name] = self._local.lost(name, leader)
+                if self.lost[name]:
+                    _LOG.warning("%d rows of %s are lost", len(self.lost[name]), name)
+            self._local.rejoin_server(name, leader)
 
     def lead(self, physical: str, primary: str) -> None:
         """Have PgBouncer send to the primary."""

@@ -137,6 +137,8 @@ class PostgresServer(ServerProcess):
         What only this server has is lost; nothing else is copied.
         """
         self._write_settings(None)
+        # A crash is recovered from by a server that speaks to nobody, which cannot be a standby.
+        (self.folder / "standby.signal").unlink(missing_ok=True)
         try:
             self._run(
                 "pg_rewind",

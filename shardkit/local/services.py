@@ -62,6 +62,8 @@ class MemcachedServer(ServerProcess):
     """A Memcached with 64 MiB, empty after every start."""
 
     kind: ClassVar[ServerKind] = ServerKind.MEMCACHED
+    # It has nothing to write down, and looks for another signal once a second only.
+    stop_signal: ClassVar[signal.Signals] = signal.SIGKILL
 
     @property
     def address(self) -> str:

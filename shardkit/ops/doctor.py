@@ -64,6 +64,7 @@ def examine(
         pool=config.pool.size + config.pool.overflow,
         prepares=config.pool.prepare_statements,
         processes=processes,
+        confirming=config.durability.confirming,
     )
     facts = collect(config, expected, timeout=timeout)
     return Diagnosis(tuple(diagnose(facts)), facts)

@@ -176,9 +176,28 @@ $$
 """
 
 
+# AccessShareLock on a small table. Says of a transaction's server that it is the primary that the
+# client knows: behind a pooler any server may serve the next one. The error is that of a primary
+# which takes no writes any more.
+_ON_TIMELINE: Final = f"""
+CREATE OR REPLACE FUNCTION shardkit.on_timeline(expected bigint) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog AS $$
+DECLARE
+    registered bigint := (SELECT i.timeline FROM shardkit.identity AS i);
+BEGIN
+    IF pg_is_in_recovery() OR registered IS DISTINCT FROM expected OR {TIMELINE} <> expected THEN
+        RAISE EXCEPTION 'timeline % is expected here, and % is registered', expected, registered
+            USING ERRCODE = 'read_only_sql_transaction',
+                HINT = 'another server is the primary, or this one has just become it';
+    END IF;
+END
+$$
+"""
+
+
 def ownership_statements() -> list[sql.SQL | sql.Composed]:
     """Return the statements that complete the admin schema; `shardkit.ops.rights` grants."""
-    return [sql.SQL(_TABLES), *(sql.SQL(text) for text in (_CLOSE, _OPEN, _LIFT))]
+    return [sql.SQL(_TABLES), *(sql.SQL(text) for text in (_CLOSE, _OPEN, _LIFT, _ON_TIMELINE))]
 
 
 def register_statements() -> list[sql.SQL | sql.Composed]:

@@ -126,6 +126,8 @@ ADMIN_FUNCTIONS: Final[Mapping[str, Rights]] = {
     "cache_version()": NOTHING,
     # Whoever waits for a fence may lift one that is too old; nobody else opens or closes.
     "lift_expired_fence(integer)": Rights(app="EXECUTE"),
+    # Each transaction that writes through a pooler begins with it.
+    "on_timeline(bigint)": Rights(app="EXECUTE"),
     "close_shard(integer, boolean)": NOTHING,
     "open_shard(integer)": NOTHING,
 }

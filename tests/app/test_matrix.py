@@ -147,6 +147,23 @@ RULES: Mapping[str, Expected] = {
     "GET /api/v1/me/blocks": one_self,
     "PUT /api/v1/users/{username}/block": about_person,
     "DELETE /api/v1/users/{username}/block": about_person,
+    "GET /api/v1/photos/{photo_id}/comments/{comment_id}/replies": seen,
+    "POST /api/v1/stories": one_self,
+    "GET /api/v1/stories": one_self,
+    "GET /api/v1/users/{username}/stories": listed,
+    "GET /api/v1/stories/{story_id}": own_thing,
+    "DELETE /api/v1/stories/{story_id}": own_thing,
+    "PUT /api/v1/stories/{story_id}/view": own_thing,
+    "GET /api/v1/stories/{story_id}/viewers": own_thing,
+    "PUT /api/v1/photos/{photo_id}/save": acted_on,
+    "DELETE /api/v1/photos/{photo_id}/save": taken_back,
+    "GET /api/v1/me/saves": one_self,
+    "GET /api/v1/tags/{tag}/photos": anybody,
+    "GET /api/v1/me/notifications": one_self,
+    "GET /api/v1/me/notifications/unread": one_self,
+    "PUT /api/v1/me/notifications/read": one_self,
+    "GET /api/v1/me/notifications/stream": one_self,
+    "GET /api/v1/search": public,
     "GET /api/v1/feed": one_self,
     "GET /api/v1/explore": anybody,
     "POST /api/v1/me/exports": one_self,
@@ -158,6 +175,7 @@ RULES: Mapping[str, Expected] = {
 }
 
 DESTROYS = {
+    ("GET /api/v1/me/notifications/stream", ""),  # never ends
     ("DELETE /api/v1/photos/{photo_id}", OWNER), ("DELETE /api/v1/sessions/current", ""),
     ("DELETE /api/v1/photos/{photo_id}/comments/{comment_id}", OWNER),
     ("DELETE /api/v1/me/followers/{username}", ""), ("PUT /api/v1/users/{username}/block", ""),

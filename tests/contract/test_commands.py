@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -34,7 +37,31 @@ def commands(command: object, path: tuple[str, ...] = ("shardkit",)) -> Iterator
             yield from commands(child, (*path, name))
 
 
-COMMANDS = dict(commands(get_command(app)))
+ROOT: Any = get_command(app)
+COMMANDS = dict(commands(ROOT))
+
+
+@pytest.mark.parametrize("name", ROOT.places)
+def test_the_help_says_of_a_command_what_it_says_itself(name: str) -> None:
+    said = (ROOT.commands[name].help or "").split("\n\n")[0]
+    assert ROOT.places[name].help == " ".join(said.split())
+
+
+def test_the_help_and_a_command_without_servers_import_neither_driver_nor_sqlalchemy() -> None:
+    program = (
+        "import sys\n"
+        "from shardkit.cli import main\n"
+        "for arguments in (['--help'], ['ids', 'parse', '1']):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
+        "print(sorted({'alembic', 'psycopg', 'sqlalchemy'} & {*sys.modules}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("words", COMMANDS)

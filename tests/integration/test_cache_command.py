@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from shardkit.sections import CacheConfig
 from shardkit.testing import FakeClock
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.caches import CacheServer, NewServer
+from tests.fixtures.commands import shardkit
 from tests.fixtures.redis_clusters import NewCluster
 from tests.fixtures.sharded import admin
 from tests.models import Profile
@@ -165,13 +163,8 @@ def test_every_server_of_a_cluster_is_asked(redis_cluster: NewCluster) -> None:
     assert all(each.answers and not each.must_flush for each in found)
 
 
-def run(file: Path, *arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "shardkit", "cache", *arguments, "--config", str(file)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60,
-        env={"PATH": os.defpath, "COLUMNS": "200"},
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+def run(file: Path, *arguments: str) -> tuple[int | str, str, str]:
+    return shardkit("cache", *arguments, "--config", str(file))
 
 
 def test_the_command(

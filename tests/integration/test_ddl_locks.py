@@ -24,17 +24,15 @@ def test_a_move_keeps_a_migration_away_from_its_logical_shard(site: Site) -> Non
         with pytest.raises(RefusedError, match="move 17"):
             take(mover, 2, holder="move 18", reason="moves")
     # A mover that died is no less a move.
-    run = site.command("apply", "--wave", "all")
-    output, errors = run.communicate(timeout=60)
-    assert run.returncode == 4, errors
+    code, output, errors = site.run("apply", "--wave", "all")
+    assert code == 4, errors
     assert "move 17" in errors
     assert "logical shard 2" in errors
     assert "\x1b" not in output + errors
     assert site.ledger("alpha") == {n: ["r1"] if n == 2 else ["r1", "r2"] for n in ALPHA}
     assert site.ledger("beta") == {n: ["r1", "r2"] for n in BETA}
-    back = site.command("downgrade", "r1")
-    _, errors = back.communicate(timeout=60)
-    assert back.returncode == 4, errors
+    code, _, errors = site.run("downgrade", "r1")
+    assert code == 4, errors
     with site.admin("alpha") as mover:
         assert not release(mover, 2, holder="move 18")
         assert release(mover, 2, holder="move 17")

@@ -107,9 +107,8 @@ def test_a_dead_physical_shard_does_not_stop_the_other(
         found = status(site.topology, site.revisions())
         assert found.physical[0].at == {"r2": 4}
         assert found.physical[1].error is not None
-        run = site.command("apply")
-        _, errors = run.communicate(timeout=60)
-        assert run.returncode == 1
+        code, _, errors = site.run("apply")
+        assert code == 1
         assert "beta" in errors
         assert "Traceback" not in errors
     finally:
@@ -159,9 +158,8 @@ def test_a_second_runner_is_refused(site: Site) -> None:
         )
         with pytest.raises(RefusedError, match="another"):
             site.apply()
-        second = site.command("apply")
-        _, errors = second.communicate(timeout=60)
-        assert second.returncode == 3
+        code, _, errors = site.run("apply")
+        assert code == 3
         assert "another" in errors
         assert status(site.topology, site.revisions()).physical[0].laggards == (0,)
     first.communicate(timeout=60)
@@ -231,10 +229,9 @@ def test_objects_shardkit_owns_are_completed_after_an_upgrade(site: Site) -> Non
 
 
 def test_the_commands_speak_json_and_end_with_their_codes(site: Site) -> None:
-    def run(*arguments: str) -> tuple[int, Any]:
-        process = site.command(*arguments, "--json")
-        output, _ = process.communicate(timeout=60)
-        return process.returncode, json.loads(output)
+    def run(*arguments: str) -> tuple[int | str, Any]:
+        code, output, _ = site.run(*arguments, "--json")
+        return code, json.loads(output)
 
     code, planned = run("apply", "--dry-run")
     assert code == 0

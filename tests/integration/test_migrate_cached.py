@@ -55,12 +55,11 @@ def songs(site: Site) -> Site:
     return site
 
 
-def run(site: Site, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:
-    monkeypatch.setenv("PYTHONPATH", str(site.folder.parent))
-    process = site.command(*arguments, "--json")
-    output, error = process.communicate()
+def run(site: Site, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int | str, Any]:
+    monkeypatch.syspath_prepend(site.folder.parent)
+    code, output, error = site.run(*arguments, "--json")
     assert output, error
-    return process.returncode, json.loads(output)
+    return code, json.loads(output)
 
 
 def made(site: Site) -> dict[int, list[Any]]:

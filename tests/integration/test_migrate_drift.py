@@ -102,19 +102,16 @@ def test_models_that_say_something_else_are_named(site: Site) -> None:
 
 def test_the_command_prints_a_diff_and_ends_with_one(site: Site) -> None:
     site.apply()
-    clean = site.command("drift")
-    output, errors = clean.communicate(timeout=60)
-    assert (clean.returncode, errors) == (0, "")
+    code, output, errors = site.run("drift")
+    assert (code, errors) == (0, "")
     assert "8 logical shards, 1 fingerprints, 0 differences" in output
     with site.admin("alpha") as connection:
         for n in ALPHA[1:3]:
             connection.execute(f'ALTER TABLE shard_{n:04d}.t ADD "\x1b[31m" int'.encode())
-    run = site.command("drift")
-    output, _ = run.communicate(timeout=60)
-    assert run.returncode == 1
+    code, output, _ = site.run("drift")
+    assert code == 1
     assert "alpha logical shards 1-2: column t." in output
     assert "\x1b" not in output
-    run = site.command("drift", "--json")
-    output, _ = run.communicate(timeout=60)
-    assert run.returncode == 1
+    code, output, _ = site.run("drift", "--json")
+    assert code == 1
     assert json.loads(output)["differences"][0]["logical_shards"] == [1, 2]

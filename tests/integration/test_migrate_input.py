@@ -44,34 +44,39 @@ def n_done(site: Site) -> int:
         ("1 / 0", 1, "cannot be written as plain SQL"),
     ],
 )
-def test_a_revision_that_cannot_run_is_named(site: Site, body: str, code: int, why: str) -> None:
+def test_a_revision_that_cannot_run_is_named(
+    site: Site, capsys: pytest.CaptureFixture[str], body: str, code: int, why: str
+) -> None:
     site.write("r2", body, "r1")
-    found, errors = ended(site.command("apply"))
+    found, _, errors = here(capsys, site, "apply")
     assert found == code
     assert "r2" in errors
     assert why in errors
     assert site.ledger("alpha") == {}
 
 
-def test_two_heads_a_missing_file_and_one_that_is_no_text(site: Site) -> None:
+def test_two_heads_a_missing_file_and_one_that_is_no_text(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
     site.write("r2", "pass", "r1")
     site.write("r3", "pass", "r1")
-    code, errors = ended(site.command("plan"))
+    code, _, errors = here(capsys, site, "plan")
     assert (code, "2 heads" in errors) == (1, True)
     (site.folder / "r3.py").unlink()
     (site.folder / "r1.py").unlink()
-    code, errors = ended(site.command("plan"))
+    code, _, errors = here(capsys, site, "plan")
     assert (code, "r1" in errors) == (1, True)
     (site.folder / "r1.py").write_bytes(b"\xff\xfe\x00")
-    code, errors = ended(site.command("plan"))
+    code, _, errors = here(capsys, site, "plan")
     assert (code, "cannot be loaded" in errors) == (1, True)
 
 
-def test_hostile_text_does_not_steer_the_terminal(site: Site) -> None:
+def test_hostile_text_does_not_steer_the_terminal(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
     site.write("r2", "op.execute(\"COMMENT ON TABLE t IS '\\x1b[2J\\u202e'\")", "r1")
-    run = site.command("plan")
-    output, errors = run.communicate(timeout=60)
-    assert run.returncode == 0, errors
+    code, output, errors = here(capsys, site, "plan")
+    assert code == 0, errors
     assert "\x1b" not in output
     assert "\u202e" not in output
 

@@ -131,9 +131,8 @@ def test_what_hurts_is_refused_where_there_are_rows_and_kept_with_its_reason(sit
     assert "phase post" in str(caught.value)
     [danger] = plan(site.topology, site.revisions()).dangers
     assert (danger.finding.rule, danger.reason) == ("drop-column", None)
-    command = site.command("apply")
-    _, errors = command.communicate(timeout=60)
-    assert command.returncode == 3
+    code, _, errors = site.run("apply")
+    assert code == 3
     assert "drop-column" in errors
     why = "nobody has read it since 2020"
     site.write("r2", f'{body}\n\n\nallow = {{"drop-column": "{why}"}}', "r1")
@@ -248,9 +247,8 @@ def test_a_downgrade_goes_back_and_an_apply_forward_again(site: Site) -> None:
         wait_until(lambda: not done(site, "r2") & {*BETA}, 30.0, "the other server is back")
         run.kill()
         run.communicate(timeout=60)
-    again = site.command("downgrade", "r1")
-    output, errors = again.communicate(timeout=90)
-    assert again.returncode == 0, errors
+    code, output, errors = site.run("downgrade", "r1")
+    assert code == 0, errors
     assert "undo r2" in output
     assert done(site, "r1") == {*ALPHA, *BETA}
     assert done(site, "r2") == done(site, "r3") == set()
@@ -259,9 +257,8 @@ def test_a_downgrade_goes_back_and_an_apply_forward_again(site: Site) -> None:
         assert left == (None,)
     assert site.apply().error is None
     assert done(site, "r3") == {*ALPHA, *BETA}
-    wrong = site.command("downgrade", "nothing")
-    _, errors = wrong.communicate(timeout=60)
-    assert wrong.returncode == 3
+    code, _, errors = site.run("downgrade", "nothing")
+    assert code == 3
     assert "no revision" in errors
 
 
@@ -276,12 +273,10 @@ def test_a_newer_format_is_refused(site: Site) -> None:
 def test_a_command_that_meets_many_logical_shards_names_its_waves(site: Site) -> None:
     site.apply()
     site.write("r2", COLUMN, "r1")
-    command = site.command("apply", "--wave", "canary,100", "--json")
-    output, errors = command.communicate(timeout=60)
-    assert command.returncode == 0, errors
+    code, output, errors = site.run("apply", "--wave", "canary,100", "--json")
+    assert code == 0, errors
     assert '"halted": null' in output
-    wrong = site.command("apply", "--wave", "1,1")
-    _, errors = wrong.communicate(timeout=60)
-    assert wrong.returncode == 2
+    code, _, errors = site.run("apply", "--wave", "1,1")
+    assert code == 2
     assert "Traceback" not in errors
     wait_until(lambda: len(done(site, "r2")) == 8, 20.0, "all are migrated")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -14,12 +18,15 @@ from shardkit.errors import (
     MoveError,
     RefusedError,
     ShardkitError,
+    TryAgainError,
 )
+from shardkit.local.account import server_account
 from shardkit.ops import moves
 from shardkit.ops.moves.machine import FORWARD, Goal, Step
 from shardkit.testing import wait_until
 from shardkit.topology import schema_name
 from tests.fixtures.clients import Clients, busy, new_id, new_user
+from tests.fixtures.folders import in_reach
 from tests.fixtures.moved import SCRIPT, Servers
 from tests.fixtures.servers import lend, options
 from tests.models import Photo, User
@@ -331,6 +338,78 @@ def test_many_are_moved_in_a_batch_and_one_that_fails_stops_no_other(servers: Se
     assert "already" in str(found[4])
     assert [servers.owner(n) for n, _ in wanted] == [to for _, to in wanted]
     assert not servers.leftovers()
+
+
+def test_a_mover_that_is_told_to_stop_can_be_resumed(servers: Servers) -> None:
+    stop = threading.Event()
+
+    def reported(report: moves.Report) -> None:
+        if report.step == Step.COPY and report.done:
+            stop.set()
+
+    with pytest.raises(TryAgainError, match="as it was told"):
+        servers.move(6, on_report=reported, stop=stop)
+    assert moves.resume(servers.topology, 6, script=SCRIPT).is_moved
+    moves.clean(servers.topology, 6)
+    assert not servers.leftovers()
+
+
+def test_ctrl_c_in_the_fence_gives_the_writes_back(servers: Servers) -> None:
+    def interrupt(name: str) -> None:
+        if name == "drain done":
+            raise KeyboardInterrupt
+
+    home = servers.owner(6)
+    with pytest.raises(KeyboardInterrupt):
+        servers.move(6, hook=interrupt)
+    assert servers.owner(6) == home, "active, and not fenced"
+    moves.abort(servers.topology, 6)
+    assert not servers.leftovers()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+def test_a_disk_that_fills_up_ends_the_move_and_nothing_else(
+    servers: Servers, tmp_path: Path
+) -> None:
+    home, other = servers.owner(6), servers.other(6)
+    disk = in_reach(tmp_path / "disk")
+    disk.mkdir()
+    account = server_account()
+    command = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size=4m,mode=700,uid={account.uid}",
+        "none",
+        str(disk),
+    ]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this machine mounts nothing")
+    dsn = servers.local.superuser_dsn(servers.local.primary(other).name)
+    with servers.cluster() as cluster, psycopg.connect(dsn, autocommit=True) as superuser:
+        try:
+            superuser.execute(f"CREATE TABLESPACE small LOCATION '{disk}'".encode())
+            superuser.execute("GRANT CREATE ON TABLESPACE small TO shardkit_admin")
+            superuser.execute("ALTER ROLE shardkit_admin SET default_tablespace = 'small'")
+            owner = new_user(cluster, 6)
+            with servers.admin(home) as source:
+                source.execute(
+                    "INSERT INTO shard_0006.photos (id, owner_id, caption) SELECT n, %s, "
+                    "repeat(md5(n::text), 30) FROM generate_series(1, 5000) AS n",
+                    (owner,),
+                )
+            with pytest.raises(MoveError, match="No space left") as error:
+                servers.move(6)
+            assert error.value.hint == "make room on the target"
+            assert servers.owner(6) == home
+            assert not servers.leftovers()
+        finally:
+            superuser.execute("ALTER ROLE shardkit_admin RESET default_tablespace")
+            superuser.execute("DROP TABLESPACE small")
+            subprocess.run(["umount", str(disk)], check=True)
+    with servers.admin(home) as source:
+        source.execute("DELETE FROM shard_0006.photos WHERE id <= 5000")
 
 
 def test_a_held_move_waits_ready_until_it_is_resumed(servers: Servers) -> None:

@@ -19,6 +19,7 @@ from shardkit.contrib.redis_streams import event_of, to_stream
 from shardkit.local import LocalCluster
 from shardkit.outbox import Event
 from shardkit.relay import Relay
+from tests.fixtures.commands import shardkit
 
 pytestmark = pytest.mark.integration
 
@@ -38,15 +39,18 @@ def good(event):
 """
 
 
-def shardkit(*arguments: str, folder: Path, config: Path | None = None) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "shardkit", "outbox", *arguments]
-    if config is not None:
-        command += ["--config", str(config)]
+def relay(*arguments: str, folder: Path) -> tuple[int, str, str]:
+    """Run `shardkit outbox relay` as a program: it finds the application where it is started."""
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+        [sys.executable, "-m", "shardkit", "outbox", "relay", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "", "COLUMNS": "200"},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
+
+
+def outbox(*arguments: str, config: Path) -> tuple[int | str, str, str]:
+    return shardkit("outbox", *arguments, "--config", str(config))
 
 
 def test_from_the_first_event_to_the_replay(
@@ -57,33 +61,31 @@ def test_from_the_first_event_to_the_replay(
         with cluster.writer() as session:
             session.emit(topic, payload, key=ANA)
             session.commit()
-    code, out, _ = shardkit(
-        "status", "--interval=0", "--json", folder=tmp_path, config=cluster_file
-    )
+    code, out, _ = outbox("status", "--interval=0", "--json", config=cluster_file)
     assert code == 0
     alpha = json.loads(out)["alpha"]
     assert (alpha["backlog"], alpha["dead"], alpha["error"]) == (3, 0, None)
     assert alpha["oldest"] >= 0
     assert alpha["busiest"] == [[5, 3]]
-    code, out, _ = shardkit("relay", "--app=program:relay", "--drain", folder=tmp_path)
+    code, out, _ = relay("--app=program:relay", "--drain", folder=tmp_path)
     assert code == 0
     assert "handled 1\nhandled 2\n2 events delivered" in out
-    code, out, _ = shardkit("status", "--interval=0", folder=tmp_path, config=cluster_file)
+    code, out, _ = outbox("status", "--interval=0", config=cluster_file)
     assert code == 0
     assert "alpha" in out
-    code, out, _ = shardkit("dead", "--json", folder=tmp_path, config=cluster_file)
+    code, out, _ = outbox("dead", "--json", config=cluster_file)
     assert code == 0
     (letter,) = json.loads(out)["dead"]
     assert (letter["topic"], letter["error"]) == ("bad", "no handler for this topic")
-    code, out, _ = shardkit("dead", "--topic=none", folder=tmp_path, config=cluster_file)
+    code, out, _ = outbox("dead", "--topic=none", config=cluster_file)
     assert code == 0
     assert "bad" not in out
     number = letter["id"]
-    code, out, _ = shardkit("replay", number, "--dry-run", folder=tmp_path, config=cluster_file)
+    code, out, _ = outbox("replay", number, "--dry-run", config=cluster_file)
     assert (code, out) == (0, "1 dead letters would be put back\n")
-    code, out, _ = shardkit("replay", number, folder=tmp_path, config=cluster_file)
+    code, out, _ = outbox("replay", number, config=cluster_file)
     assert (code, out) == (0, "1 dead letters put back\n")
-    code, out, err = shardkit("replay", number, folder=tmp_path, config=cluster_file)
+    code, out, err = outbox("replay", number, config=cluster_file)
     assert code == 1
     assert "no dead letters" in err
     seen: list[Event] = []
@@ -94,31 +96,39 @@ def test_from_the_first_event_to_the_replay(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["relay", "--app=nothing:relay"], "cannot be loaded"),
-        (["relay", "--app=program"], "cannot be loaded"),
-        (["relay", "--app=program:other"], "not a Relay"),
-        (["replay"], "give ids, --topic or --all"),
-        (["dead", "--limit=0"], "--limit"),
+        ("--app=nothing:relay", "cannot be loaded"),
+        ("--app=program", "cannot be loaded"),
+        ("--app=program:other", "not a Relay"),
     ],
 )
-def test_what_makes_no_sense_exits_with_2(
-    cluster_file: Path, tmp_path: Path, arguments: list[str], says: str
+def test_a_relay_that_is_none_exits_with_2(
+    cluster_file: Path, tmp_path: Path, arguments: str, says: str
 ) -> None:
     tmp_path.joinpath("program.py").write_text(APP.format(config=str(cluster_file)))
-    code, _, err = shardkit(*arguments, folder=tmp_path)
+    code, _, err = relay(arguments, folder=tmp_path)
+    assert code == 2
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["replay"], "give ids, --topic or --all"), (["dead", "--limit=0"], "--limit")],
+)
+def test_what_makes_no_sense_exits_with_2(
+    cluster_file: Path, arguments: list[str], says: str
+) -> None:
+    code, _, err = outbox(*arguments, config=cluster_file)
     assert code == 2
     assert says in err
 
 
 def test_a_server_that_is_down_is_named_and_the_others_are_shown(
-    local_cluster: LocalCluster, cluster_file: Path, tmp_path: Path
+    local_cluster: LocalCluster, cluster_file: Path
 ) -> None:
     name = local_cluster.primary("beta").name
     local_cluster.kill_server(name)
     try:
-        code, out, err = shardkit(
-            "status", "--interval=0", "--json", folder=tmp_path, config=cluster_file
-        )
+        code, out, err = outbox("status", "--interval=0", "--json", config=cluster_file)
     finally:
         local_cluster.start_server(name)
     assert code == 4

@@ -14,7 +14,8 @@ from typing import Any, Final
 from shardkit.cache import Reader, Repair, Source, Writer
 from shardkit.caching.operations import UNKNOWN, Entry, Request
 from tests.property.cachecontrols import ControlReader, ControlWriter, carry_out
-from tests.simulation.database import Database, Ok, Shard
+from tests.simulation.answers import Ok
+from tests.simulation.database import Database, placed
 from tests.simulation.journal import Journal
 from tests.simulation.scheduler import LOST, Actor, Call, Reply, Server, Simulation, Steps
 
@@ -84,7 +85,7 @@ class CacheWorld:
         self.protocol = protocol
         self.journal = Journal(simulation)
         self.database = Database(simulation, "alpha", frozenset())
-        self.database.shards[0] = Shard("active", 1)
+        self.database.shards[0] = placed()
         self.cache = CacheServer(simulation, "cache")
         self._n_operations = n_operations
         self._count = 0

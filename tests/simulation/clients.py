@@ -11,8 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Final
 
+from shardkit.ops.moves.transitions import Expire
+from shardkit.ownership import LIFT_AFTER
 from tests.history.records import Operation
-from tests.simulation.database import Database, Error, Ok
+from tests.simulation.answers import Error, Ok
+from tests.simulation.database import Database
+from tests.simulation.holding import Timed
 from tests.simulation.scheduler import LOST, Call
 
 if TYPE_CHECKING:
@@ -111,6 +115,8 @@ class Client:
             except FailedError as failed:
                 why = str(failed)
                 yield Call(self.owner(shard), ("rollback", name), 0.05)
+                if why == "fenced":
+                    yield from self._lift(shard)
                 is_refused = isinstance(failed, RefusedError)
                 if attempt + 1 < attempts and not is_refused:
                     yield self.random.random() * 0.02 * (attempt + 1)
@@ -129,6 +135,10 @@ class Client:
             self.journal.ok(op, value, **more)
             return op
         return None
+
+    def _lift(self, shard: int) -> Work:
+        """Lift a fence whose mover has gone silent, as whoever waits for it may."""
+        yield Call(self.owner(shard), ("change", shard, Timed(Expire, (LIFT_AFTER,))), 0.05)
 
     def begin(self, kind: str, do: list[Any], shard: int, **more: Any) -> Operation:
         """Note the beginning of an operation."""

@@ -9,52 +9,15 @@ can be switched off (`tests.simulation.bugs`), to see that judges notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tests.simulation.scheduler import Reply, Server, Simulation
+from shardkit.ops.moves.transitions import Row
+from shardkit.ownership import State
+from tests.simulation.answers import Error, Ok, Place, Transaction
+from tests.simulation.holding import Holding
+from tests.simulation.scheduler import Reply, Simulation
 
-__all__ = ["Database", "Error", "Ok", "Transaction"]
-
-Place = tuple[int, str, Any]
-"""A row: logical shard, table, key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ok:
-    """The answer of a statement that was carried out."""
-
-    value: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """The answer of a statement that failed; its transaction is rolled back."""
-
-    why: str
-    hint: Any = None
-
-
-@dataclass(slots=True, eq=False)
-class Transaction:
-    """One that is open."""
-
-    is_snapshot: bool
-    seen: int | None = None
-    writes: dict[Place, Any] = field(default_factory=dict)
-    locks: set[Place] = field(default_factory=set)
-    is_open: bool = True
-
-
-@dataclass(slots=True)
-class Shard:
-    """A logical shard on this server."""
-
-    state: str  # active, fenced, retired, importing
-    epoch: int
-    moved_to: str = ""
-    sequence: int = 0
-
+__all__ = ["Database", "placed"]
 
 _GONE: Final = Error("no transaction")
 _LONGEST: Final = 2.0
@@ -67,11 +30,15 @@ _UPDATES: Final[dict[str, Callable[[Any, Any], Any]]] = {
 }
 
 
-class Database(Server):
+def placed() -> Row:
+    """Return the ownership row of a first placement."""
+    return Row(1, State.ACTIVE)
+
+
+class Database(Holding):
     """A primary with one replica.
 
     Attributes:
-        shards: logical shards that it has or had.
         sequence: number of the last commit.
         timeline: grows with every promotion.
         replayed: number of the last commit that the replica shows.
@@ -81,7 +48,6 @@ class Database(Server):
     def __init__(self, simulation: Simulation, name: str, bugs: frozenset[str]) -> None:
         super().__init__(simulation, name)
         self.bugs = bugs
-        self.shards: dict[int, Shard] = {}
         self.rows: dict[Place, list[tuple[int, Any]]] = {}
         self.log: list[dict[Place, Any]] = []
         self.sequence = 0
@@ -93,7 +59,6 @@ class Database(Server):
         self._closed: set[Any] = set()  # names that came to their end here: late statements fail
         self._holders: dict[Place, Transaction] = {}
         self._queue: dict[Place, list[Callable[[], bool]]] = {}
-        self._emptied: list[Callable[[], None]] = []
 
     # -- messages
 
@@ -104,7 +69,7 @@ class Database(Server):
         if (t := self._transaction(name, is_snapshot)) is None:
             reply(_GONE)
             return
-        if (refused := self._refused(place[0], t)) is not None:
+        if (refused := self.refused(place[0], t)) is not None:
             reply(self._failed(name, refused))
             return
         if place in t.writes:
@@ -121,14 +86,14 @@ class Database(Server):
         if (t := self._transaction(name, is_snapshot)) is None:
             reply(_GONE)
             return
-        if (refused := self._refused(shard, t)) is not None:
+        if (refused := self.refused(shard, t)) is not None:
             reply(self._failed(name, refused))
             return
         reply(Ok(dict(self.scan(shard, table, self._point(t)))))
 
     def _on_peek(self, reply: Reply, shard: int, table: str) -> None:
         """Read a table in a transaction of its own."""
-        refused = self._refused(shard, None)
+        refused = self.refused(shard, None)
         reply(refused or Ok(dict(self.scan(shard, table, self.sequence))))
 
     def _on_update(
@@ -143,11 +108,11 @@ class Database(Server):
             """Take the lock and write; False when it is not to be had yet."""
             if not t.is_open:
                 return True
-            if (refused := self._refused(place[0], t, writes=True)) is not None:
+            if (refused := self.refused(place[0], t, writes=True)) is not None:
                 reply(self._failed(name, refused))
                 return True
             holder = self._holders.get(place)
-            if holder is not None and holder is not t:
+            if (holder is not None and holder is not t) or self.is_locked(place[0], t):
                 return False
             latest, versions = 0, self.rows.get(place)
             if versions:
@@ -181,7 +146,7 @@ class Database(Server):
             self._apply(t.writes)
             stamp = None
             for n in {place[0] for place in t.writes}:
-                stamp = (self.name, self.timeline, self.shards[n].epoch)
+                stamp = (self.name, self.timeline, self.epoch_of(n))
             self._forget(name)
             self._close(t)
             reply(Ok((self.sequence, stamp)))
@@ -196,19 +161,17 @@ class Database(Server):
         reply(Ok())
 
     def _on_next(self, reply: Reply, shard: int) -> None:
-        if (refused := self._refused(shard, None, writes=True)) is not None:
+        if (refused := self.refused(shard, None, writes=True)) is not None:
             reply(refused)
             return
-        own = self.shards[shard]
-        own.sequence += 1
-        reply(Ok(shard * 1_000_000 + own.sequence))
+        self.sequences[shard] = self.sequences.get(shard, 0) + 1
+        reply(Ok(shard * 1_000_000 + self.sequences[shard]))
 
     def _on_replica(self, reply: Reply, place: Place, least: tuple[str, int, int]) -> None:
         """Read on the replica, if it has replayed what the token names."""
         server, timeline, sequence = least
-        shard = self.shards.get(place[0])
-        if shard is None or shard.state in {"retired", "importing"}:
-            reply(Error("moved", shard.moved_to if shard else ""))
+        if (refused := self.refused(place[0], None)) is not None:
+            reply(refused)
             return
         knows = server in {"", self.name} and timeline in {0, self.timeline}
         if not ("stale replica read" in self.bugs or (knows and sequence <= self.replayed)):
@@ -216,70 +179,6 @@ class Database(Server):
             return
         token = (self.name, self.timeline, self.replayed)
         reply(Ok((self.value(place, self.replayed), token)))
-
-    # -- moves
-
-    def _on_changes(self, reply: Reply, shard: int, since: int) -> None:
-        """Return what commits after one have written in a logical shard, and the last number."""
-        changes = [
-            {place: value for place, value in writes.items() if place[0] == shard}
-            for writes in self.log[since:]
-        ]
-        if "lost change" in self.bugs and any(changes):
-            changes = [change for change in changes if change][:-1]
-        reply(Ok((changes, self.sequence)))
-
-    def _on_import(self, reply: Reply, shard: int, changes: list[dict[Place, Any]]) -> None:
-        self.shards.setdefault(shard, Shard("importing", 0)).state = "importing"
-        for writes in changes:
-            if writes:
-                self._apply(writes)
-        reply(Ok())
-
-    def _on_fence(self, reply: Reply, shard: int) -> None:
-        """Let nobody write any more; with a lock, so that those who have begun are waited for."""
-        own = self.shards[shard]
-        if own.state == "retired":
-            reply(Error("retired"))
-            return
-        own.state = "fenced"
-        if "unlocked fence" in self.bugs:
-            reply(Ok(own.sequence))
-            return
-
-        def look() -> None:
-            if any(place[0] == shard for t in self._open.values() for place in t.writes):
-                self._emptied.append(look)
-            else:
-                reply(Ok(own.sequence))
-
-        look()
-
-    def _on_lift(self, reply: Reply, shard: int) -> None:
-        own = self.shards[shard]
-        if own.state == "fenced":
-            own.state = "active"
-        reply(Ok(own.state))
-
-    def _on_retire(self, reply: Reply, shard: int, target: str) -> None:
-        """Decide: the logical shard is the target's."""
-        own = self.shards[shard]
-        if own.state == "fenced":
-            own.state, own.moved_to = "retired", target
-            if "epoch not raised" not in self.bugs:
-                own.epoch += 1
-            if "old owner writes" in self.bugs:
-                own.state, own.epoch = "active", own.epoch - 1
-                reply(Ok(own.epoch + 1))
-                return
-        reply(Ok(own.epoch) if own.state == "retired" else Error("not fenced"))
-
-    def _on_activate(self, reply: Reply, shard: int, epoch: int, sequence: int) -> None:
-        own = self.shards[shard]
-        if own.state == "importing":
-            own.state, own.epoch, own.moved_to = "active", epoch, ""
-            own.sequence = 0 if "sequence not advanced" in self.bugs else sequence
-        reply(Ok())
 
     # -- faults
 
@@ -292,7 +191,8 @@ class Database(Server):
         self._open.clear()
         self._holders.clear()
         self._queue.clear()
-        self._emptied.clear()
+        self._locked.clear()
+        self._changing.clear()
 
     def promote(self) -> None:
         """Go on as the replica: on a new timeline, with what it has received."""
@@ -305,10 +205,7 @@ class Database(Server):
             self.sequence = kept
         self.timeline += 1
         self.replayed = self.sequence
-        for shard in self.shards.values():
-            if shard.state in {"active", "fenced"}:
-                shard.state, shard.epoch = "active", shard.epoch + 1
-                shard.sequence += 100  # beyond what was handed out and not replicated
+        self.register()
         self.restart()
         self.simulation.say(self.name, f"is promoted to timeline {self.timeline}")
 
@@ -350,14 +247,6 @@ class Database(Server):
             t.seen = self.sequence
         return t.seen if t.is_snapshot and "read skew" not in self.bugs else self.sequence
 
-    def _refused(self, n: int, t: Transaction | None, *, writes: bool = False) -> Error | None:
-        shard = self.shards.get(n)
-        if shard is None or shard.state in {"retired", "importing"}:
-            return Error("moved", shard.moved_to if shard else "")
-        if writes and shard.state == "fenced" and not (t and any(p[0] == n for p in t.writes)):
-            return Error("fenced")
-        return None
-
     def _failed(self, name: Any, error: Error) -> Error:
         t = self._forget(name)
         if t is not None:
@@ -370,14 +259,7 @@ class Database(Server):
         for place in freed:
             del self._holders[place]
         for place in freed:
-            waiting = self._queue.pop(place, [])
-            while waiting and waiting[0]():
-                waiting.pop(0)
-            if waiting:
-                self._queue.setdefault(place, [])[:0] = waiting
-        looks, self._emptied = self._emptied, []
-        for look in looks:
-            look()
+            self.wake(place)
 
     def _apply(self, writes: dict[Place, Any]) -> None:
         if not writes:

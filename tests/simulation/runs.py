@@ -13,6 +13,7 @@ from tests.history.records import Operation
 from tests.simulation.breakerworld import BreakerWorld
 from tests.simulation.bugs import BUGS
 from tests.simulation.cacheworld import CacheWorld
+from tests.simulation.failoverworld import FailoverWorld
 from tests.simulation.world import World
 
 __all__ = ["WORLDS", "Result", "run"]
@@ -36,6 +37,8 @@ class Kind:
 WORLDS: Final[Mapping[str, Kind]] = {
     # Clients begin again half a second after the last fault.
     "database": Kind(World, None, Limits(within=0.5)),
+    # A failover takes a second or two, and clients begin again eight after the last fault.
+    "failover": Kind(FailoverWorld, ("sets", "owners", "liveness"), Limits(within=7.0)),
     # The relay looks every 50 ms; a cache that is frozen or mute keeps it for less than this.
     "cache": Kind(CacheWorld, ("sessions", "caches"), Limits(bound=0.75)),
     # The longest open time with its jitter, the probes, and callers that die with one.
@@ -73,8 +76,16 @@ def run(world: str, seed: int, *, bug: str | None = None, is_traced: bool = Fals
     kind = WORLDS[world]
     more: dict[str, Any] = {}
     if bug is not None:
-        more = {"bugs": frozenset([bug]), **BUGS[bug].world}
-    made = kind.make(seed, is_traced=is_traced, **more).run()
+        more = {"bugs": frozenset([bug])}
+        if world == "database":
+            more |= BUGS[bug].world
+    made = kind.make(seed, is_traced=is_traced, **more)
+    try:
+        made.run()
+    except AssertionError as broken:
+        for line in made.simulation.trace:
+            broken.add_note(line)
+        raise
     records = made.journal.records
     ledger = Ledger.of(records)
     verdicts = judge(ledger, kind.limits)

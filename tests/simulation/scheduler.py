@@ -71,6 +71,9 @@ class Server:
         self._is_frozen = False
         self._waiting: list[tuple[Any, Reply]] = []
 
+    def __repr__(self) -> str:
+        return self.name
+
     def handle(self, request: Any, reply: Reply) -> None:
         """Carry out a request, and answer now or later, once."""
         raise NotImplementedError

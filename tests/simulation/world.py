@@ -7,16 +7,23 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from shardkit.ops.moves.machine import Goal
+from shardkit.ownership import State
+from tests.simulation.answers import Ok
 from tests.simulation.clients import ACCOUNTS, Client, FailedError, UnknownError
-from tests.simulation.database import Database, Ok, Shard
+from tests.simulation.database import Database, placed
 from tests.simulation.journal import Journal
-from tests.simulation.scheduler import LOST, Call, Simulation, Steps
+from tests.simulation.moving import Job, mover
+from tests.simulation.scheduler import Actor, Call, Simulation, Steps
 
 __all__ = ["World"]
 
 _CHAOS: Final = 3.0
 """Seconds after which all is healed."""
-_SETTLED: Final = 6.0
+_DELIVERED: Final = 2.0
+"""Seconds in which relays deliver what is left."""
+_LAST: Final = 60.0
+"""Seconds after which everything has come to its end, or never will."""
 _KINDS: Final = ("lists", "register", "element", "bank", "name_", "row", "event")
 
 
@@ -36,6 +43,8 @@ class World:
     Attributes:
         journal: what clients did.
         n_moves: logical shards that changed their home.
+        n_given_up: moves that were given up.
+        n_killed_movers: movers that died at work.
         n_failovers: primaries that were replaced.
     """
 
@@ -55,35 +64,40 @@ class World:
         self.bugs = bugs
         self.journal = Journal(simulation)
         self.n_shards = 2
-        self.n_moves = self.n_failovers = 0
+        self.n_moves = self.n_given_up = self.n_killed_movers = self.n_failovers = 0
+        self._is_moving = self._is_over = False
+        self._working: list[Actor] = []
+        self._last = _LAST
         self.databases = {name: Database(simulation, name, bugs) for name in ("alpha", "beta")}
         for database in self.databases.values():
             database.lag = lag
         self.effects = Database(simulation, "effects", frozenset())
-        self.effects.shards[0] = Shard("active", 1)
+        self.effects.shards[0] = placed()
         self._serial = 0
         self._relaying = ""
         for shard in range(self.n_shards):
-            self.databases[self.home(shard)].shards[shard] = Shard("active", 1)
+            self.databases[self.home(shard)].shards[shard] = placed()
             self.journal.fact("bank", bank=f"b{shard}", accounts=ACCOUNTS)
         self._witness = Client(self, "witness")
         draw = simulation.random
         for n in range(n_clients):
             client = Client(self, f"client-{n}")
-            simulation.spawn(client.name, self._works(client, n_operations, kinds))
+            works = self._works(client, n_operations, kinds)
+            self._working.append(simulation.spawn(client.name, works))
         if "event" in kinds:
             self._relay = simulation.spawn("relay", self._relays())
         if not is_calm:
             simulation.network.lost = draw.choice((0.0, 0.002, 0.01))
             simulation.network.late = draw.choice((0.0, 0.01))
-            simulation.spawn("mover", self._moves())
+            self._is_moving = True
+            simulation.spawn("moves", self._moves())
             simulation.spawn("chaos", self._faults())
         simulation.at(_CHAOS, self._heal)
-        simulation.spawn("witness", self._looks(), after=_SETTLED)
+        simulation.spawn("witness", self._looks(), after=_CHAOS)
 
     def run(self) -> World:
         """Let it happen; return itself."""
-        self.simulation.run(until=60.0)
+        self.simulation.run(until=2 * _LAST)
         return self
 
     def home(self, shard: int) -> str:
@@ -102,9 +116,9 @@ class World:
     def owner_of(self, shard: int) -> str:
         """Return who owns a logical shard, as the rows of both servers say."""
         having = [
-            (database.shards[shard].epoch, database.shards[shard].state != "retired", name)
+            (row.epoch, row.state is not State.RETIRED, name)
             for name, database in self.databases.items()
-            if shard in database.shards and database.shards[shard].state != "importing"
+            if (row := database.shards.get(shard)) and row.state is not State.IMPORTING
         ]
         return max(having)[2]
 
@@ -112,12 +126,15 @@ class World:
 
     def _works(self, client: Client, n: int, kinds: tuple[str, ...]) -> Steps:
         draw = self.simulation.random
-        while self.simulation.now < _SETTLED - 1.0 and n > 0:
+        while n > 0:
             yield draw.random() * 0.05
             yield from getattr(client, draw.choice(kinds))()
             n -= 1
-            if n == 4 and self.simulation.now < _CHAOS:
-                yield _CHAOS + 0.5 - self.simulation.now  # something after the last fault
+            if n == 4:  # something after the last fault
+                yield max(0.0, _CHAOS - self.simulation.now)
+                while self._is_moving:
+                    yield 0.25
+                yield 0.5
 
     def _faults(self) -> Steps:
         draw = self.simulation.random
@@ -160,58 +177,42 @@ class World:
         now = self.simulation.nanoseconds()
         self.journal.fact("fault", name="messages", began=0, healed=now)
 
-    def _insist(self, database: Database, *request: Any) -> Steps:
-        """Ask until there is an answer."""
-        while True:
-            answer = yield Call(database, request, 0.2)
-            if answer is not LOST:
-                return answer
-            yield 0.02
-
     def _moves(self) -> Steps:
-        """Move logical shards from server to server, as shardkit's mover does."""
+        """Move logical shards from server to server; kill movers now and then."""
         draw = self.simulation.random
-        if "lost by failover" in self.bugs:
-            return
-        for _ in range(draw.randint(1, 3)):
+        for n in range(1 if "activation before decision" in self.bugs else draw.randint(1, 3)):
             yield draw.random() * 0.3
-            yield from self._move(draw.randrange(self.n_shards))
+            if self.simulation.now < _CHAOS and "lost by failover" not in self.bugs:
+                yield from self._move(f"move {n}", draw.randrange(self.n_shards))
+        self._is_moving = False
 
-    def _move(self, shard: int) -> Steps:
+    def _move(self, name: str, shard: int) -> Steps:
+        draw, began = self.simulation.random, self.simulation.nanoseconds()
         source = self.databases[self.owner_of(shard)]
-        target = self.databases[self.other(source.name)]
-        at = 0
-        for _ in range(2):  # the copy, and what came meanwhile
-            changes, at = (yield from self._insist(source, "changes", shard, at)).value
-            yield from self._insist(target, "import", shard, changes)
-            yield self.simulation.random.random() * 0.05
-        answer = yield Call(source, ("fence", shard), 1.0)
-        if not isinstance(answer, Ok):
-            yield from self._insist(source, "lift", shard)
-            return
-        timeline = source.timeline
-        changes, at = (yield from self._insist(source, "changes", shard, at)).value
-        yield from self._insist(target, "import", shard, changes)
-        if source.timeline != timeline:  # a failover has lifted the fence
-            return
-        yield from self._decide(shard, source, target, answer.value)
-
-    def _decide(self, shard: int, source: Database, target: Database, sequence: int) -> Steps:
-        decided = yield from self._insist(source, "retire", shard, target.name)
-        if not isinstance(decided, Ok):
-            return  # the fence was lifted before the decision
-        yield from self._insist(target, "activate", shard, decided.value, sequence)
-        self.n_moves += 1
+        job = Job(name, shard, source, self.databases[self.other(source.name)])
+        while not job.is_done:
+            actor = self.simulation.spawn(name, mover(self, job))
+            dies = self.simulation.now < _CHAOS and draw.random() < 0.5
+            until = self.simulation.now + draw.random() * 0.3 if dies else self._last
+            while actor.is_alive and self.simulation.now < until:
+                yield 0.02
+            if actor.is_alive:
+                assert self.simulation.now < self._last, f"{name} has not ended"
+                self.simulation.kill(actor)
+                self.n_killed_movers += 1
+                yield draw.random() * (0.3 if draw.random() < 0.9 else 6.0)
+                if draw.random() < 0.2 and job.goal is Goal.MOVE:
+                    job.goal = Goal.ABORT  # whoever comes next gives up
+        healed = self.simulation.nanoseconds()
+        self.journal.fact("fault", name=name, began=began, healed=healed)
 
     def _relays(self) -> Steps:
         """Deliver events at least once, in order of position, and take effect once."""
         cursors: dict[int, str] = {}
-        while True:
-            yield 0.1
+        while not self._is_over:
+            yield 0.1 if self.simulation.now < _CHAOS else 0.3
             for shard in range(self.n_shards):
                 yield from self._deliver(shard, cursors)
-            if self.simulation.now > _SETTLED - 0.2:
-                return
 
     def _deliver(self, shard: int, cursors: dict[int, str]) -> Steps:
         client = Client(self, f"relay{self.serial()}")
@@ -265,7 +266,11 @@ class World:
         raise FailedError
 
     def _looks(self) -> Steps:
-        """Read everything once all is healed."""
+        """Read everything once all is healed and everybody is done."""
+        while self._is_moving or any(actor.is_alive for actor in self._working):
+            yield 0.25
+        yield _DELIVERED
+        self._is_over = True
         for shard in range(self.n_shards):
             self._witness.take_owner(shard, self.owner_of(shard))
             yield from self._witness.look(shard)

@@ -31,7 +31,8 @@ from app.photos.store.needle import (
 )
 from app.photos.store.needlemap import Entry, table_of
 from app.photos.store.scan import needles
-from app.photos.store.volume import State, Volume, mark
+from app.photos.store.state import State, mark
+from app.photos.store.volume import Volume
 from app.photos.store.volumefile import (
     Claim,
     VolumeFile,

@@ -11,7 +11,7 @@ All integers are little-endian. A needle:
     16      4     alternate   one variant of it: format << 16 | longest side in pixels
     20      1     flags       LIVE or DELETED; anything else is damage; changed in place
     21      1     number      of this needle among those of the upload, from 0
-    22      1     count       of the needles of the upload
+    22      1     total       of the needles of the upload
     23      1     0
     24      4     size        bytes of data
     28      4     CRC-32 of bytes 0-27 with flags 0, begun with the volume's seed
@@ -31,7 +31,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 __all__ = [
@@ -89,8 +89,7 @@ _SUPER_MAGIC: Final = b"lbv1"
 _FORMATS: Final = ("jpg", "webp")
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """What a blob key says: where a picture is, and which one it is.
 
     Attributes:
@@ -157,8 +156,7 @@ class Superblock:
         return cls(volume, incarnation, tuple(alternates[:n]))
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """The header of a needle whose CRC was right."""
 
     cookie: int
@@ -166,7 +164,7 @@ class Header:
     alternate: int
     flags: int
     number: int
-    count: int
+    total: int
     size: int
     checksum: int
 
@@ -180,13 +178,12 @@ class Header:
         """Return the header at the beginning of some bytes, or None when there is none."""
         if len(data) < HEADER_BYTES or data[:4] != MAGIC:
             return None
-        _, cookie, key, alternate, flags, number, count, _, size, checksum = _HEADER.unpack_from(
-            data
-        )
-        head = crc32(data[21:28], crc32(b"\0", crc32(data[:20], seed)))
-        if head != checksum or size > MAX_DATA_BYTES:
+        head = bytearray(data[:28])
+        head[FLAGS_AT] = 0
+        fields = _HEADER.unpack_from(data)
+        if crc32(head, seed) != fields[9] or fields[8] > MAX_DATA_BYTES:
             return None
-        return cls(cookie, key, alternate, flags, number, count, size, checksum)
+        return cls(*fields[1:7], *fields[8:])
 
 
 def units_of(size: int) -> int:

@@ -9,9 +9,9 @@ checked in the needle that was read. One thread changes a map; any may look.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,7 @@ GONE: Final = 0
 """Offset of an upload that was deleted; the superblock is there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Where the needles of one upload are, in units.
 
     Attributes:
@@ -53,6 +52,21 @@ Table: TypeAlias = tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.uint
 """Keys, offsets and lengths, row by row; sorted by key only inside a map."""
 
 
+class _Base:
+    """A sorted table, and its memory as Python reads it quickest, number by number."""
+
+    __slots__ = ("keys", "lengths", "offsets", "table")
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.keys, self.offsets, self.lengths = (part.reshape(-1).data for part in table)
+
+    def place(self, key: int) -> int | None:
+        """Return the row of a key, or None."""
+        at = bisect_left(self.keys, key)
+        return at if at < len(self.keys) and self.keys[at] == key else None
+
+
 class NeedleMap:
     """The map of one volume.
 
@@ -64,7 +78,7 @@ class NeedleMap:
 
     def __init__(self, n_slots: int) -> None:
         self._n_slots = n_slots
-        self._table: Table = _table([], n_slots)
+        self._base = _Base(_table([], n_slots))
         self._recent: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
@@ -73,23 +87,23 @@ class NeedleMap:
     @property
     def n_bytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(int(part.nbytes) for part in self._table)
+        return sum(int(part.nbytes) for part in self._base.table)
 
     def find(self, key: int) -> Entry | None:
         """Return where an upload is, or None."""
         found = self._recent.get(key)  # first: a merge fills the arrays before it empties this
         if found is None:
-            keys, offsets, lengths = self._table
-            at = int(keys.searchsorted(np.uint64(key)))
-            if at == len(keys) or int(keys[at]) != key:
+            base, n = self._base, self._n_slots
+            at = base.place(key)
+            if at is None:
                 return None
-            found = int(offsets[at]), tuple(lengths[at].tolist())
+            found = base.offsets[at], tuple(base.lengths[at * n : (at + 1) * n])
         return None if found[0] == GONE else Entry(key, *found)
 
     def add(self, entry: Entry) -> None:
         """Add an upload; it replaces one of the same key."""
         self._recent[entry.key] = entry.offset, entry.lengths
-        if len(self._recent) >= max(RECENT, len(self._table[0]) >> 7):
+        if len(self._recent) >= max(RECENT, len(self._base.keys) >> 7):
             self.merge()
 
     def remove(self, key: int) -> None:
@@ -97,16 +111,15 @@ class NeedleMap:
         if key in self._recent:
             self._recent[key] = GONE, (0,) * self._n_slots
             return
-        keys, offsets, _ = self._table
-        at = int(keys.searchsorted(np.uint64(key)))
-        if at < len(keys) and int(keys[at]) == key:
-            offsets[at] = GONE
+        at = self._base.place(key)
+        if at is not None:
+            self._base.table[1][at] = GONE
 
     def extend(self, tables: Sequence[Table]) -> None:
         """Add many rows, such as those of an index file; later ones replace earlier ones."""
-        keys, offsets, lengths = zip(self._table, *tables, strict=True)
-        self._table = _sorted(
-            np.concatenate(keys), np.concatenate(offsets), np.concatenate(lengths)
+        keys, offsets, lengths = zip(self._base.table, *tables, strict=True)
+        self._base = _Base(
+            _sorted(np.concatenate(keys), np.concatenate(offsets), np.concatenate(lengths))
         )
 
     def merge(self) -> None:
@@ -118,7 +131,7 @@ class NeedleMap:
     def entries(self) -> Iterator[Entry]:
         """Iterate over what is there in the order of the volume."""
         self.merge()
-        keys, offsets, lengths = self._table
+        keys, offsets, lengths = self._base.table
         for at in np.argsort(offsets, kind="stable"):
             if int(offsets[at]) != GONE:
                 yield Entry(int(keys[at]), int(offsets[at]), tuple(lengths[at].tolist()))

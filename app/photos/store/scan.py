@@ -109,7 +109,7 @@ def good_end(found: Iterable[Found], start: int) -> int:
     """
     end = start
     for each in found:
-        if each.header.number + 1 == each.header.count:
+        if each.header.number + 1 == each.header.total:
             end = each.end * UNIT
     return end
 

@@ -20,7 +20,6 @@ import os
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from zlib import crc32
@@ -30,7 +29,6 @@ from app.photos.store.journal import Deleted, Journal
 from app.photos.store.needle import (
     DATA_AT,
     DELETED,
-    FLAGS_AT,
     HEADER_BYTES,
     LIVE,
     SEALED_AT,
@@ -45,6 +43,7 @@ from app.photos.store.needle import (
 from app.photos.store.needlemap import Entry, NeedleMap, table_of
 from app.photos.store.protocol import DamagedBlobError
 from app.photos.store.scan import entries_of, good_end, needles
+from app.photos.store.state import State, mark
 from app.photos.store.volumefile import (
     Claim,
     VolumeFile,
@@ -54,7 +53,7 @@ from app.photos.store.volumefile import (
     write_flushed,
 )
 
-__all__ = ["State", "Volume", "keys_of", "mark"]
+__all__ = ["Volume", "keys_of"]
 
 log = logging.getLogger("app")
 
@@ -63,31 +62,6 @@ CHECKPOINT_BYTES: Final = 64 * 1024 * 1024
 
 MAX_BUFFERS: Final = 512
 """Buffers of one write; the kernel takes 1,024."""
-
-
-@dataclass(slots=True)
-class State:
-    """What is known of one incarnation of a volume; replaced whole by a compaction.
-
-    Attributes:
-        file: the open file.
-        super: its superblock.
-        map: its uploads.
-        end: length that the map covers, in bytes.
-        checkpointed: length that the index covers, in bytes.
-        journal_end: length of the journal that the map covers, in bytes.
-        dead_bytes: taken by deleted needles, as far as the journal knows.
-        unindexed: uploads that the index does not have.
-    """
-
-    file: VolumeFile
-    super: Superblock
-    map: NeedleMap
-    end: int
-    checkpointed: int
-    journal_end: int = 0
-    dead_bytes: int = 0
-    unindexed: list[Entry] = field(default_factory=list)
 
 
 class Volume:
@@ -395,13 +369,3 @@ def keys_of(volume: Volume) -> list[str]:
                 keys.append(str(Address(volume.number, entry.key, header.cookie)))
                 break
     return keys
-
-
-def mark(file: VolumeFile, entry: Entry) -> None:
-    """Set the flag of every needle of an upload, and flush; the caller holds the journal's lock."""
-    position = entry.offset
-    for units in entry.lengths:
-        if units:
-            os.pwrite(file.descriptor, bytes((DELETED,)), position * UNIT + FLAGS_AT)
-        position += units
-    os.fdatasync(file.descriptor)

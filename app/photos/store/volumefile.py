@@ -130,7 +130,7 @@ def write_at(descriptor: int, buffers: Sequence[bytes | bytearray], position: in
 
 def write_flushed(path: Path, data: bytes) -> None:
     """Write a whole file and flush it; its name is flushed with the folder."""
-    with path.open("wb") as file:
+    with open(path, "wb", opener=_private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -151,3 +151,7 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o640)

@@ -4,6 +4,6 @@
 for others. Source: docs/failover.md.
 """
 
-from shardkit.ops.failover.run import Done, adopt, fail_over, plan, watch
+from shardkit.ops.failover.run import Done, adopt, fail_over, list_lost, plan, watch
 
-__all__ = ["Done", "adopt", "fail_over", "plan", "watch"]
+__all__ = ["Done", "adopt", "fail_over", "list_lost", "plan", "watch"]

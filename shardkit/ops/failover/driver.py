@@ -32,6 +32,12 @@ _LOG: Final = logging.getLogger(__name__)
 _STUCK: Final = 5.0
 """Seconds without log after which a standby of a living primary is made anew."""
 
+_UNTOUCHABLE: Final = 10.0
+"""Seconds after which it is tried again to fence a server that could not be fenced."""
+
+_GIVEN_UP: Final = 0.25
+"""Seconds that a server has for an answer that was stopped, or could not be fenced."""
+
 _GRACE: Final = 3.0
 """Seconds that transactions under way have before a switchover ends them."""
 
@@ -65,7 +71,7 @@ class _Memory:
     failures: int = 0
     failing_since: float | None = None
     fenced: set[str] = field(default_factory=set)
-    untouchable: set[str] = field(default_factory=set)
+    untouchable: dict[str, float] = field(default_factory=dict)
     still_since: dict[str, float] = field(default_factory=dict)
     drained: int | None = None
     led: str = ""
@@ -179,8 +185,14 @@ class Driver:
     def look(self, wish: Wish = Wish()) -> View:
         """Ask every server, and return what is known."""
         memory, now = self._memory, self._clock.monotonic()
+        memory.untouchable = {n: until for n, until in memory.untouchable.items() if now < until}
         asked = {
-            name: self._pool.submit(server.look, self._names, fresh=name == memory.leader)
+            name: self._pool.submit(
+                server.look,
+                self._names,
+                fresh=name == memory.leader,
+                within=_GIVEN_UP if name in memory.fenced or name in memory.untouchable else None,
+            )
             for name, server in self.servers.items()
         }
         heard = {name: future.result() for name, future in asked.items()}
@@ -262,6 +274,7 @@ class Driver:
                 self.servers[node].promote()
             case machine.Register(node):
                 self.servers[node].register({"instead_of": self._memory.leader})
+                self._memory.untouchable.clear()
             case machine.Repoint(node, to):
                 host, port = _split(to)
                 return self._claimed(node, lambda: self.servers[node].repoint(host, port))
@@ -300,8 +313,10 @@ class Driver:
         if self._host.fence(self.physical, node):
             self._memory.fenced.add(node)
             return
-        self._memory.untouchable.add(node)
+        self._memory.untouchable[node] = self._clock.monotonic() + _UNTOUCHABLE
         try:
+            # Said, so that it is opened again if it comes back before another was promoted.
+            server.note("fenced", server=node)
             server.close()
             server.end_sessions()
         except (psycopg.Error, OSError):

@@ -48,12 +48,14 @@ class Node:
         timeline: of its log; a standby's, of what it has received.
         position: end of its log: what a standby has flushed, what a primary has written; bytes.
         registered: the newest timeline that was registered, as far as it knows; None for none.
+        began: a primary's, where its timeline began; None for unknown, or for the first one.
         follows: name of the server that it is told to follow; `CUT`, or None for unknown.
         streams: whether it receives the log.
         is_lost: a standby says that its primary is out of its reach.
+        is_renewing: it tries to reach its primary anew.
         is_renewed: it was told to reach its primary anew, and has had the time for it.
         is_closed: a primary that was told to take no writes.
-        is_drained: and that for a switchover.
+        is_drained: and that by a switchover or a failover, not by a person.
         is_quiet: and on which nobody writes any more.
         is_stuck: a standby that cannot follow: its log has something that the primary's has not.
         is_claimed: this driver, and no other, changes it now.
@@ -66,9 +68,11 @@ class Node:
     timeline: int = 0
     position: int = 0
     registered: int | None = None
+    began: int | None = None
     follows: str | None = None
     streams: bool = False
     is_lost: bool = False
+    is_renewing: bool = False
     is_renewed: bool = False
     is_closed: bool = False
     is_drained: bool = False
@@ -324,34 +328,90 @@ def _raised(view: View, policy: Policy, upstarts: list[Node], lawful: list[Node]
     (node,) = upstarts
     if view.adopts not in {None, node.name}:
         return Refuse(f"{view.adopts} was not promoted", f"{node.name} was")
-    if not (policy.follows or view.adopts):
+    if not (policy.follows or view.adopts or _is_ours(view, policy, node)):
         return Wait(f"{node.name} was promoted and waits for shardkit failover adopt")
+    if policy.acts and not (view.adopts or view.accepts_loss):
+        unsafe = _unsafe(view, policy, node)
+        if unsafe is not None:
+            return unsafe
     for old in lawful:
         if not _is_shut(view, old):
             return Fence(old.name)
     return Register(node.name)
 
 
+def _is_ours(view: View, policy: Policy, node: Node) -> bool:
+    """Tell whether a failover promoted it that has not ended: the other standbys are cut still.
+
+    No primary can have had a commit confirmed since, so it has all that was acknowledged.
+    """
+    others = [n for n in view.nodes if n.is_standby and n.follows in {CUT, node.name}]
+    return policy.acts and len(others) + 1 >= policy.needed
+
+
+def _unsafe(view: View, policy: Policy, node: Node) -> Action | None:
+    """Return what has to be done before a promoted server may be registered, or None.
+
+    Since it was promoted the old primary may have come back for a while, and a standby that
+    follows it may have confirmed what the promoted one lacks. So nobody may follow the old one
+    any more, and nobody may have more of its log than the promoted one began with.
+    """
+    standbys = [n for n in view.nodes if n.is_standby]
+    if len(standbys) + 1 < policy.needed:
+        return Refuse(
+            f"{node.name} was promoted, and {len(standbys) + 1} of {policy.needed} servers that "
+            "are needed answer: another may have what was acknowledged since",
+            "bring one of the others back, or run shardkit failover adopt",
+        )
+    loose = [n for n in standbys if n.follows not in {CUT, node.name}]
+    if loose:
+        unclaimed = tuple(sorted(n.name for n in loose if not n.is_claimed))
+        return Claim(unclaimed) if unclaimed else Cut(tuple(n.name for n in loose))
+    began = node.position if node.began is None else node.began
+    ahead = [n for n in standbys if n.timeline < node.timeline and n.position > began]
+    if ahead:
+        return Refuse(
+            f"{_names(ahead)} has more of the log than {node.name}, which was promoted",
+            f"stop {node.name} and promote {ahead[0].name}, or run shardkit failover adopt",
+        )
+    return None
+
+
+def _doubt(view: View, policy: Policy, leader: Node) -> Action | None:
+    """Return why nobody may be told to follow a primary that seems lawful, or None.
+
+    Standbys that had its timeline were taken away from it, and together with servers that do not
+    answer they are enough to have let one of those be promoted. Nobody can confirm commits to the
+    old one meanwhile. (Whoever was cut before it was promoted itself has an older timeline.)
+    """
+    silent = [n for n in view.nodes if not n.answers]
+    apart = [
+        n
+        for n in view.nodes
+        if n.is_standby and n.follows not in {leader.name, None} and n.timeline >= leader.timeline
+    ]
+    if silent and apart and len(silent) + len(apart) >= policy.needed:
+        return Refuse(
+            f"{_names(apart)} does not follow {leader.name} any more, and {_names(silent)} may "
+            "have been promoted: it does not answer",
+            "bring it back, or run shardkit failover --accept-loss",
+        )
+    return None
+
+
 def _tended(view: View, policy: Policy, leader: Node, upstarts: list[Node]) -> Action:
     """There is a primary: everybody is to follow it."""
+    if len(upstarts) == 1 and view.adopts is None and _is_ours(view, policy, upstarts[0]):
+        # It came back in the middle of a failover: to let standbys follow it again would have
+        # both confirm commits.
+        return _raised(view, policy, upstarts, [leader])
+    if policy.acts and not (view.accepts_loss or view.adopts):
+        doubt = _doubt(view, policy, leader)
+        if doubt is not None:
+            return doubt
     others = [n for n in view.nodes if n.name != leader.name]
-    if policy.acts:
-        for node in others:
-            if node.takes_writes and node not in upstarts and not _is_shut(view, node):
-                return Fence(node.name)
-        if view.wanted is not None and view.wanted != leader.name:
-            return _switched(view, leader, view.node(view.wanted))
-        if leader.is_drained:
-            return Open(leader.name)
-        for node in others:
-            # One that is told to follow an unknown name may know the primary by another one.
-            is_unknown = node.follows is None and node.streams
-            if (
-                node.is_standby
-                and node.follows != leader.name
-                and not (is_unknown or node.is_stuck)
-            ):
-                return Repoint(node.name, leader.name)
+    if policy.acts and (step := _gathered(view, leader, upstarts)):
+        return step
     if view.pooled is not None and view.pooled != leader.name:
         return Lead(leader.name)
     if policy.acts:
@@ -367,6 +427,24 @@ def _tended(view: View, policy: Policy, leader: Node, upstarts: list[Node]) -> A
     missing = [n.name for n in others if not (n.is_standby and n.streams)]
     told = f"{leader.name} is the primary, on timeline {leader.timeline}"
     return Wait(f"{told}; {', '.join(missing)} does not follow") if missing else Rest(told)
+
+
+def _gathered(view: View, leader: Node, upstarts: list[Node]) -> Action | None:
+    """Return what brings the others behind the primary, or another one in its place; or None."""
+    others = [n for n in view.nodes if n.name != leader.name]
+    for node in others:
+        if node.takes_writes and node not in upstarts and not _is_shut(view, node):
+            return Fence(node.name)
+    if view.wanted is not None and view.wanted != leader.name:
+        return _switched(view, leader, view.node(view.wanted))
+    if leader.is_drained:
+        return Open(leader.name)
+    for node in others:
+        # One that is told to follow an unknown name may know the primary by another one.
+        is_unknown = node.follows is None and node.streams
+        if node.is_standby and node.follows != leader.name and not (is_unknown or node.is_stuck):
+            return Repoint(node.name, leader.name)
+    return None
 
 
 def _switched(view: View, leader: Node, target: Node) -> Action:
@@ -401,9 +479,11 @@ def _lost(view: View, policy: Policy) -> Action:
             "bring one of the others back, or run shardkit failover --accept-loss",
         )
     if not has_begun and not any(n.is_lost or n.follows == CUT for n in standbys):
-        fresh = [n.name for n in standbys if not n.is_renewed]
+        fresh = [n.name for n in standbys if not (n.is_renewed or n.is_renewing)]
         if fresh:
             return Renew(fresh[0])
+        if any(n.is_renewing for n in standbys):
+            return Wait(f"{_names(standbys)} try to reach {view.leader}")
         return Wait(f"{_names(standbys)} still reach {view.leader}")
     return _succeeded(view, standbys)
 
@@ -422,8 +502,10 @@ def _succeeded(view: View, standbys: list[Node]) -> Action:
     """The primary is lost: a standby takes its place."""
     if not all(n.is_claimed for n in standbys):
         return Claim(tuple(sorted(n.name for n in standbys)))
-    if view.leader not in view.fenced | view.untouchable:
-        return Fence(view.leader)
+    # Who answers nothing may be the primary, whatever is remembered.
+    for node in view.nodes:
+        if not node.is_standby and node.name not in view.fenced | view.untouchable:
+            return Fence(node.name)
     linked = tuple(n.name for n in standbys if n.follows != CUT or n.streams)
     if linked:
         return Cut(linked)

@@ -161,15 +161,18 @@ class Server:
 
     # -- looking
 
-    def look(self, names: Mapping[tuple[str, str], str], *, fresh: bool) -> Heard:
+    def look(
+        self, names: Mapping[tuple[str, str], str], *, fresh: bool, within: float | None = None
+    ) -> Heard:
         """Return what the server says of itself.
 
         Args:
             names: of the servers, by host and port.
             fresh: by a new connection, and with a write where it is a primary.
+            within: seconds it has to answer; None for what is usual.
         """
         try:
-            with deadlines.deadline(self._timeout):
+            with deadlines.deadline(within or self._timeout):
                 if fresh and not self._is_claimed:
                     with self._opened(self._control) as connection:
                         return self._look(connection, names, writes=True)
@@ -203,9 +206,10 @@ class Server:
             follows=follows,
             streams=in_recovery and streams,
             is_lost=in_recovery and not streams and (waited is None or waited > _RENEWED),
+            is_renewing=waited is not None and waited <= _RENEWED,
             is_renewed=waited is not None and _RENEWED < waited < _RENEWALS,
             is_closed=closed and not in_recovery,
-            is_drained=closed and kind == "switchover" and not in_recovery,
+            is_drained=closed and kind in {"switchover", "fenced"} and not in_recovery,
             is_quiet=not busy,
             is_claimed=self.is_claimed,
             since=since,
@@ -307,7 +311,7 @@ class Server:
 
     def close(self) -> None:
         """Have a primary begin no transaction that writes; those under way go on."""
-        with self._patiently():
+        with self._patiently(self._timeout):
             self._set("default_transaction_read_only", "on")
 
     def open(self) -> None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
 
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import Config
@@ -17,10 +20,12 @@ from shardkit.errors import ConfigurationError, RefusedError, TryAgainError
 from shardkit.ops.failover import machine
 from shardkit.ops.failover.driver import Driver, Hook, Wish
 from shardkit.ops.failover.hosts import Host, host_of
+from shardkit.ops.failover.lost import LostRow, commits_beyond, fork_of, lost_rows, next_xid
 from shardkit.ops.failover.machine import Action, View
-from shardkit.topology import Topology
+from shardkit.ops.poolers import server_url
+from shardkit.topology import Topology, libpq_options, like
 
-__all__ = ["Done", "Progress", "adopt", "fail_over", "plan", "watch"]
+__all__ = ["Done", "Progress", "adopt", "fail_over", "list_lost", "plan", "watch"]
 
 Progress = Callable[[str, Action], object]
 """Told the name of a physical shard and each step; of steps that wait, only when they change."""
@@ -95,11 +100,14 @@ def fail_over(
                 f"{driver.leader} is the primary of {physical!r} and answers",
                 hint="for a switchover without loss add --planned",
             )
-        old = driver.leader
         wish = Wish(to=to, is_planned=is_planned, is_ordered=not is_planned,
                     accepts_loss=accepts_loss)  # fmt: skip
+
+        def is_done(view: View) -> bool:
+            return _is_led(view, driver.leader, to) and _is_settled(view, driver.leader)
+
         return _until(
-            driver, wish, lambda view: driver.leader != old and _is_settled(view, driver.leader),
+            driver, wish, is_done,
             timeout=timeout, progress=progress, clock=clock,
         )  # fmt: skip
     finally:
@@ -176,6 +184,43 @@ def plan(
         return view, machine.decide(view, driver.policy)
     finally:
         driver.close()
+
+
+def list_lost(
+    topology: Topology, physical: str, *, data: Path, old: str, pg_waldump: Path, timeline: int
+) -> list[LostRow]:
+    """Return the rows that only an old primary has; see `shardkit.ops.failover.lost`.
+
+    Args:
+        topology: as the configuration says; the primary of now is looked for.
+        physical: name of the physical shard.
+        data: the old primary's data folder; not made anew yet.
+        old: how to connect to it, started as a standby that follows nobody.
+        pg_waldump: the program, of the server's version.
+        timeline: of the old primary.
+
+    Raises:
+        OperationError: the log cannot be read, or it is no old primary.
+    """
+    shard = topology.physical[physical]
+    url = shard.control_url or shard.admin_url
+    servers = [libpq_options(like(url, server_url(shard, e))) for e in shard.endpoints]
+    where = {
+        **servers[0],
+        "host": ",".join(str(each["host"]) for each in servers),
+        "port": ",".join(str(each["port"]) for each in servers),
+        "target_session_attrs": "read-write",
+    }
+    with psycopg.connect(replication="database", autocommit=True, **where) as stream:
+        fork = fork_of(stream, timeline)
+    commits = commits_beyond(pg_waldump, data, timeline, fork)
+    with (
+        psycopg.connect(old, autocommit=True) as there,
+        psycopg.connect(autocommit=True, **where) as new,
+    ):
+        rows = new.execute("SELECT logical_shard FROM shardkit.ownership ORDER BY 1").fetchall()
+        first = next_xid(new, timeline)
+        return [*lost_rows(there, new, commits, [n for (n,) in rows], first_xid=first)]
 
 
 def watch(
@@ -274,6 +319,11 @@ def _until(
             )
         if not is_step:
             clock.sleep(_PAUSE)
+
+
+def _is_led(view: View, leader: str, to: str | None) -> bool:
+    """Tell whether there is a primary, and the one that is wanted."""
+    return view.node(leader).takes_writes and to in {None, leader}
 
 
 def _is_settled(view: View, leader: str) -> bool:

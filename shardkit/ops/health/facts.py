@@ -43,12 +43,14 @@ class Expected:
         pool: connections that one pool of a process may open: `pool.size` and `pool.overflow`.
         prepares: whether `pool.prepare_statements` says so; None leaves it to the version.
         processes: programs that use the cluster at the same time.
+        confirming: standbys that have to confirm each commit.
     """
 
     topology: Topology
     pool: int = 10
     prepares: bool | None = None
     processes: int = 1
+    confirming: int = 0
 
     @property
     def writers_pools(self) -> int:

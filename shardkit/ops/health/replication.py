@@ -59,6 +59,21 @@ def sync_wildcard(facts: Facts) -> Iterator[Problem]:
             )
 
 
+@check(
+    Severity.ERROR,
+    "ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (a, b)', on replicas too; "
+    "SELECT pg_reload_conf()",
+)
+def sync_missing(facts: Facts) -> Iterator[Problem]:
+    """durability.mode is sync, and too few standbys have to confirm a commit."""
+    for server in facts.servers:
+        number, _ = named_standbys(server.settings["synchronous_standby_names"])
+        if number < facts.expected.confirming:
+            yield Problem(
+                server.where, f"commits wait for {number} standbys, not {facts.expected.confirming}"
+            )
+
+
 @check(Severity.ERROR, "start those standbys, or take them out of synchronous_standby_names")
 def sync_blocked(facts: Facts) -> Iterator[Problem]:
     """Fewer standbys are connected than a commit waits for: every write hangs."""
@@ -195,6 +210,7 @@ def _names(server: Server) -> tuple[str, ...]:
 
 
 CHECKS = (
-    sync_wildcard, sync_blocked, sync_unknown, sync_undeclared, hot_standby, not_streaming,
-    other_lineage, replica_room, wal_senders, slots_room, slot_inactive, slot_lost, slot_unbounded,
+    sync_wildcard, sync_missing, sync_blocked, sync_unknown, sync_undeclared, hot_standby,
+    not_streaming, other_lineage, replica_room, wal_senders, slots_room, slot_inactive, slot_lost,
+    slot_unbounded,
 )  # fmt: skip

@@ -33,6 +33,9 @@ _OLDEST: Final = 160000
 """First version that keeps what it has received from going back, and lets others than superusers
 subscribe. Source: release notes of PostgreSQL 16."""
 
+_IDLE: Final = 3600
+"""Seconds for which nobody may use the slot of a copy, or of a way back."""
+
 _TRANSIENT: Final = 2.0
 """Seconds that a prepared transaction may be there: atomic commits over servers prepare and go."""
 
@@ -53,7 +56,9 @@ SELECT pg_is_in_recovery(), current_setting('server_version_num')::int,
     current_setting('data_directory', true),
     (SELECT count(*) FROM pg_stat_replication)::int,
     current_setting('max_active_replication_origins', true)::int
-        - (SELECT count(*) FROM pg_replication_origin)::int
+        - (SELECT count(*) FROM pg_replication_origin)::int,
+    coalesce((SELECT setting::int FROM pg_settings
+        WHERE name = 'idle_replication_slot_timeout' AND unit = 's'), 0)
 FROM pg_roles AS r WHERE r.rolname = session_user
 """
 
@@ -168,6 +173,8 @@ def _servers(source: Side, target: Side) -> Iterator[Check]:
             problems.append("no worker is free (max_logical_replication_workers)")
         if fact["origins"] is not None and fact["origins"] < 1:
             problems.append("no origin is free (max_active_replication_origins)")
+        if 0 < fact["idle"] < _IDLE:
+            problems.append("idle_replication_slot_timeout would end its slots")
         if not fact["may_replicate"]:
             problems.append("the mover's login may not replicate")
         if not fact["may_subscribe"]:
@@ -194,7 +201,7 @@ def _servers(source: Side, target: Side) -> Iterator[Check]:
 def _facts(side: Side) -> dict[str, Any]:
     names = (
         "replica", "version", "system", "wal_level", "standbys", "slots", "senders", "keep",
-        "workers", "may_replicate", "may_subscribe", "folder", "n_senders", "origins",
+        "workers", "may_replicate", "may_subscribe", "folder", "n_senders", "origins", "idle",
     )  # fmt: skip
     row = side.connection.execute(_FACTS).fetchone()
     assert row is not None, "the login is a role"

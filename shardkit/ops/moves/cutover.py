@@ -8,7 +8,7 @@ that row on the target has everything. Called by the driver; decides nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,17 @@ from shardkit.clock import SYSTEM
 from shardkit.gates import lsn_of
 from shardkit.topology import schema_name
 
-__all__ = ["MARGIN", "Frozen", "flushed", "freeze", "land", "reached", "touch"]
+__all__ = [
+    "MARGIN",
+    "Frozen",
+    "flushed",
+    "freeze",
+    "has_standbys",
+    "land",
+    "reached",
+    "snapshot",
+    "touch",
+]
 
 Connection = psycopg.Connection[Any]
 
@@ -41,17 +51,23 @@ SELECT (SELECT state FROM {ids}),
 _SEQUENCES: Final = """
 SELECT setval(q.seqrelid, CASE
     WHEN q.seqincrement > 0 THEN least(q.seqmax, s.value::bigint
-        + least(q.seqincrement * greatest(%(margin)s, 2 * q.seqcache), q.seqmax - s.value::bigint))
+        + least(q.seqincrement * greatest({margin}, 2 * q.seqcache), q.seqmax - s.value::bigint))
     ELSE greatest(q.seqmin, s.value::bigint
-        + greatest(q.seqincrement * greatest(%(margin)s, 2 * q.seqcache),
+        + greatest(q.seqincrement * greatest({margin}, 2 * q.seqcache),
             q.seqmin - s.value::bigint)) END)
-FROM json_each_text(%(values)s) AS s (name, value)
-    JOIN pg_sequence AS q ON q.seqrelid = to_regclass(format('%%I.%%I', %(schema)s::text, s.name))
+FROM json_each_text({values}) AS s (name, value)
+    JOIN pg_sequence AS q ON q.seqrelid = to_regclass(format('%I.%I', {schema}::text, s.name))
 """
 
 _POLLS: Final = (0.0005, 0.001, 0.002)
 
 # No lock. A replica that is connected may be promoted; subscribers use logical slots.
+_STANDBYS: Final = """
+SELECT FROM pg_stat_replication AS r
+WHERE NOT EXISTS (SELECT FROM pg_replication_slots AS s
+    WHERE s.active_pid = r.pid AND s.slot_type = 'logical') LIMIT 1
+"""
+
 _FLUSHED: Final = """
 SELECT coalesce(bool_and(r.flush_lsn >= %s::pg_lsn), true)
 FROM pg_stat_replication AS r
@@ -94,6 +110,13 @@ def freeze(connection: Connection, logical_shard: int) -> Frozen:
     return Frozen(row[0], row[1] or {}, lsn_of(row[2].encode()))
 
 
+def snapshot(connection: Connection) -> None:
+    """Begin a transaction whose snapshot is of now; it stays open."""
+    connection.execute(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM pg_class LIMIT 1"
+    )
+
+
 def touch(connection: Connection, logical_shard: int) -> int:
     """Change a row of the source that nobody reads, and return what the target will have then."""
     row = connection.execute(
@@ -130,29 +153,33 @@ def reached(connection: Connection, logical_shard: int, state: int, seconds: flo
         n += 1
 
 
-def land(
-    connection: Connection,
-    logical_shard: int,
-    frozen: Frozen,
-    note: Callable[[Connection], None],
-) -> None:
+def land(connection: Connection, logical_shard: int, frozen: Frozen, note: sql.Composed) -> None:
     """Set the sequences of the target past what was given away, and have all of it on disk.
 
     The transaction writes the journal and is synchronous, so whatever was applied before is on
-    disk, too, and on the standbys that commits wait for.
+    disk, too, and on the standbys that commits wait for. One round trip.
+
+    Args:
+        connection: to the target, in autocommit mode.
+        logical_shard: which.
+        frozen: what the source says.
+        note: what is written into the journal.
     """
-    with connection.transaction():
-        connection.execute("SET LOCAL synchronous_commit = on")
-        if frozen.sequences:
-            connection.execute(
-                _SEQUENCES,
-                {
-                    "margin": MARGIN,
-                    "values": json.dumps(dict(frozen.sequences)),
-                    "schema": schema_name(logical_shard),
-                },
-            )
-        note(connection)
+    script: list[sql.Composable] = [sql.SQL("BEGIN; SET LOCAL synchronous_commit = on"), note]
+    if frozen.sequences:
+        values = json.dumps(dict(frozen.sequences))
+        schema = schema_name(logical_shard)
+        script.append(sql.SQL(_SEQUENCES).format(margin=MARGIN, values=values, schema=schema))
+    try:
+        connection.execute(sql.SQL(";").join([*script, sql.SQL("COMMIT")]))
+    finally:
+        if not connection.closed and connection.info.transaction_status:
+            connection.rollback()
+
+
+def has_standbys(connection: Connection) -> bool:
+    """Return whether any replica is connected that may be promoted."""
+    return connection.execute(_STANDBYS).fetchone() is not None
 
 
 def flushed(connection: Connection, lsn: int, seconds: float) -> bool:

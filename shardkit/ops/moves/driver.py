@@ -6,8 +6,9 @@ means: that the step cannot succeed, that it may at another time, or that a serv
 
 from __future__ import annotations
 
-import random
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -20,21 +21,20 @@ from shardkit.errors import (
     MoveError,
     OutcomeUnknownError,
     RefusedError,
+    ShardkitError,
     TryAgainError,
 )
 from shardkit.ops.blame import first_line
-from shardkit.ops.moves import replication, transactions
-from shardkit.ops.moves.journal import Journal, read_journal
+from shardkit.ops.moves import entries, transactions
+from shardkit.ops.moves.lookout import Lookout
 from shardkit.ops.moves.machine import (
     INHERITED,
     Do,
     Done,
-    Facts,
     GiveUp,
     Goal,
     Step,
     Stop,
-    View,
     Wait,
     decide,
 )
@@ -53,9 +53,6 @@ _PATIENCE: Final = 10.0
 
 _LOCKS: Final = 20
 """Attempts, half a second apart, to get the DDL lock while a migration is at work."""
-
-_DDL: Final = 3.0
-"""Seconds between two looks for DDL that somebody has run in spite of the lock."""
 
 _QUIET: Final = frozenset({Step.DRAIN, Step.DECIDE, Step.ACTIVATE, Step.LIFT})
 """Steps that write down by themselves what they do: nobody waits for a second line."""
@@ -101,7 +98,7 @@ class Outcome:
     n_fences: int
 
 
-class Driver:
+class Driver(Lookout):
     """One attempt at a move.
 
     Args:
@@ -109,6 +106,7 @@ class Driver:
         goal: what it is to reach.
         hook: see `Hook`.
         is_held: whether to stop before the fence.
+        stop: set to have it stop where that is safe; a resume goes on.
         is_resumed: whether somebody has begun it before.
     """
 
@@ -119,25 +117,17 @@ class Driver:
         *,
         hook: Hook = lambda _name: None,
         is_held: bool = False,
+        stop: threading.Event | None = None,
         is_resumed: bool = False,
     ) -> None:
-        self.work = work
-        self._goal = goal
+        super().__init__(work, goal, is_held=is_held)
         self._hook = hook
         self._is_resumed = is_resumed
-        self._facts = Facts(is_held=is_held)
-        self._done: frozenset[Step] = frozenset()
-        self._journal = Journal()
+        self._stop = stop or threading.Event()
+        self._report, work.report = work.report, self._reported
         self._why: MoveError | TryAgainError | None = None
-        self._verified: float | None = None
-        self._fence_failed: float | None = None
-        self._moved: tuple[str | None, float] = (None, 0.0)
-        self._errors: int | None = None
-        self._looked = 0.0
-        self._timeline: int | None = None
-        self._is_target_up = True
-        self._n_fences = 0
         self._n_locks = 0
+        self._presence: Presence | None = None
 
     def run(self) -> Outcome:
         """Go on until the goal is reached.
@@ -150,13 +140,16 @@ class Driver:
         """
         began = SYSTEM.monotonic()
         work = self.work
-        presence = Presence(work.target, work.logical_shard)
+        presence = self._presence = Presence(work.target, work.logical_shard)
         try:
             self._begin(presence)
             while self._step(presence):
                 pass
+        except (KeyboardInterrupt, SystemExit):
+            self._leave()
+            raise
         finally:
-            work.close()
+            work.end()
             presence.close()
         if self._why is not None:
             raise self._why
@@ -173,6 +166,26 @@ class Driver:
             0 if work.diff is None else work.diff.n_rows,
             self._n_fences,
         )
+
+    def _leave(self) -> None:
+        """Give the writes back, since nobody goes on: Ctrl-C between the fence and the decision."""
+        source = self.work.rows.get("source")
+        if source is not None and source.state is State.FENCED:
+            with suppress(psycopg.Error, ShardkitError):
+                self.work.close()
+                self.work.do(Step.LIFT, self._goal)
+
+    def _reported(self, report: Report) -> None:
+        """Pass on how far a step is, unless it is to stop."""
+        self._report(report)
+        source = self.work.rows.get("source")
+        is_open = source is None or source.state is State.ACTIVE
+        if self._stop.is_set() and is_open:
+            raise TryAgainError(
+                "stopped, as it was told to",
+                hint=f"shardkit move resume {report.logical_shard} goes on, abort gives it up",
+                logical_shard=report.logical_shard,
+            )
 
     def _begin(self, presence: Presence) -> None:
         """End whoever was at it before, and take the move up."""
@@ -200,11 +213,7 @@ class Driver:
     def _step(self, presence: Presence) -> bool:
         """Do what comes next; return whether anything is left."""
         if presence.is_lost:
-            raise EndpointUnavailableError(
-                "the session that holds the mover's lock has ended",
-                hint="another mover may have taken over; else: shardkit move resume",
-                logical_shard=self.work.logical_shard,
-            )
+            presence.check()
         match decide(self._view()):
             case Do(step):
                 self._do(step)
@@ -261,106 +270,6 @@ class Driver:
         if step in {Step.FOLLOW, Step.INDEX, Step.COPY, Step.CATCH_UP}:
             self._follow()
 
-    # -- looking
-
-    def _view(self) -> View:
-        work, now = self.work, SYSTEM.monotonic()
-        source = work.rows.get("source")
-        age = self._facts.fence_age
-        if source is not None and source.state is State.FENCED and work.fenced is not None:
-            age = now - work.fenced
-        facts = replace(
-            self._facts,
-            verified=None if self._verified is None else now - self._verified,
-            fence_age=age,
-            is_drained=work.is_drained,
-            n_fences=self._n_fences,
-            since_fence=None if self._fence_failed is None else now - self._fence_failed,
-            blocker=work.blocker,
-            pause=random.random(),  # noqa: S311  spreads what is tried again
-        )
-        return View(
-            work.move,
-            self._goal,
-            work.target.name,
-            source,
-            work.rows.get("target"),
-            self._done,
-            self._timeline,
-            self._is_target_up,
-            facts,
-        )
-
-    def _look(self) -> None:
-        """Read both rows and the journal; a server that does not answer is down."""
-        work, number = self.work, self.work.logical_shard
-        try:
-            source = work.on("source")
-            work.rows["source"] = row = transactions.row_of(source, number)
-            at, self._timeline = transactions.now(source)
-            age = None if row is None or row.fenced_at is None else at - row.fenced_at
-            self._facts = replace(self._facts, fence_age=age)
-        except (EndpointUnavailableError, psycopg.OperationalError):
-            self._timeline = None
-        try:
-            target = work.on("target")
-            work.rows["target"] = transactions.row_of(target, number)
-            self._journal = read_journal(target, number, work.move.id)
-            self._is_target_up = True
-        except (EndpointUnavailableError, psycopg.OperationalError):
-            self._is_target_up = False
-            return
-        self._done = self._journal.done(self._goal)
-        first = self._journal.noted("timeline")
-        self._facts = replace(self._facts, first_timeline=first)
-        for row in work.rows.values():
-            if row is not None and row.move_id == work.move.id and row.attempt > work.move.attempt:
-                raise RefusedError(
-                    f"attempt {row.attempt} has taken the move over",
-                    hint="this mover is no longer wanted",
-                    logical_shard=number,
-                )
-        self._follow()
-
-    def _follow(self) -> None:
-        """See how far the target is, and whether it can go on."""
-        work, now = self.work, SYSTEM.monotonic()
-        row = work.rows.get("source")
-        is_open = row is not None and row.state is State.ACTIVE
-        if is_open:
-            work.fenced, work.is_drained = None, False
-        if not (is_open and self._goal is Goal.MOVE and Step.COPY in self._done):
-            return
-        try:
-            found = replication.progress(work.on("source"), work.on("target"), work.logical_shard)
-            odd = None
-            if now - self._looked > _DDL and Step.INDEX in self._done:
-                self._looked = now
-                odd = work.same_shape()
-        except (EndpointUnavailableError, psycopg.OperationalError) as error:
-            self._lost(Step.CATCH_UP, error)
-            return
-        is_following = Step.FOLLOW in self._done
-        if found.position != self._moved[0] or found.lag_bytes == 0:
-            self._moved = found.position, now
-        if self._errors is None:
-            self._errors = found.errors
-        broken = found.lost
-        if not found.has_slot:
-            broken = "the replication slot is gone"
-        elif is_following and not found.is_enabled:
-            broken = "the subscription is gone, or was disabled"
-        elif odd:
-            broken = f"DDL in the middle of the move: {'; '.join(odd)}"
-        elif found.errors > self._errors + 1 and found.lag_bytes:
-            broken = f"the target cannot apply: {found.conflicts or 'its log says why'}"
-        self._facts = replace(
-            self._facts,
-            lag_bytes=found.lag_bytes if is_following else None,
-            stalled=now - self._moved[1] if is_following else 0.0,
-            broken=broken,
-        )
-
     # -- writing down
 
     def _note(
@@ -374,7 +283,7 @@ class Driver:
         """Write a line into the journal."""
         goal = goal or self._goal
         text = name if goal is Goal.MOVE else f"{goal}: {name}"
-        transactions.journal(
+        entries.journal(
             self.work.on("target"),
             self.work.logical_shard,
             self.work.move,
@@ -453,6 +362,8 @@ class Driver:
             self._failed(step, error)
             return
         self.work.close()
+        if self._presence is not None:
+            self._presence.check()  # a mover that was frozen finds out before it does anything
         until = SYSTEM.monotonic() + _PATIENCE
         while True:
             self._look()

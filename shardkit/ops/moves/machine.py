@@ -247,7 +247,8 @@ def _forward(view: View) -> Action:
     if source.state is State.IMPORTING:
         return Stop("the source is receiving a copy itself")
     if not _owns(source, view):
-        return Do(Step.CLAIM)
+        # Claimed once and claimed no more: somebody has given the move up meanwhile.
+        return Stop("the move was given up") if Step.CLAIM in view.done else Do(Step.CLAIM)
     if _is_promoted(view):
         return _promoted(view)
     if source.state is State.FENCED:

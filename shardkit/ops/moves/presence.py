@@ -13,13 +13,17 @@ from typing import Any, Final
 import psycopg
 
 from shardkit.errors import EndpointUnavailableError, RefusedError
-from shardkit.ops.direct import parameters
+from shardkit.ops.direct import Unguarded, parameters
 from shardkit.topology import PhysicalShard
+from shardkit.waits import Connection
 
 __all__ = ["SILENCE", "Presence", "application", "end_others", "open_connection"]
 
 SILENCE: Final = 5.0
 """Seconds without a sign of life after which a mover is taken for frozen."""
+
+PATIENCE: Final = 20.0
+"""Seconds that a server has to answer what takes no time; the network may lose what was sent."""
 
 _BEAT: Final = 1.0
 
@@ -54,9 +58,15 @@ def application(logical_shard: int) -> str:
 
 
 def open_connection(
-    shard: PhysicalShard, logical_shard: int, **options: Any
+    shard: PhysicalShard, logical_shard: int, *, patience: float | None = PATIENCE, **options: Any
 ) -> psycopg.Connection[Any]:
     """Open a connection of a mover in autocommit mode, to the primary of a physical shard.
+
+    Args:
+        shard: which.
+        logical_shard: that is moved.
+        patience: seconds it waits for an answer; None for as long as it takes.
+        options: further ones of libpq.
 
     Raises:
         EndpointUnavailableError: it does not accept the connection (retryable).
@@ -64,7 +74,13 @@ def open_connection(
     url = shard.mover_url or shard.admin_url
     given = parameters(url, application=application(logical_shard))
     try:
-        connection = psycopg.connect(autocommit=True, **{**given, **_ALIVE, **options})
+        given = {**given, **_ALIVE, **options}
+        if patience is None:
+            connection = psycopg.connect(autocommit=True, **given)
+        else:
+            connection = Connection.open(
+                "", patience=patience, guard=Unguarded(), autocommit=True, **given
+            )
         if "replication" not in options:
             if shard.roles.owner not in {url.username, shard.roles.admin}:
                 connection.execute(
@@ -110,6 +126,7 @@ class Presence:
         self._shard = logical_shard
         self._stop = threading.Event()
         self.is_lost = False
+        self._asking = threading.Lock()
         try:
             self._take()
         except BaseException:
@@ -122,6 +139,25 @@ class Presence:
     def pid(self) -> int:
         """Process id of its session on the target."""
         return self._connection.info.backend_pid
+
+    def check(self) -> None:
+        """Make sure that this mover has the lock still.
+
+        Raises:
+            EndpointUnavailableError: it has not: another mover may have taken over.
+        """
+        if not self.is_lost:
+            try:
+                with self._asking:
+                    self._connection.execute("SELECT 1")
+            except psycopg.Error:
+                self.is_lost = True
+        if self.is_lost:
+            raise EndpointUnavailableError(
+                "the session that holds the mover's lock has ended",
+                hint="another mover may have taken over; else: shardkit move resume",
+                logical_shard=self._shard,
+            )
 
     def close(self) -> None:
         """Give the lock back."""
@@ -156,7 +192,8 @@ class Presence:
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT):
             try:
-                self._connection.execute("SELECT 1")
+                with self._asking:
+                    self._connection.execute("SELECT 1")
             except psycopg.Error:
                 self.is_lost = True
                 return

@@ -53,7 +53,7 @@ SELECT s.active_pid, s.wal_status, to_jsonb(s) ->> 'invalidation_reason',
     coalesce(r.replay_lsn, s.confirmed_flush_lsn)::text
 FROM pg_catalog.pg_replication_slots AS s
     LEFT JOIN pg_catalog.pg_stat_replication AS r ON r.pid = s.active_pid
-WHERE s.slot_name = %s
+WHERE s.slot_name = %s AND s.database = current_database()
 """
 
 # AccessShareLock on catalogues. Counters of conflicts came with PostgreSQL 18.
@@ -154,7 +154,7 @@ def exported_slot(connection: Connection, logical_shard: int) -> str:
 def make_slot(connection: Connection, logical_shard: int) -> None:
     """Make the slot where there is none; waits for every transaction that is writing now."""
     name = name_of(logical_shard)
-    found = connection.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", (name,))
+    found = connection.execute(_SLOT, (name,))
     if found.fetchone() is None:
         connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
 
@@ -163,7 +163,8 @@ def advance_slot(connection: Connection, logical_shard: int) -> None:
     """Let a slot that nobody uses begin now: what came before is not sent."""
     connection.execute(
         "SELECT pg_replication_slot_advance(slot_name, pg_current_wal_flush_lsn()) "
-        "FROM pg_replication_slots WHERE slot_name = %s AND active_pid IS NULL",
+        "FROM pg_replication_slots WHERE slot_name = %s AND active_pid IS NULL "
+        "AND database = current_database()",
         (name_of(logical_shard),),
     )
 
@@ -175,7 +176,10 @@ def drop_slot(connection: Connection, logical_shard: int, *, attempts: int = 100
         TryAgainError: it stays in use (retryable).
     """
     name = name_of(logical_shard)
-    query: LiteralString = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
+    query: LiteralString = (
+        "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s "
+        "AND database = current_database()"
+    )
     for _ in range(attempts):
         row = connection.execute(query, (name,)).fetchone()
         if row is None:

@@ -20,6 +20,7 @@ from shardkit.errors import OutcomeUnknownError, RefusedError, TryAgainError
 from shardkit.gates import lsn_of
 from shardkit.ids import MAX_AHEAD_MS, SEQUENCE_BITS
 from shardkit.ops.blame import blockers, first_line
+from shardkit.ops.moves.entries import noted
 from shardkit.ops.moves.transitions import Action, Decide, Event, Fence, Move, Row, Yield, step
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.ownership import State
@@ -29,7 +30,6 @@ __all__ = [
     "LOCK_TIMEOUT",
     "Changed",
     "change",
-    "journal",
     "now",
     "promote",
     "rehearse",
@@ -59,7 +59,7 @@ _READ: Final = f"SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard =
 _WRITE: Final = """
 INSERT INTO shardkit.ownership
     (logical_shard, epoch, state, moved_to, move_id, attempt, fenced_at, fence_timeline)
-VALUES (%s, %s, %s, %s, %s, %s, to_timestamp(%s), %s)
+VALUES ({}, {}, {}, {}, {}::uuid, {}, to_timestamp({}), {})
 ON CONFLICT (logical_shard) DO UPDATE SET epoch = excluded.epoch, state = excluded.state,
     moved_to = excluded.moved_to, move_id = excluded.move_id, attempt = excluded.attempt,
     fenced_at = excluded.fenced_at, fence_timeline = excluded.fence_timeline
@@ -91,7 +91,7 @@ BEGIN
     SET LOCAL lock_timeout = {lock_timeout};
     EXECUTE 'LOCK TABLE ' || tables || ' IN EXCLUSIVE MODE';
 END $$;
-UPDATE {ids} SET state = state + 1
+UPDATE {ids} SET state = state + 1 RETURNING state
 """
 
 _PATIENCE: Final = 2.0
@@ -119,11 +119,13 @@ class Changed:
         before: the row until then; None where there was none.
         row: the row now.
         lsn: a log position after the commit, in bytes: whoever has replayed it has seen it.
+        state: of ids, after a lock: the last that was written before the tables were closed.
     """
 
     before: Row | None
     row: Row
     lsn: int
+    state: int | None = None
 
 
 def row_of(connection: Connection, logical_shard: int) -> Row | None:
@@ -187,21 +189,24 @@ def change(
         if not isinstance(event, Event):
             event = event(float(clock[0][0]), int(clock[0][1]))
         decided = step(before, event)
+        state = None
         script = [_doing(number, action, lock_timeout) for action in decided.actions]
         if isinstance(event, Fence | Decide | Yield):
             script.append(_writers_of(number, roles, granted=True))
-        if script:
+        if decided.row != before:
+            script.append(sql.SQL(_WRITE).format(number, *_values(decided.row)))
+        if note is not None:
+            move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
+            script.append(noted(number, move, type(event).__name__, detail=note))
+        if script:  # in one round trip
             found = _sets(connection.execute(sql.SQL(";").join(script)))
             if isinstance(event, Fence | Decide | Yield):
                 _refuse(found[-1])
-        if decided.row != before:
-            connection.execute(_WRITE, (number, *_values(decided.row)))
-        if note is not None:
-            move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
-            journal(connection, number, move, type(event).__name__, detail=note)
+            if Action.LOCK in decided.actions:
+                state = int(found[0][0][0])
         sent = True
         [(lsn,)] = _sets(connection.execute(_DONE))[-1]
-        return Changed(before, decided.row, lsn_of(lsn.encode()))
+        return Changed(before, decided.row, lsn_of(lsn.encode()), state)
     except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
         connection.rollback()
         raise TryAgainError(
@@ -243,13 +248,17 @@ def promote(
     """
     with connection.transaction():
         # Not confirmed by standbys, which follow only now, and ask for the newest timeline.
-        connection.execute("SET LOCAL synchronous_commit = local")
+        connection.execute(
+            "SET LOCAL transaction_read_only = off; SET LOCAL synchronous_commit = local"
+        )
         # A row lock on the identity keeps two from doing it at once.
         found = connection.execute(
-            f"SELECT timeline, {TIMELINE} FROM shardkit.identity FOR UPDATE".encode()
+            f"SELECT timeline, {TIMELINE}, pg_catalog.pg_snapshot_xmax("
+            "pg_catalog.pg_current_snapshot())::text::bigint % 4294967296 "
+            "FROM shardkit.identity FOR UPDATE".encode()
         ).fetchone()
         assert found is not None, "a primary that shardkit has set up"
-        registered, timeline = found
+        registered, timeline, next_xid = found
         if registered == timeline:
             return timeline, []
         rows = (
@@ -265,38 +274,17 @@ def promote(
                 sql.SQL(_PASS_IDS).format(sql.Identifier(schema_name(number), "shardkit_id_state"))
             )
         connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
+        noted = {"before": registered, "next_xid": next_xid, **(detail or {})}
         connection.execute(
             "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
             "VALUES ('promoted', %s, %s, %s)",
-            (server, timeline, json.dumps({"before": registered, **(detail or {})})),
+            (
+                server,
+                timeline,
+                json.dumps(noted),
+            ),
         )
         return timeline, sorted(number for (number,) in rows)
-
-
-def journal(
-    connection: Connection,
-    logical_shard: int,
-    move: Move,
-    name: str,
-    *,
-    is_done: bool = True,
-    detail: Mapping[str, Any] | None = None,
-) -> None:
-    """Write into the journal of moves that a step begins, or is done.
-
-    Args:
-        connection: to the primary of the target.
-        logical_shard: that is moved.
-        move: which attempt.
-        name: of the step.
-        is_done: False before it, True after it.
-        detail: what a resume needs to know.
-    """
-    connection.execute(
-        "INSERT INTO shardkit.move_journal (move_id, attempt, logical_shard, step, is_done, lsn, "
-        "detail) VALUES (%s, %s, %s, %s, %s, pg_catalog.pg_current_wal_insert_lsn(), %s)",
-        (move.id, move.attempt, logical_shard, name, is_done, json.dumps(detail or {})),
-    )
 
 
 def rehearse(connection: Connection, logical_shard: int, *actions: Action) -> None:

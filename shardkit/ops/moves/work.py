@@ -6,9 +6,7 @@ beforehand: between the fence and the activation there is no time to connect.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import psycopg
@@ -16,10 +14,10 @@ import psycopg
 from shardkit.clock import SYSTEM
 from shardkit.errors import MoveError, RefusedError, TryAgainError
 from shardkit.ops import ddllocks
-from shardkit.ops.moves import copying, cutover, replication, rows, shapes, transactions
-from shardkit.ops.moves.machine import BUDGET, STALL, Goal, Step
+from shardkit.ops.moves import copying, cutover, entries, replication, rows, shapes, transactions
+from shardkit.ops.moves.machine import Goal, Step
 from shardkit.ops.moves.presence import application, open_connection
-from shardkit.ops.moves.rows import Diff, Key
+from shardkit.ops.moves.sides import Report, Script, Sides
 from shardkit.ops.moves.transactions import Changed, change
 from shardkit.ops.moves.transitions import (
     Action,
@@ -32,18 +30,13 @@ from shardkit.ops.moves.transitions import (
     Lift,
     Move,
     Release,
-    Row,
     Yield,
 )
 from shardkit.ownership import State
-from shardkit.topology import PhysicalShard, Topology
 
 __all__ = ["Report", "Script", "Work"]
 
 Connection = psycopg.Connection[Any]
-
-Script = Callable[[PhysicalShard, int, Connection], str]
-"""Makes the SQL of an empty logical shard: for which server and number, as this source has it."""
 
 _REPLICAS: Final = 10.0
 """Seconds to wait for replicas of the source to have the decision; it stands anyhow."""
@@ -51,86 +44,12 @@ _REPLICAS: Final = 10.0
 _NEAR: Final = 0.3
 """Seconds that a change may take to the target for a fence to be worth trying."""
 
-_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM pg_class LIMIT 1"
-
 _SLOT_PATIENCE: Final = 60.0
 """Seconds that a new slot waits for transactions that are writing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """How far a step is, for those who watch.
-
-    Attributes:
-        logical_shard: that is moved.
-        step: which step.
-        text: what of it, such as a table.
-        done: bytes, tables or the like that are through.
-        total: of how many; 0 where nobody knows.
-        unit: what is counted: "bytes", "tables", "parts"; "" for nothing.
-    """
-
-    logical_shard: int
-    step: str
-    text: str = ""
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-
-
-@dataclass
-class Work:
-    """One attempt at a move, with its connections.
-
-    Attributes:
-        inherits: the move whose copy a way back uses; None for a move of its own.
-        hot: rows that change too often to compare before the fence.
-        fenced: monotonic time at which this mover fenced; None where it has not.
-        is_drained: whether the target has everything of the present fence.
-        pause: seconds from the fence to the activation, once both are done.
-    """
-
-    topology: Topology
-    logical_shard: int
-    move: Move
-    source: PhysicalShard
-    target: PhysicalShard
-    script: Script
-    report: Callable[[Report], None]
-    lock_timeout: float
-    inherits: str | None = None
-    rows: dict[str, Row | None] = field(default_factory=dict)
-    hot: dict[str, list[Key]] = field(default_factory=dict)
-    fenced: float | None = None
-    is_drained: bool = False
-    pause: float | None = None
-    diff: Diff | None = None
-    blocker: str | None = None
-    _open: dict[str, Connection] = field(default_factory=dict)
-    _print: tuple[str, float] | None = None
-    _is_frozen: bool = False
-
-    # -- connections
-
-    def on(self, side: str, use: str = "control") -> Connection:
-        """Return the connection for a use to "source" or "target"; opened at the first time."""
-        key = f"{side} {use}"
-        found = self._open.get(key)
-        if found is None or found.closed or found.broken:
-            shard = self.source if side == "source" else self.target
-            found = self._open[key] = open_connection(shard, self.logical_shard)
-            if use == "rows":
-                rows.prepare(found)
-        return found
-
-    def close(self) -> None:
-        """Close every connection."""
-        for connection in self._open.values():
-            connection.close()
-        self._open.clear()
-        self._is_frozen = False
-
-    # -- the steps
+class Work(Sides):
+    """The steps, by name."""
 
     def do(self, step: Step, goal: Goal) -> None:
         """Carry a step out.
@@ -184,6 +103,7 @@ class Work:
         slot = open_connection(
             self.source,
             number,
+            patience=None,
             replication="database",
             options=f"-c lock_timeout={round(_SLOT_PATIENCE * 1000)} -c statement_timeout=0",
         )
@@ -205,13 +125,15 @@ class Work:
                 done += n_bytes
                 self.report(Report(number, Step.COPY, table, done, total, "bytes"))
 
-            copying.copy(self.on("source", "rows"), target, number, snapshot, on_bytes)
+            into = self.on("target", "long")
+            copying.copy(self.on("source", "rows"), into, number, snapshot, on_bytes)
 
     def _index(self, _goal: Goal) -> None:
         def on_part(name: str, done: int, total: int) -> None:
             self.report(Report(self.logical_shard, Step.INDEX, name, done, total, "parts"))
 
-        copying.complete(self.on("source"), self.on("target"), self.logical_shard, on_part)
+        target = self.on("target", "long")
+        copying.complete(self.on("source"), target, self.logical_shard, on_part)
 
     def _follow(self, _goal: Goal) -> None:
         replication.enable(self.on("target"), self.logical_shard, self._url(self.source))
@@ -242,6 +164,8 @@ class Work:
         for side in ("source", "target"):  # opened while nobody waits for them
             self._thaw(self.on(side, "rows"))
         self._same_shape()
+        self._state, self._snapshot = None, None
+        self._has_standbys = cutover.has_standbys(source)
         replication.advance_slot(target, number)
         transactions.rehearse(source, number, Action.CLOSE_WRITES)
         transactions.rehearse(target, number, Action.OPEN)
@@ -258,28 +182,31 @@ class Work:
         )
         self.fenced = SYSTEM.monotonic()
         self.is_drained = False
+        self._state = changed.state
         self._changed("source", changed)
 
     def _drain(self, _goal: Goal) -> None:
-        target, number = self.on("target"), self.logical_shard
+        source, target, number = self.on("source"), self.on("target"), self.logical_shard
         here, there = self.on("source", "rows"), self.on("target", "rows")
         self._thaw(here)
-        frozen = cutover.freeze(here, number)
+        self._thaw(there)
+        # Beside the target's apply.
+        freezing = self._pool.submit(cutover.freeze, here, number)
+        state = self._state if self._state is not None else freezing.result().state
+        is_here = cutover.reached(target, number, state, self._left()) is not None
+        frozen = freezing.result()
         self._is_frozen = True
-        if cutover.reached(target, number, frozen.state, self._left()) is None:
+        if not is_here:
             raise TryAgainError("the target has not applied everything in time")
-        if not cutover.flushed(self.on("source"), frozen.lsn, self._left()):
+        if self._has_standbys and not cutover.flushed(source, frozen.lsn, self._left()):
             raise TryAgainError("a replica of the source has not received the fence in time")
         if odd := rows.differing(here, target, number, self.hot):
             raise MoveError(f"rows of {', '.join(odd)} differ in the fence")
 
-        def note(connection: Connection) -> None:
-            transactions.journal(connection, number, self.move, Step.DRAIN, detail={})
-
-        cutover.land(target, number, frozen, note)
-        self._thaw(there)
-        there.execute(_SNAPSHOT)
-        # The transaction above was synchronous: replicas that commits wait for have it.
+        # Beside the decision; nothing but the apply writes there before the activation.
+        self._snapshot = self._pool.submit(cutover.snapshot, there)
+        # Synchronous: replicas that commits wait for have it, and all that came before.
+        cutover.land(target, number, frozen, entries.noted(number, self.move, Step.DRAIN))
         self.is_drained = True
 
     def _decide(self, _goal: Goal) -> None:
@@ -289,11 +216,14 @@ class Work:
             source, number, lambda _at, timeline: Decide(self.move, timeline), roles=roles
         )
         self._changed("source", changed)
-        cutover.flushed(source, changed.lsn, _REPLICAS)
+        if self._has_standbys:
+            cutover.flushed(source, changed.lsn, _REPLICAS)
 
     def _activate(self, _goal: Goal) -> None:
         source = self.rows["source"]
         assert source is not None, "it has handed over"
+        if self._snapshot is not None:
+            self._snapshot.result()
         event = Activate(self.move, source, self.target.name)
         self._changed("target", change(self.on("target"), self.logical_shard, event, note={}))
         if self.fenced is not None:
@@ -388,69 +318,3 @@ class Work:
             if row is not None and row.move_id == self.move.id:
                 event = Release(self.move)
                 self._changed(side, change(self.on(side), self.logical_shard, event))
-
-    # -- what steps share
-
-    def _url(self, shard: PhysicalShard) -> Any:
-        return shard.mover_url or shard.admin_url
-
-    def _left(self) -> float:
-        if self.fenced is None:  # fenced by an attempt before this one
-            return 0.5
-        return max(0.0, self.fenced + BUDGET - SYSTEM.monotonic())
-
-    def _thaw(self, connection: Connection) -> None:
-        self._is_frozen = False
-        if not connection.closed:
-            connection.execute("ROLLBACK") if connection.info.transaction_status else None
-
-    def _caught_up(self, source: str, target: str) -> None:
-        """Return once one side has applied what the other has committed."""
-        here, there, number = self.on(source), self.on(target), self.logical_shard
-        state = cutover.touch(here, number)
-        errors = replication.progress(here, there, number).errors
-        for _ in range(round(STALL)):
-            if cutover.reached(there, number, state, 1.0) is not None:
-                return
-            found = replication.progress(here, there, number)
-            if found.lost:
-                raise MoveError(found.lost)
-            if found.errors > errors + 1:
-                raise MoveError(f"the target cannot apply: {found.conflicts or 'its log says why'}")
-        raise MoveError(f"a change does not arrive in {STALL:.0f} s: the apply has stalled")
-
-    def _compared(self, source: str, target: str, step: Step) -> Diff:
-        here, there = self.on(source, "rows"), self.on(target, "rows")
-        return rows.compare(
-            here,
-            there,
-            self.logical_shard,
-            lambda: self._caught_up(source, target),
-            self._on_table(step),
-        )
-
-    def _on_table(self, step: Step) -> Callable[[str, int, int], None]:
-        return lambda name, done, total: self.report(
-            Report(self.logical_shard, step, name, done, total, "tables")
-        )
-
-    def compared(self, *, is_handed_over: bool) -> Diff:
-        """Compare all rows and the schemas while clients go on.
-
-        Raises:
-            MoveError: the schemas differ, or one copy does not follow.
-        """
-        self._same_shape()
-        pair = ("target", "source") if is_handed_over else ("source", "target")
-        return self._compared(*pair, Step.VERIFY)
-
-    def same_shape(self) -> list[str]:
-        """Return how the schemas differ: somebody has run DDL in spite of the lock."""
-        return shapes.differences(self.on("source"), self.on("target"), self.logical_shard)
-
-    def _same_shape(self) -> None:
-        if odd := self.same_shape():
-            raise MoveError(
-                f"the schemas differ: {'; '.join(odd)}",
-                hint="DDL in the middle of a move; run it after the move, by shardkit migrate",
-            )

@@ -266,6 +266,7 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
         setting(0, synchronous_standby_names="*"),
         setting(1, synchronous_standby_names="FIRST 1 (a, *)"),
     ),
+    "sync-missing": expecting(confirming=2),
     "sync-blocked": (
         on_server(0, standbys=()),
         on_server(0, standbys=(Standby("alpha_1", is_streaming=False),)),

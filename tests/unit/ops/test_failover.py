@@ -159,7 +159,9 @@ def test_a_promotion_by_somebody_else_waits_while_the_old_primary_lives() -> Non
     assert decide(replace(view, adopts="left"), BOTH) == Fence("old")
     told = replace(view, adopts="left", untouchable=frozenset({"old"}))
     assert decide(told, BOTH) == Register("left")
-    assert decide(lost(new, RIGHT), BOTH) == Register("left")
+    assert decide(lost(new, RIGHT), BOTH) == Claim(("right",)), "it may confirm commits still"
+    cut = replace(RIGHT, follows=CUT)
+    assert decide(lost(new, cut), BOTH) == Register("left")
     assert isinstance(decide(lost(new, RIGHT), replace(BOTH, follows=False)), Wait)
 
 

@@ -63,7 +63,8 @@ def view(source: Row | None, target: Row | None, **changes: object) -> View:
     ("found", "action"),
     [
         (view(None, None), Stop),
-        (view(replace(OPEN, move_id=None), None), Do(Step.CLAIM)),
+        (view(replace(OPEN, move_id=None), None, done=frozenset()), Do(Step.CLAIM)),
+        (view(replace(OPEN, move_id=None), None), Stop),
         (view(OPEN, None, done=frozenset()), Do(Step.IMPORT)),
         (view(OPEN, Row(2, State.RETIRED), done=frozenset()), Do(Step.IMPORT)),
         (view(OPEN, COPY, done=frozenset()), Do(Step.LOCK)),

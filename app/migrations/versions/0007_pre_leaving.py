@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0006_pre_leaving"
-down_revision = "0005_pre_uploads"
+revision = "0007_pre_leaving"
+down_revision = "0006_pre_social"
 branch_labels = None
 depends_on = None
 

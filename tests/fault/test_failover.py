@@ -1,0 +1,441 @@
+"""A primary is lost, and another server takes its place: nothing acknowledged is lost.
+
+One cluster for the file, with commits that a replica confirms; each test begins with all servers
+well and ends so. `SHARDKIT_FAILOVER_GRID=1` has a watcher killed at every step and not only at one
+(`make failover-grid`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import psycopg
+import pytest
+from sqlalchemy import select
+
+from shardkit import Cluster, deadline, ids
+from shardkit.config import Config, FailoverConfig, load
+from shardkit.errors import EndpointUnavailableError, RefusedError, ShardkitError
+from shardkit.local import LocalCluster, LocalHost, ServerStatus
+from shardkit.local.processes import send
+from shardkit.ops.failover import adopt, fail_over, watch
+from shardkit.ops.failover.machine import Action, Promote, Rest
+from shardkit.testing import create_tables, wait_until
+from shardkit.topology import Topology, libpq_options
+from shardkit.writer import WriteSession
+from tests.fixtures.servers import lend, options
+from tests.models import Base, User
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault]
+
+PATIENCE = 60.0
+SHARDS = 4
+QUICK = FailoverConfig(every=0.0, patience=0.4, interval=0.15, failures=3)
+STEPS = (
+    "Claim", "Claim done", "Fence done", "Cut", "Cut done", "Promote", "Promote done", "Register",
+    "Register done", "Repoint", "Repoint done", "Lead done",
+)  # fmt: skip
+GRID = STEPS if os.environ.get("SHARDKIT_FAILOVER_GRID") else ("Promote done",)
+
+
+@dataclass(slots=True)
+class Site:
+    """The cluster, and what is known of it."""
+
+    local: LocalCluster
+    config: Config
+    topology: Topology
+    latest: dict[str, Action] = field(default_factory=dict)
+    actions: list[Action] = field(default_factory=list)
+
+    def ask(self, name: str, query: str) -> Any:
+        with psycopg.connect(self.local.superuser_dsn(name), autocommit=True) as superuser:
+            row = superuser.execute(query.encode()).fetchone()
+        return None if row is None else row[0]
+
+    def primary(self) -> str:
+        """The name of the server that takes writes, and whose timeline is the newest."""
+        found = [
+            (self.ask(s.name, "SELECT timeline FROM shardkit.identity"), s.name)
+            for s in (self.local.server(f"alpha_{n}") for n in range(3))
+            if s.status is ServerStatus.RUNNING
+            and self.ask(s.name, "SELECT NOT pg_is_in_recovery()")
+        ]
+        return max(found, default=(0, ""))[1]
+
+    def timeline(self) -> int:
+        return int(self.ask(self.primary(), "SELECT timeline FROM shardkit.identity"))
+
+    def names(self) -> list[str]:
+        with psycopg.connect(self.local.superuser_dsn(self.primary())) as superuser:
+            return [
+                name
+                for n in range(SHARDS)
+                for (name,) in superuser.execute(
+                    f"SELECT name FROM shard_{n:04d}.users".encode()
+                ).fetchall()
+            ]
+
+    @contextmanager
+    def watched(self, host: Any = None) -> Iterator[None]:
+        """Have a watcher at work."""
+        stop = threading.Event()
+
+        def progress(physical: str, action: Action) -> None:
+            self.latest[physical] = action
+            self.actions.append(action)
+
+        thread = threading.Thread(
+            target=watch,
+            args=(self.config, self.topology),
+            kwargs={"host": host or LocalHost(self.local), "stop": stop, "progress": progress},
+        )
+        self.latest.clear()
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def is_well(self) -> bool:
+        return isinstance(self.latest.get("alpha"), Rest)
+
+
+@pytest.fixture(scope="module")
+def shared(
+    postgres_version: str,  # noqa: ARG001  skips when there is none
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Site]:
+    shape = options(physical=1, replicas=2, logical_shards=SHARDS, confirm=1, redis=False,
+                    memcached=False, pgbouncer=False)  # fmt: skip
+    with lend(tmp_path_factory.mktemp("failover") / "cluster", shape) as local:
+        config, topology = load(local.config_path)
+        create_tables(topology, Base.metadata)
+        yield Site(local, config.model_copy(update={"failover": QUICK}), topology)
+
+
+@pytest.fixture
+def site(shared: Site) -> Site:
+    """The cluster with every server well, and no users."""
+    for n in range(3):
+        shared.local.resume(f"alpha_{n}")
+    healed(shared)
+    shared.actions.clear()
+    with psycopg.connect(
+        shared.local.superuser_dsn(shared.primary()), autocommit=True
+    ) as superuser:
+        for n in range(SHARDS):
+            superuser.execute(f"DELETE FROM shard_{n:04d}.users".encode())
+    return shared
+
+
+def healed(site: Site) -> None:
+    with site.watched():
+        wait_until(site.is_well, PATIENCE, "every server is well")
+
+
+class Writers:
+    """Threads that write through `cluster.run`, each unit with a name."""
+
+    def __init__(self, cluster: Cluster, n: int = 3) -> None:
+        self.acknowledged: list[str] = []
+        self.failures: list[Exception] = []
+        self._cluster = cluster
+        self._run = uuid.uuid4().hex  # a name counts for a day
+        self._stop = threading.Event()
+        self._numbers = itertools.count(1)
+        self._threads = [threading.Thread(target=self._write, args=(k,)) for k in range(n)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        self.go_on()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def go_on(self, n: int = 10) -> None:
+        """Wait until more is acknowledged."""
+        wanted = len(self.acknowledged) + n
+        wait_until(lambda: len(self.acknowledged) >= wanted, PATIENCE, "writes are acknowledged")
+
+    def _write(self, shard: int) -> None:
+        while not self._stop.is_set():
+            number = next(self._numbers)
+            user, name = ids.compose(number, shard, 7), f"{self._run}-{shard}-{number}"
+
+            def unit(session: WriteSession, user: int = user, name: str = name) -> None:
+                session.add(User(id=user, name=name))
+
+            try:
+                self._cluster.run(unit, operation=name, near=user)
+            except Exception as error:  # noqa: BLE001  what a client would be shown
+                self.failures.append(error)
+            else:
+                self.acknowledged.append(name)
+
+
+def kept(site: Site, writers: Writers) -> None:
+    """Nothing acknowledged is lost or there twice, and no client was shown an error."""
+    assert not writers.failures
+    found = site.names()
+    assert len(found) == len(set(found))
+    assert set(writers.acknowledged) <= set(found)
+
+
+def test_a_killed_primary_is_replaced_and_clients_follow(site: Site) -> None:
+    before, timeline = site.primary(), site.timeline()
+    epoch = site.ask(before, "SELECT max(epoch) FROM shardkit.ownership")
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        site.watched(),
+        Writers(cluster) as writers,
+    ):
+        site.local.kill_server(before)
+        writers.go_on(50)
+        wait_until(site.is_well, PATIENCE, "every server is well")
+        writers.go_on()
+        assert cluster.topology.physical["alpha"].primary.url.port != (
+            site.local.server(before).port
+        )
+    kept(site, writers)
+    after = site.primary()
+    assert after != before
+    assert site.timeline() == timeline + 1
+    assert site.ask(after, "SELECT min(epoch) FROM shardkit.ownership") == epoch + 1
+    assert site.ask(before, "SELECT pg_is_in_recovery()"), "the old one is a standby"
+
+
+def test_a_frozen_primary_that_thaws_after_a_promotion_acknowledges_nothing(site: Site) -> None:
+    before = site.primary()
+    old = site.topology.physical["alpha"]
+    port = site.local.server(before).port
+    url = next(e.url for e in old.endpoints if e.url.port == port)
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
+        held = psycopg.connect(autocommit=False, **libpq_options(url))
+        held.execute(
+            "INSERT INTO shard_0003.users (id, name) VALUES (%s, 'late')",
+            [ids.compose(9, 3, 0)],
+        )
+        with site.watched(LocalHost(site.local, fences=False, rejoins=False)):
+            site.local.pause(before)
+            writers.go_on(30)
+            site.local.resume(before)
+            # Its sessions live on, and nobody confirms what they commit.
+            outcome: list[BaseException | None] = []
+
+            def commit() -> None:
+                try:
+                    held.commit()
+                except psycopg.Error as error:
+                    outcome.append(error)
+                else:
+                    outcome.append(None)
+
+            late = threading.Thread(target=commit)
+            late.start()
+            # The watcher finds it, and shuts it out: which ends the session without an answer.
+            late.join(PATIENCE)
+            assert outcome
+            assert outcome[0] is not None
+            held.close()
+            wait_until(
+                lambda: site.ask(before, "SHOW default_transaction_read_only") == "on",
+                PATIENCE, "the old primary is closed",
+            )  # fmt: skip
+            writers.go_on()
+    site.local.end_server(before)
+    kept(site, writers)
+    assert "late" not in site.names()
+
+
+def test_a_stopped_postmaster_is_found_though_old_sessions_work(site: Site) -> None:
+    before = site.primary()
+    server = site.local._server(before)
+    assert server.mark is not None
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        site.watched(),
+        Writers(cluster) as writers,
+    ):
+        send(server.mark, signal.SIGSTOP)
+        wait_until(
+            lambda: any(isinstance(a, Promote) for a in site.actions), PATIENCE, "a promotion"
+        )
+        wait_until(site.is_well, PATIENCE, "every server is well")
+        writers.go_on()
+    kept(site, writers)
+    assert site.primary() != before
+
+
+def test_an_old_primary_that_starts_again_takes_no_writes_of_clients(site: Site) -> None:
+    before, timeline = site.primary(), site.timeline()
+    with site.watched(LocalHost(site.local, fences=False, rejoins=False)):
+        site.local.kill_server(before)
+        wait_until(
+            lambda: bool(site.primary()) and site.timeline() > timeline, PATIENCE, "another primary"
+        )
+    site.local.start_server(before)  # as its supervisor would: nobody has told it anything
+    assert site.ask(before, "SELECT NOT pg_is_in_recovery()")
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
+        writers.go_on(20)
+    kept(site, writers)
+    site.local.end_server(before)
+
+
+def test_a_short_absence_is_no_reason(site: Site) -> None:
+    timeline = site.timeline()
+    patient = site.config.model_copy(update={"failover": QUICK.model_copy(update={"patience": 30})})
+    patient_site = Site(site.local, patient, site.topology)
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        Writers(cluster) as writers,
+        patient_site.watched(),
+    ):
+        name = site.primary()
+        site.local.kill_server(name)
+        site.local.start_server(name)
+        writers.go_on(30)
+    kept(site, writers)
+    assert site.timeline() == timeline
+
+
+def test_a_switchover_under_load_shows_nobody_an_error(site: Site) -> None:
+    before, timeline = site.primary(), site.timeline()
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
+        done = fail_over(site.config, site.topology, "alpha", is_planned=True,
+                         host=LocalHost(site.local))  # fmt: skip
+        writers.go_on(30)
+    kept(site, writers)
+    assert site.timeline() == timeline + 1
+    assert site.primary() != before
+    assert done.primary.endswith(str(site.local.server(site.primary()).port))
+    assert site.ask(before, "SELECT pg_is_in_recovery()")
+
+
+def test_two_watchers_promote_once(site: Site) -> None:
+    timeline = site.timeline()
+    second = Site(site.local, site.config, site.topology)
+    with (
+        Cluster(site.topology, failover_wait=PATIENCE) as cluster,
+        site.watched(LocalHost(site.local, rejoins=False)),
+        second.watched(LocalHost(site.local, rejoins=False)),
+        Writers(cluster) as writers,
+    ):
+        site.local.kill_server(site.primary())
+        writers.go_on(30)
+    kept(site, writers)
+    assert site.timeline() == timeline + 1
+
+
+def test_a_promotion_by_somebody_else_counts_when_it_is_adopted(site: Site) -> None:
+    before = site.primary()
+    chosen = next(s.name for s in site.local.replicas("alpha"))
+    with Cluster(site.topology, failover_wait=0.0) as cluster:
+        write = partial(_add, cluster)
+        write(1)
+        site.local.kill_server(before)
+        site.ask(chosen, "SELECT pg_promote()")
+        with deadline(5.0), pytest.raises(EndpointUnavailableError):
+            write(2)
+        assert f"2-{2}" not in site.names()
+        adopt(site.config, site.topology, "alpha", host=LocalHost(site.local))
+        wait_until(partial(_succeeds, write, 3), PATIENCE, "clients follow")
+        with cluster.reader() as session:
+            user = ids.compose(1, 1, 8)
+            assert session.scalars(select(User).where(User.id == user)).one().name == "2-1"
+
+
+def test_a_living_primary_is_not_replaced_by_mistake(site: Site) -> None:
+    with pytest.raises(RefusedError, match="answers"):
+        fail_over(site.config, site.topology, "alpha", host=LocalHost(site.local))
+
+
+def test_too_few_standbys_are_no_majority(site: Site) -> None:
+    timeline, before = site.timeline(), site.primary()
+    one, other = (s.name for s in site.local.replicas("alpha"))
+    site.local.stop_server(other)
+    site.local.kill_server(before)
+    with pytest.raises(RefusedError, match="1 of 2 standbys"):
+        fail_over(site.config, site.topology, "alpha", host=LocalHost(site.local))
+    assert site.ask(one, "SELECT pg_is_in_recovery()")
+    site.local.start_server(other)
+    fail_over(site.config, site.topology, "alpha", host=LocalHost(site.local))
+    assert site.timeline() == timeline + 1
+
+
+@pytest.mark.parametrize("step", GRID)
+def test_a_watcher_killed_at_a_step_leaves_the_rest_to_the_next(site: Site, step: str) -> None:
+    timeline, before = site.timeline(), site.primary()
+    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
+        site.local.end_server(before) if step.startswith("Lead") else site.local.kill_server(before)
+        child = _SPAWN.Process(target=_watch_until, args=(site.local.config_path, step))
+        child.start()
+        child.join(PATIENCE)
+        assert child.exitcode == -signal.SIGKILL
+        with site.watched():
+            wait_until(site.is_well, PATIENCE, "every server is well")
+            writers.go_on()
+    kept(site, writers)
+    assert site.timeline() == timeline + 1
+
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+class _Led:
+    """A host that has poolers to lead, and can do nothing else."""
+
+    can_rejoin = False
+    leads = True
+
+    def fence(self, _physical: str, _server: str) -> bool:
+        return False
+
+    def rejoin(self, _physical: str, _server: str, _primary: str) -> None:
+        """Never called."""
+
+    def lead(self, _physical: str, _primary: str) -> None:
+        """Nobody to lead."""
+
+
+def _watch_until(file: Path, step: str) -> None:
+    """Watch, in a process of its own, and be killed at a step."""
+    config, topology = load(file)
+
+    def hook(name: str) -> None:
+        if name == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watch(config.model_copy(update={"failover": QUICK}), topology, host=_Led(), hook=hook)
+
+
+def _add(cluster: Cluster, number: int) -> None:
+    def unit(session: WriteSession) -> None:
+        session.add(User(id=ids.compose(number, 1, 8), name=f"2-{number}"))
+
+    cluster.run(unit)
+
+
+def _succeeds(write: Callable[[int], None], number: int) -> bool:
+    try:
+        with deadline(5.0):
+            write(number)
+    except ShardkitError:
+        return False
+    return True

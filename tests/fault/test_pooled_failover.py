@@ -1,0 +1,108 @@
+"""Behind a PgBouncer: names lead to the new primary, and one that is out of date is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import psycopg
+import pytest
+
+from shardkit import Cluster, deadline, ids
+from shardkit.config import FailoverConfig, load
+from shardkit.errors import ShardkitError
+from shardkit.local import LocalCluster, LocalHost
+from shardkit.local.account import server_account
+from shardkit.local.binaries import find_service
+from shardkit.ops.failover import fail_over
+from shardkit.testing import create_tables, wait_until
+from shardkit.writer import WriteSession
+from tests.fixtures.servers import NewCluster
+from tests.models import Base, User
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault]
+
+PATIENCE = 60.0
+
+
+@pytest.fixture
+def local(new_cluster: NewCluster) -> Iterator[LocalCluster]:
+    if find_service("pgbouncer", server_account()) is None:
+        pytest.skip("PgBouncer is not installed")
+    with new_cluster(
+        physical=1, replicas=2, logical_shards=4, redis=False, memcached=False
+    ) as cluster:
+        yield cluster
+
+
+def test_a_pooler_that_goes_back_to_the_old_primary_gets_no_writes(local: LocalCluster) -> None:
+    config, topology = load(local.config_path)
+    config = config.model_copy(update={"failover": FailoverConfig(every=0.0)})
+    create_tables(topology, Base.metadata)
+    with Cluster(topology) as cluster:
+        write = partial(_write, cluster)
+        write(1)
+        local.kill_server("alpha_0")
+        done = fail_over(
+            config, topology, "alpha", host=LocalHost(local, fences=False, rejoins=False)
+        )
+        # By the pooler as by itself: nobody has told this process anything.
+        write(2, alone=True)
+        write(3)
+        new = next(s.name for s in local.servers if done.primary.endswith(str(s.port)))
+        assert _names(local, new) == ["user 1", "user 2", "user 3"]
+        # The old primary starts, knows nothing, and the pooler is led there by mistake.
+        local.start_server("alpha_0")
+        local.lead("alpha", "alpha_0")
+        wait_until(partial(_leads_to, local, "alpha_0"), PATIENCE, "the pooler is out of date")
+        for number, alone in ((4, True), (5, False)):
+            with pytest.raises(Exception, match="timeline"), deadline(3.0):
+                write(number, alone=alone)
+        assert _names(local, "alpha_0") == ["user 1"]
+        local.end_server("alpha_0")
+        local.lead("alpha", new)
+        wait_until(partial(_succeeds, partial(write, 6)), PATIENCE, "writes go on")
+    assert _names(local, new)[-1] == "user 6"
+
+
+def _write(cluster: Cluster, number: int, *, alone: bool = False) -> None:
+    """Write one user; alone as a commit that is one INSERT."""
+    user = User(id=ids.compose(number, 1, 0), name=f"user {number}")
+    if alone:
+        cluster.run(lambda session: session.add(user))
+        return
+
+    def unit(session: WriteSession) -> None:
+        session.flush()
+        session.get(User, ids.compose(1, 1, 1))
+        session.add(User(id=user.id, name=user.name))
+
+    cluster.run(unit)
+
+
+def _succeeds(write: partial[None]) -> bool:
+    try:
+        with deadline(5.0):
+            write()
+    except ShardkitError:
+        return False
+    return True
+
+
+def _names(local: LocalCluster, server: str) -> list[str]:
+    with psycopg.connect(local.superuser_dsn(server)) as superuser:
+        rows = superuser.execute("SELECT name FROM shard_0001.users ORDER BY name").fetchall()
+    return [name for (name,) in rows]
+
+
+def _leads_to(local: LocalCluster, server: str) -> bool:
+    _, topology = load(local.config_path)
+    url = topology.physical["alpha"].primary.url.set(drivername="postgresql")
+    try:
+        with psycopg.connect(
+            url.render_as_string(hide_password=False), autocommit=True, prepare_threshold=None
+        ) as connection:
+            row = connection.execute("SHOW port").fetchone()
+    except psycopg.Error:
+        return False
+    return row is not None and int(row[0]) == local.server(server).port
