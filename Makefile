@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker photo-torn move-grid feed-paging failover-grid test-patroni lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker api-fuzz api-matrix hostile-images photo-torn move-grid feed-paging failover-grid test-patroni lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -130,6 +130,18 @@ feed-paging: setup ## ten million items of feeds while people post, delete and b
 
 bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, and a million reads
 	@$(BIN)/python -m benchmarks idmap300m $(ARGS)
+
+# Requests generated from the OpenAPI document.
+FUZZ ?= 5000
+
+api-fuzz: setup ## 5,000 generated requests to the API, and no answer of 5xx; FUZZ=n for others
+	@SHARDKIT_FUZZ_CASES=$(FUZZ) $(BIN)/python -m pytest -s tests/app/test_schemathesis.py $(ARGS)
+
+api-matrix: setup ## every route by everybody to things in every state
+	@SHARDKIT_MATRIX=all $(BIN)/python -m pytest -s tests/app/test_matrix.py $(ARGS)
+
+hostile-images: setup ## 250 hostile pictures: none crashes, none keeps metadata
+	@SHARDKIT_HOSTILE=250 $(BIN)/python -m pytest -s tests/app/test_hostile.py $(ARGS)
 
 photo-torn: setup ## crash photo volumes at 20,000 byte positions and kill 60 writers; a minute
 	@SHARDKIT_TORN=all $(BIN)/python -m pytest -s tests/app/test_torn.py $(ARGS)

@@ -9,6 +9,7 @@ from app.comments.endpoints import router as comments
 from app.errors import Problem
 from app.feed.endpoints import router as feed
 from app.graph.endpoints import router as graph
+from app.leaving.endpoints import router as leaving
 from app.notifications.endpoints import router as notifications
 from app.photos.endpoints import router as photos
 from app.saves.endpoints import router as saves
@@ -38,5 +39,6 @@ for feature in (
     tags,
     notifications,
     search,
+    leaving,
 ):
     router.include_router(feature)

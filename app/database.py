@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from app.timing import stage
 from shardkit import (
     AsyncCluster,
     AsyncReadSession,
@@ -111,14 +112,14 @@ class Database:
                 that one has missed.
         """
         after = self._fresh.token if fresh else None
-        with deadline(self._timeout):
+        with stage("sessions"), deadline(self._timeout):
             async with self._cluster.reader(after=after) as session:
                 yield session
 
     @asynccontextmanager
     async def primary(self) -> AsyncIterator[AsyncWriteSession]:
         """Open a session on primaries for a read that must be the truth; nothing to commit."""
-        with deadline(self._timeout):
+        with stage("sessions"), deadline(self._timeout):
             async with self._cluster.writer() as session:
                 yield session
 
@@ -128,7 +129,7 @@ class Database:
 
         For what needs no key, since it does the same however often it is done.
         """
-        with deadline(self._timeout):
+        with stage("sessions"), deadline(self._timeout):
             async with self._cluster.writer() as session:
                 yield session
                 token = session.token
@@ -157,7 +158,7 @@ class Database:
             sessions.append(session)
             return await work(session)
 
-        with deadline(self._timeout):
+        with stage("sessions"), deadline(self._timeout):
             if self._key is None:
                 result = await self._cluster.run(unit)
             else:

@@ -7,12 +7,14 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Header, Request, Response
 
+from app.accounts.logins import LoginService
 from app.accounts.service import AccountService, LogIn, SessionLimits, Viewer
 from app.comments.service import CommentService
 from app.database import Database
 from app.errors import NotSignedInError
 from app.feed.service import FeedService
 from app.graph.service import GraphService
+from app.leaving.service import LeavingService
 from app.notifications.service import NotificationService
 from app.photos.service import PhotoService
 from app.photos.uploads import UploadService
@@ -31,6 +33,8 @@ __all__ = [
     "Feed",
     "Graph",
     "Keyed",
+    "Leaving",
+    "Logins",
     "MaybeViewer",
     "Notifications",
     "Photos",
@@ -80,18 +84,38 @@ async def check_key(
 Keyed = Depends(check_key)
 """Put on endpoints that change something."""
 
+MAX_CLIENT = 200
+"""Characters that are kept of what a browser or program calls itself."""
+
 ResourcesDep = Annotated[Resources, Depends(get_resources)]
 DatabaseDep = Annotated[Database, Depends(get_database)]
 
 
-async def get_accounts(resources: ResourcesDep, database: DatabaseDep) -> AccountService:
+async def get_accounts(
+    request: Request, resources: ResourcesDep, database: DatabaseDep
+) -> AccountService:
     """Return the account service."""
     return AccountService(
         database,
         resources.passwords,
         resources.clock,
         session_limits(resources.settings),
+        limiter=resources.limiter,
+        client=_client(request),
     )
+
+
+async def get_logins(resources: ResourcesDep, database: DatabaseDep) -> LoginService:
+    """Return the service of log-ins and passwords."""
+    limits = session_limits(resources.settings)
+    return LoginService(
+        database, resources.passwords, resources.clock, limits, limiter=resources.limiter
+    )
+
+
+async def get_leaving(resources: ResourcesDep, database: DatabaseDep) -> LeavingService:
+    """Return the service of exports and of the end of accounts."""
+    return LeavingService(database, resources.clock, resources.settings.exports_folder)
 
 
 def session_limits(settings: Settings) -> SessionLimits:
@@ -173,6 +197,8 @@ async def get_search(resources: ResourcesDep, database: DatabaseDep) -> SearchSe
 
 
 Accounts = Annotated[AccountService, Depends(get_accounts)]
+Logins = Annotated[LoginService, Depends(get_logins)]
+Leaving = Annotated[LeavingService, Depends(get_leaving)]
 Photos = Annotated[PhotoService, Depends(get_photos)]
 Uploads = Annotated[UploadService, Depends(get_uploads)]
 Graph = Annotated[GraphService, Depends(get_graph)]
@@ -227,6 +253,12 @@ def end_login(request: Request, response: Response) -> None:
     response.delete_cookie(
         _cookie(request), httponly=True, secure=_is_secure(request), samesite="lax", path="/"
     )
+
+
+def _client(request: Request) -> str:
+    """Return what a browser or program calls itself, as far as it can be printed."""
+    told = request.headers.get("user-agent", "")[:MAX_CLIENT]
+    return "".join(letter for letter in told if letter.isascii() and letter.isprintable())
 
 
 def _is_secure(request: Request) -> bool:

@@ -4,7 +4,8 @@
     ├── NotSignedInError
     ├── SignInFailedError
     ├── ForbiddenError
-    │   └── CrossOriginError
+    │   ├── CrossOriginError
+    │   └── WrongPasswordError
     ├── NotFoundError
     ├── InvalidInputError
     ├── ConflictError
@@ -21,6 +22,7 @@
     ├── StorageUnavailableError
     ├── DamagedPictureError
     ├── SlowBodyError
+    ├── TooManyRequestsError
     └── BusyError
 
 Services raise these and shardkit raises its own; neither knows about HTTP. `problem_of` turns
@@ -31,7 +33,7 @@ never carries a stack, SQL or the name of a host: those go to the log under the 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -69,10 +71,12 @@ __all__ = [
     "StorageFullError",
     "StorageUnavailableError",
     "TooManyPixelsError",
+    "TooManyRequestsError",
     "UnsupportedImageError",
     "UploadError",
     "UploadInterruptedError",
     "UsernameTakenError",
+    "WrongPasswordError",
     "is_disk_full",
     "problem_of",
 ]
@@ -100,6 +104,10 @@ class ForbiddenError(AppError):
 
 class CrossOriginError(ForbiddenError):
     """The request came from another site's page and was refused."""
+
+
+class WrongPasswordError(ForbiddenError):
+    """This is not your password."""
 
 
 class NotFoundError(AppError):
@@ -174,6 +182,18 @@ class SlowBodyError(AppError):
     """The request did not arrive in time."""
 
 
+class TooManyRequestsError(AppError):
+    """Too many requests from here; wait a little.
+
+    Attributes:
+        told: the headers that say when there may be more.
+    """
+
+    def __init__(self, told: Mapping[str, str] | None = None) -> None:
+        self.told = told or {}
+        super().__init__()
+
+
 class BusyError(AppError):
     """Too much is going on; try again in a moment."""
 
@@ -197,6 +217,7 @@ class Problem(BaseModel):
         errors: the values refused, when it was about values.
         retry_after: seconds to wait, also sent as a header; never in the body.
         allow: methods the address does know, sent as a header; never in the body.
+        told: further headers; never in the body.
     """
 
     type: str
@@ -207,18 +228,20 @@ class Problem(BaseModel):
     errors: Sequence[FieldProblem] | None = None
     retry_after: int | None = Field(default=None, exclude=True)
     allow: str | None = Field(default=None, exclude=True)
+    told: Mapping[str, str] = Field(default_factory=dict, exclude=True)
 
     @property
     def headers(self) -> dict[str, str]:
         """The response headers that belong to the problem."""
         found = {"retry-after": self.retry_after, "allow": self.allow}
-        return {name: str(value) for name, value in found.items() if value is not None}
+        return {**{n: str(value) for n, value in found.items() if value is not None}, **self.told}
 
 
 STATUS: dict[type[Exception], tuple[int, str, str]] = {
     NotSignedInError: (401, "not-signed-in", "Not signed in"),
     SignInFailedError: (401, "sign-in-failed", "Sign-in failed"),
     CrossOriginError: (403, "cross-origin", "Cross-origin request"),
+    WrongPasswordError: (403, "wrong-password", "Wrong password"),
     ForbiddenError: (403, "forbidden", "Forbidden"),
     NotFoundError: (404, "not-found", "Not found"),
     InvalidInputError: (422, "invalid-input", "Invalid input"),
@@ -236,6 +259,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     DamagedPictureError: (500, "damaged-picture", "Damaged picture"),
     UploadError: (422, "upload-refused", "Upload refused"),
     SlowBodyError: (408, "slow-body", "Request too slow"),
+    TooManyRequestsError: (429, "too-many-requests", "Too many requests"),
     BusyError: (503, "busy", "Busy"),
     InvalidIdError: (404, "not-found", "Not found"),
     InvalidShardKeyError: (404, "not-found", "Not found"),
@@ -269,7 +293,10 @@ def problem_of(error: Exception) -> Problem:
     for kind in type(error).__mro__:
         if kind in STATUS:
             status, slug, title = STATUS[kind]
-            return _problem(status, slug, title, _detail(error, title), _fields(error))
+            problem = _problem(status, slug, title, _detail(error, title), _fields(error))
+            if isinstance(error, TooManyRequestsError):
+                problem = problem.model_copy(update={"told": error.told})
+            return problem
     return _problem(
         500, "internal-error", "Internal error", "Something went wrong here; it has been logged."
     )

@@ -21,11 +21,14 @@ import app.health
 import app.legacy.endpoints
 import app.photos.endpoints
 import app.stories.endpoints
+import app.web.account
 import app.web.pages
 import app.web.social
 from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
 from app.errors import AppError, NotSignedInError, is_disk_full, problem_of
+from app.examples import complete
+from app.limits.middleware import RateLimit
 from app.metrics import Metrics
 from app.middleware import (
     BodyLimit,
@@ -34,8 +37,10 @@ from app.middleware import (
     RequestScope,
     SecurityHeaders,
 )
+from app.origins import CrossOrigin
 from app.resources import Resources, open_resources
 from app.settings import Settings
+from app.timing import ServerTiming
 from app.web.rendering import Pages
 from shardkit.contrib.asgi import FreshReads
 from shardkit.errors import ShardkitError
@@ -71,6 +76,8 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    described = service.openapi
+    service.openapi = lambda: dict(complete(described()))  # type: ignore[method-assign] # as FastAPI documents
     pages = Pages(clock)
     service.state.pages = pages
     service.state.metrics = Metrics()
@@ -93,12 +100,13 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.include_router(app.health.router)
     service.include_router(app.legacy.endpoints.router)
     service.include_router(app.web.pages.router)
+    service.include_router(app.web.account.router)
     service.include_router(app.web.social.router)
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))
 
     upload = settings.max_upload_bytes + MULTIPART_OVERHEAD
     service.add_middleware(FreshReads, keys=_token_keys, ttl=settings.fresh_reads)
-    service.add_middleware(OriginCheck, respond=respond)
+    service.add_middleware(OriginCheck, respond=respond, origins=settings.origins)
     service.add_middleware(
         BodyLimit,
         default=settings.max_body_bytes,
@@ -106,7 +114,10 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
         timeout=settings.body_timeout,
         respond=respond,
     )
+    service.add_middleware(RateLimit, respond=respond)
+    service.add_middleware(CrossOrigin, origins=settings.origins)
     service.add_middleware(SecurityHeaders)
+    service.add_middleware(ServerTiming)
     service.add_middleware(RequestScope, metrics=service.state.metrics, respond=respond)
     service.add_middleware(HeadAsGet)
     return service

@@ -3,6 +3,7 @@
 From the outside in: `HeadAsGet` spares every route a HEAD; `RequestScope` gives each request an
 id, counts it and turns what nobody caught into a bare 500; `SecurityHeaders`; `BodyLimit` ends
 requests that are too large or too slow; `OriginCheck` refuses writes from other sites' pages;
+`ServerTiming`, `CrossOrigin` and `RateLimit` have modules of their own;
 `FreshReads` hands the token of a write back to the client. `main.create_app` stacks them.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLargeError, CrossOriginError, SlowBodyError
 from app.metrics import Metrics
+from app.origins import is_listed
 
 __all__ = [
     "BodyLimit",
@@ -248,17 +250,19 @@ class OriginCheck:
     Args:
         app: the application inside.
         respond: how to refuse.
+        origins: sites whose pages may write without cookies, see `app.origins`.
     """
 
-    def __init__(self, app: ASGIApp, respond: Respond) -> None:
+    def __init__(self, app: ASGIApp, respond: Respond, origins: Collection[str] = ()) -> None:
         self._app = app
         self._respond = respond
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection scope."""
         if scope["type"] == "http" and scope["method"] not in SAFE_METHODS:
             headers = Headers(scope=scope)
-            if not _is_own(headers):
+            if not (_is_own(headers) or is_listed(headers, self._origins)):
                 await self._respond(scope, CrossOriginError())(scope, receive, send)
                 return
         await self._app(scope, receive, send)

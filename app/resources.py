@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from app import timing
 from app.accounts.passwords import Passwords
 from app.clock import Clock
 from app.feed.building import Builder
@@ -15,6 +16,8 @@ from app.feed.cursors import Cursors
 from app.feed.ranked import RankedFeed
 from app.feed.timelines import AsyncTimelines
 from app.legacy.photos import open_client, open_map
+from app.limits.buckets import Buckets, LocalBuckets, RedisBuckets
+from app.limits.limiter import Limiter
 from app.notifications.hub import Hub
 from app.notifications.hub import opened as hub_opened
 from app.photos.images import FORMATS, ImageLimits, ImageWorkers
@@ -48,6 +51,7 @@ class Resources:
         likes: writes likes, many together.
         cursors: where pages of feeds begin.
         ranked: ranks feeds.
+        limiter: decides who asks too often.
         search: finds people and hashtags.
         hub: the open streams of notifications.
         redis_url: address of Redis, or None when there is none.
@@ -65,6 +69,7 @@ class Resources:
     likes: Likes
     cursors: Cursors
     ranked: RankedFeed
+    limiter: Limiter
     search: SearchIndex
     hub: Hub
     redis_url: str | None = None
@@ -81,6 +86,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
     """
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(AsyncCluster.from_file(settings.config))
+        cluster.listen(timing.heard)
         blobs = open_blobs(settings)
         stack.push_async_callback(blobs.close)
         workers = ImageWorkers(
@@ -94,6 +100,9 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
         likes = Likes(cluster, clock, timeout=settings.database_timeout)
         stack.push_async_callback(likes.close)
         redis_url = cluster.services.get("redis")
+        buckets: Buckets = LocalBuckets() if redis_url is None else RedisBuckets(redis_url)
+        limiter = Limiter(buckets, settings.limits)
+        stack.push_async_callback(limiter.close)
         legacy_photos: AsyncIdMap | None = None
         timelines: tuple[AsyncTimelines, Builder] | None = None
         if redis_url is not None:
@@ -118,6 +127,7 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             likes=likes,
             cursors=Cursors(cluster.token_keys),
             ranked=RankedFeed(cluster, clock),
+            limiter=limiter,
             redis_url=redis_url,
             legacy_photos=legacy_photos,
             timelines=timelines,

@@ -9,10 +9,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.database import TIMEOUT
+from app.limits.rates import Group, Rate, RateText
 
 __all__ = ["Settings"]
 
 PREFIX = "APP_"
+_ORIGIN = r"https?://[a-z0-9.-]+(:[0-9]{1,5})?"
+ORIGINS = rf"^({_ORIGIN}(,{_ORIGIN})*)?$"
+"""Origins as browsers send them, with commas between."""
 
 
 class Settings(BaseModel):
@@ -44,6 +48,18 @@ class Settings(BaseModel):
         fresh_reads: how long after a write a client's reads see it for certain.
         max_followees: people one account may follow.
         database_timeout: until the reads or the writes of one step must have ended.
+        exports: folder for the files of exports, shared by servers and relays; by default beside
+            the pictures.
+        erasure_grace: how long after the end of an account a request may still write; then a
+            second pass looks for what it has written.
+        cors_origins: sites whose pages may use the API with a bearer, separated by commas, such as
+            `https://photos.example`.
+        limit_sign_ups: new accounts from one address, as requests/seconds; `off` for no limit.
+        limit_log_ins: log-ins and other uses of passwords from one address.
+        limit_log_in_failures: wrong passwords for one name, from anywhere.
+        limit_heavy: uploads and exports from one address.
+        limit_writes: other requests that change something from one address.
+        limit_reads: requests that read, but for pictures, from one address.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +87,15 @@ class Settings(BaseModel):
     fresh_reads: Annotated[float, Field(gt=0)] = 60.0
     max_followees: Annotated[int, Field(gt=0)] = 5000
     database_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = TIMEOUT
+    exports: Path | None = None
+    erasure_grace: Annotated[float, Field(ge=0)] = 30.0
+    cors_origins: Annotated[str, Field(pattern=ORIGINS)] = ""
+    limit_sign_ups: RateText = Rate(100, 3600)
+    limit_log_ins: RateText = Rate(60, 300)
+    limit_log_in_failures: RateText = Rate(10, 900)
+    limit_heavy: RateText = Rate(100, 600)
+    limit_writes: RateText = Rate(600, 120)
+    limit_reads: RateText = Rate(3000, 120)
 
     @classmethod
     def read(cls, environment: Mapping[str, str], **given: object) -> Self:
@@ -82,6 +107,28 @@ class Settings(BaseModel):
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         return cls.model_validate({**named, **chosen})
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """Sites whose pages may use the API with a bearer."""
+        return frozenset(filter(None, self.cors_origins.split(",")))
+
+    @property
+    def exports_folder(self) -> Path:
+        """Where the files of exports are."""
+        return self.exports or self.media_folder / "exports"
+
+    @property
+    def limits(self) -> Mapping[Group, Rate | None]:
+        """How often who may ask, by group."""
+        return {
+            "sign_ups": self.limit_sign_ups,
+            "log_ins": self.limit_log_ins,
+            "log_in_failures": self.limit_log_in_failures,
+            "heavy": self.limit_heavy,
+            "writes": self.limit_writes,
+            "reads": self.limit_reads,
+        }
 
     @property
     def media_folder(self) -> Path:

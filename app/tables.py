@@ -5,6 +5,7 @@ from __future__ import annotations
 import app.accounts.models
 import app.feed.ranking.ads
 import app.graph.models
+import app.leaving.models
 import app.notifications.models
 import app.photos.models
 import app.saves.models

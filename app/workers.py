@@ -23,6 +23,9 @@ from app.feed.modes import Modes
 from app.feed.timelines import Timelines
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
+from app.leaving import exporting
+from app.leaving.erasure import Eraser
+from app.leaving.models import ACCOUNT_DELETED, EXPORT_REQUESTED
 from app.notifications.bus import Bus
 from app.photos import likes, removal
 from app.photos.models import LIKES_CHANGED, PHOTO_ADDED, PHOTO_DELETED
@@ -78,6 +81,12 @@ def relay_of(
     @relay.on(LIKES_CHANGED, batch=BATCH)
     def counts(events: list[Event]) -> None:
         likes.fold(cluster, events)
+
+    relay.on(ACCOUNT_DELETED)(Eraser(cluster, timelines, settings).handle)
+
+    @relay.on(EXPORT_REQUESTED)
+    def exports(event: Event) -> None:
+        exporting.make(cluster, settings, event)
 
     return relay
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shardkit.deadlines import deadline
     from shardkit.derived import CachedCount, CachedList
     from shardkit.emitting import after_delete, after_insert, after_update
+    from shardkit.events import CacheRead
     from shardkit.guards import background
     from shardkit.models import Reference, Sharded
     from shardkit.placement import LeastLoaded, Pinned, Weighted
@@ -25,6 +26,7 @@ __all__ = [
     "AsyncCluster",
     "AsyncReadSession",
     "AsyncWriteSession",
+    "CacheRead",
     "CachedCount",
     "CachedList",
     "Cluster",
@@ -56,6 +58,7 @@ _HOME: Final = {
     "AsyncCluster": "cluster",
     "AsyncReadSession": "async_session",
     "AsyncWriteSession": "async_session",
+    "CacheRead": "events",
     "CachedCount": "derived",
     "CachedList": "derived",
     "Cluster": "cluster",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
 from app.accounts.schemas import (
     Credentials,
+    LoginOut,
+    PasswordChange,
     ProfileOut,
     ProfilePatch,
     SessionOut,
@@ -16,7 +19,8 @@ from app.accounts.schemas import (
 )
 from app.accounts.service import LogIn
 from app.addresses import API
-from app.deps import Accounts, Keyed, MaybeViewer, SignedIn, begin_login, end_login
+from app.deps import Accounts, Keyed, Logins, MaybeViewer, SignedIn, begin_login, end_login
+from app.ids import Id
 
 __all__ = ["router"]
 
@@ -52,6 +56,26 @@ async def log_out(
     """Log out."""
     await accounts.log_out(viewer, everywhere=everywhere)
     end_login(request, response)
+
+
+@router.get("/sessions")
+async def sessions(viewer: SignedIn, logins: Logins) -> Sequence[LoginOut]:
+    """Return one's own log-ins, the last used first."""
+    return await logins.all(viewer)
+
+
+@router.delete(
+    "/sessions/{session_id}", status_code=status.HTTP_204_NO_CONTENT, dependencies=[Keyed]
+)
+async def end_session(session_id: Id, viewer: SignedIn, logins: Logins) -> None:
+    """End one of one's own log-ins."""
+    await logins.end(viewer, session_id)
+
+
+@router.put("/me/password", status_code=status.HTTP_204_NO_CONTENT, dependencies=[Keyed])
+async def change_password(viewer: SignedIn, given: PasswordChange, logins: Logins) -> None:
+    """Change one's password; every other log-in ends."""
+    await logins.change_password(viewer, given)
 
 
 @router.get("/me")

@@ -42,7 +42,11 @@ class User(Sharded, Base):
 
 
 class LoginSession(Sharded, Base):
-    """One log-in of one browser or program, beside its user; only a hash of its secret."""
+    """One log-in of one browser or program, beside its user; only a hash of its secret.
+
+    Attributes:
+        client: what the browser or program calls itself.
+    """
 
     __tablename__ = "login_sessions"
     __shard_key__ = "user_id"
@@ -50,6 +54,7 @@ class LoginSession(Sharded, Base):
 
     user_id: Mapped[int]
     token_hash: Mapped[bytes] = mapped_column(LargeBinary(32))
+    client: Mapped[str] = mapped_column(String(200), default="", server_default="")
     created_at: Mapped[dt.datetime]
     last_seen_at: Mapped[dt.datetime]
     expires_at: Mapped[dt.datetime]

@@ -18,6 +18,9 @@ from shardkit.errors import UnavailableError
 
 __all__ = ["AccountRepository", "person_of_name"]
 
+MOST_LOGINS = 200
+"""Log-ins that are listed."""
+
 _WITH_HASH = undefer(User.password_hash)
 
 
@@ -91,6 +94,24 @@ class AccountRepository:
         """Return the newest users of all shards, newest first."""
         return await answered(self._session, select(User).order_by(User.id.desc()).limit(n))
 
+    async def logins(self, user_id: int) -> Sequence[LoginSession]:
+        """Return the log-ins of a person, the last used first."""
+        statement = select(LoginSession).where(LoginSession.user_id == user_id)
+        statement = statement.order_by(LoginSession.last_seen_at.desc(), LoginSession.id.desc())
+        return (await self._session.scalars(statement.limit(MOST_LOGINS))).all()
+
+    async def password_hash(self, user_id: int) -> str:
+        """Return the hash of a person's password.
+
+        Raises:
+            NotFoundError: there is no such person.
+        """
+        statement = select(User.password_hash).where(User.id == user_id)
+        found = (await self._session.scalars(statement)).first()
+        if found is None:
+            raise NotFoundError("There is no such person.")
+        return found
+
     async def login(self, login_id: int) -> LoginSession | None:
         """Return a log-in, or None."""
         return await self._session.get(LoginSession, login_id)
@@ -125,6 +146,7 @@ async def delete_logins(
     user_id: int,
     *,
     only: int | None = None,
+    but: int | None = None,
     expired_at: dt.datetime | None = None,
 ) -> None:
     """Delete log-ins of a user.
@@ -133,11 +155,14 @@ async def delete_logins(
         session: the transaction.
         user_id: whose.
         only: this one, or None for all.
+        but: not this one.
         expired_at: those that ended before this time, or None for all.
     """
     statement = delete(LoginSession).where(LoginSession.user_id == user_id)
     if only is not None:
         statement = statement.where(LoginSession.id == only)
+    if but is not None:
+        statement = statement.where(LoginSession.id != but)
     if expired_at is not None:
         statement = statement.where(LoginSession.expires_at < expired_at)
     await session.execute(statement)

@@ -15,8 +15,11 @@ from app.ids import IdText
 __all__ = [
     "Credentials",
     "Line",
+    "LoginOut",
     "Paragraph",
     "Password",
+    "PasswordChange",
+    "PasswordCheck",
     "PersonOut",
     "ProfileOut",
     "ProfilePatch",
@@ -141,6 +144,35 @@ class ProfileOut(PersonOut):
     is_private: bool
     is_open: bool
     is_me: bool
+
+
+class LoginOut(BaseModel):
+    """A log-in in the list of one's own.
+
+    Attributes:
+        client: what the browser or program called itself.
+        is_current: whether it is the one that asks.
+    """
+
+    id: IdText
+    client: str
+    created_at: dt.datetime
+    last_seen_at: dt.datetime
+    expires_at: dt.datetime
+    is_current: bool
+
+
+class PasswordChange(_Body):
+    """A new password for one's account."""
+
+    current_password: Annotated[str, Field(max_length=MAX_PASSWORD_BYTES)]
+    new_password: Password
+
+
+class PasswordCheck(_Body):
+    """One's password once more, for what cannot be taken back."""
+
+    password: Annotated[str, Field(max_length=MAX_PASSWORD_BYTES)]
 
 
 class SessionOut(BaseModel):

@@ -38,6 +38,7 @@ from app.graph.models import COUNTED, Kind, count_of
 from app.graph.tao import on
 from app.graph.ties import NOBODY, followers_with, ties_of
 from app.ids import parse_id
+from app.limits.limiter import Limiter
 from app.partial import counted
 from shardkit import AsyncReadSession, AsyncWriteSession
 from shardkit.errors import (
@@ -126,6 +127,8 @@ class AccountService:
         passwords: the hasher.
         clock: the time.
         limits: when log-ins end.
+        limiter: counts wrong passwords; None counts none.
+        client: what the browser or program calls itself.
     """
 
     def __init__(
@@ -134,11 +137,16 @@ class AccountService:
         passwords: Passwords,
         clock: Clock,
         limits: SessionLimits,
+        *,
+        limiter: Limiter | None = None,
+        client: str = "",
     ) -> None:
         self._database = database
         self._passwords = passwords
         self._clock = clock
         self._limits = limits
+        self._limiter = limiter
+        self._client = client
 
     async def sign_up(self, wanted: SignUp) -> LogIn:
         """Create an account and log it in.
@@ -192,11 +200,17 @@ class AccountService:
 
         Raises:
             SignInFailedError: the name or the password is wrong; both look and last the same.
+            TooManyRequestsError: this name had too many wrong passwords (retryable).
+            BusyError: nobody can count them at the moment (retryable).
         """
+        if self._limiter is not None:
+            await self._limiter.begin_log_in(given.username)
         user = await person_of_name(self._database, given.username)
         encoded = None if user is None else user.password_hash
         if not await self._passwords.verify(encoded, given.password) or user is None:
             raise SignInFailedError
+        if self._limiter is not None:
+            await self._limiter.succeeded(given.username)
         return await self._begin(user, ("log in", user.username))
 
     async def log_out(self, viewer: Viewer, *, everywhere: bool = False) -> None:
@@ -313,6 +327,7 @@ class AccountService:
             login = LoginSession(
                 user_id=user.id,
                 token_hash=_digest(self._database.secret(salt).hex()),
+                client=self._client,
                 created_at=now,
                 last_seen_at=now,
                 expires_at=now + self._limits.absolute,

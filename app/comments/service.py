@@ -103,6 +103,7 @@ class CommentService:
             photo = await locked_photo(session, photo_id)
             comment = await _comment(session, photo_id, comment_id)
             if viewer.id not in {comment.author_id, photo.owner_id}:
+                await on(session, check_reaction, viewer.id, photo.owner_id)
                 raise ForbiddenError("This comment belongs to somebody else.")
             here = (Comment.photo_id == photo_id, Comment.parent_id == comment_id)
             gone = [comment_id, *await session.scalars(select(Comment.id).where(*here))]

@@ -56,8 +56,10 @@ def deliver(
     for owner_id, added in photos.items():
         with cluster.writer() as session:
             owner = session.get(User, owner_id)
+        if owner is None:  # the account has ended; nothing of it is shown any more
+            continue
         pulled = is_pulled(cluster, owner_id)
-        wanted = owner is not None and modes.decide(owner.follower_count, pulled=pulled)
+        wanted = modes.decide(owner.follower_count, pulled=pulled)
         if wanted and not pulled:
             begin_pull(cluster, owner_id, int(time.time() * 1000))
         if not wanted:

@@ -29,7 +29,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-__all__ = ["ADD", "FILL", "MOST", "STEPS", "Timeline", "decoded", "encoded", "packed"]
+__all__ = ["ADD", "FILL", "MOST", "REMOVE", "STEPS", "Timeline", "decoded", "encoded", "packed"]
 
 HEADER: Final = struct.Struct(">BxHHxxQQ")
 FORMAT: Final = 1
@@ -168,3 +168,20 @@ return 1
 """
 """Puts a ring in the place of one that is being built, with the ids that came meanwhile. KEYS: the
 ring; ARGV: the new one, the floor of one that is being built, seconds it is kept."""
+
+REMOVE: Final = """
+local gone = {}
+for i = 1, #ARGV do gone[ARGV[i]] = true end
+local n = 0
+for k = 1, #KEYS do
+    local ring = redis.call('GET', KEYS[k])
+    for at = 25, ring and #ring - 7 or 0, 8 do
+        if gone[string.sub(ring, at, at + 7)] then
+            redis.call('SETRANGE', KEYS[k], at - 1, '\\0\\0\\0\\0\\0\\0\\0\\0')
+            n = n + 1
+        end
+    end
+end
+return n
+"""
+"""Empties the slots of some ids. KEYS: rings; ARGV: ids. Returns how many slots there were."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Final
 
 from redis import Redis, exceptions
@@ -23,7 +24,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from app.feed.rings import ADD, FILL, Timeline, decoded, encoded, packed
+from app.feed.rings import ADD, FILL, REMOVE, Timeline, decoded, encoded, packed
 from shardkit import ids
 
 __all__ = ["LIFE", "AsyncTimelines", "SilentError", "Timelines"]
@@ -46,11 +47,24 @@ BATCH: Final = 500
 
 PIPELINE: Final = 20
 
+LOOK: Final = 200
+"""Keys looked at in one call."""
+
+FEW: Final = 10
+"""Timelines that one call of a script looks through: up to nine thousand slots."""
+
 _MAX: Final = ids.MAX_ID.to_bytes(8, "big")
 
 
 class SilentError(Exception):
     """Redis does not answer; timelines are read from databases until it does."""
+
+
+def _some(found: Iterable[Any], n: int) -> Iterator[list[Any]]:
+    """Yield what is found, up to `n` at a time."""
+    iterator = iter(found)
+    while some := list(islice(iterator, n)):
+        yield some
 
 
 class _Life:
@@ -90,6 +104,7 @@ class Timelines:
             redis_connect_func=self._connected,
         )
         self._sha = hashlib.sha1(ADD.encode(), usedforsecurity=False).hexdigest()
+        self._remove = self.redis.register_script(REMOVE)
 
     def _connected(self, connection: Any) -> None:
         connection.on_connect()
@@ -118,6 +133,44 @@ class Timelines:
         except _FAILED as error:
             raise SilentError(str(error)) from error
         return n
+
+    def remove(self, photo_ids: Sequence[int]) -> int:
+        """Remove photos from every timeline there is; return how many entries there were.
+
+        For accounts that end; a photo that is deleted is left out by readers. Looks at all keys,
+        a few at a time, and asks for a script only where there is something to remove.
+
+        Raises:
+            SilentError: Redis does not answer; some timelines still have them.
+        """
+        wanted, gone, n = set(photo_ids), packed(photo_ids), 0
+        try:
+            for keys in _some(self.redis.scan_iter("tl:*", count=LOOK), LOOK):
+                rings: Any = self.redis.mget(keys)
+                hit = [
+                    key
+                    for key, ring in zip(keys, rings, strict=True)
+                    if (found := decoded(ring)) is not None and wanted.intersection(found.ids)
+                ]
+                for at in range(0, len(hit), FEW):
+                    n += self._remove(hit[at : at + FEW], gone)
+        except _FAILED as error:
+            raise SilentError(str(error)) from error
+        return n
+
+    def forget(self, user_id: int) -> None:
+        """Remove the timeline of somebody, of every life of the server.
+
+        Raises:
+            SilentError: Redis does not answer.
+        """
+        try:
+            self.redis.ping()
+            self.redis.delete(self.life.key(user_id))
+            for key in self.redis.scan_iter(f"tl:*:{user_id}", count=LOOK):
+                self.redis.delete(key)
+        except _FAILED as error:
+            raise SilentError(str(error)) from error
 
     def _pushed(self, calls: Sequence[Sequence[bytes]], values: Sequence[bytes]) -> list[int]:
         """Run the script on some lists of keys, in one round trip; load it where it lacks."""

@@ -89,6 +89,7 @@ class Assoc(Sharded, Base):
     __cache_ttl__ = 300.0
     __table_args__ = (
         Index("assocs_newest_idx", "id1", "atype", text("at DESC"), text("id2 DESC")),
+        Index("assocs_id2_idx", "id2"),
     )
 
     id1: Mapped[int] = mapped_column(primary_key=True)

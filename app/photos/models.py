@@ -69,6 +69,7 @@ class Like(Sharded, Base):
 
     __tablename__ = "likes"
     __shard_key__ = "photo_id"
+    __table_args__ = (Index("likes_user_id_idx", "user_id"),)
 
     photo_id: Mapped[int] = mapped_column(primary_key=True)
     user_id: Mapped[int] = mapped_column(primary_key=True)
@@ -98,7 +99,10 @@ class Comment(Sharded, Base):
 
     __tablename__ = "comments"
     __shard_key__ = "photo_id"
-    __table_args__ = (Index("comments_photo_id_id_idx", "photo_id", "id"),)
+    __table_args__ = (
+        Index("comments_photo_id_id_idx", "photo_id", "id"),
+        Index("comments_author_id_idx", "author_id"),
+    )
 
     photo_id: Mapped[int]
     author_id: Mapped[int]

@@ -13,7 +13,7 @@ from app.photos.opening import open_blobs
 from app.settings import Settings
 from shardkit.outbox import Event
 
-__all__ = ["remove"]
+__all__ = ["remove", "remove_keys"]
 
 
 def remove(settings: Settings, events: Sequence[Event]) -> None:
@@ -22,12 +22,21 @@ def remove(settings: Settings, events: Sequence[Event]) -> None:
     Raises:
         OSError: the store does not answer; the relay tries again.
     """
+    remove_keys(settings, [event.payload["blob_key"] for event in events])
+
+
+def remove_keys(settings: Settings, keys: Sequence[str]) -> None:
+    """Remove pictures by their keys; those that are gone already are no error.
+
+    Raises:
+        OSError: the store does not answer (retryable).
+    """
 
     async def run() -> None:
         blobs = open_blobs(settings)
         try:
-            for event in events:
-                await blobs.delete(event.payload["blob_key"])
+            for key in keys:
+                await blobs.delete(key)
         finally:
             await blobs.close()
 

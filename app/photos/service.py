@@ -22,7 +22,7 @@ from app.errors import (
     NotFoundError,
     StorageUnavailableError,
 )
-from app.graph.privacy import seen_among
+from app.graph.privacy import check_reaction, seen_among
 from app.graph.tao import on
 from app.paging import Page
 from app.partial import is_partial
@@ -68,6 +68,7 @@ class PhotoService:
         async def work(session: AsyncWriteSession) -> str:
             photo = await locked_photo(session, photo_id)
             if photo.owner_id != viewer.id:
+                await on(session, check_reaction, viewer.id, photo.owner_id)
                 raise ForbiddenError("This photo belongs to somebody else.")
             await drop_tags(session, photo_id)
             happenings.photo_removed(session, photo_id)

@@ -26,6 +26,7 @@ from app.accounts.service import Viewer
 from app.clock import Clock
 from app.errors import Problem, problem_of
 from app.tags.parser import Kind, segments
+from app.timing import stage
 from app.web.forms import new_key
 
 __all__ = ["Load", "Pages", "linked"]
@@ -143,7 +144,8 @@ class Pages:
         return self._render("broken.html", {"problem": problem})
 
     def _render(self, template: str, names: Mapping[str, Any]) -> str:
-        return self._environment.get_template(template).render(names)
+        with stage("render"):
+            return self._environment.get_template(template).render(names)
 
     def _ago(self, time: dt.datetime) -> str:
         seconds = max(0.0, (self._clock() - time).total_seconds())

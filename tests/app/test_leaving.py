@@ -1,0 +1,304 @@
+"""Whoever leaves takes their data along and leaves nothing behind, in any store of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import io
+import json
+import re
+import socket
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import redis
+from sqlalchemy import BigInteger, delete
+
+from app.accounts.models import LoginSession, User
+from app.feed.timelines import Timelines
+from app.leaving.erasure import Eraser
+from app.leaving.models import ACCOUNT_DELETED
+from app.leaving.traces import OTHERS, PEOPLE, traces
+from app.photos.opening import open_blobs
+from app.repair import KINDS, run
+from app.tables import Base
+from app.workers import relay_of
+from shardkit import Cluster
+from shardkit.config import load
+from shardkit.local import LocalCluster
+from shardkit.outbox import Event
+from shardkit.testing import wait_until
+from tests.fixtures import pictures
+from tests.fixtures.blobs import keys_in
+from tests.fixtures.service import PASSWORD, Person, Service
+
+pytestmark = pytest.mark.integration
+
+Join = Callable[[str], Person]
+PATIENCE = 60.0
+
+PASSING = {"shardkit_operations", "shardkit_effects"}
+"""Kept for a day and by no person's id: answers by Idempotency-Key, numbers of events."""
+
+
+def test_every_column_of_numbers_is_known_to_be_a_person_or_not() -> None:
+    for table in Base.metadata.sorted_tables:
+        for column in table.columns:
+            if isinstance(column.type, BigInteger):
+                known = (column.name in PEOPLE) + (column.name in OTHERS)
+                assert known == 1, f"add {table.name}.{column.name} to app/leaving/traces.py"
+    named = {trace.entity.__tablename__ for trace in traces()}
+    assert {"users", "photos", "likes", "comments", "assocs", "exports"} <= named
+
+
+# -- everything there is of somebody
+
+
+@dataclass(frozen=True)
+class Life:
+    """What somebody did.
+
+    Attributes:
+        person: who.
+        mark: a word that is in every text of theirs and nowhere else.
+        photos: theirs, by id.
+        blobs: keys of their pictures.
+    """
+
+    person: Person
+    mark: str
+    photos: list[str]
+    blobs: set[str]
+
+
+def lived(join: Join, service: Service, friends: list[Person]) -> Life:
+    """Have somebody use everything, with people of several shards."""
+    mark = f"zq{uuid.uuid4().hex[:12]}"
+    me = join(mark)
+    before = keys_in(service)
+    photos = [me.upload(pictures.jpeg(64, 64), f"{mark} {n}").json()["id"] for n in range(1)]
+    blobs = keys_in(service) - before
+    me.http.patch("/api/v1/me", json={"bio": mark, "display_name": mark}).raise_for_status()
+    for friend in friends:
+        theirs = friend.upload(pictures.jpeg(64, 64), "theirs").json()["id"]
+        for http, name in ((me.http, friend.username), (friend.http, me.username)):
+            http.put(f"/api/v1/users/{name}/follow").raise_for_status()
+        for http, photo in ((me.http, theirs), (friend.http, photos[0])):
+            http.put(f"/api/v1/photos/{photo}/like").raise_for_status()
+            http.post(f"/api/v1/photos/{photo}/comments", json={"body": mark}).raise_for_status()
+        friend.http.get("/api/v1/feed").raise_for_status()  # builds a timeline
+    me.http.get("/api/v1/feed").raise_for_status()
+    me.http.put(f"/api/v1/users/{friends[0].username}/block").raise_for_status()
+    friends[1].http.put(f"/api/v1/users/{me.username}/block").raise_for_status()
+    export = me.http.post("/api/v1/me/exports")
+    assert (export.status_code, export.json()["state"]) == (202, "working")
+    return Life(me, mark, photos, blobs)
+
+
+def found_of(life: Life, local: LocalCluster, service: Service) -> list[str]:
+    """Look through every store for somebody; return where they were found."""
+    found = [*in_tables(life, local), *in_redis(life, local), *in_memcached(life, local)]
+    found += [f"picture {key}" for key in asyncio.run(readable(life, service))]
+    folder = service.settings.exports_folder
+    found += [f"file {path.name}" for path in folder.glob("*.zip") if says(path, life.mark)]
+    return found
+
+
+def in_tables(life: Life, local: LocalCluster) -> Iterator[str]:
+    """Find rows of all tables of all logical shards by the id, ids of photos, and the mark."""
+    ids = {life.person.id, *life.photos}
+    for name in {server.physical for server in local.servers if server.physical}:
+        dsn = local.superuser_dsn(local.primary(name).name, "shardkit")
+        with psycopg.connect(dsn) as connection:
+            tables = connection.execute(
+                "SELECT schemaname, tablename FROM pg_tables WHERE schemaname LIKE 'shard%'"
+            ).fetchall()
+            assert len(tables) > 30
+            for schema, table in tables:
+                if table in PASSING:
+                    continue
+                rows = connection.execute(f'SELECT to_jsonb(t)::text FROM "{schema}"."{table}" t')
+                for (row,) in rows:
+                    if life.mark in row or ids.intersection(re.findall(r"\d+", row)):
+                        yield f"{schema}.{table}: {row[:200]}"
+
+
+def in_redis(life: Life, local: LocalCluster) -> Iterator[str]:
+    services = load(local.config_path)[0].services
+    ids = [int(each) for each in (life.person.id, *life.photos)]
+    with redis.Redis.from_url(services["redis"]) as client:
+        for key in client.scan_iter(count=1000):
+            value = client.dump(key) if client.type(key) != b"string" else client.get(key)
+            named = life.mark.encode() in (value or b"") or life.mark.encode() in key
+            mine = key.startswith(b"tl:") and key.endswith(f":{life.person.id}".encode())
+            ring = key.startswith(b"tl:") and any(n.to_bytes(8, "big") in value for n in ids)
+            if named or mine or ring:
+                yield f"redis {key!r}"
+
+
+def in_memcached(life: Life, local: LocalCluster) -> Iterator[str]:
+    """Read every key that a Memcached has, and look for the mark in its value."""
+    url = load(local.config_path)[0].services.get("memcached")
+    if url is None:
+        return
+    at = urlsplit(url if "//" in url else f"//{url}")
+    with socket.create_connection((at.hostname or "", at.port or 11211), 10) as line:
+        file = line.makefile("rwb")
+        file.write(b"lru_crawler metadump all\r\n")
+        file.flush()
+        keys = []
+        while not (told := file.readline()).startswith((b"END", b"BUSY", b"ERROR")):
+            keys.append(told.split()[0].removeprefix(b"key="))
+        assert keys, "the cache is used"
+        for key in keys:
+            file.write(b"mg " + key + b" b v\r\n" if b"%" in key else b"mg " + key + b" v\r\n")
+            file.flush()
+            head = file.readline().split()
+            if head[:1] == [b"VA"]:
+                value = file.read(int(head[1]) + 2)
+                if life.mark.encode() in value:
+                    yield f"memcached {key!r}: {value[:80]!r}"
+
+
+async def readable(life: Life, service: Service) -> list[str]:
+    blobs = open_blobs(service.settings)
+    try:
+        return [key for key in life.blobs if await blobs.get(key, "150.jpg") is not None]
+    finally:
+        await blobs.close()
+
+
+def says(path: Any, mark: str) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(mark.encode() in archive.read(name) for name in archive.namelist())
+
+
+def nothing_is_left(life: Life, local: LocalCluster, service: Service) -> None:
+    """Wait until nothing is found; events that were committed are still on their way."""
+    found: list[str] = []
+
+    def is_empty() -> bool:
+        found[:] = found_of(life, local, service)
+        return not found
+
+    try:
+        wait_until(is_empty, PATIENCE, "nothing is left")
+    except AssertionError:
+        raise AssertionError("\n".join(found)) from None
+
+
+# -- the tests
+
+
+NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+
+@pytest.fixture
+def friends(join: Join) -> list[Person]:
+    return [join(f"friend{n}x") for n in range(2)]
+
+
+def check_export(life: Life, friends: list[Person]) -> None:
+    http = life.person.http
+    (export,) = http.get("/api/v1/me/exports").json()
+    here = f"/api/v1/me/exports/{export['id']}"
+    wait_until(lambda: http.get(here).json()["state"] == "done", PATIENCE, "the export is made")
+    assert friends[0].http.get(here).status_code == 404
+    assert friends[0].http.get(f"{here}/file").status_code == 404
+
+    answer = http.get(http.get(here).json()["file"])
+    assert answer.headers["content-type"] == "application/zip"
+    assert "attachment" in answer.headers["content-disposition"]
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert archive.testzip() is None
+        tables = {
+            name[7:-5]: json.loads(archive.read(name))
+            for name in archive.namelist()
+            if name.startswith("tables/")
+        }
+        shown = {name for name in archive.namelist() if name.startswith("pictures/")}
+    assert [row["id"] for row in tables["users"]] == [life.person.id]
+    assert {row["id"] for row in tables["photos"]} == set(life.photos)
+    assert shown == {f"pictures/{photo}.jpg" for photo in life.photos}
+    assert (len(tables["likes"]), len(tables["comments"])) == (len(friends), len(friends))
+    assert {row["id1"] for row in tables["assocs"]} == {life.person.id}, "not who blocks them"
+    for secret in ("password_hash", "token_hash", "argon2"):
+        assert secret not in json.dumps(tables)
+
+
+def test_who_leaves_takes_everything_along_and_leaves_nothing(
+    join: Join, service: Service, app_cluster: LocalCluster, friends: list[Person]
+) -> None:
+    life = lived(join, service, friends)
+    me = life.person
+    check_export(life, friends)
+    where = found_of(life, app_cluster, service)
+    for store in ("users", "photos", "likes", "comments", "assocs", "picture", "file", "redis"):
+        assert any(store in each for each in where), f"the scan finds {store}"
+
+    wrong = me.http.post("/api/v1/me/deletion", json={"password": "not this one"})
+    assert wrong.status_code == 403
+    answer = me.http.post("/api/v1/me/deletion", json={"password": PASSWORD})
+    assert (answer.status_code, answer.json()["state"]) == (202, "working")
+    assert me.http.get("/api/v1/me").status_code == 401
+    for path in (f"/api/v1/users/{me.username}", f"/api/v1/photos/{life.photos[0]}"):
+        assert friends[0].http.get(path).status_code == 404, "gone at once"
+
+    status = answer.headers["location"]
+    wait_until(
+        lambda: friends[0].http.get(status).json()["state"] == "done", PATIENCE, "it is removed"
+    )
+    nothing_is_left(life, app_cluster, service)
+    for friend in friends:
+        (theirs,) = friend.http.get(f"/api/v1/users/{friend.username}/photos").json()["items"]
+        assert (theirs["like_count"], theirs["comment_count"]) == (0, 0), "theirs is still there"
+    with Cluster.from_file(app_cluster.config_path) as cluster:
+        relay_of(cluster).drain()
+        assert run(cluster, dry_run=True) == dict.fromkeys(KINDS, 0), "every count is exact"
+    with service.client() as client:  # the name is free
+        again = {"username": me.username, "password": PASSWORD}
+        assert client.post("/api/v1/users", json=again).status_code == 201
+
+
+class Killed(BaseException):
+    """The worker dies here."""
+
+
+def test_a_worker_may_die_at_every_step(
+    join: Join, service: Service, app_cluster: LocalCluster, friends: list[Person]
+) -> None:
+    """Each attempt is killed at the first step of a kind that none was killed at; the last ends."""
+    life = lived(join, service, friends)
+    me = life.person
+    with Cluster.from_file(app_cluster.config_path) as cluster:
+        timelines = Timelines(cluster.services["redis"])
+        with cluster.writer() as session:  # the account ends, and no relay hears of it
+            session.delete(session.get_one(User, int(me.id)))
+            session.execute(delete(LoginSession).where(LoginSession.user_id == int(me.id)))
+            session.commit()
+        event = Event(1, ACCOUNT_DELETED, me.id, {"user_id": me.id}, NOW, 0, 0)
+        died: set[str] = set()
+
+        def step(name: str) -> None:
+            if name not in died:
+                died.add(name)
+                raise Killed
+
+        eraser = Eraser(cluster, timelines, service.settings, step=step)
+        for _ in range(100):
+            try:
+                eraser.handle(event)
+                break
+            except Killed:
+                continue
+        timelines.close()
+        assert {"photos", "photo", "like", "comment", "edges", "edge", "note"} <= died
+        nothing_is_left(life, app_cluster, service)
+        relay_of(cluster).drain()
+        assert run(cluster, dry_run=True) == dict.fromkeys(KINDS, 0)
