@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.service import Person, Service
-
-schemathesis: Any = pytest.importorskip("schemathesis")
 
 pytestmark = pytest.mark.integration
 

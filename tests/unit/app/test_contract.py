@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from app.examples import PROBLEM
 from app.main import create_app
 from app.settings import Settings
-
-jsonschema_rs: Any = pytest.importorskip("jsonschema_rs")
 
 APP = create_app(Settings(config=Path("shardkit.toml")))
 DOCUMENT: dict[str, Any] = APP.openapi()
@@ -33,7 +32,7 @@ def bodies(operation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]
             yield status, kind, content
 
 
-def validator(schema: dict[str, Any]) -> Any:
+def validator(schema: dict[str, Any]) -> jsonschema_rs.Validator:
     document = {**schema, "components": DOCUMENT["components"]}
     return jsonschema_rs.validator_for(document)
 
