@@ -147,7 +147,7 @@ def test_a_commit_that_a_frozen_primary_swallowed_is_settled_by_running_again(
 
 def test_a_server_with_enough_to_do_sheds_the_background_first(topology: Topology) -> None:
     pool = PoolConfig(size=5, overflow=0, timeout=5.0)
-    with Cluster(topology, pool=pool, adaptive=True) as cluster:
+    with Cluster(topology, pool=pool, adaptive=True, failover_wait=0.0) as cluster:
         held = [cluster.writer() for _ in range(5)]
         absent = ids.compose(1, 0, 0)
         try:
