@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit failover-grid test-patroni test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker photo-torn move-grid lock clean
+.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker photo-torn move-grid feed-paging failover-grid test-patroni lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -125,8 +125,12 @@ test-chaos-cache: setup ## ten million reads of the cache under faults, and none
 cache-kills: setup ## for how long something old is shown after writers are killed; a minute
 	@$(BIN)/python -m benchmarks cachekills $(ARGS)
 
+feed-paging: setup ## ten million items of feeds while people post, delete and block; minutes
+	@$(BIN)/python -m benchmarks feedpaging $(ARGS)
+
 bench-idmap-300m: setup ## 300 million entries in one Redis, about a gigabyte, and a million reads
 	@$(BIN)/python -m benchmarks idmap300m $(ARGS)
+
 photo-torn: setup ## crash photo volumes at 20,000 byte positions and kill 60 writers; a minute
 	@SHARDKIT_TORN=all $(BIN)/python -m pytest -s tests/app/test_torn.py $(ARGS)
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.accounts.endpoints import router as accounts
+from app.comments.endpoints import router as comments
 from app.errors import Problem
 from app.feed.endpoints import router as feed
 from app.graph.endpoints import router as graph
+from app.notifications.endpoints import router as notifications
 from app.photos.endpoints import router as photos
+from app.saves.endpoints import router as saves
+from app.search.endpoints import router as search
+from app.stories.endpoints import router as stories
+from app.tags.endpoints import router as tags
 
 __all__ = ["router"]
 
@@ -21,5 +27,16 @@ router = APIRouter(
         422: {"description": "a value cannot be used", **_PROBLEM},
     },
 )
-for feature in (accounts, photos, graph, feed):
+for feature in (
+    accounts,
+    photos,
+    comments,
+    graph,
+    feed,
+    stories,
+    saves,
+    tags,
+    notifications,
+    search,
+):
     router.include_router(feature)

@@ -8,25 +8,37 @@ from typing import Annotated, cast
 from fastapi import Depends, Header, Request, Response
 
 from app.accounts.service import AccountService, LogIn, SessionLimits, Viewer
+from app.comments.service import CommentService
 from app.database import Database
 from app.errors import NotSignedInError
 from app.feed.service import FeedService
 from app.graph.service import GraphService
+from app.notifications.service import NotificationService
 from app.photos.service import PhotoService
 from app.photos.uploads import UploadService
 from app.resources import Resources
+from app.saves.service import SaveService
+from app.search.service import SearchService
 from app.settings import Settings
+from app.stories.service import StoryService
+from app.tags.service import TagService
 from shardkit.contrib.asgi import fresh_of
 
 __all__ = [
     "Accounts",
+    "Comments",
     "DatabaseDep",
     "Feed",
     "Graph",
     "Keyed",
     "MaybeViewer",
+    "Notifications",
     "Photos",
+    "Saves",
+    "Search",
     "SignedIn",
+    "Stories",
+    "Tags",
     "Uploads",
     "begin_login",
     "end_login",
@@ -124,11 +136,53 @@ async def get_feed(resources: ResourcesDep, database: DatabaseDep) -> FeedServic
     )
 
 
+async def get_comments(resources: ResourcesDep, database: DatabaseDep) -> CommentService:
+    """Return the comment service."""
+    return CommentService(database, resources.clock)
+
+
+async def get_stories(resources: ResourcesDep, database: DatabaseDep) -> StoryService:
+    """Return the story service."""
+    return StoryService(
+        database,
+        resources.blobs,
+        resources.workers,
+        resources.clock,
+        resources.settings.max_followees,
+    )
+
+
+async def get_saves(resources: ResourcesDep, database: DatabaseDep) -> SaveService:
+    """Return the service of saved photos."""
+    return SaveService(database, resources.clock)
+
+
+async def get_tags(database: DatabaseDep) -> TagService:
+    """Return the service of tags."""
+    return TagService(database)
+
+
+async def get_notifications(database: DatabaseDep) -> NotificationService:
+    """Return the notification service."""
+    return NotificationService(database)
+
+
+async def get_search(resources: ResourcesDep, database: DatabaseDep) -> SearchService:
+    """Return the search service."""
+    return SearchService(database, resources.search)
+
+
 Accounts = Annotated[AccountService, Depends(get_accounts)]
 Photos = Annotated[PhotoService, Depends(get_photos)]
 Uploads = Annotated[UploadService, Depends(get_uploads)]
 Graph = Annotated[GraphService, Depends(get_graph)]
 Feed = Annotated[FeedService, Depends(get_feed)]
+Comments = Annotated[CommentService, Depends(get_comments)]
+Stories = Annotated[StoryService, Depends(get_stories)]
+Saves = Annotated[SaveService, Depends(get_saves)]
+Tags = Annotated[TagService, Depends(get_tags)]
+Notifications = Annotated[NotificationService, Depends(get_notifications)]
+Search = Annotated[SearchService, Depends(get_search)]
 
 
 async def get_maybe_viewer(request: Request, accounts: Accounts) -> Viewer | None:

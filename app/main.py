@@ -20,7 +20,9 @@ import app.api
 import app.health
 import app.legacy.endpoints
 import app.photos.endpoints
+import app.stories.endpoints
 import app.web.pages
+import app.web.social
 from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
 from app.errors import AppError, NotSignedInError, is_disk_full, problem_of
@@ -87,9 +89,11 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
 
     service.include_router(app.api.router)
     service.include_router(app.photos.endpoints.media)
+    service.include_router(app.stories.endpoints.media)
     service.include_router(app.health.router)
     service.include_router(app.legacy.endpoints.router)
     service.include_router(app.web.pages.router)
+    service.include_router(app.web.social.router)
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))
 
     upload = settings.max_upload_bytes + MULTIPART_OVERHEAD
@@ -98,7 +102,7 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.add_middleware(
         BodyLimit,
         default=settings.max_body_bytes,
-        paths={f"{API}/photos": upload, "/upload": upload},
+        paths=dict.fromkeys((f"{API}/photos", f"{API}/stories", "/upload", "/stories/new"), upload),
         timeout=settings.body_timeout,
         respond=respond,
     )

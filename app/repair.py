@@ -1,6 +1,7 @@
 """Compares what is kept twice and mends it: `python -m app.repair --config shardkit.toml`.
 
-Edges of follows against their other sides, and every count against what it counts. Reads the
+Edges of follows against their other sides, people against what they are found by, captions against
+their tags, and every count against what it counts. Reads the
 primaries in pages and locks one row at a time, so it runs beside the service, as often as wanted;
 it may be interrupted and run again, or begun at a logical shard.
 """
@@ -21,7 +22,9 @@ from rich.progress import Progress
 from app import counts
 from app.graph import repair
 from app.photos import likes
+from app.search import repair as search_repair
 from app.settings import Settings
+from app.tags import repair as tags_repair
 from app.workers import relay_of
 from shardkit import Cluster
 from shardkit.errors import ConfigurationError, ShardkitError
@@ -29,7 +32,15 @@ from shardkit.errors import ConfigurationError, ShardkitError
 __all__ = ["main", "run"]
 
 FAILED, USAGE = 1, 2
-KINDS = (repair.MISSING, repair.EXTRA, *map(str, counts.COUNTS), likes.SLOTS_WRONG)
+KINDS = (
+    repair.MISSING,
+    repair.EXTRA,
+    search_repair.MISSING,
+    search_repair.STRAY,
+    tags_repair.WRONG,
+    *map(str, counts.COUNTS),
+    likes.SLOTS_WRONG,
+)
 
 
 def main(
@@ -85,6 +96,8 @@ def run(
         shards = range(from_shard, cluster.topology.n_logical_shards)
         for shard in bar.track(shards, description="logical shards"):
             found.update(repair.compare(cluster, shard, n=n, dry_run=dry_run))
+            found.update(search_repair.compare(cluster, shard, n=n, dry_run=dry_run))
+            found.update(tags_repair.mend(cluster, shard, n=n, dry_run=dry_run))
             found.update(likes.mend(cluster, shard, n=n, dry_run=dry_run))
             found.update(counts.mend(cluster, shard, n=n, dry_run=dry_run))
     if not dry_run:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from app.accounts.passwords import Passwords
 from app.clock import Clock
@@ -14,12 +15,18 @@ from app.feed.cursors import Cursors
 from app.feed.ranked import RankedFeed
 from app.feed.timelines import AsyncTimelines
 from app.legacy.photos import open_client, open_map
+from app.notifications.hub import Hub
+from app.notifications.hub import opened as hub_opened
 from app.photos.images import FORMATS, ImageLimits, ImageWorkers
 from app.photos.likes import Likes
 from app.photos.opening import open_blobs
 from app.photos.running import RunningUploads
 from app.photos.store import BlobStore
+from app.search.cached import CachedSearch
+from app.search.postgres import PostgresSearch
+from app.search.protocol import SearchIndex
 from app.settings import Settings
+from app.stories.cleanup import keep_clean
 from shardkit import AsyncCluster
 from shardkit.idmap import AsyncIdMap
 
@@ -41,6 +48,8 @@ class Resources:
         likes: writes likes, many together.
         cursors: where pages of feeds begin.
         ranked: ranks feeds.
+        search: finds people and hashtags.
+        hub: the open streams of notifications.
         redis_url: address of Redis, or None when there is none.
         legacy_photos: ids of photos by the number they once had; None without Redis.
         timelines: what was pushed to whom, and who builds it; None without Redis.
@@ -56,6 +65,8 @@ class Resources:
     likes: Likes
     cursors: Cursors
     ranked: RankedFeed
+    search: SearchIndex
+    hub: Hub
     redis_url: str | None = None
     legacy_photos: AsyncIdMap | None = None
     timelines: tuple[AsyncTimelines, Builder] | None = None
@@ -94,6 +105,8 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             builder = Builder(cluster, opened, settings.max_followees)
             stack.push_async_callback(builder.close)
             timelines = opened, builder
+        hub = await stack.enter_async_context(hub_opened(cluster, redis_url, clock))
+        stack.enter_context(running(keep_clean(cluster, blobs, clock)))
         yield Resources(
             settings=settings,
             cluster=cluster,
@@ -108,4 +121,16 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             redis_url=redis_url,
             legacy_photos=legacy_photos,
             timelines=timelines,
+            search=CachedSearch(PostgresSearch(cluster)),
+            hub=hub,
         )
+
+
+@contextmanager
+def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Run something in the background for the time of a `with` block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()

@@ -23,8 +23,10 @@ from app.feed.modes import Modes
 from app.feed.timelines import Timelines
 from app.graph import inverse
 from app.graph.models import ASSOC_CHANGED
+from app.notifications.bus import Bus
 from app.photos import likes, removal
 from app.photos.models import LIKES_CHANGED, PHOTO_ADDED, PHOTO_DELETED
+from app.reactions import Reactions
 from app.settings import Settings
 from shardkit import Cluster, Relay
 from shardkit.errors import ConfigurationError, HandlerStuckError
@@ -56,10 +58,13 @@ def relay_of(
     timelines = None if redis is None else Timelines(redis)
     modes = modes or Modes()
     relay = Relay(cluster, threads=THREADS, backoff=BACKOFF)
+    reactions = Reactions(cluster, Bus(redis))
+    reactions.register(relay)
 
     @relay.on(ASSOC_CHANGED, batch=BATCH)
     def edges(events: list[Event]) -> None:
         inverse.apply(cluster, events)
+        reactions.edges_changed(events)
 
     @relay.on(PHOTO_DELETED, batch=BATCH)
     def pictures(events: list[Event]) -> None:

@@ -31,6 +31,7 @@ LONG = (
     "cachechaos",
     "cachekills",
     "chaos",
+    "feedpaging",
     "halves",
     "idmap300m",
     "lookup",

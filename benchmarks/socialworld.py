@@ -53,6 +53,7 @@ class World:
     cache: CacheConfig
     redis: str
     _numbers: dict[int, int] = field(default_factory=dict)
+    _next_photo: int = 1_000_000
 
     def ids(self, n: int, *, shard: int | None = None, ms: int = 1_000) -> list[int]:
         """Return new ids, spread over the logical shards."""
@@ -113,9 +114,10 @@ class World:
         found: dict[int, list[int]] = {}
         for n, owner in enumerate(order):
             shard = ids.shard_of(owner)
-            id_ = ids.compose(1_000_000 + n, shard, 0)
+            id_ = ids.compose(self._next_photo + n, shard, 0)
             found.setdefault(owner, []).append(id_)
             rows.setdefault(shard, []).append((id_, owner, "", 640, 480, "k" * 32, NOW))
+        self._next_photo += len(order)
         columns = ("id", "owner_id", "caption", "width", "height", "blob_key", "created_at")
         self.copy("photos", columns, rows)
         return found

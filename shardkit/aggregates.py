@@ -51,8 +51,9 @@ __all__ = ["ROW_FUNCTIONS", "Aggregation", "aggregation", "is_aggregate"]
 
 # Functions of one row. Any other may be an aggregate, which does not distribute over a union.
 ROW_FUNCTIONS = frozenset((
-    "abs", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract", "floor",
-    "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round", "upper",
+    "abs", "cardinality", "ceil", "char_length", "coalesce", "date_part", "date_trunc", "extract",
+    "floor", "greatest", "jsonb_array_length", "least", "length", "lower", "nullif", "round",
+    "upper",
 ))  # fmt: skip
 
 # As many digits as a numeric of PostgreSQL can have; infinities of both signs make NaN there too.

@@ -7,8 +7,9 @@ import datetime as dt
 from sqlalchemy import Index, LargeBinary, String, false
 from sqlalchemy.orm import Mapped, mapped_column
 
+from app.happenings import PERSON_CHANGED
 from app.models import Base
-from shardkit import Sharded, unique_lookup
+from shardkit import Sharded, after_insert, unique_lookup
 
 __all__ = ["LoginSession", "User"]
 
@@ -26,6 +27,7 @@ class User(Sharded, Base):
     __tablename__ = "users"
     __cache_ttl__ = 300.0
     __unique__ = (unique_lookup("username", fold="casefold"),)
+    __events__ = (after_insert(PERSON_CHANGED, lambda user: {"user_id": str(user.id)}, key="id"),)
 
     username: Mapped[str] = mapped_column(String(30), index=True)
     display_name: Mapped[str] = mapped_column(String(60))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app import happenings
 from app.accounts.models import LoginSession, User
 from app.accounts.passwords import Passwords
 from app.accounts.repository import (
@@ -281,6 +282,7 @@ class AccountService:
             user = await AccountRepository(session).user(viewer.id)
             if patch.display_name is not None:
                 user.display_name = patch.display_name or user.username
+                happenings.person_changed(session, viewer.id)
             if patch.bio is not None:
                 user.bio = patch.bio
             if patch.is_private is not None:

@@ -29,6 +29,8 @@ from app.photos.images import SIZES
 from app.photos.likes import Reaction, react
 from app.photos.models import Comment, Like, Photo
 from app.photos.store import NAME_DIGITS, BlobStore
+from app.tags.parser import tags
+from app.tags.repository import add_tags
 from shardkit import WriteSession
 
 __all__ = ["DemoCounts", "DemoLoader", "Progress"]
@@ -183,6 +185,7 @@ class DemoLoader:
             session.add(photo)
             await session.flush()
             self._settle(photo)
+            await add_tags(session, photo.id, photo.id, tags(photo.caption))
             await session.commit()
         self._added.photos += 1
         return photo.id

@@ -86,21 +86,21 @@ BIOS = (
 )
 
 CAPTIONS = (
-    "First light.",
+    "First #light.",
     "Worth getting up for.",
     "Ten minutes later it rained.",
     "The long way home.",
-    "No filter, just luck.",
+    "#nofilter, just luck.",
     "Same place, another season.",
     "Waited an hour for this.",
     "Quiet up here.",
-    "Blue hour, every time.",
+    "#bluehour, every time.",
     "Found this on the way to somewhere else.",
     "Study no. 7.",
     "The wind did the rest.",
-    "Last one on the roll.",
+    "Last one on the roll. #film #light",
     "Would go back tomorrow.",
-    "It smelled of salt and pine.",
+    "It smelled of #salt and pine.",
     "",
 )
 

@@ -102,7 +102,7 @@ class Builder:
             return
         async with self._cluster.writer() as session:
             following, pulled = await tao.on(session, following_of, user_id, self._most)
-            taken, covered = await self._taken(session, user_id, following)
+            taken, covered = await self._taken(session, user_id, tao.edges(following))
             owners = taken - pulled
             photo_ids: list[int] = []
             if owners:

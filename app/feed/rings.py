@@ -13,8 +13,8 @@
 
 All big-endian. A delivery writes one slot in place: nothing is moved, trimmed or allocated. A ring
 that is full grows to the next of `STEPS`, which fill jemalloc's size classes, so that an entry
-takes 8.2 bytes with everything around it; one of `MOST` slots overwrites its oldest arrival and
-raises the floor to it. Ids may arrive late, in any order and twice; readers sort.
+takes 8.2 bytes with everything around it; one of `MOST` slots gives up its `BLOCK` oldest arrivals
+at once and raises the floor to them. Ids may arrive late, in any order and twice; readers sort.
 
 Sources: app.md, section 3.1, for what other encodings take (`python -m benchmarks feed`); jemalloc
 5.3, size classes; Redis 7, sds.h (a header of five bytes for strings of up to 65,535, one byte at
@@ -34,10 +34,13 @@ __all__ = ["ADD", "FILL", "MOST", "STEPS", "Timeline", "decoded", "encoded", "pa
 HEADER: Final = struct.Struct(">BxHHxxQQ")
 FORMAT: Final = 1
 
-STEPS: Final = (36, 76, 156, 316, 636, 892)
+STEPS: Final = (36, 76, 156, 316, 636, 888)
 """Slots of a ring as it grows: strings of 320, 640, 1280, 2560, 5120 and 7168 bytes."""
 
 MOST: Final = STEPS[-1]
+
+BLOCK: Final = 24
+"""Slots that are given up together in a full ring; `MOST` is a multiple."""
 
 
 class Timeline(NamedTuple):
@@ -92,59 +95,65 @@ def decoded(value: bytes | None) -> Timeline | None:
     return Timeline(listed, floor, covered)
 
 
-_STEPS: Final = f"local steps = {{{', '.join(map(str, STEPS))}}}"
+_STEPS: Final = f"local steps, block = {{{', '.join(map(str, STEPS))}}}, {BLOCK}"
 
-_STORE: Final = (
-    f"{_STEPS}\n"
-    """
-local function store(key, photos, covered)
-    local head = redis.call('GETRANGE', key, 0, 23)
-    if #head < 24 then return 0 end
-    local slot, slots = struct.unpack('>HH', string.sub(head, 3, 6))
-    local floor = string.sub(head, 9, 16)
-    for i = 1, #photos do
-        if slot >= slots then
-            local more
-            for s = 1, #steps do
-                if steps[s] > slots then more = steps[s] break end
-            end
-            if more then
-                local empty = string.rep('\\0', 8 * (more - slots))
-                redis.call('SET', key, redis.call('GET', key) .. empty, 'KEEPTTL')
-                slots = more
-            else
-                slot = 0
-            end
+_STORE: Final = """
+local most = steps[#steps]
+local function less(a, b)
+    local c, d = struct.unpack('>I4I4', a)
+    local e, f = struct.unpack('>I4I4', b)
+    return c < e or (c == e and d < f)
+end
+local function room(key, slots)
+    for s = 1, #steps do
+        if steps[s] > slots then
+            local empty = string.rep('\\0', 8 * (steps[s] - slots))
+            redis.call('SET', key, redis.call('GET', key) .. empty, 'KEEPTTL')
+            return slots, steps[s]
         end
-        local at = 24 + 8 * slot
-        if slots == steps[#steps] then
-            local gone = redis.call('GETRANGE', key, at, at + 7)
-            local a, b = struct.unpack('>I4I4', gone)
-            local c, d = struct.unpack('>I4I4', floor)
-            if a > c or (a == c and b > d) then floor = gone end
-        end
-        redis.call('SETRANGE', key, at, photos[i])
+    end
+    return 0, slots
+end
+local function drop(key, slot)
+    local at = 24 + 8 * slot
+    local gone = redis.call('GETRANGE', key, at, at + 8 * block - 1)
+    local floor = redis.call('GETRANGE', key, 8, 15)
+    for i = 1, #gone, 8 do
+        local photo = string.sub(gone, i, i + 7)
+        if less(floor, photo) then floor = photo end
+    end
+    redis.call('SETRANGE', key, 8, floor)
+    redis.call('SETRANGE', key, at, string.rep('\\0', #gone))
+end
+local call, unpack, pack = redis.call, struct.unpack, struct.pack
+local function store(key, photos, first, covered)
+    local head = call('GETRANGE', key, '2', '5')
+    if head == '' then return 0 end
+    local slot, slots = unpack('>HH', head)
+    for i = first, #photos do
+        if slot >= slots then slot, slots = room(key, slots) end
+        if slots == most and slot % block == 0 then drop(key, slot) end
+        call('SETRANGE', key, 24 + 8 * slot, photos[i])
         slot = slot + 1
     end
-    redis.call('SETRANGE', key, 2, struct.pack('>HH', slot, slots) .. '\\0\\0' .. floor)
-    if covered ~= '' then redis.call('SETRANGE', key, 16, covered) end
-    return #photos
+    call('SETRANGE', key, '2', pack('>HH', slot, slots))
+    if covered ~= '' then call('SETRANGE', key, '16', covered) end
+    return #photos - first + 1
 end
 """
-)
-# Halves are compared, since numbers of Lua are exact up to 2^53 only.
+# Halves are compared, since numbers of Lua are exact up to 2^53 only. Constants are text: Redis
+# would write a number anew at each call. Both by measurement: `python -m benchmarks feed`.
 
-ADD: Final = f"""{_STORE}
-local covered = table.remove(ARGV, 1)
+ADD: Final = f"""{_STEPS}{_STORE}
 local n = 0
-for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, covered) end
+for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, 2, ARGV[1]) end
 return n
 """
 """Adds ids to rings; KEYS: rings, of which those that are not there are left; ARGV: `covered`, or
 nothing to leave it, then ids. Returns how many slots were written. It reads and writes the named
 keys alone; in a Redis Cluster these would have to share a slot."""
 
-FILL: Final = f"""{_STORE}
+FILL: Final = f"""{_STEPS}{_STORE}
 local old = redis.call('GET', KEYS[1])
 if not old or #old < 24 or string.sub(old, 9, 16) ~= ARGV[2] then return 0 end
 local _, slots = struct.unpack('>HH', string.sub(old, 3, 6))
@@ -154,7 +163,7 @@ for slot = 0, slots - 1 do
     if photo ~= '\\0\\0\\0\\0\\0\\0\\0\\0' then found[#found + 1] = photo end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-store(KEYS[1], found, '')
+store(KEYS[1], found, 1, '')
 return 1
 """
 """Puts a ring in the place of one that is being built, with the ids that came meanwhile. KEYS: the

@@ -97,7 +97,8 @@ class FeedService:
                 photos, last = await self.photos(session, viewer.id, begin.before, n)
                 shown = [(photo, "following") for photo in photos]
                 after = None if last is None else Place(last)
-            described = await describe(session, [photo for photo, _ in shown], viewer)
+            rows = [photo for photo, _ in shown]
+            described = await describe(session, rows, viewer, is_checked=True)
             reasons = {photo.id: reason for photo, reason in shown}
             items = [FeedItem(**dict(each), reason=reasons[each.id]) for each in described]
             text = None
@@ -123,7 +124,7 @@ class FeedService:
                 found = await self._merged(session, viewer_id, sources, before, n + 1)
         except FAILED:  # who answers is asked
             following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
-            owners = frozenset({edge.id2 for edge in following} | {viewer_id})
+            owners = frozenset({viewer_id, *(id2 for _, id2 in following)})
             found = await self._from_databases(session, viewer_id, owners, before, n + 1)
         return cut(found, n, lambda photo: photo.id)
 
@@ -139,7 +140,7 @@ class FeedService:
                 sources = await self._sources(session, viewer_id)
         except FAILED:  # who answers is asked
             following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
-            sources = Sources(frozenset({edge.id2 for edge in following} | {viewer_id}))
+            sources = Sources(frozenset({viewer_id, *(id2 for _, id2 in following)}))
         found = [id_ for id_ in sources.ids if sources.above < id_ < before][:n]
         if len(found) < n and sources.above:
             below = min(before, sources.above + 1)
@@ -166,7 +167,7 @@ class FeedService:
                     builder.cover(viewer_id, found.new, found.floor)
                 return found
         following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
-        return Sources(frozenset({edge.id2 for edge in following} | {viewer_id}))
+        return Sources(frozenset({viewer_id, *(id2 for _, id2 in following)}))
 
     async def _merged(
         self, session: AsyncReadSession, viewer_id: int, sources: Sources, before: int, n: int

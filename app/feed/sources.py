@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from app.feed.modes import ROOT
 from app.feed.rings import Timeline
@@ -66,11 +67,16 @@ def merged(timeline: Timeline, pulled: Mapping[int, Sequence[int]]) -> tuple[lis
     return sorted(found, reverse=True), above
 
 
-def following_of(session: ReadSession, user_id: int, most: int) -> tuple[list[Edge], set[int]]:
-    """Return whom somebody follows, newest first, and the authors who are pulled."""
+def following_of(
+    session: ReadSession, user_id: int, most: int
+) -> tuple[Sequence[tuple[int, int]], set[int]]:
+    """Return whom somebody follows, newest first, as time and id, and the authors who are pulled.
+
+    No edges are made of them: there may be thousands, at each page.
+    """
     mine, service = (user_id, int(Kind.FOLLOWS)), (ROOT, int(Kind.PULLED))
     lists = session.cached_many(edges_of, (mine, service))
-    following = [Edge._make(pair) for pair in lists[mine]]
+    following: Sequence[tuple[int, int]] = lists[mine]
     if len(following) >= edges_of.limit:
         following = tao.assoc_page(session, user_id, Kind.FOLLOWS, None, most)
     pulled = {id2 for _, id2 in lists[service]}
@@ -95,10 +101,11 @@ async def gathered(
     # Before the list of follows: a follow of after it is then newer than what it covers.
     timeline = await timelines.read(user_id)
     following, pulled = await tao.on(session, following_of, user_id, most)
-    owners = frozenset({edge.id2 for edge in following} | {user_id})
+    owners = frozenset({user_id, *(id2 for _, id2 in following)})
     if timeline is None:
         return Sources(owners, lacks_timeline=True)
-    new = [edge for edge in following if edge.at > timeline.covered]
+    covered = timeline.covered
+    new = tao.edges(takewhile(lambda pair: pair[0] > covered, following))  # they are newest first
     if len(new) > MOST_NEW:
         return Sources(owners, new=new)
     asked: Iterable[int] = {user_id, *(pulled & owners), *(edge.id2 for edge in new)}

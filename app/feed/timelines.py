@@ -12,6 +12,7 @@ its name was made.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -88,7 +89,7 @@ class Timelines:
             retry=Retry(NoBackoff(), 0),
             redis_connect_func=self._connected,
         )
-        self._add = self.redis.register_script(ADD)
+        self._sha = hashlib.sha1(ADD.encode(), usedforsecurity=False).hexdigest()
 
     def _connected(self, connection: Any) -> None:
         connection.on_connect()
@@ -105,18 +106,29 @@ class Timelines:
             self.redis.ping()  # the life is known, and this connection is of it
             life, n = self.life.now, 0
             values = [b"", *packed(photo_ids)]
+            prefix = f"tl:{life}:".encode()
             calls = [user_ids[at : at + BATCH] for at in range(0, len(user_ids), BATCH)]
             for at in range(0, len(calls), PIPELINE):
-                pipeline = self.redis.pipeline(transaction=False)
-                for some in calls[at : at + PIPELINE]:
-                    prefix = f"tl:{life}:"
-                    self._add([f"{prefix}{user_id}" for user_id in some], values, pipeline)
-                n += sum(pipeline.execute())
+                some = [
+                    [b"%b%d" % (prefix, each) for each in call] for call in calls[at:][:PIPELINE]
+                ]
+                n += sum(self._pushed(some, values))
             if life != self.life.now:
                 raise SilentError("Redis began a new life meanwhile")
         except _FAILED as error:
             raise SilentError(str(error)) from error
         return n
+
+    def _pushed(self, calls: Sequence[Sequence[bytes]], values: Sequence[bytes]) -> list[int]:
+        """Run the script on some lists of keys, in one round trip; load it where it lacks."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for keys in calls:
+            pipeline.evalsha(self._sha, len(keys), *keys, *values)
+        try:
+            return list(pipeline.execute())
+        except exceptions.NoScriptError:
+            self.redis.script_load(ADD)
+            return self._pushed(calls, values)
 
     def close(self) -> None:
         """Close every connection."""

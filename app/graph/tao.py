@@ -43,6 +43,7 @@ __all__ = [
     "assoc_page",
     "assoc_range",
     "assoc_time_range",
+    "edges",
     "has",
     "locked",
     "next_time",
@@ -155,7 +156,7 @@ def assoc_range(session: ReadSession, id1: int, kind: Kind, pos: int, limit: int
     """
     newest = session.cached(edges_of, (id1, int(kind)))
     if pos + limit <= len(newest) or len(newest) < edges_of.limit:
-        return _edges(newest[pos : pos + limit])
+        return edges(newest[pos : pos + limit])
     statement = _newest_first(id1, kind).offset(pos).limit(limit)
     return [Edge(row.at, row.id2) for row in session.execute(statement)]
 
@@ -171,7 +172,7 @@ def assoc_time_range(
 ) -> list[Edge]:
     """Return edges no newer than `high` and no older than `low`, newest first."""
     newest = session.cached(edges_of, (id1, int(kind)))
-    found = _edges([pair for pair in newest if _within(pair, high, low)][:limit])
+    found = edges([pair for pair in newest if _within(pair, high, low)][:limit])
     reaches = bool(newest) and low is not None and newest[-1][0] < low
     if len(found) == limit or len(newest) < edges_of.limit or reaches:
         return found
@@ -190,7 +191,7 @@ def assoc_page(
     newest = session.cached(edges_of, (id1, int(kind)))
     rest = newest if after is None else [pair for pair in newest if pair < after]
     if len(rest) >= limit or len(newest) < edges_of.limit:
-        return _edges(rest[:limit])
+        return edges(rest[:limit])
     statement = _newest_first(id1, kind)
     if after is not None:
         older = and_(Assoc.at == after.at, Assoc.id2 < after.id2)
@@ -245,7 +246,7 @@ def page_of(
                 wanted = set(id2s)
                 found.append({id2: Edge(at, id2) for at, id2 in newest if id2 in wanted})
         else:
-            found.append(_edges(lists[id1, int(kind)][:limit]))
+            found.append(edges(lists[id1, int(kind)][:limit]))
     return found
 
 
@@ -262,7 +263,8 @@ _edge: Callable[[tuple[int, int]], Edge] = partial(tuple.__new__, Edge)
 """What `Edge._make` does, without a frame of Python for each of fifty."""
 
 
-def _edges(pairs: Iterable[tuple[int, int]]) -> list[Edge]:
+def edges(pairs: Iterable[tuple[int, int]]) -> list[Edge]:
+    """Return pairs of time and id, as the cached list has them, as edges."""
     return list(map(_edge, pairs))
 
 

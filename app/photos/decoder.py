@@ -125,12 +125,12 @@ def encode_variants(
 ) -> tuple[dict[str, bytes], dict[str, int]]:
     """Return the variants of a decoded picture, and `width` and `height` of the largest."""
     variants: dict[str, bytes] = {}
+    scaled = picture
     for size, square in SIZES.items():
-        scaled = picture.thumbnail_image(
-            size, height=size, size="down", crop="centre" if square else "none"
-        )
-        if len(formats) > 1:
-            scaled = scaled.copy_memory()
+        if size < max(picture.width, picture.height):  # of the next larger one: the middle stays
+            scaled = scaled.thumbnail_image(
+                size, height=size, size="down", crop="centre" if square else "none"
+            ).copy_memory()
         for ending in formats:
             variants[f"{size}.{ending}"] = _encoded(scaled, ending)
     return variants, {"width": picture.width, "height": picture.height}

@@ -12,7 +12,7 @@ from app.addresses import API, MEDIA
 from app.deps import Accounts, Keyed, MaybeViewer, Photos, ResourcesDep, SignedIn, Uploads
 from app.ids import Id
 from app.paging import Cursor, Limit, Page
-from app.photos.schemas import Caption, CommentIn, CommentOut, LikesOut, PhotoOut, UploadOut
+from app.photos.schemas import Caption, LikesOut, PhotoOut, UploadOut
 from app.photos.store import MEDIA_TYPES
 
 __all__ = ["media", "router"]
@@ -108,32 +108,6 @@ async def like(photo_id: Id, viewer: SignedIn, photos: Photos) -> LikesOut:
 async def unlike(photo_id: Id, viewer: SignedIn, photos: Photos) -> LikesOut:
     """Take a like back."""
     return await photos.unlike(viewer, photo_id)
-
-
-@router.get("/photos/{photo_id}/comments")
-async def comments(
-    photo_id: Id, viewer: MaybeViewer, photos: Photos, cursor: Cursor = None, limit: Limit = 30
-) -> Page[CommentOut]:
-    """Return the comments under a photo, oldest first."""
-    return await photos.comments(photo_id, viewer, cursor, limit)
-
-
-@router.post(
-    "/photos/{photo_id}/comments", status_code=status.HTTP_201_CREATED, dependencies=[Keyed]
-)
-async def comment(photo_id: Id, given: CommentIn, viewer: SignedIn, photos: Photos) -> CommentOut:
-    """Write a comment."""
-    return await photos.comment(viewer, photo_id, given)
-
-
-@router.delete(
-    "/photos/{photo_id}/comments/{comment_id}",
-    status_code=status.HTTP_204_NO_CONTENT,
-    dependencies=[Keyed],
-)
-async def delete_comment(photo_id: Id, comment_id: Id, viewer: SignedIn, photos: Photos) -> None:
-    """Delete one's own comment, or any under one's own photo."""
-    await photos.delete_comment(viewer, photo_id, comment_id)
 
 
 @media.get("/{key}/{variant}")

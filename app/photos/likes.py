@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
+from app import happenings
 from app.clock import Clock
 from app.errors import BusyError, NotFoundError
 from app.graph import tao
@@ -57,6 +58,9 @@ MOST_WAITING: Final = 20_000
 
 AT_ONCE: Final = 4
 """Photos whose likes are written at the same time."""
+
+MOST_TOLD: Final = 1000
+"""Likes of a photo of which its owner is told one by one; nobody reads more."""
 
 SLOTS_WRONG: Final = "photos.like_slots"
 """What is found, by name: photos whose slots do not add up to their likes."""
@@ -104,12 +108,16 @@ def react(
         if user_id not in refused
     ]
     change = 0
+    added: Sequence[int] = ()
+    removed: Sequence[int] = ()
     if rows:
         adding = insert(Like).on_conflict_do_nothing().returning(Like.user_id)
-        change += len(session.execute(adding, rows).all())
+        added = session.scalars(adding, rows).all()
+        change += len(added)
     if leaving := sorted(user_id for user_id, likes in wanted.items() if not likes):
         removing = delete(Like).where(Like.photo_id == photo_id, Like.user_id.in_(leaving))
-        change -= len(session.execute(removing.returning(Like.user_id)).all())
+        removed = session.scalars(removing.returning(Like.user_id)).all()
+        change -= len(removed)
     if change:
         slot = insert(LikeSlot).values(photo_id=photo_id, slot=SLOT, n=change)
         key = [LikeSlot.photo_id, LikeSlot.slot]
@@ -117,7 +125,13 @@ def react(
             slot.on_conflict_do_update(index_elements=key, set_={"n": LikeSlot.n + slot.excluded.n})
         )
         session.emit(LIKES_CHANGED, {"photo_id": str(photo_id)}, near=photo_id)
-    return _total(session, photo_id), refused
+    total = _total(session, photo_id)
+    if total > MOST_TOLD:
+        added = ()
+    for some, liked in ((added, True), (removed, False)):
+        for user_id in some:
+            happenings.like_changed(session, photo_id, photo.owner_id, user_id, liked=liked)
+    return total, refused
 
 
 def _total(session: Any, photo_id: int) -> int:

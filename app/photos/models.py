@@ -90,7 +90,11 @@ class LikeSlot(Sharded, Base):
 
 
 class Comment(Sharded, Base):
-    """What a person wrote under a photo, beside the photo."""
+    """What a person wrote under a photo, beside the photo.
+
+    Attributes:
+        parent_id: the comment that this answers, which answers none itself; None for others.
+    """
 
     __tablename__ = "comments"
     __shard_key__ = "photo_id"
@@ -98,6 +102,7 @@ class Comment(Sharded, Base):
 
     photo_id: Mapped[int]
     author_id: Mapped[int]
+    parent_id: Mapped[int | None]
     body: Mapped[str] = mapped_column(String(1000))
     created_at: Mapped[dt.datetime]
 

@@ -6,15 +6,13 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from app.accounts.schemas import Paragraph, PersonOut
 from app.ids import IdText
 
 __all__ = [
     "Caption",
-    "CommentIn",
-    "CommentOut",
     "LikesOut",
     "PhotoOut",
     "UploadOut",
@@ -23,24 +21,6 @@ __all__ = [
 
 Caption = Annotated[Paragraph, Field(max_length=2200)]
 """What the owner says about a photo; may be empty."""
-
-
-class CommentIn(BaseModel):
-    """A comment to be written."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    body: Annotated[Paragraph, Field(min_length=1, max_length=1000)]
-
-
-class CommentOut(BaseModel):
-    """A comment as everybody sees it."""
-
-    id: IdText
-    photo_id: IdText
-    author: PersonOut
-    body: str
-    created_at: dt.datetime
 
 
 class LikesOut(BaseModel):

@@ -1,4 +1,4 @@
-"""Look at, like, comment and delete photos; `app.photos.uploads` makes them.
+"""Look at, like and delete photos; `app.photos.uploads` makes them.
 
 Called by the API and the pages. The bytes of a deleted photo are removed when its row is gone, by
 this process at once, and by the relay if it dies before.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
+from app import happenings
 from app.accounts.models import User
 from app.accounts.repository import AccountRepository
 from app.accounts.service import Viewer, person_out
@@ -22,20 +22,21 @@ from app.errors import (
     NotFoundError,
     StorageUnavailableError,
 )
-from app.graph.privacy import check_reaction, hidden_among, seen_among
+from app.graph.privacy import seen_among
 from app.graph.tao import on
-from app.paging import Page, cut
+from app.paging import Page
 from app.partial import is_partial
 from app.photos.images import SIZES
 from app.photos.likes import Likes, Reaction, likes_among, react
-from app.photos.models import Comment, Photo
+from app.photos.models import Photo
 from app.photos.repository import PhotoRepository, delete_photo, locked_photo
-from app.photos.schemas import CommentIn, CommentOut, LikesOut, PhotoOut
+from app.photos.schemas import LikesOut, PhotoOut
 from app.photos.store import BlobStore, DamagedBlobError
+from app.tags.repository import drop_tags
 from shardkit import AsyncReadSession, AsyncWriteSession
 from shardkit.errors import UnavailableError
 
-__all__ = ["PhotoService", "describe", "images_of", "photo_out", "photo_page"]
+__all__ = ["PhotoService", "describe", "images_of", "photo_out", "photo_page", "unseen"]
 
 log = logging.getLogger("app")
 
@@ -68,6 +69,8 @@ class PhotoService:
             photo = await locked_photo(session, photo_id)
             if photo.owner_id != viewer.id:
                 raise ForbiddenError("This photo belongs to somebody else.")
+            await drop_tags(session, photo_id)
+            happenings.photo_removed(session, photo_id)
             await delete_photo(session, photo)
             owner = await session.get(User, photo.owner_id, with_for_update=True)
             if owner is not None:
@@ -91,7 +94,7 @@ class PhotoService:
             photo = await PhotoRepository(session).photo(photo_id)
             shown = await describe(session, [photo], viewer)
             if not shown:
-                raise _unseen(session)
+                raise unseen(session)
             return shown[0]
 
     async def grid(
@@ -141,87 +144,6 @@ class PhotoService:
         n_likes = await self._database.run(request, work, near=photo_id)
         return LikesOut(photo_id=photo_id, like_count=n_likes, liked_by_me=likes)
 
-    async def comment(self, viewer: Viewer, photo_id: int, given: CommentIn) -> CommentOut:
-        """Write a comment under a photo.
-
-        Raises:
-            NotFoundError: there is no such photo.
-        """
-
-        async def work(session: AsyncWriteSession) -> dict[str, Any]:
-            photo = await locked_photo(session, photo_id)
-            await on(session, check_reaction, viewer.id, photo.owner_id)
-            comment = Comment(
-                photo_id=photo_id, author_id=viewer.id, body=given.body, created_at=self._clock()
-            )
-            session.add(comment)
-            photo.comment_count += 1
-            await session.flush()
-            return CommentOut(
-                id=comment.id,
-                photo_id=photo_id,
-                author=viewer.out(),
-                body=comment.body,
-                created_at=comment.created_at,
-            ).model_dump(mode="json")
-
-        request = Request(viewer.id, ("comment", photo_id, given.body))
-        return CommentOut.model_validate(await self._database.run(request, work, near=photo_id))
-
-    async def delete_comment(self, viewer: Viewer, photo_id: int, comment_id: int) -> None:
-        """Delete one's own comment, or any comment under one's own photo.
-
-        Raises:
-            NotFoundError: there is no such comment under this photo.
-            ForbiddenError: it is somebody else's.
-        """
-
-        async def work(session: AsyncWriteSession) -> None:
-            photo = await locked_photo(session, photo_id)
-            comment = await session.get(Comment, comment_id)
-            if comment is None or comment.photo_id != photo_id:
-                raise NotFoundError("There is no such comment.")
-            if viewer.id not in {comment.author_id, photo.owner_id}:
-                raise ForbiddenError("This comment belongs to somebody else.")
-            await session.delete(comment)
-            photo.comment_count -= 1
-
-        request = Request(viewer.id, ("delete comment", photo_id, comment_id))
-        await self._database.run(request, work, near=photo_id)
-
-    async def comments(
-        self, photo_id: int, viewer: Viewer | None, after: int | None, n: int
-    ) -> Page[CommentOut]:
-        """Return a page of the comments under a photo, oldest first, without who is blocked.
-
-        Raises:
-            NotFoundError: there is no such photo, or the viewer may not see it.
-        """
-        async with self._database.reader() as session:
-            repository = PhotoRepository(session)
-            photo = await repository.photo(photo_id)
-            me = None if viewer is None else viewer.id
-            owners = await AccountRepository(session).users([photo.owner_id])
-            if not await seen_among(session, me, owners):
-                raise _unseen(session)
-            rows = await repository.comments(photo_id, after, n + 1)
-            comments, cursor = cut(rows, n, lambda comment: comment.id)
-            authors = await AccountRepository(session).users(c.author_id for c in comments)
-            hidden = await hidden_among(session, me, authors)
-            partial = is_partial(session)
-        shown = [
-            CommentOut(
-                id=comment.id,
-                photo_id=comment.photo_id,
-                author=person_out(authors[comment.author_id]),
-                body=comment.body,
-                created_at=comment.created_at,
-            )
-            for comment in comments
-            if comment.author_id in authors and comment.author_id not in hidden
-        ]
-        return Page[CommentOut](items=shown, next_cursor=cursor, partial=partial)
-
     async def picture(self, key: str, variant: str) -> bytes:
         """Return the bytes of one variant.
 
@@ -243,11 +165,24 @@ class PhotoService:
 
 
 async def describe(
-    session: AsyncReadSession, photos: Sequence[Photo], viewer: Viewer | None
+    session: AsyncReadSession,
+    photos: Sequence[Photo],
+    viewer: Viewer | None,
+    *,
+    is_checked: bool = False,
 ) -> Sequence[PhotoOut]:
-    """Return photos with their owners, how many like them, and whether the viewer does."""
+    """Return photos with their owners, how many like them, and whether the viewer does.
+
+    Args:
+        session: a reader.
+        photos: what is to be shown.
+        viewer: to whom; what others may not see is left out.
+        is_checked: whether the viewer may see all of them, as the caller has found out.
+    """
     owners = await AccountRepository(session).users(photo.owner_id for photo in photos)
-    seen = await seen_among(session, None if viewer is None else viewer.id, owners)
+    seen = set(owners)
+    if not is_checked:
+        seen = await seen_among(session, None if viewer is None else viewer.id, owners)
     photos = [photo for photo in photos if photo.owner_id in seen]
     liked: set[int] = set()
     if viewer is not None:
@@ -260,7 +195,7 @@ async def describe(
     ]
 
 
-def _unseen(session: AsyncReadSession) -> Exception:
+def unseen(session: AsyncReadSession) -> Exception:
     """Return why nothing is shown: there is nothing for this viewer, or it is not known."""
     if is_partial(session):
         return UnavailableError("the owner is on a server that does not answer")

@@ -20,6 +20,7 @@ from sqlalchemy import delete, select
 from app.photos.models import Photo, Upload
 from app.photos.store import BlobStore
 from app.scan import pages
+from app.stories.models import Story
 from shardkit import Cluster
 
 __all__ = ["Swept", "sweep"]
@@ -93,13 +94,17 @@ async def sweep(
 
 
 def _shown(cluster: Cluster) -> set[str]:
-    statement: Any = select(Photo.id, Photo.blob_key)
     return {
         key
+        for owner in (Photo, Story)
         for shard in range(cluster.topology.n_logical_shards)
-        for page in pages(cluster, shard, statement, [Photo.id], PAGE)
+        for page in pages(cluster, shard, _keys_of(owner), [owner.id], PAGE)
         for _, key in page
     }
+
+
+def _keys_of(owner: Any) -> Any:
+    return select(owner.id, owner.blob_key)
 
 
 def _forget_uploads(cluster: Cluster, before: dt.datetime) -> int:

@@ -16,6 +16,7 @@ import logging
 import secrets
 from typing import Any, Final
 
+from app import happenings
 from app.accounts.models import User
 from app.accounts.service import Viewer
 from app.clock import Clock
@@ -34,6 +35,8 @@ from app.photos.running import RunningUploads, Ticket
 from app.photos.schemas import PhotoOut, UploadOut, UploadProblem
 from app.photos.service import images_of, photo_out
 from app.photos.store import NAME_DIGITS, BlobStore
+from app.tags.parser import mentions, tags
+from app.tags.repository import add_tags
 from shardkit import AsyncWriteSession
 from shardkit.errors import OutcomeUnknownError, ShardkitError
 
@@ -177,6 +180,9 @@ class UploadService:
             session.add(photo)
             owner.photo_count += 1
             await session.flush()
+            await add_tags(session, photo.id, photo.id, tags(caption))
+            if names := mentions(caption):
+                happenings.photo_mentions(session, photo.id, viewer.id, names)
             if ticket.upload_id is not None:
                 upload = await session.get_one(Upload, ticket.upload_id, with_for_update=True)
                 if self._clock() >= upload.expires_at:

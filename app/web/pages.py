@@ -16,15 +16,18 @@ from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from app.accounts.schemas import Credentials, ProfilePatch, SignUp
-from app.accounts.usernames import canonical
+from app.comments.schemas import CommentIn
 from app.deps import (
     Accounts,
+    Comments,
     Feed,
     Graph,
     MaybeViewer,
     Photos,
     ResourcesDep,
+    Saves,
     SignedIn,
+    Stories,
     Uploads,
     begin_login,
     end_login,
@@ -40,11 +43,11 @@ from app.feed.cursors import FeedCursor
 from app.graph.places import After
 from app.ids import Id
 from app.paging import Cursor
-from app.photos.schemas import Caption, CommentIn, PhotoOut
+from app.photos.schemas import Caption, PhotoOut
 from app.web.forms import Fields, Sent, Upload
 from app.web.rendering import Pages
 
-__all__ = ["local_path", "router"]
+__all__ = ["NO_MORE", "PagesDep", "again", "back_to", "go", "local_path", "router"]
 
 router = APIRouter(include_in_schema=False)
 
@@ -70,6 +73,7 @@ async def home(
     request: Request,
     viewer: MaybeViewer,
     feed: Feed,
+    stories: Stories,
     pages: PagesDep,
     cursor: FeedCursor = None,
 ) -> Response:
@@ -98,7 +102,11 @@ async def home(
             "back": back,
         }
 
-    return pages.streamed(request, ("home.html", load), title="Home", viewer=viewer, here="home")
+    async def load_stories() -> Mapping[str, Any]:
+        return {"groups": (await stories.all(viewer)).items}
+
+    parts = [("home.html", load)] if cursor else [("tray.html", load_stories), ("home.html", load)]
+    return pages.streamed(request, *parts, title="Home", viewer=viewer, here="home")
 
 
 @router.post("/feed-order")
@@ -106,7 +114,7 @@ async def feed_order(viewer: SignedIn, form: Sent, accounts: Accounts) -> Respon
     """Choose how one's own feed is ordered."""
     is_ranked = form.text("order") == "ranked"
     await accounts.edit(viewer, ProfilePatch(is_feed_ranked=is_ranked))
-    return _go("/")
+    return go("/")
 
 
 @router.get("/explore")
@@ -130,20 +138,11 @@ async def explore(
     )
 
 
-@router.get("/search")
-async def search(q: Annotated[str, Query(max_length=100)] = "") -> Response:
-    """Go to the profile of a name."""
-    try:
-        return _go(f"/u/{canonical(q)}")
-    except ValueError:
-        raise NotFoundError("There is no such person.") from None
-
-
 @router.get("/signup")
 async def sign_up_form(viewer: MaybeViewer, pages: PagesDep) -> Response:
     """Show the form for a new account."""
     if viewer is not None:
-        return _go("/")
+        return go("/")
     values = {"username": "", "display_name": ""}
     return pages.whole("signup.html", title="Sign up", values=values, errors=())
 
@@ -155,8 +154,8 @@ async def sign_up(request: Request, form: Sent, accounts: Accounts, pages: Pages
     try:
         login = await accounts.sign_up(SignUp.model_validate(values))
     except (AppError, ValidationError) as error:
-        return _again(pages, "signup.html", "Sign up", error, values=values)
-    response = _go("/")
+        return again(pages, "signup.html", "Sign up", error, values=values)
+    response = go("/")
     begin_login(request, response, login)
     return response
 
@@ -169,7 +168,7 @@ async def log_in_form(
 ) -> Response:
     """Show the form to log in."""
     if viewer is not None:
-        return _go(local_path(goto))
+        return go(local_path(goto))
     values = {"username": "", "next": local_path(goto)}
     return pages.whole("login.html", title="Log in", here="login", values=values, errors=())
 
@@ -183,8 +182,8 @@ async def log_in(request: Request, form: Sent, accounts: Accounts, pages: PagesD
         login = await accounts.log_in(Credentials.model_validate(given))
     except (AppError, ValidationError) as error:
         values["next"] = local_path(values["next"])
-        return _again(pages, "login.html", "Log in", error, values=values)
-    response = _go(local_path(values["next"]))
+        return again(pages, "login.html", "Log in", error, values=values)
+    response = go(local_path(values["next"]))
     begin_login(request, response, login)
     return response
 
@@ -196,7 +195,7 @@ async def log_out(
     """Log out."""
     if viewer is not None:
         await accounts.log_out(viewer, everywhere=bool(form.text("everywhere")))
-    response = _go("/")
+    response = go("/")
     end_login(request, response)
     return response
 
@@ -221,8 +220,8 @@ async def settings(viewer: SignedIn, form: Sent, accounts: Accounts, pages: Page
     try:
         await accounts.edit(viewer, ProfilePatch.model_validate(values))
     except (AppError, ValidationError) as error:
-        return _again(pages, "settings.html", "Edit profile", error, viewer=viewer, values=values)
-    return _go(f"/u/{viewer.username}")
+        return again(pages, "settings.html", "Edit profile", error, viewer=viewer, values=values)
+    return go(f"/u/{viewer.username}")
 
 
 @router.get("/upload")
@@ -253,7 +252,7 @@ async def upload(
         patience = resources.settings.upload_patience
         made = await uploads.upload(viewer, data, checked, patience=patience)
     except (UploadError, ValidationError) as error:
-        return _again(
+        return again(
             pages,
             "upload.html",
             "Upload",
@@ -263,7 +262,7 @@ async def upload(
             values={"caption": caption},
             megabytes=resources.settings.max_upload_bytes >> 20,
         )
-    return _go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
+    return go(f"/p/{made.id}" if isinstance(made, PhotoOut) else f"/uploads/{made.id}")
 
 
 @router.get("/uploads/{upload_id}")
@@ -273,7 +272,7 @@ async def upload_status(
     """Show what has become of an upload; the page asks again by itself."""
     found = await uploads.status(viewer, upload_id)
     if found.photo_id is not None:
-        return _go(f"/p/{found.photo_id}")
+        return go(f"/p/{found.photo_id}")
     response = pages.whole(
         "uploading.html", title="Upload", viewer=viewer, here="upload", upload=found
     )
@@ -352,28 +351,28 @@ async def people(
 async def follow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Follow a person."""
     person, _ = await graph.follow(viewer, username)
-    return _back(form, f"/u/{person.username}")
+    return back_to(form, f"/u/{person.username}")
 
 
 @router.post("/u/{username}/unfollow")
 async def unfollow(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """Unfollow a person."""
     person = await graph.unfollow(viewer, username)
-    return _back(form, f"/u/{person.username}")
+    return back_to(form, f"/u/{person.username}")
 
 
 @router.post("/u/{username}/block")
 async def block(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
     """Block a person."""
     person = await graph.block(viewer, username)
-    return _go(f"/u/{person.username}")
+    return go(f"/u/{person.username}")
 
 
 @router.post("/u/{username}/unblock")
 async def unblock(username: str, viewer: SignedIn, form: Sent, graph: Graph) -> Response:
     """End a block."""
     person = await graph.unblock(viewer, username)
-    return _back(form, f"/u/{person.username}")
+    return back_to(form, f"/u/{person.username}")
 
 
 @router.get("/requests")
@@ -392,14 +391,14 @@ async def requests(
 async def accept(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
     """Let a person follow the viewer."""
     await graph.accept(viewer, username)
-    return _go("/requests")
+    return go("/requests")
 
 
 @router.post("/requests/{username}/refuse")
 async def refuse(username: str, viewer: SignedIn, _form: Sent, graph: Graph) -> Response:
     """Refuse a person who asks to follow the viewer."""
     await graph.refuse(viewer, username)
-    return _go("/requests")
+    return go("/requests")
 
 
 @router.get("/blocks")
@@ -421,15 +420,18 @@ async def photo(
     photo_id: Id,
     viewer: MaybeViewer,
     photos: Photos,
+    comments: Comments,
+    saves: Saves,
     pages: PagesDep,
     cursor: Cursor = None,
 ) -> Response:
     """Show a photo with its comments; whether it exists is known before the head."""
     shown = await photos.photo(photo_id, viewer)
+    saved = await saves.has_saved(viewer, photo_id)
     path = f"/p/{photo_id}"
 
     async def load() -> Mapping[str, Any]:
-        page = await photos.comments(photo_id, viewer, cursor, COMMENT_PAGE)
+        page = await comments.comments(photo_id, viewer, cursor, COMMENT_PAGE)
         return {"page": page, "path": path, "owner_id": shown.owner.id}
 
     return pages.streamed(
@@ -437,7 +439,7 @@ async def photo(
         ("comments.html", load),
         title=f"Photo by {shown.owner.username}",
         viewer=viewer,
-        first=("photo.html", {"photo": shown, "path": path}),
+        first=("photo.html", {"photo": shown, "path": path, "saved": saved}),
     )
 
 
@@ -445,38 +447,39 @@ async def photo(
 async def like(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Like a photo."""
     await photos.like(viewer, photo_id)
-    return _back(form, f"/p/{photo_id}")
+    return back_to(form, f"/p/{photo_id}")
 
 
 @router.post("/p/{photo_id}/unlike")
 async def unlike(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
     """Take a like back."""
     await photos.unlike(viewer, photo_id)
-    return _back(form, f"/p/{photo_id}")
+    return back_to(form, f"/p/{photo_id}")
 
 
 @router.post("/p/{photo_id}/delete")
 async def delete(photo_id: Id, viewer: SignedIn, _form: Sent, photos: Photos) -> Response:
     """Delete a photo."""
     await photos.delete(viewer, photo_id)
-    return _go(f"/u/{viewer.username}")
+    return go(f"/u/{viewer.username}")
 
 
 @router.post("/p/{photo_id}/comments")
-async def comment(photo_id: Id, viewer: SignedIn, form: Sent, photos: Photos) -> Response:
-    """Write a comment."""
-    given = CommentIn.model_validate(form.texts("body"))
-    written = await photos.comment(viewer, photo_id, given)
-    return _go(f"/p/{photo_id}#c{written.id}")
+async def comment(photo_id: Id, viewer: SignedIn, form: Sent, comments: Comments) -> Response:
+    """Write a comment, or answer one."""
+    parent = form.text("parent_id") or None
+    given = CommentIn.model_validate({"body": form.text("body"), "parent_id": parent})
+    written = await comments.comment(viewer, photo_id, given)
+    return back_to(form, f"/p/{photo_id}", f"#c{written.id}")
 
 
 @router.post("/p/{photo_id}/comments/{comment_id}/delete")
 async def delete_comment(
-    photo_id: Id, comment_id: Id, viewer: SignedIn, _form: Sent, photos: Photos
+    photo_id: Id, comment_id: Id, viewer: SignedIn, _form: Sent, comments: Comments
 ) -> Response:
-    """Delete a comment."""
-    await photos.delete_comment(viewer, photo_id, comment_id)
-    return _go(f"/p/{photo_id}#comments")
+    """Delete a comment with the answers to it."""
+    await comments.delete(viewer, photo_id, comment_id)
+    return go(f"/p/{photo_id}#comments")
 
 
 def local_path(text: str) -> str:
@@ -485,16 +488,18 @@ def local_path(text: str) -> str:
     return text if is_local and text.isascii() and text.isprintable() else "/"
 
 
-def _back(form: Fields, otherwise: str) -> Response:
+def back_to(form: Fields, otherwise: str, fragment: str = "") -> Response:
+    """Go where a form says that it was, or to another place."""
     back = local_path(form.text("back"))
-    return _go(back if back != "/" or otherwise == "/" else otherwise)
+    return go((back if back != "/" or otherwise == "/" else otherwise) + fragment)
 
 
-def _go(path: str) -> RedirectResponse:
+def go(path: str) -> RedirectResponse:
+    """Answer a form: the browser loads another page."""
     return RedirectResponse(quote(path, safe="/?=#&%:@"), SEE_OTHER)
 
 
-def _again(pages: Pages, template: str, title: str, error: Exception, **context: Any) -> Response:
+def again(pages: Pages, template: str, title: str, error: Exception, **context: Any) -> Response:
     """Show a refused form again with what was typed and why it was refused."""
     problem = problem_of(error)
     errors = [_sentence(field) for field in problem.errors or ()] or [problem.detail]

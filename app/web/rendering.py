@@ -15,17 +15,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from app.accounts.service import Viewer
 from app.clock import Clock
 from app.errors import Problem, problem_of
+from app.tags.parser import Kind, segments
 from app.web.forms import new_key
 
-__all__ = ["Load", "Pages"]
+__all__ = ["Load", "Pages", "linked"]
 
 log = logging.getLogger("app")
 
@@ -53,7 +56,7 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters.update(ago=self._ago, amount=_amount, tint=_tint)
+        self._environment.filters.update(ago=self._ago, amount=_amount, tint=_tint, linked=linked)
         style = (FOLDER / "static" / "style.css").read_bytes()
         version = hashlib.sha256(style).hexdigest()[:10]
         self._environment.globals["stylesheet"] = f"/static/style.css?v={version}"
@@ -157,6 +160,17 @@ def _amount(n: int) -> str:
         if n >= factor:
             return f"{n / factor:.1f}".removesuffix(".0") + unit
     return str(n)
+
+
+def linked(text: str) -> Markup:
+    """Write what somebody wrote with its tags and names as links; all else is escaped."""
+    places = {Kind.TAG: "/tags/", Kind.MENTION: "/u/"}
+    return Markup("").join(
+        Markup('<a href="{}{}">{}</a>').format(places[part.kind], quote(part.name), part.text)
+        if part.name
+        else escape(part.text)
+        for part in segments(text)
+    )
 
 
 def _tint(username: str) -> int:

@@ -71,7 +71,7 @@ def test_every_form_that_changes_something_has_a_key_of_its_own(
                 (ana.http, path)
                 for path in (
                     "/", "/explore", "/upload", "/settings", f"/p/{photo}", f"/u/{ben.username}",
-                    f"/u/{ana.username}/following", f"/u/{ben.username}", "/upload",
+                    f"/u/{ana.username}/following", f"/u/{ben.username}", "/upload", "/stories/new",
                 )
             ),
         ]  # fmt: skip
@@ -83,7 +83,8 @@ def test_every_form_that_changes_something_has_a_key_of_its_own(
     assert len(keys) == len(set(keys)), "each page has keys of its own"
     assert actions == {
         "/signup", "/login", "/upload", "/settings", "/p/…/like", "/p/…/delete",
-        "/p/…/comments", "/p/…/comments/…/delete", "/u/…/unfollow", "/u/…/block", "/feed-order",
+        "/p/…/comments", "/p/…/comments/…/delete", "/u/…/unfollow", "/u/…/block", "/p/…/save",
+        "/stories/new", "/feed-order",
     }  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from app.accounts.models import User
 from app.graph.models import Assoc, Kind
 from app.photos.models import LikeSlot, Photo
 from app.repair import KINDS, run
+from app.search.models import PersonEntry
+from app.tags.models import PhotoTag
 from shardkit import Cluster
 from shardkit.testing import wait_until
 from tests.fixtures import pictures
@@ -63,7 +65,7 @@ def test_what_disagrees_is_found_and_mended(join: Join, service: Service) -> Non
     star, fans = join("star"), [join("fan") for _ in range(5)]
     for fan in fans:
         fan.http.put(f"/api/v1/users/{star.username}/follow").raise_for_status()
-    photo = int(star.upload(pictures.jpeg(64, 64)).json()["id"])
+    photo = int(star.upload(pictures.jpeg(64, 64), "#mended").json()["id"])
     fans[0].http.put(f"/api/v1/photos/{photo}/like").raise_for_status()
     wait_until(lambda: len(followers_of(star)) == 5, 10.0, "the relay has been there")
 
@@ -77,6 +79,8 @@ def test_what_disagrees_is_found_and_mended(join: Join, service: Service) -> Non
             cluster,
             edges(me, Kind.FOLLOWED_BY).where(Assoc.id2.in_(lost)),
             edges(int(fans[2].id), Kind.FOLLOWS).where(Assoc.id2 == me),
+            delete(PersonEntry).where(PersonEntry.user_id == me),
+            delete(PhotoTag).where(PhotoTag.photo_id == photo),
             update(User).where(User.id == me).values(follower_count=77, photo_count=0),
             update(Photo).where(Photo.owner_id == me, Photo.id == photo).values(like_count=9),
             update(LikeSlot).where(LikeSlot.photo_id == photo).values(n=5),
@@ -86,6 +90,8 @@ def test_what_disagrees_is_found_and_mended(join: Join, service: Service) -> Non
     expected = dict.fromkeys(KINDS, 0) | {
         "edges.missing": 2,
         "edges.extra": 1,
+        "people_index.missing": 1,
+        "photo_tags": 1,
         "users.follower_count": 1,
         "users.photo_count": 1,
         "users.following_count": 1,
@@ -102,6 +108,8 @@ def test_what_disagrees_is_found_and_mended(join: Join, service: Service) -> Non
     profile = star.http.get(f"/api/v1/users/{star.username}").json()
     assert (profile["follower_count"], profile["photo_count"]) == (4, 1)
     assert star.http.get(f"/api/v1/photos/{photo}").json()["like_count"] == 1
+    tagged = star.http.get("/api/v1/tags/mended/photos").json()["items"]
+    assert [item["id"] for item in tagged] == [str(photo)]
     unfollowed = fans[2].http.get(f"/api/v1/users/{fans[2].username}").json()
     assert unfollowed["following_count"] == 0
 

@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 from shardkit.local import LocalCluster
+from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.outages import home_of, servers_of, without
 from tests.fixtures.service import PASSWORD, Person, Service
@@ -242,3 +243,133 @@ def test_a_form_that_is_sent_twice_counts_once(visit: Callable[..., Page], tmp_p
     page.get_by_role("button", name="Post").dblclick()
     expect(page.locator("#comments")).to_contain_text("Said impatiently")
     expect(page.locator("#comments li")).to_have_count(2)
+
+
+def browse(visit: Callable[..., Page], person: Person, service: Service) -> Page:
+    """Open a browser in which somebody is logged in."""
+    page = visit()
+    cookie = {"name": "session", "value": person.http.cookies["session"], "url": service.url}
+    page.context.add_cookies([cookie])  # type: ignore[list-item]
+    return page
+
+
+def keep(page: Page, name: str) -> None:
+    assert page.locator("img:not([alt])").count() == 0
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def test_a_story_is_posted_and_seen(
+    visit: Callable[..., Page], join: Callable[[str], Person], service: Service, tmp_path: Path
+) -> None:
+    ana, ben = join("round"), join("robin")
+    ben.http.put(f"/api/v1/users/{ana.username}/follow").raise_for_status()
+    file = tmp_path / "story.jpg"
+    file.write_bytes(pictures.jpeg())
+    mine = browse(visit, ana, service)
+    mine.goto("/")
+    mine.get_by_role("link", name="Your story").click()
+    mine.get_by_label("Picture").set_input_files(file)
+    mine.get_by_label("Caption").fill("On the way")
+    keep(mine, "story_new")
+    mine.get_by_role("button", name="Share for a day").click()
+    expect(mine.get_by_text("Seen by 0")).to_be_visible()
+
+    page = browse(visit, ben, service)
+    page.goto("/")
+    keep(page, "tray")
+    page.locator(f'[data-story="{ana.username}"]').click()
+    expect(page.get_by_text("On the way")).to_be_visible()
+    assert is_decoded(page, "article.story img")
+    keep(page, "story")
+
+    mine.goto(f"/stories/{ana.username}")
+    mine.get_by_text("Seen by 1").click()
+    expect(mine.locator("article.story")).to_contain_text(ben.username)
+    mine.get_by_text("Delete", exact=True).click()
+    mine.get_by_role("button", name="Delete this story").click()
+    expect(mine.locator(f'[data-story="{ana.username}"]')).to_have_count(0)
+
+
+def test_what_is_around_a_photo(
+    visit: Callable[..., Page], join: Callable[[str], Person], service: Service
+) -> None:
+    ana, ben = join("round"), join("robin")
+    tag = f"dusk{ana.username}"
+    photo = ana.upload(pictures.jpeg(), f"Evening #{tag} with @{ben.username}").json()["id"]
+    page = browse(visit, ben, service)
+    page.goto(f"/p/{photo}")
+    page.get_by_role("button", name="Save this photo").click()
+    expect(page.get_by_role("button", name="Keep this photo no longer")).to_be_visible()
+    page.get_by_label("Your comment").fill(f"What a #{tag}!")
+    page.get_by_role("button", name="Post").click()
+    page.get_by_text("Reply", exact=True).click()
+    page.get_by_role("button", name="Answer").click()
+    expect(page.locator("li.below")).to_contain_text(f"@{ben.username}")
+    page.get_by_role("button", name="Like this photo").click()
+    keep(page, "thread")
+    page.get_by_role("link", name=f"#{tag}").first.click()
+    expect(page.get_by_role("heading", name=f"#{tag}")).to_be_visible()
+    expect(page.locator("ul.grid li")).to_have_count(1)
+    keep(page, "tag")
+    page.goto("/saved")
+    expect(page.locator("ul.grid li")).to_have_count(1)
+    keep(page, "saved")
+
+    def told() -> bool:
+        answer = ana.http.get("/api/v1/me/notifications").json()
+        return {item["kind"]: item["count"] for item in answer["items"]} == {
+            "like": 1,
+            "comment": 1,
+        }
+
+    wait_until(told, 30.0, "the relay tells of like and comments")
+    mine = browse(visit, ana, service)
+    mine.goto("/notifications")
+    expect(mine.locator("li.unread")).to_have_count(2)
+    keep(mine, "activity")
+    mine.get_by_role("button", name="Mark as read").click()
+    expect(mine.locator("li.unread")).to_have_count(0)
+    mine.get_by_role("searchbox").fill("robi")
+    mine.keyboard.press("Enter")
+    expect(mine.get_by_role("link", name=ben.username)).to_be_visible()
+    keep(mine, "search")
+
+
+def test_ask_accept_choose_and_block(visit: Callable[..., Page], tmp_path: Path) -> None:
+    file = tmp_path / "shy.jpg"
+    file.write_bytes(pictures.jpeg())
+    ana, ben = visit(), visit()
+    sign_up(ana, "shy.ana")
+    number = upload(ana, file, "For friends")
+    ana.goto("/settings")
+    ana.get_by_label("Private").check()
+    ana.get_by_role("button", name="Save").click()
+    expect(ana.get_by_text("private", exact=True)).to_be_visible()
+
+    sign_up(ben, "shy.ben")
+    ben.goto("/u/shy.ana")
+    expect(ben.get_by_text("This account is private")).to_be_visible()
+    ben.get_by_role("button", name="Ask to follow").click()
+    expect(ben.get_by_role("button", name="Take request back")).to_be_visible()
+
+    def is_asked() -> bool:
+        ana.goto("/requests")
+        return ana.get_by_role("button", name="Accept").count() == 1
+
+    wait_until(is_asked, 20.0, "the relay tells of the request")
+    ana.get_by_role("button", name="Accept").click()
+    expect(ana.get_by_text("Nobody is waiting")).to_be_visible()
+
+    ben.goto("/")
+    expect(ben.locator(f'article[data-photo="{number}"]')).to_contain_text("For friends")
+    ben.get_by_role("button", name="For you").click()
+    expect(ben.get_by_role("button", name="For you")).to_have_attribute("aria-pressed", "true")
+    expect(ben.locator(f'article[data-photo="{number}"]')).to_be_visible()
+
+    ana.goto("/u/shy.ben")
+    ana.get_by_text("Block", exact=True).click()
+    ana.get_by_role("button", name="Block shy.ben").click()
+    expect(ana.get_by_text("You block shy.ben")).to_be_visible()
+    ben.goto("/")
+    expect(ben.locator(f'article[data-photo="{number}"]')).to_have_count(0)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
+from shardkit.ops.moves.batch import move_many
 from shardkit.ops.moves.driver import Outcome
+from shardkit.ops.moves.planning import MovePlan, Options, plan, revised
 from shardkit.ops.moves.rows import Diff
-from shardkit.ops.moves.run import (
-    MovePlan,
-    Options,
-    abort,
-    clean,
-    move,
-    move_many,
-    plan,
-    resume,
-    revised,
-    rollback,
-    status,
-    verify,
-)
+from shardkit.ops.moves.run import abort, clean, move, resume, rollback, status, verify
 from shardkit.ops.moves.work import Report, Script
 
 __all__ = [

@@ -2,162 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
-
-import psycopg
+from collections.abc import Callable
 
 from shardkit.errors import (
     InvalidShardKeyError,
     MoveError,
     RefusedError,
-    ShardkitError,
     TryAgainError,
 )
-from shardkit.ops.ledger import read_shards, shard_script
-from shardkit.ops.moves.checks import LONG, Check, Side, checks
-from shardkit.ops.moves.copying import size_of
-from shardkit.ops.moves.driver import Driver, Hook, Outcome
+from shardkit.ops.moves.driver import Driver, Outcome
 from shardkit.ops.moves.journal import Known, known_moves
-from shardkit.ops.moves.machine import FORWARD, Goal, Step
-from shardkit.ops.moves.presence import open_connection
+from shardkit.ops.moves.machine import Goal, Step
+from shardkit.ops.moves.planning import Options, plan
 from shardkit.ops.moves.rows import Diff
-from shardkit.ops.moves.transactions import LOCK_TIMEOUT
 from shardkit.ops.moves.transitions import Move
 from shardkit.ops.moves.work import Report, Script, Work
-from shardkit.ops.placed import as_led, as_placed
-from shardkit.ops.revisions import Revision
+from shardkit.ops.placed import as_led
 from shardkit.topology import PhysicalShard, Topology
 
-__all__ = [
-    "MovePlan",
-    "Options",
-    "abort",
-    "clean",
-    "move",
-    "move_many",
-    "plan",
-    "resume",
-    "revised",
-    "rollback",
-    "status",
-    "verify",
-]
+__all__ = ["abort", "clean", "move", "resume", "rollback", "status", "verify"]
 
 _BACK = uuid.UUID("7b1d8f43-6b6e-4a52-9d33-6f1f5d0a8c11")
 """Name space of the ids of ways back: each follows from the move it takes back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a move is done.
-
-    Attributes:
-        lock_timeout: seconds that a fence queues for its locks; whoever writes waits behind it.
-        long: seconds after which a writing transaction of the source is too long to begin.
-        is_held: stop when all is ready for the fence; a resume goes on.
-        free_bytes: how much room the target has; None to find out where that can be done.
-        on_report: told how far it is.
-        stop: set to have moves stop where that is safe; a resume goes on.
-        hook: told of everything that is written down; for tests that crash there.
-    """
-
-    lock_timeout: float = LOCK_TIMEOUT
-    long: float = LONG
-    is_held: bool = False
-    free_bytes: int | None = None
-    on_report: Callable[[Report], None] = lambda _report: None
-    stop: threading.Event = field(default_factory=threading.Event)
-    hook: Hook = lambda _name: None
-
-
-@dataclass(frozen=True, slots=True)
-class MovePlan:
-    """What a move would do.
-
-    Attributes:
-        logical_shard: that would be moved.
-        source: name of its owner.
-        target: name of where it would go.
-        size_bytes: of its tables and indexes.
-        checks: what was looked at.
-        steps: names of the steps, in order.
-    """
-
-    logical_shard: int
-    source: str
-    target: str
-    size_bytes: int
-    checks: tuple[Check, ...]
-    steps: tuple[str, ...] = tuple(FORWARD)
-
-    @property
-    def problems(self) -> list[Check]:
-        """The checks that speak against it."""
-        return [check for check in self.checks if check.problem]
-
-
-def revised(revisions: Sequence[Revision]) -> Script:
-    """Return what makes an empty logical shard of the revisions that its source has.
-
-    Args:
-        revisions: all known ones, oldest first.
-    """
-    known = {revision.id: revision for revision in revisions}
-
-    def script(target: PhysicalShard, logical_shard: int, source: psycopg.Connection[Any]) -> str:
-        applied, partial = read_shards(source, [logical_shard])
-        if partial:
-            raise MoveError(
-                "a revision is half done on the source", hint="run shardkit migrate apply first"
-            )
-        names = applied[logical_shard].keys() - {"shardkit"}
-        if unknown := sorted(names - known.keys()):
-            raise MoveError(
-                f"revision {unknown[0]} is applied on the source but unknown here",
-                hint="run the version of the code that has it, or a newer one",
-            )
-        wanted = [revision for revision in revisions if revision.id in names]
-        return shard_script(logical_shard, own=True, roles=target.roles, revisions=wanted)
-
-    return script
-
-
-def plan(
-    topology: Topology, logical_shard: int, target: str, *, options: Options | None = None
-) -> MovePlan:
-    """Return what a move would do, and what speaks against it; changes nothing.
-
-    Args:
-        topology: the cluster; where its logical shards are is asked anew.
-        logical_shard: its number.
-        target: name of the physical shard where it is to go.
-        options: as in `move`.
-
-    Raises:
-        InvalidShardKeyError: there is no such logical shard.
-        RefusedError: it is there already, is being moved, or there is no such target.
-        EndpointUnavailableError: a server does not answer (retryable).
-    """
-    options = options or Options()
-    topology = as_led(topology)
-    source = _owner(topology, logical_shard, target)
-    with ExitStack() as stack:
-        here, there = (
-            Side(shard, stack.enter_context(open_connection(shard, logical_shard)))
-            for shard in (topology.physical[source], topology.physical[target])
-        )
-        free = None
-        if options.free_bytes is not None:
-            free = lambda _side: options.free_bytes  # noqa: E731
-        found = checks(here, there, logical_shard, long=options.long, free_bytes=free)
-        size = size_of(here.connection, logical_shard)
-    return MovePlan(logical_shard, source, target, size, tuple(found))
 
 
 def move(
@@ -291,61 +158,6 @@ def rollback(topology: Topology, logical_shard: int, *, options: Options | None 
     return _driver(work, Goal.MOVE, options).run()
 
 
-def move_many(
-    topology: Topology,
-    wanted: Sequence[tuple[int, str]],
-    *,
-    script: Script,
-    options: Options | None = None,
-    at_once: int = 2,
-    per_server: int = 1,
-    cleans: bool = False,
-    on_end: Callable[[int, Outcome | ShardkitError], None] = lambda _n, _o: None,
-) -> dict[int, Outcome | ShardkitError]:
-    """Move many logical shards; one that fails does not stop the others.
-
-    Args:
-        topology: the cluster.
-        wanted: logical shards and where they are to go.
-        script: as in `move`.
-        options: as in `move`; `on_report` and `hook` are called from several threads.
-        at_once: moves at the same time.
-        per_server: of those, how many may have the same source or target.
-        cleans: whether each old copy is forgotten at once.
-        on_end: told what has become of each.
-
-    Returns:
-        What has become of each, by logical shard.
-    """
-    options = options or Options()
-    room = {name: threading.BoundedSemaphore(max(1, per_server)) for name in topology.physical}
-    owners = as_placed(topology).shard_map.owners
-
-    def one(number: int, target: str) -> Outcome | ShardkitError:
-        names = {target} | ({owners[number]} if 0 <= number < len(owners) else set())
-        with ExitStack() as stack:
-            for name in sorted(names & room.keys()):  # in one order, so that none waits in a ring
-                stack.enter_context(room[name])
-            found: Outcome | ShardkitError
-            try:
-                found = move(topology, number, target, script=script, options=options)
-                if cleans:
-                    clean(topology, number, options=options)
-            except ShardkitError as error:
-                found = error
-        on_end(number, found)
-        return found
-
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        futures = {number: pool.submit(one, number, target) for number, target in wanted}
-        try:
-            return {number: future.result() for number, future in futures.items()}
-        except KeyboardInterrupt:
-            options.stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
 def verify(
     topology: Topology,
     logical_shard: int,
@@ -388,46 +200,6 @@ def verify(
 def status(topology: Topology) -> tuple[list[Known], dict[str, str]]:
     """Return the moves that are not over, and which servers do not answer and why."""
     return known_moves(as_led(topology))
-
-
-def _owner(topology: Topology, logical_shard: int, target: str) -> str:
-    if not 0 <= logical_shard < topology.n_logical_shards:
-        raise InvalidShardKeyError(
-            f"there is no logical shard {logical_shard}",
-            hint=f"they are numbered 0 to {topology.n_logical_shards - 1}",
-        )
-    if target not in topology.physical:
-        raise RefusedError(
-            f"there is no physical shard {target!r}",
-            hint=f"there are {', '.join(topology.physical)}",
-            logical_shard=logical_shard,
-        )
-    moves, silent = known_moves(topology, logical_shard)
-    if moves:
-        move_ = moves[0]
-        what = "was moved" if move_.is_handed_over else "is being moved"
-        raise RefusedError(
-            f"it {what} from {move_.source} to {move_.target} by move {move_.move_id}",
-            hint="shardkit move clean forgets the old copy, rollback goes back"
-            if move_.is_handed_over
-            else "shardkit move status shows how far it is; resume goes on, abort gives it up",
-            logical_shard=logical_shard,
-        )
-    if silent:
-        name, why = next(iter(silent.items()))
-        raise TryAgainError(
-            f"physical shard {name!r} does not say whether it has the logical shard: {why}",
-            logical_shard=logical_shard,
-        )
-    placed = as_placed(topology).shard_map
-    source = placed.owner(logical_shard)
-    if source == target:
-        raise RefusedError(
-            f"it is on {target} already", hint="nothing to do", logical_shard=logical_shard
-        )
-    if logical_shard in placed.held:
-        raise RefusedError(f"it is {placed.held[logical_shard]}", logical_shard=logical_shard)
-    return source
 
 
 def _known(topology: Topology, logical_shard: int) -> Known:

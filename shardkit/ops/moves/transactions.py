@@ -20,6 +20,7 @@ from shardkit.errors import OutcomeUnknownError, RefusedError, TryAgainError
 from shardkit.gates import lsn_of
 from shardkit.ids import MAX_AHEAD_MS, SEQUENCE_BITS
 from shardkit.ops.blame import blockers, first_line
+from shardkit.ops.moves.entries import noted
 from shardkit.ops.moves.transitions import Action, Decide, Event, Fence, Move, Row, Yield, step
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.ownership import State
@@ -29,8 +30,6 @@ __all__ = [
     "LOCK_TIMEOUT",
     "Changed",
     "change",
-    "journal",
-    "noted",
     "now",
     "promote",
     "rehearse",
@@ -286,43 +285,6 @@ def promote(
             ),
         )
         return timeline, sorted(number for (number,) in rows)
-
-
-def journal(
-    connection: Connection,
-    logical_shard: int,
-    move: Move,
-    name: str,
-    *,
-    is_done: bool = True,
-    detail: Mapping[str, Any] | None = None,
-) -> None:
-    """Write into the journal of moves that a step begins, or is done.
-
-    Args:
-        connection: to the primary of the target.
-        logical_shard: that is moved.
-        move: which attempt.
-        name: of the step.
-        is_done: False before it, True after it.
-        detail: what a resume needs to know.
-    """
-    connection.execute(noted(logical_shard, move, name, is_done=is_done, detail=detail))
-
-
-def noted(
-    logical_shard: int,
-    move: Move,
-    name: str,
-    *,
-    is_done: bool = True,
-    detail: Mapping[str, Any] | None = None,
-) -> sql.Composed:
-    """Return the statement of `journal`."""
-    return sql.SQL(
-        "INSERT INTO shardkit.move_journal (move_id, attempt, logical_shard, step, is_done, lsn, "
-        "detail) VALUES ({}, {}, {}, {}, {}, pg_catalog.pg_current_wal_insert_lsn(), {})"
-    ).format(move.id, move.attempt, logical_shard, str(name), is_done, json.dumps(detail or {}))
 
 
 def rehearse(connection: Connection, logical_shard: int, *actions: Action) -> None:

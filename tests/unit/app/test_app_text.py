@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from app.accounts.schemas import ProfilePatch, SignUp
 from app.accounts.usernames import canonical
-from app.photos.schemas import CommentIn
+from app.comments.schemas import CommentIn
 from app.web.pages import local_path
 
 

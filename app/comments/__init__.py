@@ -1,0 +1,1 @@
+"""Comments under photos, and the answers to them."""

@@ -1,0 +1,1 @@
+"""Finding people and hashtags by what somebody remembers of them."""

@@ -1,0 +1,1 @@
+"""Stories: pictures that are there for a day."""
