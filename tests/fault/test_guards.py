@@ -107,6 +107,8 @@ def test_total_failure_draws_hardly_more_attempts_than_calls(
         return writer()
 
     monkeypatch.setattr(cluster, "writer", counted)
+    # The first ten seconds are for a failover, and bounded by time: docs/failover.md.
+    monkeypatch.setattr(cluster.connections, "_failover_wait", 0.0)
     calls = 300
     for _ in range(calls):
         with pytest.raises(EndpointUnavailableError):
@@ -147,7 +149,7 @@ def test_a_commit_that_a_frozen_primary_swallowed_is_settled_by_running_again(
 
 def test_a_server_with_enough_to_do_sheds_the_background_first(topology: Topology) -> None:
     pool = PoolConfig(size=5, overflow=0, timeout=5.0)
-    with Cluster(topology, pool=pool, adaptive=True, failover_wait=0.0) as cluster:
+    with Cluster(topology, pool=pool, adaptive=True) as cluster:
         held = [cluster.writer() for _ in range(5)]
         absent = ids.compose(1, 0, 0)
         try:
