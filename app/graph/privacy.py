@@ -134,11 +134,13 @@ def hidden_from(session: ReadSession, owner_id: int, user_ids: Sequence[int]) ->
     return gone
 
 
-def check_reaction(session: ReadSession, viewer_id: int, owner_id: int) -> None:
-    """Refuse a comment of who may not see the photo; asks where the photo is.
+def check_reaction(
+    session: ReadSession, viewer_id: int, owner_id: int, what: str = "photo"
+) -> None:
+    """Refuse what somebody does to what they may not see; asks where that is.
 
     Raises:
         NotFoundError: the owner blocks the viewer, or is private and not followed.
     """
     if hidden_from(session, owner_id, [viewer_id]):
-        raise NotFoundError("There is no such photo.")
+        raise NotFoundError(f"There is no such {what}.")

@@ -28,7 +28,8 @@ from app.errors import (
 )
 from app.graph import tao
 from app.graph.models import Kind
-from app.graph.privacy import hidden_among, seen_among
+from app.graph.privacy import check_reaction, hidden_among, seen_among
+from app.graph.tao import on
 from app.ids import Id
 from app.paging import Page, cut
 from app.partial import is_partial
@@ -120,13 +121,14 @@ class StoryService:
         """Delete one's own story.
 
         Raises:
-            NotFoundError: there is no such story any more.
+            NotFoundError: there is no such story any more, or the viewer may not see it.
             ForbiddenError: it is somebody else's.
         """
 
         async def work(session: AsyncWriteSession) -> str:
             story = await living_story(session, story_id, self._clock())
             if story.owner_id != viewer.id:
+                await on(session, check_reaction, viewer.id, story.owner_id, "story")
                 raise ForbiddenError("This story belongs to somebody else.")
             await delete_story(session, story)
             return story.blob_key

@@ -16,7 +16,7 @@ from app.photos.opening import open_blobs
 from app.removal import forget_person
 from app.stories.cleanup import sweep
 from app.stories.models import Story, StoryView
-from shardkit import AsyncCluster, Cluster, all_shards
+from shardkit import AsyncCluster, Cluster
 from shardkit.local import LocalCluster
 from tests.app.test_idempotency import three_times
 from tests.fixtures import pictures
@@ -70,11 +70,11 @@ def keys(service: Service) -> set[str]:
     return asyncio.run(read())
 
 
-def rows(cluster: Cluster, owner: Person) -> tuple[list[int], list[int]]:
-    """Return ids of somebody's stories, and of those of which views are kept."""
+def rows(cluster: Cluster, owner: Person, story_id: int) -> tuple[list[int], list[int]]:
+    """Return ids of somebody's stories, and a story's once for each view that is kept of it."""
     with cluster.writer() as session:
         stories = select(Story.id).where(Story.owner_id == int(owner.id)).order_by(Story.id)
-        views = select(StoryView.story_id).options(all_shards())
+        views = select(StoryView.story_id).where(StoryView.story_id == story_id)
         return list(session.scalars(stories)), list(session.scalars(views))
 
 
@@ -125,12 +125,14 @@ def test_a_story_ends_after_24_hours(
         return early, late
 
     with Cluster.from_file(app_cluster.config_path) as cluster:
-        assert rows(cluster, ana) == ([int(str(story["id"]))], [int(str(story["id"]))])
+        number = int(str(story["id"]))
+        assert rows(cluster, ana, number) == ([number], [number])
         kept_before = keys(later)
         early, done = asyncio.run(swept())
-        assert (early, done) == (0, 1)
-        assert rows(cluster, ana) == ([], [])
-        assert len(kept_before - keys(later)) == 1
+        assert early == 0
+        assert done >= 1  # and what other tests have posted
+        assert rows(cluster, ana, number) == ([], [])
+        assert len(kept_before - keys(later)) == done
 
 
 def test_who_sees_stories_and_who_has_seen_them(join: Join, service: Service) -> None:
@@ -196,6 +198,6 @@ def test_a_person_who_goes_leaves_nothing(join: Join, app_cluster: LocalCluster)
     with Cluster.from_file(app_cluster.config_path) as cluster:
         forget_person(cluster, int(ana.id), utc_now())
         forget_person(cluster, int(ana.id), utc_now())
-        assert int(str(theirs["id"])) not in rows(cluster, ben)[1]
+        assert rows(cluster, ben, int(str(theirs["id"])))[1] == []
     assert ana.http.get("/api/v1/me/saves").json()["items"] == []
     assert ben.http.get(f"/api/v1/stories/{own['id']}").status_code == 404
