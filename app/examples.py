@@ -85,7 +85,9 @@ def example_of(schema: Schema, schemas: Mapping[str, Schema], name: str = "") ->
     if name in _NAMED and (_NAMED[name] is not None or "anyOf" in schema):
         return _NAMED[name]
     if found := schema.get("examples"):
-        return found[0]
+        # FastAPI leaves out what is null in them.
+        absent = dict.fromkeys(schema.get("required", ())) if isinstance(found[0], Mapping) else {}
+        return {**absent, **found[0]} if absent else found[0]
     if "$ref" in schema:
         return example_of(schemas[schema["$ref"].rpartition("/")[2]], schemas, name)
     if "anyOf" in schema:
