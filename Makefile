@@ -53,7 +53,7 @@ failover-grid: ## kill the watcher at every step of a failover; three minutes
 # Patroni is nobody's dependency; its own consensus store needs no other server.
 test-patroni: setup ## Patroni promotes and clients follow; installs Patroni when root on Debian
 	@command -v patroni >/dev/null || apt-get -qq install -y patroni python3-pysyncobj
-	@SHARDKIT_PATRONI=1 $(BIN)/python -m pytest tests/fault/test_patroni.py $(ARGS)
+	@$(BIN)/python -m pytest tests/patroni $(ARGS)
 
 test-unit: setup ## the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/contract $(ARGS)

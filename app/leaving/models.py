@@ -54,5 +54,5 @@ class Erasure(Sharded, Base):
         ),
     )
 
-    user_id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     created_at: Mapped[dt.datetime]

@@ -27,7 +27,7 @@ class Inbox(Sharded, Base):
     __tablename__ = "inboxes"
     __shard_key__ = "user_id"
 
-    user_id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     last_seq: Mapped[int] = mapped_column(default=0)
     read_seq: Mapped[int] = mapped_column(default=0)
 

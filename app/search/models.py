@@ -32,7 +32,7 @@ class PersonEntry(Sharded, Base):
         Index("people_index_grams_idx", "grams", postgresql_using="gin"),
     )
 
-    user_id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     username: Mapped[str] = mapped_column(String(30, collation="C"))
     document: Mapped[str] = mapped_column(String(400))
     grams: Mapped[list[str]] = mapped_column(ARRAY(Text))

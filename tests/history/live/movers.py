@@ -134,6 +134,7 @@ class RealMover:
         """Have the process do something; return what came of it."""
         child = self._child
         if child is None or child.poll() is not None:
+            self.close()
             child = self._child = self._started()
         assert child.stdin is not None, "it is piped"
         child.stdin.write(json.dumps({"do": do, "shard": shard, **more}).encode() + b"\n")

@@ -33,13 +33,7 @@ from shardkit.testing import create_tables, wait_until
 from shardkit.writer import WriteSession
 from tests.models import Base, User
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.fault,
-    pytest.mark.skipif(
-        not os.environ.get("SHARDKIT_PATRONI"), reason="takes a minute; make test-patroni"
-    ),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 PATIENCE = 120.0
 NODES = 3
