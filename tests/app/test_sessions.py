@@ -21,7 +21,7 @@ def logged_in(service: Service, ana: Person, client: str = "", password: str = P
         answer = other.post(
             "/api/v1/sessions",
             json={"username": ana.username, "password": password},
-            headers={"user-agent": client.encode("latin-1")},
+            headers={b"user-agent": client.encode("latin-1")},
         )
         return str(answer.raise_for_status().json()["token"])
 
