@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker api-fuzz api-matrix hostile-images photo-torn move-grid feed-paging failover-grid test-patroni lock clean
+.PHONY: help setup run test test-app test-slow test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker api-fuzz api-matrix hostile-images photo-torn move-grid feed-paging failover-grid test-patroni lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -21,9 +21,18 @@ run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.
 # Files go to two workers, each with servers of its own: tests wait more than they compute.
 WORKERS ?= 2
 
-test: ## every test, on real servers; installs what they need when root on Debian
+test: ## the library's tests, on real servers; installs what they need when root on Debian
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" \
+		--ignore=tests/app --ignore=tests/web $(ARGS)
+
+test-app: ## the application's tests, on real servers and in a browser
+	@$(PYTHON) scripts/setup.py --system
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/app tests/web $(ARGS)
+
+test-slow: ## tests of both that take long: they kill, or compare with oracles, over and over
+	@$(PYTHON) scripts/setup.py --system
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 # What goes through it; tests that cannot say why (`unpooled`), and the run prints it.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \

@@ -12,7 +12,7 @@ import pytest
 from tests.fixtures import pictures
 from tests.fixtures.service import Person
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 Join = Callable[[str], Person]
 

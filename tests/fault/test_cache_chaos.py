@@ -14,6 +14,7 @@ from benchmarks.cachestages import Machines, Sessions
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.fault,
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("memcached") is None, reason="Memcached is not installed"),
 ]
 

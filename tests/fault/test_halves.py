@@ -11,7 +11,7 @@ from shardkit.config import load
 from shardkit.testing import create_tables
 from tests.fixtures.servers import NewCluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.fault]
+pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.slow]
 
 
 def test_no_commit_is_half_done_whatever_is_killed(new_cluster: NewCluster, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from benchmarks.measure import database
 from shardkit.config import load
 from shardkit.local import LocalCluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.fault]
+pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.slow]
 
 
 def test_every_name_is_taken_once_whoever_is_killed(

@@ -16,7 +16,7 @@ from shardkit.ops.migrate import Limits, status
 from tests.fixtures.killer import kill_at
 from tests.fixtures.site import ALPHA, Site
 
-pytestmark = [pytest.mark.integration, pytest.mark.fault]
+pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.slow]
 
 SECONDS = float(os.environ.get("SHARDKIT_KILL_SECONDS", "8"))
 """What the cells of one test may take together."""

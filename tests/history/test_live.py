@@ -42,6 +42,7 @@ def test_nothing_is_found_while_servers_move_and_fail(result: Result) -> None:
     assert not result.violations, "\n".join([*result.lines, f"seed {1}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", ["catch-up not awaited", "asynchronous failover"])
 def test_judges_bite_on_real_servers(bug: str, postgres_version: str) -> None:  # noqa: ARG001
     """Two of fifteen; `make test-bites` has all."""
