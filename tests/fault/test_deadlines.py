@@ -265,7 +265,8 @@ def test_the_server_bounds_a_writer_itself_and_nobody_after_it(
     show = text("SHOW statement_timeout")
     with cluster.writer() as session:
         with deadline(2.0):
-            assert session.scalar(show, bind_arguments=here(user)) in {"2s", "1999ms", "1998ms"}
+            left = session.scalar(show, bind_arguments=here(user))
+            assert left == "2s" or 1500 < int(left.removesuffix("ms")) < 2000  # of a busy machine
             session.rollback()
         assert session.scalar(show, bind_arguments=here(user)) == "0"
 
