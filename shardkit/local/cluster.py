@@ -252,10 +252,20 @@ class LocalCluster:
         server.stop()
         for other in self._running().members(leader.physical or ""):
             other.primary = None if other is leader else leader
-        if not server.rewind(leader):
+        is_rewound = server.rewind(leader)
+        if not is_rewound:
             server.clone(leader)
         server.become_replica()
-        self.start_server(name)
+        try:
+            self.start_server(name)
+        except LocalServerError:
+            if not is_rewound:
+                raise
+            # What was rewound may ask for log that its new primary has no more.
+            server.stop()
+            server.clone(leader)
+            server.become_replica()
+            self.start_server(name)
 
     def lost(self, name: str, primary: str) -> list[LostRow]:
         """Return what a stopped former primary had committed and its successor never received.
