@@ -26,7 +26,12 @@ from sqlalchemy import select
 
 from shardkit import Cluster, deadline, ids
 from shardkit.config import Config, FailoverConfig, load
-from shardkit.errors import EndpointUnavailableError, RefusedError, ShardkitError
+from shardkit.errors import (
+    EndpointUnavailableError,
+    LocalServerError,
+    RefusedError,
+    ShardkitError,
+)
 from shardkit.local import LocalCluster, LocalHost, ServerStatus
 from shardkit.local.processes import send
 from shardkit.ops.failover import adopt, fail_over, watch
@@ -219,6 +224,26 @@ def test_a_killed_primary_is_replaced_and_clients_follow(site: Site) -> None:
     assert site.timeline() == timeline + 1
     assert site.ask(after, "SELECT min(epoch) FROM shardkit.ownership") == epoch + 1
     assert site.ask(before, "SELECT pg_is_in_recovery()"), "the old one is a standby"
+
+
+class Stumbling(LocalHost):
+    """A host that cannot make a standby of a server the first time."""
+
+    stumbles = 0
+
+    def rejoin(self, physical: str, server: str, primary: str) -> None:
+        if not self.stumbles:
+            self.stumbles += 1
+            raise LocalServerError(f"{server}: no room")
+        super().rejoin(physical, server, primary)
+
+
+def test_a_watcher_outlives_a_host_that_fails(site: Site) -> None:
+    host, before = Stumbling(site.local), site.primary()
+    with site.watched(host):
+        site.local.kill_server(before)
+        wait_until(lambda: bool(host.stumbles) and site.is_well(), PATIENCE, "every server is well")
+    assert site.ask(before, "SELECT pg_is_in_recovery()"), "the old one is a standby all the same"
 
 
 def test_a_frozen_primary_that_thaws_after_a_promotion_acknowledges_nothing(site: Site) -> None:

@@ -7,8 +7,6 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from shardkit.local import LocalCluster
 from shardkit.relay import Relay
 from shardkit.testing import create_tables, wait_until
 from shardkit.topology import Hold
+from tests.fixtures.clients import busy, new_id, new_user
 from tests.fixtures.movers import Mover
 from tests.fixtures.servers import lend, options
 from tests.fixtures.sharded import admin
@@ -61,26 +60,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory, postgres_version: str) -> Ite
     shape = options(replicas=0, logical_shards=SHARDS, redis=False, pgbouncer=False)
     with lend(tmp_path_factory.mktemp("flip") / "cluster", shape) as local:
         yield Pair(local)
-
-
-def new_user(cluster: Cluster, shard: int) -> int:
-    number = ids.compose(1, shard, next(_NUMBERS))
-    cluster.run(lambda session: session.add(User(id=number, name="owner")))
-    return number
-
-
-@contextmanager
-def busy(*work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run functions in threads until the end; raise what they raise."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(len(work)) as pool:
-        futures = [pool.submit(function, stop) for function in work]
-        try:
-            yield
-        finally:
-            stop.set()
-        for future in futures:
-            future.result(60.0)
 
 
 class Writers:
@@ -182,7 +161,7 @@ def test_async_writers_do_not_either(pair: Pair) -> None:
 
 
 def test_readers_through_the_cache_are_never_behind_their_token(pair: Pair) -> None:
-    number = ids.compose(1, 2, next(_NUMBERS))
+    number = new_id(2)
     committed: list[tuple[int, str]] = [(0, "")]
     stale: list[tuple[int, int]] = []
     reads = itertools.count()
@@ -249,7 +228,7 @@ def test_a_token_tells_a_process_that_reads_only_its_cache_of_a_move(
     pair: Pair, looks_at_tokens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control does not look: then the entry that the old owner's time has left is shown."""
-    number = ids.compose(1, 3, next(_NUMBERS))
+    number = new_id(3)
     reading = Cluster(pair.topology, pool=POOL, cache=pair.cache, map_age=60.0)
     with pair.cluster(cache=pair.cache) as writing, reading:
         writing.run(lambda session: session.add(Profile(id=number, name="old")))
@@ -269,7 +248,7 @@ def test_a_token_tells_a_process_that_reads_only_its_cache_of_a_move(
 
 
 def test_a_process_that_reads_only_its_cache_notices_a_move_by_itself(pair: Pair) -> None:
-    number = ids.compose(1, 3, next(_NUMBERS))
+    number = new_id(3)
     reading = Cluster(pair.topology, pool=POOL, cache=pair.cache, map_age=0.2)
     with pair.cluster(cache=pair.cache) as writing, reading:
         writing.run(lambda session: session.add(Profile(id=number, name="old")))

@@ -17,6 +17,7 @@ import psycopg
 
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import DurabilityConfig, FailoverConfig
+from shardkit.errors import ShardkitError
 from shardkit.ops.failover import machine
 from shardkit.ops.failover.hosts import Host, NoHost
 from shardkit.ops.failover.machine import Action, Node, Policy, View, needed_of
@@ -171,7 +172,8 @@ class Driver:
         self._hook(name)
         try:
             found = self._do(action)
-        except (psycopg.Error, OSError) as error:
+        except (psycopg.Error, OSError, ShardkitError) as error:
+            # Also of a host that cannot start a server now: who looks on goes on looking.
             said = str(without_frames(error)).strip().splitlines() or [type(error).__name__]
             _LOG.warning("%s of %s failed: %s", name, self.physical, said[0])
             return view, machine.Wait(f"{name} failed: {said[0]}")
