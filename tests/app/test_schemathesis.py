@@ -5,12 +5,16 @@ A few by default; `make api-fuzz` sends five thousand. Complements test_fuzz, wh
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -24,26 +28,49 @@ N = int(os.environ.get("SHARDKIT_FUZZ_CASES", "24"))
 ENDS = {"/api/v1/sessions/current", "/api/v1/me/deletion"}
 """What would end the log-in that the others are asked with."""
 
+STREAMED = "/api/v1/me/notifications/stream"
+"""Its answer has no end; the head is all that is looked at."""
 
-def test_generated_requests_never_fail_by_themselves(
-    join: Callable[[str], Person], service: Service
-) -> None:
-    ana = join("schema")
-    document = ana.http.get("/api/v1/openapi.json").json()
+WORKERS = 2 if N > 100 else 1
+"""Processes that make requests up, which takes longer than answering them."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process asks.
+
+    Attributes:
+        document: the OpenAPI document.
+        url: of the service.
+        bearer: the header of a log-in.
+        labels: operations to ask.
+        each: requests for each of them.
+    """
+
+    document: dict[str, Any]
+    url: str
+    bearer: dict[str, str]
+    labels: list[str]
+    each: int
+
+
+def operations_of(document: dict[str, Any]) -> list[Any]:
     schema: Any = schemathesis.openapi.from_dict(document)
-    operations = [found.ok() for found in schema.get_all_operations()]
-    asked = [each for each in operations if each.path not in ENDS]
-    if len(asked) > N:  # a sample
-        asked = asked[:: -(-len(asked) // N)]
-    bearer = {"authorization": f"Bearer {ana.http.cookies['session']}"}
+    return [each.ok() for each in schema.get_all_operations()]
+
+
+def ask(share: Share) -> tuple[Counter[int], list[str]]:
+    """Make requests up and send them; return how many answers began so, and what went wrong."""
     counted: Counter[int] = Counter()
     failed: list[str] = []
-    each = max(1, -(-N // len(asked)))
-    for operation in asked:
+    session = requests.Session()
+    for operation in operations_of(share.document):
+        if operation.label not in share.labels:
+            continue
         modes = [operation.as_strategy(generation_mode=mode) for mode in modes_of()]
 
         @settings(
-            max_examples=each,
+            max_examples=share.each,
             deadline=None,
             database=None,
             derandomize=True,
@@ -52,15 +79,35 @@ def test_generated_requests_never_fail_by_themselves(
         )
         @given(case=st.one_of(modes))
         def send(case: Any) -> None:
-            answer = case.call(base_url=service.url, headers=bearer, timeout=20)
-            counted[answer.status_code // 100] += 1
-            if answer.status_code >= 500:
-                failed.append(f"{answer.status_code} {case.as_curl_command()}")
+            asked = case.as_transport_kwargs(base_url=share.url, headers=share.bearer)
+            is_streamed = case.path == STREAMED
+            with session.request(**asked, timeout=60, stream=is_streamed) as answer:
+                counted[answer.status_code // 100] += 1
+                if answer.status_code >= 500:
+                    failed.append(f"{answer.status_code} {case.as_curl_command()}")
 
         send()
+    return counted, failed
+
+
+def test_generated_requests_never_fail_by_themselves(
+    join: Callable[[str], Person], service: Service
+) -> None:
+    ana = join("schema")
+    document = ana.http.get("/api/v1/openapi.json").json()
+    asked = [each.label for each in operations_of(document) if each.path not in ENDS]
+    if len(asked) > N:  # a sample
+        asked = asked[:: -(-len(asked) // N)]
+    bearer = {"authorization": f"Bearer {ana.http.cookies['session']}"}
+    each = max(1, -(-N // len(asked)))
+    shares = [Share(document, service.url, bearer, asked[n::WORKERS], each) for n in range(WORKERS)]
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+        told = list(pool.map(ask, shares) if WORKERS > 1 else map(ask, shares))
+    counted: Counter[int] = sum((some for some, _ in told), Counter())
     print(f"{counted.total()} cases over {len(asked)} operations: {dict(counted)}")
-    assert failed == []
-    assert counted.total() >= min(N, len(asked))
+    assert [each for _, some in told for each in some] == []
+    assert counted.total() >= N
     assert ana.http.get("/api/v1/me").status_code == 200
 
 
