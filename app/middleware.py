@@ -20,7 +20,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLargeError, CrossOriginError, SlowBodyError
+from app.errors import (
+    AppError,
+    BodyTooLargeError,
+    CrossOriginError,
+    InvalidInputError,
+    SlowBodyError,
+)
 from app.metrics import Metrics
 from app.origins import is_listed
 
@@ -182,7 +188,16 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         body = _Body(receive, self._paths.get(scope["path"], self._default), self._timeout)
-        announced = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
+        if announced and "transfer-encoding" in headers:
+            # Source: RFC 9112, section 6.1: a proxy that goes by the length sees other requests
+            # on this line than we do, so none that follows is believed.
+            refused: AppError = InvalidInputError("content-length", "Give no length with chunks.")
+            response = self._respond(scope, refused)
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
+            return
         if announced.isdigit() and int(announced) > body.limit:
             await body.discard()
             refused = BodyTooLargeError(body.reason)
