@@ -14,7 +14,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -68,6 +68,7 @@ from shardkit.retry import MOVED
 from shardkit.router import Router
 from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, ShardMap, Topology, schema_name
+from shardkit.warming import PoolState, n_missing
 
 if TYPE_CHECKING:  # the `cache` extra
     from shardkit.rowcache import AsyncRowCache, RowCache
@@ -175,9 +176,11 @@ class _Core:
             on_change=self._changed,
             clock=clock,
         )
-        self.map_watch = self._watch_class(topology, held, follow=self._led, clock=clock)
+        self.map_watch = self._watch_class(
+            topology, held, follow=self._led, receive=self.receive, clock=clock
+        )
         self.held = held
-        self.owners = Owners(held, self.map_watch, self.pause, clock=clock)
+        self.owners = Owners(held, self.map_watch, clock=clock)
         self.probes = self._probes_class(
             topology,
             self.replica_sets,
@@ -318,6 +321,28 @@ class _Core:
             self.listeners.emit(PrimaryChanged(physical, str(before.primary), str(shard.primary)))
         return self.topology
 
+    def make_ready(self, source: str, target: str, n_moving: int) -> None:
+        """Open connections to where logical shards are on their way; see `shardkit.warming`.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: the server does not answer, or all are in use.
+        """
+        n_owned = len(self.topology.shard_map.owned_by(source))
+        for purpose in Purpose:
+            here = self._engines.get((self.primary_of(source), purpose))
+            if here is None:
+                continue
+            pool: Any = self.engine(self.primary_of(target), purpose).pool
+            state = _pool_state(pool)
+            missing = n_missing(_pool_state(here.pool), state, n_moving=n_moving, n_owned=n_owned)
+            with ExitStack() as stack:
+                for _ in range(state.idle + missing if missing else 0):
+                    stack.callback(pool.connect().close)
+
+    async def receive(self, source: str, target: str, n_moving: int) -> None:
+        """Make ready for logical shards that are on their way, beside the sessions."""
+        raise NotImplementedError
+
     def _is_pooled(self, endpoint: Endpoint) -> bool:
         return self.topology.physical[endpoint.physical].pooler is not None
 
@@ -430,10 +455,6 @@ class _Core:
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks at the same time; return result or exception of each, in order."""
-        raise NotImplementedError
-
-    def pause(self, seconds: float) -> None:
-        """Wait for nothing in particular."""
         raise NotImplementedError
 
     # -- statements of shardkit's own
@@ -585,6 +606,10 @@ class Connections(_Core):
         for engine in self._engines.values():
             engine.dispose()
 
+    async def receive(self, source: str, target: str, n_moving: int) -> None:
+        """Make ready in a thread of its own."""
+        await asyncio.to_thread(self.make_ready, source, target, n_moving)
+
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         engine = create_engine(url, poolclass=DeadlinePool, **options)
         event.listen(engine, "do_connect", _connects)
@@ -593,10 +618,6 @@ class Connections(_Core):
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks at the same time, in the caller's thread."""
         return parallel.run(tasks)
-
-    def pause(self, seconds: float) -> None:
-        """Wait in this thread."""
-        self.clock.sleep(seconds)
 
 
 class AsyncConnections(_Core):
@@ -630,6 +651,10 @@ class AsyncConnections(_Core):
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
+    async def receive(self, source: str, target: str, n_moving: int) -> None:
+        """Make ready in a greenlet of its own."""
+        await greenlet_spawn(self.make_ready, source, target, n_moving)
+
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.open)
         return create_async_engine(url, poolclass=AsyncDeadlinePool, **options).sync_engine
@@ -647,10 +672,6 @@ class AsyncConnections(_Core):
             raise UnsupportedStatementError(
                 what, hint="await session.run_sync(lambda sync: sync.route(statement))"
             )
-
-    def pause(self, seconds: float) -> None:
-        """Wait in this task."""
-        await_only(asyncio.sleep(seconds))
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""
@@ -684,6 +705,10 @@ def _rowcache() -> Any:
             f"[cache] needs {error.name}, which is not installed",
             hint="pip install 'shardkit[cache]'",
         ) from error
+
+
+def _pool_state(pool: Any) -> PoolState:
+    return PoolState(pool.checkedin(), pool.checkedout(), pool.size())
 
 
 def _released(connection: Any, record: Any) -> None:
