@@ -41,6 +41,14 @@ LockOption = Annotated[
     float,
     typer.Option(min=0.01, max=2, help="Seconds a fence queues for its locks; writers wait."),
 ]
+NoticeOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Seconds at least from the first sign of a move to its fence: clients hear of it, "
+        "and connect to the target beforehand.",
+    ),
+]
 LongOption = Annotated[
     float,
     typer.Option(min=1, help="Seconds after which a writing transaction is too long to begin."),
@@ -82,6 +90,7 @@ def start_command(
     ] = 1,
     lock_timeout: LockOption = _DEFAULTS.lock_timeout,
     long: LongOption = _DEFAULTS.long,
+    notice: NoticeOption = moves.NOTICE,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +106,11 @@ def start_command(
     topology, script = _script(config, migrations)
     with Moving(quiet=as_json) as moving:
         options = Options(
-            lock_timeout=lock_timeout, long=long, is_held=hold, on_report=moving.on_report
+            lock_timeout=lock_timeout,
+            long=long,
+            notice=notice,
+            is_held=hold,
+            on_report=moving.on_report,
         )
         found = moves.move_many(
             topology,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from shardkit.errors import (
 )
 from shardkit.local.account import server_account
 from shardkit.ops import moves
+from shardkit.ops.moves import entries
 from shardkit.ops.moves.machine import FORWARD, Goal, Step
+from shardkit.ops.moves.transitions import Move
 from shardkit.testing import wait_until
 from shardkit.topology import schema_name
 from tests.fixtures.clients import Clients, busy, new_id, new_user
@@ -447,3 +450,35 @@ def test_rights_triggers_and_comments_go_with_it(servers: Servers) -> None:
         return [(name, sorted((acl or "").strip("{}").split(",")), n) for name, acl, n in rows]
 
     assert plain(before) == plain(after)
+
+
+def test_the_journal_keeps_the_last_moves_and_whatever_is_needed(servers: Servers) -> None:
+    begun = [Move(str(uuid.UUID(int=n))) for n in range(9)]
+    query = b"SELECT DISTINCT move_id::text FROM shardkit.move_journal WHERE logical_shard = %s"
+    with servers.admin("alpha") as alpha:
+        for move in begun:
+            for _ in range(3):
+                entries.journal(alpha, 97, move, Step.CLAIM)
+        entries.journal(alpha, 98, begun[0], Step.CLAIM)
+        # The last two are among those that are kept anyhow; the first is needed, however old.
+        assert entries.prune(alpha, 97, [begun[-1].id, begun[0].id]) == 3 * (9 - entries.KEPT - 1)
+        left = {name for (name,) in alpha.execute(query, (97,))}
+        assert left == {begun[0].id, *(move.id for move in begun[-entries.KEPT :])}
+        assert entries.prune(alpha, 97, [begun[-1].id, begun[0].id]) == 0
+        assert len(alpha.execute(query, (98,)).fetchall()) == 1, "of another logical shard"
+        alpha.execute("DELETE FROM shardkit.move_journal WHERE logical_shard IN (97, 98)")
+
+
+def test_a_logical_shard_that_goes_there_and_back_leaves_a_bounded_journal(
+    servers: Servers,
+) -> None:
+    shard = 7
+    target = servers.other(shard)
+    with servers.admin(target) as there:
+        for n in range(9):
+            entries.journal(there, shard, Move(str(uuid.UUID(int=n))), Step.CLAIM)
+        servers.move(shard)
+        query = b"SELECT DISTINCT move_id FROM shardkit.move_journal WHERE logical_shard = %s"
+        assert len(there.execute(query, (shard,)).fetchall()) == entries.KEPT
+    moves.rollback(servers.topology, shard)
+    moves.clean(servers.topology, shard)

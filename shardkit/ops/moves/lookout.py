@@ -32,14 +32,19 @@ class Lookout:
         work: its steps, with the rows as they were last seen.
         goal: what it is to reach.
         is_held: whether to stop before the fence.
+        notice: seconds that clients have between the import and the fence.
     """
 
-    def __init__(self, work: Work, goal: Goal, *, is_held: bool = False) -> None:
+    def __init__(
+        self, work: Work, goal: Goal, *, is_held: bool = False, notice: float = 0.0
+    ) -> None:
         self.work = work
         self._goal = goal
         self._facts = Facts(is_held=is_held)
         self._done: frozenset[Step] = frozenset()
         self._journal = Journal()
+        self._notice = notice
+        self._imported: float | None = None
         self._verified: float | None = None
         self._fence_failed: float | None = None
         self._n_fences = 0
@@ -67,6 +72,7 @@ class Lookout:
             n_fences=self._n_fences,
             since_fence=None if self._fence_failed is None else now - self._fence_failed,
             blocker=work.blocker,
+            notice=0.0 if self._imported is None else self._imported + self._notice - now,
             pause=random.random(),  # noqa: S311  spreads what is tried again
         )
         return View(
