@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import fences, gates, parallel, races, scatter
+from shardkit import deadlines, fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import (
@@ -56,7 +56,7 @@ from shardkit.keys import shown
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
-from shardkit.mapwatch import AsyncMapWatch, MapWatch
+from shardkit.mapwatch import PATIENCE, AsyncMapWatch, MapWatch
 from shardkit.minting import IdMinter
 from shardkit.owners import Owners
 from shardkit.placement import Placement, Policy, anywhere, bound
@@ -335,8 +335,10 @@ class _Core:
             pool: Any = self.engine(self.primary_of(target), purpose).pool
             state = _pool_state(pool)
             missing = n_missing(_pool_state(here.pool), state, n_moving=n_moving, n_owned=n_owned)
-            with ExitStack() as stack:
+            with deadlines.deadline(PATIENCE), ExitStack() as stack:
                 for _ in range(state.idle + missing if missing else 0):
+                    if pool.checkedout() >= pool.size():
+                        break  # sessions need them now, and wait for nobody
                     stack.callback(pool.connect().close)
 
     async def receive(self, source: str, target: str, n_moving: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from shardkit import AsyncCluster
 from shardkit.errors import (
     InvalidShardKeyError,
     MoveError,
@@ -30,7 +32,7 @@ from shardkit.testing import wait_until
 from shardkit.topology import schema_name
 from tests.fixtures.clients import Clients, busy, new_id, new_user
 from tests.fixtures.folders import in_reach
-from tests.fixtures.moved import SCRIPT, Servers
+from tests.fixtures.moved import POOL, SCRIPT, Servers
 from tests.fixtures.servers import lend, options
 from tests.models import Photo, User
 
@@ -482,3 +484,46 @@ def test_a_logical_shard_that_goes_there_and_back_leaves_a_bounded_journal(
         assert len(there.execute(query, (shard,)).fetchall()) == entries.KEPT
     moves.rollback(servers.topology, shard)
     moves.clean(servers.topology, shard)
+
+
+def writers_at(servers: Servers, physical: str) -> int:
+    """Return how many connections clients have to a server for what they write."""
+    with servers.admin(physical) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shardkit write'"
+        ).fetchone()
+    return int(row[0]) if row else -1
+
+
+def connects_first(servers: Servers, shard: int) -> None:
+    """Move a logical shard, and see that clients are at the target before anybody can use it."""
+    target = servers.other(shard)
+    before = writers_at(servers, target)
+
+    def hook(name: str) -> None:
+        if name == "prepare back done":
+            wait_until(lambda: writers_at(servers, target) > before, 60.0, "they connect")
+
+    assert servers.move(shard, hook=hook).is_moved
+    moves.clean(servers.topology, shard)
+
+
+def test_clients_are_connected_to_the_target_before_it_opens(servers: Servers) -> None:
+    with servers.cluster() as cluster:
+        owner = new_user(cluster, 5)
+        connects_first(servers, 5)
+        cluster.run(lambda session: session.add(Photo(owner_id=owner, caption="after")))
+
+
+def test_tasks_are_connected_to_the_target_before_it_opens(servers: Servers) -> None:
+    async def work() -> None:
+        async with AsyncCluster(servers.topology, pool=POOL, map_age=1.0) as cluster:
+
+            async def unit(session: Any) -> None:
+                session.add(User(id=new_id(5), name="owner"))
+
+            await cluster.run(unit)
+            await asyncio.to_thread(connects_first, servers, 5)
+            await cluster.run(unit)
+
+    asyncio.run(work())
