@@ -7,7 +7,9 @@ a client's error is then one that the default retry has not spared it.
 from __future__ import annotations
 
 import itertools
+import sys
 import time
+import traceback
 from collections import Counter as Counts
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +109,9 @@ class Client:
 
     def _failed(self, kind: str, error: Exception) -> None:
         self.errors[f"{kind}: {_text(error)}"] += 1
+        seconds = time.monotonic() - self.plan.began
+        print(f"{seconds:.3f} {self.name} {kind}", file=sys.stderr)
+        traceback.print_exception(error)  # into the log of the process
 
     def _writes(
         self, fn: Callable[[WriteSession], Any], near: int
