@@ -123,6 +123,7 @@ def run(
     *,
     guards: Mapping[Endpoint, EndpointGuard],
     waits: Callable[[BaseException], float],
+    settle: Callable[[BaseException], None],
     clock: Clock,
 ) -> T:
     """Run a unit of work; see `Cluster.run`."""
@@ -135,7 +136,8 @@ def run(
                 result: Any = record.result if record.is_done else fn(session)
                 return cast("T", unit.end(result, is_done=record.is_done))
         except Exception as error:  # noqa: BLE001 - raised again unless it may be tried again
-            pause = attempts.pause(error)
+            pause, failed = attempts.pause(error), error
+        settle(failed)
         clock.sleep(pause)
 
 
@@ -146,6 +148,7 @@ async def run_async(
     *,
     guards: Mapping[Endpoint, EndpointGuard],
     waits: Callable[[BaseException], float],
+    settle: Callable[[BaseException], None],
 ) -> T:
     """Run a unit of work in a task; see `AsyncCluster.run`."""
     attempts = _attempts(name, guards, waits)
@@ -157,7 +160,8 @@ async def run_async(
                 result: Any = record.result if record.is_done else await fn(session)
                 return cast("T", await greenlet_spawn(unit.end, result, is_done=record.is_done))
         except Exception as error:  # noqa: BLE001 - as in `run`
-            pause = attempts.pause(error)
+            pause, failed = attempts.pause(error), error
+        await greenlet_spawn(settle, failed)
         await asyncio.sleep(pause)
 
 

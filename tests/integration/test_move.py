@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from shardkit.errors import (
+    EndpointUnavailableError,
     InvalidShardKeyError,
     MoveError,
     RefusedError,
@@ -22,6 +23,7 @@ from shardkit.errors import (
 )
 from shardkit.local.account import server_account
 from shardkit.ops import moves
+from shardkit.ops.moves import driver
 from shardkit.ops.moves.machine import FORWARD, Goal, Step
 from shardkit.testing import wait_until
 from shardkit.topology import schema_name
@@ -364,6 +366,25 @@ def test_ctrl_c_in_the_fence_gives_the_writes_back(servers: Servers) -> None:
         servers.move(6, hook=interrupt)
     assert servers.owner(6) == home, "active, and not fenced"
     moves.abort(servers.topology, 6)
+    assert not servers.leftovers()
+
+
+def test_a_source_that_stays_away_is_waited_for_and_no_longer(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking whether it is back, the mover once waited for it anew each time, a level deeper."""
+    monkeypatch.setattr(driver, "_PATIENCE", 1.0)
+    source = servers.local.primary(servers.owner(6)).name
+
+    def lose(name: str) -> None:
+        if name == "follow done":
+            servers.local.kill_server(source)
+
+    with pytest.raises(EndpointUnavailableError):
+        servers.move(6, hook=lose)
+    servers.local.start_server(source)
+    assert moves.resume(servers.topology, 6, script=SCRIPT).is_moved
+    moves.clean(servers.topology, 6)
     assert not servers.leftovers()
 
 

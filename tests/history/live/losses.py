@@ -133,6 +133,8 @@ class Losses:
             self._in_move[physical] = self._is_moving()
             began = time.monotonic_ns()
             with stage.lock:
+                if not self.watching.is_well(physical):  # one more would be too many
+                    return
                 if loss.how == "kill":
                     stage.local.kill_server(name)
                 else:

@@ -172,7 +172,7 @@ def run(
             said.update({f"watcher: {what}": n for what, n in told})
         time.sleep(calm)
         stage.end("client")
-        if relays:
+        if relays and broken is None:
             wait_for_empty_outboxes(stage, 60.0)
         stage.end("relay")
         witness = Recorder(history, "witness")
@@ -180,21 +180,24 @@ def run(
         witness.end()
         note_leftovers(stage, "after")
         stage.recorder.end()
-        errors = dict(stage.errors)
+        errors = Counter(stage.errors)
+        for log in folder.glob("servers/logs/*.log"):  # of servers, which are gone in a moment
+            shutil.copy(log, history)
     took["run"] = time.monotonic() - began - took["start"]
-    verdicts, lines, n_operations = _judged(history, limits)
-    counts.update(n_operations)
+    ledger = Ledger.read(history)
+    verdicts, lines = _judged(ledger, history, limits)
+    counts["operations"] = ledger.total
+    errors.update(fact["text"] for fact in ledger.facts.get("error", ()))
     took["judge"] = time.monotonic() - began - took["start"] - took["run"]
     return Result(history, counts, errors, verdicts, lines, took, said, broken)
 
 
-def _judged(history: Path, limits: Limits) -> tuple[dict[str, Verdict], list[str], dict[str, int]]:
-    ledger = Ledger.read(history)
+def _judged(ledger: Ledger, history: Path, limits: Limits) -> tuple[dict[str, Verdict], list[str]]:
     verdicts = judge(ledger, limits)
     refs = {ref for v in verdicts.values() for each in v.findings for ref in each.operations}
     found = find(history, refs) if refs else {}
     lines = list(report(verdicts, found, faults=ledger.facts.get("fault", ())))
-    return verdicts, lines, {"operations": ledger.total}
+    return verdicts, lines
 
 
 _MOVERS: Final[Mapping[str, Callable[[int], Moves]]] = {
@@ -245,8 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         if given.keep:
             shutil.copytree(result.folder, given.keep)
-            for log in folder.glob("servers/**/*.log"):
-                shutil.copy(log, given.keep)
     for line in result.lines:
         print(line)
     print("done: " + ", ".join(f"{n:,} {what}" for what, n in sorted(result.counts.items())))

@@ -108,7 +108,8 @@ class Client:
         return False
 
     def _failed(self, kind: str, error: Exception) -> None:
-        self.errors[f"{kind}: {_text(error)}"] += 1
+        # A fact of the history, so that it is counted whatever becomes of this process.
+        self.recorder.fact("error", text=f"{kind}: {_text(error)}")
         seconds = time.monotonic() - self.plan.began
         print(f"{seconds:.3f} {self.name} {kind}", file=sys.stderr)
         traceback.print_exception(error)  # into the log of the process
