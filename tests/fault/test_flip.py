@@ -372,6 +372,7 @@ def test_a_name_is_asked_for_where_a_hand_over_takes_its_time(pair: Pair) -> Non
             account = Account(name=f"held {n}", email=None)
             cluster.run(lambda session, account=account: session.add(account))
             holders[ids.shard_of(account.id)] = account.name
+        elsewhere = new_id(1)
         mover = pair.mover(2)
         mover.prepare()
         mover.fence()
@@ -381,7 +382,8 @@ def test_a_name_is_asked_for_where_a_hand_over_takes_its_time(pair: Pair) -> Non
         def claim() -> None:
             try:
                 with deadline(60.0):
-                    cluster.run(lambda session: session.add(Account(name=holders[2], email=None)))
+                    again = {"id": elsewhere, "name": holders[2], "email": None}
+                    cluster.run(lambda session: session.add(Account(**again)))
             except Exception as error:  # noqa: BLE001  looked at below
                 found.append(error)
 
