@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -363,6 +364,10 @@ def test_unique_names_stay_unique_across_a_flip(pair: Pair) -> None:
             assert all(session.get_by(Account, name=name) is not None for name in taken)
 
 
+def _add(account: Account, session: Any) -> None:
+    session.add(account)
+
+
 def test_a_name_is_asked_for_where_a_hand_over_takes_its_time(pair: Pair) -> None:
     """Who has it is on a logical shard that is not open yet, and no session's own."""
     found: list[BaseException] = []
@@ -370,7 +375,7 @@ def test_a_name_is_asked_for_where_a_hand_over_takes_its_time(pair: Pair) -> Non
         holders = {}
         for n in range(8 * SHARDS):
             account = Account(name=f"held {n}", email=None)
-            cluster.run(lambda session, account=account: session.add(account))
+            cluster.run(partial(_add, account))
             holders[ids.shard_of(account.id)] = account.name
         elsewhere = new_id(1)
         mover = pair.mover(2)

@@ -39,6 +39,10 @@ _PATIENCE: Final = 15.0
 """Seconds to wait for a step; a loss whose step does not come happens all the same."""
 
 
+_AT_ONCE: Final = 2.0
+"""Seconds, at most, that a mover waits at its step for the loss."""
+
+
 @dataclass(eq=False)
 class _Loss:
     """One loss.
@@ -132,13 +136,17 @@ class Losses:
             name = stage.primary(physical).name
             self._in_move[physical] = self._is_moving()
             began = time.monotonic_ns()
-            with stage.lock:
+            if not stage.lock.acquire(timeout=_AT_ONCE):  # servers are made anew
+                return
+            try:
                 if not self.watching.is_well(physical):  # one more would be too many
                     return
                 if loss.how == "kill":
                     stage.local.kill_server(name)
                 else:
                     stage.local.pause(name)
+            finally:
+                stage.lock.release()
             loss.name, loss.physical = name, physical
             self._counts[f"{loss.how} a primary for good"] += 1
             stage.fault(f"{loss.how} {name} for good", began)
