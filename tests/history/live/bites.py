@@ -87,7 +87,7 @@ BITES: Final[dict[str, Bite]] = {
         "sets",
         ("duplicate write",),
         {**_SETS, "hold": 0.01},
-        nemesis={"faults": ("refuse link", "kill primary"), "pause": 0.05},
+        nemesis={"faults": ("lose answer",), "pause": 0.05},
         shaped={"replicas": 0, "confirm": 0},
     ),
     "lookup without reservation": Bite(
