@@ -173,7 +173,10 @@ def run(
         time.sleep(calm)
         stage.end("client")
         if relays and broken is None:
-            wait_for_empty_outboxes(stage, 60.0)
+            try:
+                wait_for_empty_outboxes(stage, 120.0)
+            except AssertionError as error:
+                broken = str(error)
         stage.end("relay")
         witness = Recorder(history, "witness")
         look(stage, witness)
