@@ -44,6 +44,7 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     InvalidShardKeyError,
+    ShardFencedError,
     UnsupportedStatementError,
 )
 from shardkit.events import EndpointFailed, Listeners, PrimaryChanged
@@ -506,18 +507,21 @@ class _Core:
         return int(system), gates.Position(int(file[:8], 16), gates.lsn_of(lsn.encode()))
 
     @contextmanager
-    def borrow(self, physical: str, *, waits: bool) -> Iterator[Connection]:
-        """Lend a connection to a primary, apart from any session; nothing is open on it.
+    def borrow(self, logical_shard: int, *, waits: bool) -> Iterator[Connection]:
+        """Lend a connection to the primary of a logical shard; nothing is open on it.
+
+        It is apart from any session.
 
         Args:
-            physical: name of the physical shard.
+            logical_shard: that it is lent for.
             waits: whether it will wait for transactions of others.
 
         Raises:
-            UnavailableError: the server does not answer (retryable).
+            UnavailableError: the server does not answer, or the logical shard is being moved
+                (retryable).
         """
         self.awaited("a unique value has to be looked up")
-        endpoint = self.primary_of(physical)
+        endpoint = self.primary_of(self.physical_of(logical_shard))
         purpose = Purpose.WAIT if waits else Purpose.LOOKUP
         try:
             with self.connect(self.engine(endpoint, purpose), endpoint) as connection:
@@ -526,20 +530,39 @@ class _Core:
             self.failed(endpoint, error)
             raise
         except DBAPIError as error:
-            found = self._told(error, endpoint)
+            found = self._told(error, endpoint, (logical_shard,))
             if found is error:
                 raise
             raise found from error
 
-    def _told(self, error: DBAPIError, endpoint: Endpoint) -> Exception:
-        """Return what an error of a statement of shardkit's own means."""
+    def settle(self, error: BaseException) -> None:
+        """Wait until a logical shard that is not open, as an error says, can be used.
+
+        A session waits for its own, and not for those that its lookups ask.
+
+        Raises:
+            ShardFencedError: it stays closed beyond the deadline, or ten seconds (retryable).
+        """
+        if isinstance(error, ShardFencedError) and error.logical_shard is not None:
+            self.owners.opened((error.logical_shard,), writes=True)
+
+    def _told(
+        self, error: DBAPIError, endpoint: Endpoint, about: Sequence[int] | None = None
+    ) -> Exception:
+        """Return what an error of a statement of shardkit's own means.
+
+        Args:
+            error: what the driver raised.
+            endpoint: whom it was about.
+            about: logical shards of the statement; None for any of the server.
+        """
         if error.connection_invalidated:
             return connection_error(error, endpoint)
         before, physical = self.topology.shard_map, endpoint.physical
         if getattr(error.orig, "sqlstate", None) not in MOVED:
             return error
         now = self.owners.ask([physical])
-        for n in before.owned_by(physical):
+        for n in before.owned_by(physical) if about is None else about:
             if now.owners[n] != physical:
                 return fences.moved(n, now.owners[n])
             if n in now.held:

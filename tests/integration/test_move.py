@@ -17,6 +17,7 @@ import pytest
 
 from shardkit import AsyncCluster
 from shardkit.errors import (
+    EndpointUnavailableError,
     InvalidShardKeyError,
     MoveError,
     RefusedError,
@@ -25,7 +26,7 @@ from shardkit.errors import (
 )
 from shardkit.local.account import server_account
 from shardkit.ops import moves
-from shardkit.ops.moves import entries
+from shardkit.ops.moves import driver, entries
 from shardkit.ops.moves.machine import FORWARD, Goal, Step
 from shardkit.ops.moves.transitions import Move
 from shardkit.testing import wait_until
@@ -369,6 +370,25 @@ def test_ctrl_c_in_the_fence_gives_the_writes_back(servers: Servers) -> None:
         servers.move(6, hook=interrupt)
     assert servers.owner(6) == home, "active, and not fenced"
     moves.abort(servers.topology, 6)
+    assert not servers.leftovers()
+
+
+def test_a_source_that_stays_away_is_waited_for_and_no_longer(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking whether it is back, the mover once waited for it anew each time, a level deeper."""
+    monkeypatch.setattr(driver, "_PATIENCE", 1.0)
+    source = servers.local.primary(servers.owner(6)).name
+
+    def lose(name: str) -> None:
+        if name == "follow done":
+            servers.local.kill_server(source)
+
+    with pytest.raises(EndpointUnavailableError):
+        servers.move(6, hook=lose)
+    servers.local.start_server(source)
+    assert moves.resume(servers.topology, 6, script=SCRIPT).is_moved
+    moves.clean(servers.topology, 6)
     assert not servers.leftovers()
 
 
