@@ -112,6 +112,9 @@ async def _run(settings: Settings, wanted: plan.DemoPlan, console: Console) -> D
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    if not console.is_terminal:  # it takes a minute, and says nothing meanwhile
+        what = f"{len(wanted.people)} people and {len(wanted.photos)} photos"
+        console.print(f"loading the demo: {what}", markup=False, highlight=False)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         async with open_resources(settings, utc_now) as resources:
             return await load_demo(resources, wanted, bars)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import select
 
-from app.feed.rings import MOST
+from app.feed.rings import MOST, Timeline
 from app.feed.sources import MOST_NEW, following_of
 from app.feed.timelines import AsyncTimelines, SilentError
 from app.graph import tao
@@ -54,15 +54,15 @@ class Builder:
         """Begin to build somebody's timeline, unless that is under way here."""
         self._start(user_id, self._build(user_id))
 
-    def cover(self, user_id: int, new: Sequence[Edge], floor: int) -> None:
+    def cover(self, user_id: int, new: Sequence[Edge], seen: Timeline) -> None:
         """Begin to add the photos of newly followed people to a timeline.
 
         Args:
             user_id: whose.
             new: the follows, newest first.
-            floor: of the timeline: photos below it are not in it anyway.
+            seen: the timeline that lacks them.
         """
-        work = self._rebuild(user_id) if len(new) > MOST_NEW else self._cover(user_id, new, floor)
+        work = self._rebuild(user_id) if len(new) > MOST_NEW else self._cover(user_id, new, seen)
         self._start(user_id, work)
 
     async def settled(self) -> None:
@@ -98,7 +98,8 @@ class Builder:
         await self._build(user_id)
 
     async def _build(self, user_id: int) -> None:
-        if not await self._timelines.begin(user_id):
+        begun = await self._timelines.begin(user_id)
+        if begun is None:
             return
         async with self._cluster.writer() as session:
             following, pulled = await tao.on(session, following_of, user_id, self._most)
@@ -107,18 +108,18 @@ class Builder:
             photo_ids: list[int] = []
             if owners:
                 photo_ids = await _newest(session, owners, 0, MOST + 1)
-        await self._timelines.finish(user_id, photo_ids, floor=0, covered=covered)
+        await self._timelines.finish(user_id, photo_ids, begun=begun, floor=0, covered=covered)
 
-    async def _cover(self, user_id: int, new: Sequence[Edge], floor: int) -> None:
+    async def _cover(self, user_id: int, new: Sequence[Edge], seen: Timeline) -> None:
         async with self._cluster.writer() as session:
             taken, covered = await self._taken(session, user_id, new)
             if not taken:
                 return
-            photo_ids = await _newest(session, taken, floor, MOST + 1)
+            photo_ids = await _newest(session, taken, seen.floor, MOST + 1)
         if len(photo_ids) > MOST:
             await self._rebuild(user_id)
         else:
-            await self._timelines.add(user_id, photo_ids[::-1], covered=covered)
+            await self._timelines.cover(user_id, photo_ids[::-1], seen=seen, covered=covered)
 
     @staticmethod
     async def _taken(

@@ -8,13 +8,17 @@
 | 4 | 2 | slots | how many there are; up to `MOST` |
 | 6 | 2 | | zero |
 | 8 | 8 | floor | every delivered id above it is in the ring; `MAX_ID` while it is being built |
-| 16 | 8 | covered | follows up to this time are in it; see `app.feed.service` |
+| 16 | 8 | covered | up to when follows are in it; while it is built, a `claim` |
 | 24 | 8 each | slots | ids in the order of arrival, zero for none |
 
 All big-endian. A delivery writes one slot in place: nothing is moved, trimmed or allocated. A ring
 that is full grows to the next of `STEPS`, which fill jemalloc's size classes, so that an entry
 takes 8.2 bytes with everything around it; one of `MOST` slots gives up its `BLOCK` oldest arrivals
 at once and raises the floor to them. Ids may arrive late, in any order and twice; readers sort.
+
+Floor and covered together are the mark of a ring. Who read databases because of what a ring said
+changes it only while it has the same mark: of one that was built anew meanwhile the floor may be
+lower, and what lies between was not read.
 
 Sources: app.md, section 3.1, for what other encodings take (`python -m benchmarks feed`); jemalloc
 5.3, size classes; Redis 7, sds.h (a header of five bytes for strings of up to 65,535, one byte at
@@ -23,15 +27,35 @@ the end). No I/O.
 
 from __future__ import annotations
 
+import secrets
 import struct
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-__all__ = ["ADD", "FILL", "MOST", "REMOVE", "STEPS", "Timeline", "decoded", "encoded", "packed"]
+from shardkit import ids
+
+__all__ = [
+    "ADD",
+    "COVER",
+    "FILL",
+    "HOLD",
+    "MOST",
+    "REMOVE",
+    "STEPS",
+    "Timeline",
+    "claim",
+    "decoded",
+    "encoded",
+    "packed",
+]
 
 HEADER: Final = struct.Struct(">BxHHxxQQ")
+_MARK: Final = struct.Struct(">QQ")
+_RANDOM: Final = 28
+"""Random bits of a claim; its seconds have the other 36."""
+
 FORMAT: Final = 1
 
 STEPS: Final = (36, 76, 156, 316, 636, 888)
@@ -49,12 +73,37 @@ class Timeline(NamedTuple):
     Attributes:
         ids: newest first, each once.
         floor: every id above it that was delivered is among them.
-        covered: the last follow that it has the photos of; Unix milliseconds.
+        covered: the last follow that it has the photos of, in Unix milliseconds; a `claim` while
+            it is being built.
     """
 
     ids: list[int]
     floor: int
     covered: int
+
+    @property
+    def is_building(self) -> bool:
+        """Whether nothing is certain yet."""
+        return self.floor == ids.MAX_ID
+
+    @property
+    def mark(self) -> bytes:
+        """What has to be the same for a change."""
+        return _MARK.pack(self.floor, self.covered)
+
+    @property
+    def claimed_until(self) -> int:
+        """Unix seconds until which one may be built."""
+        return self.covered >> _RANDOM
+
+
+def claim(until: int) -> Timeline:
+    """Return what a ring says that is being built from now on, by one and nobody else.
+
+    Args:
+        until: Unix seconds.
+    """
+    return Timeline([], ids.MAX_ID, until << _RANDOM | secrets.randbits(_RANDOM))
 
 
 def packed(photo_ids: Iterable[int]) -> list[bytes]:
@@ -126,7 +175,7 @@ local function drop(key, slot)
     redis.call('SETRANGE', key, at, string.rep('\\0', #gone))
 end
 local call, unpack, pack = redis.call, struct.unpack, struct.pack
-local function store(key, photos, first, covered)
+local function store(key, photos, first)
     local head = call('GETRANGE', key, '2', '5')
     if head == '' then return 0 end
     local slot, slots = unpack('>HH', head)
@@ -137,7 +186,6 @@ local function store(key, photos, first, covered)
         slot = slot + 1
     end
     call('SETRANGE', key, '2', pack('>HH', slot, slots))
-    if covered ~= '' then call('SETRANGE', key, '16', covered) end
     return #photos - first + 1
 end
 """
@@ -146,16 +194,25 @@ end
 
 ADD: Final = f"""{_STEPS}{_STORE}
 local n = 0
-for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, 2, ARGV[1]) end
+for k = 1, #KEYS do n = n + store(KEYS[k], ARGV, 1) end
 return n
 """
-"""Adds ids to rings; KEYS: rings, of which those that are not there are left; ARGV: `covered`, or
-nothing to leave it, then ids. Returns how many slots were written. It reads and writes the named
-keys alone; in a Redis Cluster these would have to share a slot."""
+"""Adds ids to rings; KEYS: rings, of which those that are not there are left; ARGV: ids. Returns
+how many slots were written. It reads and writes the named keys alone; in a Redis Cluster these
+would have to share a slot."""
+
+COVER: Final = f"""{_STEPS}{_STORE}
+if call('GETRANGE', KEYS[1], '8', '23') ~= ARGV[1] then return 0 end
+call('SETRANGE', KEYS[1], '16', ARGV[2])
+store(KEYS[1], ARGV, 3)
+return 1
+"""
+"""Adds the ids of people who are newly followed. KEYS: the ring; ARGV: the mark it had, `covered`
+from now on, ids. Returns 0 when the mark is another."""
 
 FILL: Final = f"""{_STEPS}{_STORE}
 local old = redis.call('GET', KEYS[1])
-if not old or #old < 24 or string.sub(old, 9, 16) ~= ARGV[2] then return 0 end
+if not old or string.sub(old, 9, 24) ~= ARGV[2] then return 0 end
 local _, slots = struct.unpack('>HH', string.sub(old, 3, 6))
 local found = {{}}
 for slot = 0, slots - 1 do
@@ -163,11 +220,17 @@ for slot = 0, slots - 1 do
     if photo ~= '\\0\\0\\0\\0\\0\\0\\0\\0' then found[#found + 1] = photo end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-store(KEYS[1], found, 1, '')
+store(KEYS[1], found, 1)
 return 1
 """
 """Puts a ring in the place of one that is being built, with the ids that came meanwhile. KEYS: the
-ring; ARGV: the new one, the floor of one that is being built, seconds it is kept."""
+ring; ARGV: the new one, the mark of the one that was begun, seconds it is kept."""
+
+HOLD: Final = """
+if redis.call('GETRANGE', KEYS[1], '8', '23') ~= ARGV[1] then return 0 end
+return redis.call('EXPIREAT', KEYS[1], ARGV[2])
+"""
+"""Has a ring end at a time. KEYS: the ring; ARGV: its mark, Unix seconds."""
 
 REMOVE: Final = """
 local gone = {}

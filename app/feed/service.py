@@ -163,8 +163,8 @@ class FeedService:
             else:
                 if found.lacks_timeline:
                     builder.build(viewer_id)
-                elif found.new:
-                    builder.cover(viewer_id, found.new, found.floor)
+                elif found.new and found.timeline is not None:
+                    builder.cover(viewer_id, found.new, found.timeline)
                 return found
         following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
         return Sources(frozenset({viewer_id, *(id2 for _, id2 in following)}))

@@ -39,7 +39,7 @@ class Sources:
         ids: photos that may belong to it, newest first.
         above: of those with a higher id none is missing.
         new: follows that the timeline has not taken yet, newest first.
-        floor: of the timeline.
+        timeline: what was pushed; None when there is none, or nothing is certain of it yet.
         lacks_timeline: there is none, so databases are asked, and it has to be built.
     """
 
@@ -47,7 +47,7 @@ class Sources:
     ids: Sequence[int] = ()
     above: int = (1 << 63) - 1
     new: Sequence[Edge] = ()
-    floor: int = 0
+    timeline: Timeline | None = None
     lacks_timeline: bool = False
 
 
@@ -104,11 +104,13 @@ async def gathered(
     owners = frozenset({user_id, *(id2 for _, id2 in following)})
     if timeline is None:
         return Sources(owners, lacks_timeline=True)
+    if timeline.is_building:
+        return Sources(owners)
     covered = timeline.covered
     new = tao.edges(takewhile(lambda pair: pair[0] > covered, following))  # they are newest first
     if len(new) > MOST_NEW:
-        return Sources(owners, new=new)
+        return Sources(owners, new=new, timeline=timeline)
     asked: Iterable[int] = {user_id, *(pulled & owners), *(edge.id2 for edge in new)}
     newest = await session.cached_many(newest_of, asked)
     ids, above = merged(timeline, newest)
-    return Sources(owners, ids, above, new, timeline.floor)
+    return Sources(owners, ids, above, new, timeline)

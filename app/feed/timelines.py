@@ -24,8 +24,18 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from app.feed.rings import ADD, FILL, REMOVE, Timeline, decoded, encoded, packed
-from shardkit import ids
+from app.feed.rings import (
+    ADD,
+    COVER,
+    FILL,
+    HOLD,
+    REMOVE,
+    Timeline,
+    claim,
+    decoded,
+    encoded,
+    packed,
+)
 
 __all__ = ["LIFE", "AsyncTimelines", "SilentError", "Timelines"]
 
@@ -52,8 +62,6 @@ LOOK: Final = 200
 
 FEW: Final = 10
 """Timelines that one call of a script looks through: up to nine thousand slots."""
-
-_MAX: Final = ids.MAX_ID.to_bytes(8, "big")
 
 
 class SilentError(Exception):
@@ -120,7 +128,7 @@ class Timelines:
         try:
             self.redis.ping()  # the life is known, and this connection is of it
             life, n = self.life.now, 0
-            values = [b"", *packed(photo_ids)]
+            values = packed(photo_ids)
             prefix = f"tl:{life}:".encode()
             calls = [user_ids[at : at + BATCH] for at in range(0, len(user_ids), BATCH)]
             for at in range(0, len(calls), PIPELINE):
@@ -205,7 +213,8 @@ class AsyncTimelines:
             retry=AsyncRetry(NoBackoff(), 0),
             redis_connect_func=self._connected,
         )
-        self._add = self.redis.register_script(ADD)
+        self._cover = self.redis.register_script(COVER)
+        self._hold = self.redis.register_script(HOLD)
         self._fill = self.redis.register_script(FILL)
         self.silent_until = 0.0
 
@@ -222,26 +231,33 @@ class AsyncTimelines:
         """
         async with _Asked(self) as key:
             value: Any = await self.redis.getex(key(user_id), ex=LIFE)
-        return decoded(value)
+            timeline = decoded(value)
+            if timeline is not None and timeline.is_building:  # its builder may be gone
+                until = timeline.claimed_until
+                await self._hold(keys=[key(user_id)], args=[timeline.mark, until])
+        return timeline
 
-    async def begin(self, user_id: int) -> bool:
-        """Begin to build a timeline: pushes arrive in it. False when somebody else has begun.
+    async def begin(self, user_id: int) -> Timeline | None:
+        """Begin to build a timeline: pushes arrive in it. None when somebody else has begun.
 
         Raises:
             SilentError: Redis does not answer.
         """
-        empty = encoded([], floor=ids.MAX_ID, covered=0)
+        begun = claim(int(time.time()) + BUILDING)
+        empty = encoded([], floor=begun.floor, covered=begun.covered)
         async with _Asked(self) as key:
-            return bool(await self.redis.set(key(user_id), empty, nx=True, ex=BUILDING))
+            is_ours = await self.redis.set(key(user_id), empty, nx=True, ex=BUILDING)
+        return begun if is_ours else None
 
     async def finish(
-        self, user_id: int, photo_ids: Sequence[int], *, floor: int, covered: int
+        self, user_id: int, photo_ids: Sequence[int], *, begun: Timeline, floor: int, covered: int
     ) -> bool:
         """Fill a timeline that was begun, keeping what was pushed meanwhile.
 
         Args:
             user_id: whose.
             photo_ids: newest first.
+            begun: what `begin` returned; nothing is done when that has ended.
             floor: they are all there are above it.
             covered: time of the last follow whose photos are among them.
 
@@ -250,22 +266,25 @@ class AsyncTimelines:
         """
         ring = encoded(photo_ids, floor=floor, covered=covered)
         async with _Asked(self) as key:
-            return bool(await self._fill(keys=[key(user_id)], args=[ring, _MAX, LIFE]))
+            return bool(await self._fill(keys=[key(user_id)], args=[ring, begun.mark, LIFE]))
 
-    async def add(self, user_id: int, photo_ids: Sequence[int], *, covered: int) -> None:
+    async def cover(
+        self, user_id: int, photo_ids: Sequence[int], *, seen: Timeline, covered: int
+    ) -> bool:
         """Add the photos of people who are newly followed.
 
         Args:
             user_id: whose timeline.
-            photo_ids: oldest first.
+            photo_ids: oldest first; all they have above the floor of `seen`.
+            seen: the timeline as it was; nothing is done when its mark is another by now.
             covered: time of the last follow whose photos are among them.
 
         Raises:
             SilentError: Redis does not answer.
         """
         async with _Asked(self) as key:
-            values = [covered.to_bytes(8, "big"), *packed(photo_ids)]
-            await self._add(keys=[key(user_id)], args=values)
+            values = [seen.mark, covered.to_bytes(8, "big"), *packed(photo_ids)]
+            return bool(await self._cover(keys=[key(user_id)], args=values))
 
     async def forget(self, user_id: int) -> None:
         """Remove a timeline; it is built again when it is asked for.

@@ -9,8 +9,7 @@ import pytest
 from redis import Redis
 
 from app.feed.rings import MOST, STEPS, Timeline, decoded, encoded
-from app.feed.timelines import AsyncTimelines, SilentError, Timelines
-from shardkit import ids
+from app.feed.timelines import BUILDING, AsyncTimelines, SilentError, Timelines
 from tests.fixtures.caches import CacheServer, NewServer
 
 pytestmark = pytest.mark.integration
@@ -28,12 +27,15 @@ async def test_a_ring_has_what_was_pushed_above_its_floor(server: CacheServer) -
     read = AsyncTimelines(server.url)
     assert push.push([1, 2], [7]) == 0, "nothing is kept of who has no timeline"
     assert await read.read(1) is None
-    assert await read.begin(1)
-    assert not await read.begin(1), "one builds at a time"
+    begun = await read.begin(1)
+    assert begun is not None
+    assert await read.begin(1) is None, "one builds at a time"
     assert push.push([1, 2], [7]) == 1
-    assert await read.read(1) == Timeline([7], ids.MAX_ID, 0), "nothing is certain yet"
-    assert await read.finish(1, [5, 3], floor=2, covered=99)
-    assert not await read.finish(1, [], floor=0, covered=0)
+    seen = await read.read(1)
+    assert seen is not None
+    assert (seen.ids, seen.is_building) == ([7], True), "nothing is certain yet"
+    assert await read.finish(1, [5, 3], begun=begun, floor=2, covered=99)
+    assert not await read.finish(1, [], begun=begun, floor=0, covered=0)
     assert await read.read(1) == Timeline([7, 5, 3], 2, 99)
     pushed = {7, 5, 3}
     found = None
@@ -50,7 +52,8 @@ async def test_a_ring_has_what_was_pushed_above_its_floor(server: CacheServer) -
     assert found is not None
     assert len(found.ids) > MOST // 2
     assert found.floor > 2
-    await read.add(1, [4, 6], covered=123)
+    assert await read.cover(1, [4, 6], seen=found, covered=123)
+    assert not await read.cover(1, [8], seen=found, covered=124), "it is another by now"
     later = await read.read(1)
     assert later is not None
     assert (later.covered, later.floor >= found.floor) == (123, True)
@@ -58,6 +61,38 @@ async def test_a_ring_has_what_was_pushed_above_its_floor(server: CacheServer) -
     assert await read.read(1) is None
     await read.close()
     push.close()
+
+
+@pytest.mark.anyio
+async def test_what_was_read_for_one_ring_is_not_put_in_the_next(server: CacheServer) -> None:
+    read = AsyncTimelines(server.url)
+    first = await read.begin(1)
+    assert first is not None
+    building = await read.read(1)
+    assert building is not None
+    assert await read.finish(1, [9, 5], begun=first, floor=0, covered=99)
+    # Whoever saw it while it was built knew of no photo below MAX_ID that it would lack.
+    assert not await read.cover(1, [], seen=building, covered=123)
+    assert await read.read(1) == Timeline([9, 5], 0, 99)
+    await read.forget(1)
+    second = await read.begin(1)
+    assert second is not None
+    assert not await read.finish(1, [5], begun=first, floor=0, covered=99), "of one who was late"
+    assert await read.finish(1, [9, 7, 5], begun=second, floor=0, covered=99)
+    await read.close()
+
+
+@pytest.mark.anyio
+async def test_a_ring_whose_builder_died_ends_although_it_is_looked_at(
+    server: CacheServer,
+) -> None:
+    read = AsyncTimelines(server.url)
+    assert await read.begin(1) is not None
+    assert await read.read(1) is not None
+    with Redis.from_url(server.url) as client:
+        (key,) = client.keys("tl:*:1")
+        assert 0 < client.ttl(key) <= BUILDING
+    await read.close()
 
 
 def test_bytes_of_a_ring() -> None:
@@ -75,8 +110,9 @@ async def test_a_redis_that_is_gone_says_so_and_one_that_comes_back_old_has_noth
     server: CacheServer,
 ) -> None:
     push, read = Timelines(server.url), AsyncTimelines(server.url)
-    assert await read.begin(1)
-    assert await read.finish(1, [5, 3], floor=2, covered=99)
+    begun = await read.begin(1)
+    assert begun is not None
+    assert await read.finish(1, [5, 3], begun=begun, floor=2, covered=99)
     with Redis.from_url(server.url) as client:
         old = {key: client.get(key) for key in client.keys("tl:*:1")}
     assert len(old) == 1
