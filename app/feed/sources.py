@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from operator import itemgetter
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,13 +110,30 @@ def following_of(
 
     No edges are made of them: there may be thousands, at each page.
     """
-    mine, service = (user_id, int(Kind.FOLLOWS)), (ROOT, int(Kind.PULLED))
-    lists = session.cached_many(edges_of, (mine, service))
-    following: Sequence[tuple[int, int]] = lists[mine]
+    lists = session.cached_many(edges_of, _lists(user_id))
+    return _followed(session, user_id, most, lists)
+
+
+def known_of(
+    session: ReadSession, user_id: int, most: int
+) -> tuple[Sequence[tuple[int, int]], set[int], Sequence[int]]:
+    """Return what `following_of` does, and one's own newest photos, from the same round trip."""
+    found = session.cached_together({edges_of: _lists(user_id), newest_of: (user_id,)})
+    return *_followed(session, user_id, most, found[edges_of]), found[newest_of][user_id]
+
+
+def _lists(user_id: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (user_id, int(Kind.FOLLOWS)), (ROOT, int(Kind.PULLED))
+
+
+def _followed(
+    session: ReadSession, user_id: int, most: int, lists: Mapping[Any, Sequence[tuple[int, int]]]
+) -> tuple[Sequence[tuple[int, int]], set[int]]:
+    mine, service = _lists(user_id)
+    following = lists[mine]
     if len(following) >= edges_of.limit:
         following = tao.assoc_page(session, user_id, Kind.FOLLOWS, None, most)
-    pulled = {id2 for _, id2 in lists[service]}
-    return following[:most], pulled
+    return following[:most], {id2 for _, id2 in lists[service]}
 
 
 async def gathered(
@@ -136,7 +153,7 @@ async def gathered(
     """
     # Before the list of follows: a follow of after it is then newer than what it covers.
     timeline = await timelines.read(user_id)
-    following, pulled = await tao.on(session, following_of, user_id, most)
+    following, pulled, own = await tao.on(session, known_of, user_id, most)
     owners = owners_of(user_id, following)
     if timeline is None:
         return Sources(owners, lacks_timeline=True)
@@ -146,7 +163,7 @@ async def gathered(
     new = tao.edges(takewhile(lambda pair: pair[0] > covered, following))  # they are newest first
     if len(new) > MOST_NEW:
         return Sources(owners, new=new, timeline=timeline)
-    asked: Iterable[int] = {user_id, *(pulled & owners), *(edge.id2 for edge in new)}
-    newest = await session.cached_many(newest_of, asked)
-    ids, above = merged(timeline, newest)
+    asked = {*(pulled & owners), *(edge.id2 for edge in new)} - {user_id}
+    newest = await session.cached_many(newest_of, asked) if asked else {}
+    ids, above = merged(timeline, {user_id: own, **newest})
     return Sources(owners, ids, above, new, timeline)
