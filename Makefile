@@ -87,7 +87,7 @@ SECONDS ?= 1500
 SEED ?= 0
 
 test-history: setup ## clients at work while servers move and fail, judged; SECONDS=n SEED=n
-	@$(BIN)/python -m tests.history.live.run --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+	@$(BIN)/python -m tests.history.live.run --seconds $(SECONDS) --seed $(SEED) --goals $(ARGS)
 
 test-bites: setup ## fifteen bugs on real servers, each found by the judge named for it; minutes
 	@$(BIN)/python -m tests.history.live.bites $(ARGS)

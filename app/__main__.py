@@ -11,6 +11,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
+from app.garbage import set_aside
 from app.main import create_app
 from app.settings import Settings
 from shardkit import AsyncCluster
@@ -51,6 +52,7 @@ def main(
             log_level="warning",
         )
     )
+    set_aside()
     with listener:
         server.run(sockets=[listener])
 

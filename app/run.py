@@ -27,6 +27,7 @@ from rich.table import Table
 
 import app.demo.__main__
 from app.__main__ import listen
+from app.garbage import set_aside
 from app.main import create_app
 from app.processes import KeptProcess
 from app.settings import Settings
@@ -202,6 +203,7 @@ def serve(config: Path, host: str, port: int) -> None:
         )
     )
     console.print(f"serving http://{host}:{chosen}/ - Ctrl-C stops everything", markup=False)
+    set_aside()
     with listener:
         asyncio.run(server.serve([listener]))
     if not server.started:

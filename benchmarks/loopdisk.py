@@ -14,8 +14,24 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final, NamedTuple
 
-__all__ = ["LoopDisk"]
+__all__ = ["Counts", "LoopDisk"]
+
+SECTOR_BYTES: Final = 512
+"""The kernel counts in these, whatever the disk has."""
+
+
+class Counts(NamedTuple):
+    """What a disk has read.
+
+    Attributes:
+        reads: requests completed.
+        n_bytes: bytes of them.
+    """
+
+    reads: int
+    n_bytes: int
 
 
 class LoopDisk:
@@ -59,13 +75,12 @@ class LoopDisk:
         _run("umount", self.folder)
         _run("mount", "-o", "relatime", f"/dev/{self.device}", self.folder)
 
-    @property
-    def n_reads(self) -> int:
-        """Read requests the disk has completed; field 4 of /proc/diskstats."""
+    def counts(self) -> Counts:
+        """Return what the disk has read so far; fields 4 and 6 of /proc/diskstats."""
         for line in Path("/proc/diskstats").read_text("ascii").splitlines():
             fields = line.split()
             if fields[2] == self.device:
-                return int(fields[3])
+                return Counts(int(fields[3]), int(fields[5]) * SECTOR_BYTES)
         raise OSError(f"{self.device} is not in /proc/diskstats")
 
 

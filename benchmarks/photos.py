@@ -1,12 +1,13 @@
 """What a picture costs to read, to keep and to make, against what else one would take.
 
 Cold reads, on a disk of the benchmark's own whose caches are dropped before each arm: needle
-volumes, one file per image in two levels of folders, RocksDB's BlobDB, and bare `pread` of the same
-bytes; one thread, the arms in turns, image by image. Group commit: 32 writers, against a flush for
-each upload, for pictures of 8 KB with all their sizes and of 90 KB, where the disk's bandwidth is
-the limit. Resizing: a JPEG of 12 megapixels to the
-four sizes, against Pillow with `draft()`, one thread each. Memory and restart: a volume of ten
-million images.
+volumes, one file per image in two levels of folders, RocksDB's BlobDB as it is after a start and
+with its whole index in memory, and bare `pread` of the same bytes. All keep the same number of
+images; most are a few bytes, since nobody reads them. One thread, the arms in turns, image by
+image. Group commit: 32 writers, against a flush for each upload, for pictures of 8 KB with all
+their sizes and of 90 KB, where the disk's bandwidth is the limit. Resizing: a JPEG of 12 megapixels
+to the four sizes, against Pillow with `draft()`, one thread each. Memory and restart: a volume of
+ten million images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -37,7 +38,7 @@ from app.photos.store.needle import DATA_AT, UNIT, Address, alternate_of
 from app.photos.store.needlemap import Entry
 from app.photos.store.volume import Volume
 from app.photos.store.volumefile import Claim
-from benchmarks.loopdisk import LoopDisk
+from benchmarks.loopdisk import Counts, LoopDisk
 from benchmarks.measure import report
 
 PEERS = ("one file per image", "RocksDB BlobDB", "Pillow draft()")
@@ -55,6 +56,9 @@ ALTERNATES = tuple(map(alternate_of, VARIANTS))
 SHARES = (0.62, 0.25, 0.09, 0.04)
 """Of an upload's bytes, by size, as JPEGs of photographs have them."""
 
+TINY: Final = b"."
+"""An image that is there to be in the way."""
+
 WRITERS = 32
 Read = Callable[[str, str], object]
 """Reads an image by the key and the variant."""
@@ -65,7 +69,7 @@ class ColdSize:
     """How much there is to read, and how much of it is read."""
 
     uploads: int
-    files: int
+    images: int
     rounds: int
     reads: int
 
@@ -75,9 +79,9 @@ def main(*, as_json: bool, quick: bool = False) -> None:
     figures: dict[str, float] = {}
     medians: dict[str, float] = {}
     with LoopDisk.made(gigabytes=8 if quick else 24) as disk:
-        size = ColdSize(8_000, 240_000, 2, 800) if quick else ColdSize(40_000, 600_000, 4, 2000)
+        size = ColdSize(8_000, 240_000, 5, 500) if quick else ColdSize(40_000, 600_000, 9, 1500)
         cold(disk, size, figures, medians)
-        group_commit(disk.folder / "group", 1.5 if quick else 5.0, figures)
+        group_commit(disk.folder / "group", 9 if quick else 21, figures)
     memory(figures)
     resize(5 if quick else 15, figures, medians)
     report("photos", figures, peers=PEERS, medians=medians, targets=TARGETS, as_json=as_json)
@@ -100,48 +104,40 @@ class Stored:
     Args:
         disk: where they are.
         n_uploads: pictures, of four sizes each.
-        n_files: files of the store of files; those that are no picture are empty, and cost what
-            a file costs: an inode and a name.
+        n_images: images of every store. Those that are of no picture are `TINY`: nobody reads
+            them, but they cost an inode and a name, a key of RocksDB, an entry of the map.
     """
 
-    def __init__(self, disk: LoopDisk, n_uploads: int, n_files: int) -> None:
+    def __init__(self, disk: LoopDisk, n_uploads: int, n_images: int) -> None:
         self.disk = disk
-        self.needles, self.files, self.rocks = (
-            disk.folder / name for name in ("needles", "files", "rocks")
+        self.needles, self.files, self.rocks, self.warm_rocks = (
+            disk.folder / name for name in ("needles", "files", "rocks", "warm-rocks")
         )
         self.keys: list[str] = []
-        asyncio.run(self._fill(n_uploads, n_files - 4 * n_uploads))
+        asyncio.run(self._fill(n_uploads, n_images // (4 * n_uploads) - 1))
+        shutil.copytree(self.rocks, self.warm_rocks)
 
-    async def _fill(self, n_uploads: int, n_empty: int) -> None:
+    async def _fill(self, n_uploads: int, n_tiny: int) -> None:
         rng = random.Random(7)
         store = VolumeBlobStore(self.needles, VARIANTS, volume_bytes=64 << 30)
-        rocks = self._opened_rocks()
+        rocks = opened_rocks(self.rocks)
         make_folders(self.files)
         batch = []
-        for name, variants in pictures(n_uploads, 60_000, rng):
-            named = dict(zip(VARIANTS, variants, strict=True))
-            batch.append(store.put(name, named))
-            for variant, data in named.items():
-                file_of(self.files, name, variant).write_bytes(data)
-                rocks[f"{name}{variant}".encode()] = data
-            for _ in range(n_empty // n_uploads):
-                file_of(self.files, rng.randbytes(12).hex(), "empty").touch()
-            if len(batch) == 100:
-                self.keys += await asyncio.gather(*batch)
+        for number, (picture, variants) in enumerate(pictures(n_uploads, 60_000, rng), 1):
+            tiny = ((rng.randbytes(12).hex(), [TINY] * len(VARIANTS)) for _ in range(n_tiny))
+            for name, images in ((picture, variants), *tiny):
+                named = dict(zip(VARIANTS, images, strict=True))
+                batch.append(store.put(name, named))
+                for variant, data in named.items():
+                    file_of(self.files, name, variant).write_bytes(data)
+                    rocks[f"{name}{variant}".encode()] = data
+            if number % 100 == 0 or number == n_uploads:
+                self.keys += (await asyncio.gather(*batch))[:: 1 + n_tiny]
                 batch = []
-        self.keys += await asyncio.gather(*batch)
         await store.close()
         rocks.flush()
+        rocks.compact_range(None, None)
         rocks.close()
-
-    def _opened_rocks(self) -> Any:
-        from rocksdict import Options, Rdict  # noqa: PLC0415 - the other figures do without
-
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)  # noqa: FBT003 - the library's own call
-        options.set_enable_blob_files(True)
-        options.set_min_blob_size(0)
-        return Rdict(str(self.rocks), options)
 
     @contextmanager
     def arms(self) -> Iterator[dict[str, Read]]:
@@ -150,7 +146,9 @@ class Stored:
         self.disk.forget()
         numbers = {int(key[:8], 16) for key in self.keys}
         volumes = {number: Volume(self.needles, number) for number in numbers}
-        rocks = self._opened_rocks()
+        for table in self.warm_rocks.glob("*.sst"):
+            table.read_bytes()
+        rocks, warm_rocks = opened_rocks(self.rocks), opened_rocks(self.warm_rocks)
 
         def by_needle(key: str, variant: str) -> object:
             address = Address.parse(key)
@@ -162,6 +160,9 @@ class Stored:
         def by_rocks(key: str, variant: str) -> object:
             return rocks[f"{key[8:]}{variant}".encode()]
 
+        def by_warm_rocks(key: str, variant: str) -> object:
+            return warm_rocks[f"{key[8:]}{variant}".encode()]
+
         def by_pread(key: str, variant: str) -> object:
             state = volumes[int(key[:8], 16)].state
             found = state.map.find(int(key[8:24], 16))
@@ -169,9 +170,27 @@ class Stored:
             offset, units = found.at(VARIANTS.index(variant))
             return os.pread(state.file.descriptor, units * UNIT, offset * UNIT)
 
-        yield {"needle": by_needle, "file": by_file, "blobdb": by_rocks, "pread": by_pread}
+        yield {
+            "needle": by_needle,
+            "file": by_file,
+            "blobdb": by_rocks,
+            "blobdb, index in memory": by_warm_rocks,
+            "pread": by_pread,
+        }
         rocks.close()
+        warm_rocks.close()
         volumes.clear()  # closes them: the readers outlive this
+
+
+def opened_rocks(folder: Path) -> Any:
+    """Open a BlobDB; everything else is as RocksDB has it, checksums too."""
+    from rocksdict import Options, Rdict  # noqa: PLC0415 - the other figures do without
+
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)  # noqa: FBT003 - the library's own call
+    options.set_enable_blob_files(True)
+    options.set_min_blob_size(0)
+    return Rdict(str(folder), options)
 
 
 def cold(
@@ -179,32 +198,56 @@ def cold(
 ) -> None:
     """Read pictures nobody has read for long, one by one, each arm others than the last.
 
-    Times are compared as means of single reads without the slowest twentieth: the disk is shared,
-    and its bad moments hit whoever reads just then.
+    Times are compared round by round, as means of single reads without the slowest twentieth: the
+    disk is shared, and its bad moments hit whoever reads just then.
     """
-    stored = Stored(disk, size.uploads, size.files)
+    stored = Stored(disk, size.uploads, size.images)
     rng = random.Random(11)
     seconds: dict[str, list[float]] = {}
-    reads: dict[str, list[int]] = {}
+    read_counts: dict[str, list[Counts]] = {}
     for _ in range(size.rounds):
+        took: dict[str, list[float]] = {}
         with stored.arms() as arms:
             for _ in range(size.reads):
                 for name, read in arms.items():
                     key, variant = rng.choice(stored.keys), rng.choice(VARIANTS)
-                    n_before, start = disk.n_reads, time.perf_counter()
+                    before, start = disk.counts(), time.perf_counter()
                     data = read(key, variant)
-                    took, n_after = time.perf_counter() - start, disk.n_reads
+                    took.setdefault(name, []).append(time.perf_counter() - start)
+                    after = disk.counts()
                     assert data
-                    seconds.setdefault(name, []).append(took)
-                    reads.setdefault(name, []).append(n_after - n_before)
-    middle = {name: trimmed(took) for name, took in seconds.items()}
-    medians |= {f"cold read, {name}": took for name, took in middle.items()}
-    figures["device_reads_per_image"] = statistics.mean(reads["needle"])
-    figures["device_reads_per_file"] = statistics.mean(reads["file"])
-    figures["device_reads_per_blobdb"] = statistics.mean(reads["blobdb"])
-    figures["cold_vs_files"] = middle["file"] / middle["needle"]
-    figures["cold_vs_blobdb"] = middle["blobdb"] / middle["needle"]
-    figures["cold_vs_pread"] = middle["pread"] / middle["needle"]
+                    read_counts.setdefault(name, []).append(
+                        Counts(after.reads - before.reads, after.n_bytes - before.n_bytes)
+                    )
+        for name, each in took.items():
+            seconds.setdefault(name, []).append(trimmed(each))
+    medians |= {f"cold read, {name}": statistics.median(took) for name, took in seconds.items()}
+    for name, figure in (
+        ("needle", "image"),
+        ("file", "file"),
+        ("blobdb", "blobdb"),
+        ("blobdb, index in memory", "blobdb_in_memory"),
+    ):
+        found = read_counts[name]
+        figures[f"device_reads_per_{figure}"] = statistics.mean(each.reads for each in found)
+        figures[f"device_kib_per_{figure}"] = statistics.mean(each.n_bytes for each in found) / 1024
+    for name, figure in (
+        ("file", "cold_vs_files"),
+        ("blobdb", "cold_vs_blobdb"),
+        ("blobdb, index in memory", "cold_vs_blobdb_in_memory"),
+        ("pread", "cold_vs_pread"),
+    ):
+        spread(figure, seconds[name], seconds["needle"], figures)
+
+
+def spread(
+    figure: str, slow: Sequence[float], quick: Sequence[float], figures: dict[str, float]
+) -> None:
+    """Report the median of the rounds' ratios, and the least and the greatest of them."""
+    ratios = [a / b for a, b in zip(slow, quick, strict=True)]
+    figures[figure] = statistics.median(ratios)
+    figures[f"{figure}_least"] = min(ratios)
+    figures[f"{figure}_greatest"] = max(ratios)
 
 
 def trimmed(took: Sequence[float]) -> float:
@@ -229,34 +272,48 @@ def file_of(root: Path, name: str, variant: str) -> Path:
     return root / f"{number & 63:02d}" / f"{number >> 6 & 63:02d}" / f"{name}-{variant}"
 
 
-def group_commit(folder: Path, seconds: float, figures: dict[str, float]) -> None:
-    """Upload with 32 writers, flushed together and one by one."""
+def group_commit(folder: Path, rounds: int, figures: dict[str, float]) -> None:
+    """Upload with 32 writers, flushed together and one by one, in many short rounds.
+
+    The arms change places every round, and each round is a ratio of its own.
+    """
     for upload_bytes, figure in ((8_000, "group_commit_gain"), (90_000, "group_commit_gain_90kb")):
         ready = [
             dict(zip(VARIANTS, variants, strict=True))
             for _, variants in pictures(200, upload_bytes, random.Random(3))
         ]
-        rates: dict[int, list[float]] = {1: [], 1024: []}
-        for turn in range(3):
-            for most, found in rates.items():
+        seconds: dict[int, list[float]] = {1: [], 1024: []}
+        grouped: list[float] = []
+        for turn in range(rounds):
+            for most in sorted(seconds, reverse=turn % 2 == 1):
                 root = folder / f"{figure}-{turn}-{most}"
-                found.append(asyncio.run(uploads_a_second(root, ready, most, seconds)))
+                found = asyncio.run(upload(root, ready, most, 0.7))
+                seconds[most].append(found.seconds / found.uploads)
+                if most > 1:
+                    grouped.append(found.uploads / found.flushes)
                 shutil.rmtree(root)
-        figures[figure] = statistics.median(
-            together / alone for together, alone in zip(rates[1024], rates[1], strict=True)
-        )
+        spread(figure, seconds[1], seconds[1024], figures)
         if figure == "group_commit_gain":
-            figures["uploads_a_second"] = statistics.median(rates[1024])
+            figures["uploads_a_second"] = 1 / statistics.median(seconds[1024])
+            figures["uploads_a_flush"] = statistics.median(grouped)
 
 
-async def uploads_a_second(
+class Uploaded(NamedTuple):
+    """What 32 writers have done."""
+
+    uploads: int
+    flushes: int
+    seconds: float
+
+
+async def upload(
     root: Path, ready: Sequence[dict[str, bytes]], most: int, seconds: float
-) -> float:
-    """Return how many uploads a second 32 writers have acknowledged."""
+) -> Uploaded:
+    """Upload with 32 writers; each has one upload under way."""
     store = VolumeBlobStore(root, VARIANTS, group_uploads=most)
     await store.put(secrets.token_hex(12), ready[0])
     done = 0
-    start = time.perf_counter()
+    n_before, start = store.n_flushes, time.perf_counter()
 
     async def writer(number: int) -> None:
         nonlocal done
@@ -265,9 +322,9 @@ async def uploads_a_second(
             done += 1
 
     await asyncio.gather(*(writer(number) for number in range(WRITERS)))
-    rate = done / (time.perf_counter() - start)
+    found = Uploaded(done, store.n_flushes - n_before, time.perf_counter() - start)
     await store.close()
-    return rate
+    return found
 
 
 def memory(figures: dict[str, float]) -> None:

@@ -59,6 +59,12 @@ class AsyncReadSession(AsyncSession):
         """Return cached lists or counts by their keys. See `ReadSession.cached_many`."""
         return await greenlet_spawn(self.sync_session.cached_many, derived, keys)
 
+    async def cached_together(
+        self, wanted: Mapping[Derived[Any], Iterable[Any]]
+    ) -> dict[Derived[Any], dict[Any, Any]]:
+        """Return several cached lists and counts. See `ReadSession.cached_together`."""
+        return await greenlet_spawn(self.sync_session.cached_together, wanted)
+
     async def get_by(self, entity: Any, **unique: Any) -> Any:
         """Return the row that has a unique value, or None. See `ReadSession.get_by`."""
         return await greenlet_spawn(self.sync_session.get_by, entity, **unique)

@@ -378,6 +378,16 @@ class BoundSession(Session):
             if not root.closed and not root.invalidated and not root.connection.is_valid:
                 root.invalidate()
 
+    def _leave_lost(self) -> None:
+        """Let go of lost connections, so that the next statement of a reader opens others.
+
+        Views of them do not know, and would fail in a way that says nothing about a server.
+        """
+        if self._can_retry():
+            for physical, (_, root) in list(self._roots.items()):
+                if root.invalidated:
+                    self._let_go(physical)
+
     def _raise(self, error: DBAPIError) -> NoReturn:
         """Raise the shardkit error of a lost connection, or the error itself."""
         if not error.connection_invalidated or not self._roots:
@@ -391,6 +401,7 @@ class BoundSession(Session):
         endpoint = (broken or endpoints)[0]
         found = connection_error(error, endpoint)
         self._cluster.failed(endpoint, found)
+        self._leave_lost()
         raise found from error
 
 

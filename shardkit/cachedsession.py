@@ -202,12 +202,40 @@ class CachedSession(BoundSession):
             InvalidShardKeyError: a key cannot place rows, or has too few or too many values.
             UnavailableError: neither the cache nor a server answered (retryable).
         """
-        wanted = {key: derived.identity(key) for key in keys}
-        found: dict[Any, V] = {}
-        if self._uses_cache():
-            asked = {key: each for key, each in wanted.items() if derived.names_row(each)}
-            if asked:
-                found = self._cached_lists(derived, asked)
+        found: dict[Any, V] = self.cached_together({derived: keys})[derived]
+        return found
+
+    def cached_together(
+        self, wanted: Mapping[Derived[Any], Iterable[Any]]
+    ) -> dict[Derived[Any], dict[Any, Any]]:
+        """Return several lists and counts as `cached_many` does, in the same round trip.
+
+        What the cache has not is read list by list.
+
+        Args:
+            wanted: keys, by list or count.
+
+        Raises:
+            InvalidShardKeyError: a key cannot place rows, or has too few or too many values.
+            UnavailableError: neither the cache nor a server answered (retryable).
+        """
+        named = {
+            derived: {key: derived.identity(key) for key in keys}
+            for derived, keys in wanted.items()
+        }
+        found = self._cached_lists(named) if self._uses_cache() else {}
+        return {
+            derived: self._completed(derived, keys, found.get(derived, {}))
+            for derived, keys in named.items()
+        }
+
+    def _completed(
+        self,
+        derived: Derived[V],
+        wanted: Mapping[Any, tuple[Any, ...]],
+        found: dict[Any, V],
+    ) -> dict[Any, V]:
+        """Return lists or counts in the order in which they are wanted; databases have the rest."""
         rest = {key: each for key, each in wanted.items() if key not in found}
         if (
             len(rest) > 1
@@ -224,25 +252,43 @@ class CachedSession(BoundSession):
         return {key: found[key] for key in wanted}
 
     def _cached_lists(
-        self, derived: Derived[V], asked: Mapping[Any, tuple[Any, ...]]
-    ) -> dict[Any, V]:
+        self, wanted: Mapping[Derived[Any], Mapping[Any, tuple[Any, ...]]]
+    ) -> dict[Derived[Any], dict[Any, Any]]:
         """Return what the cache and the primaries behind it know of lists or counts, by key."""
-        plan = self._derived_plan(derived)
         started = self._cluster.clock.monotonic() if self._cluster.listeners else 0.0
-        placed = self._decided(
-            lambda router: {each: derived.shard_of(router, each) for each in asked.values()}
+        asked: dict[Derived[Any], Mapping[Any, tuple[Any, ...]]] = {}
+        parts: list[tuple[Any, list[tuple[int, tuple[Any, ...]]]]] = []
+        for derived, keys in wanted.items():
+            named = {key: each for key, each in keys.items() if derived.names_row(each)}
+            if not named:
+                continue
+            asked[derived] = named
+            placed = self._where_keys_are(derived, named.values())
+            parts.append((self._derived_plan(derived), [(s, each) for each, s in placed.items()]))
+        if not parts:
+            return {}
+        self._map_of([shard for _, places in parts for shard, _ in places])
+        read = self._cache_reads().together(parts, self._primaries)
+        found = {}
+        for (derived, keys), (plan, places), (rows, counts) in zip(
+            asked.items(), parts, read, strict=True
+        ):
+            if self._cluster.listeners:
+                self._tell_cached(plan, len(places), counts, started)
+            found[derived] = {
+                key: plan.value(row.values)
+                for key, row in ((key, rows[identity]) for key, identity in keys.items())
+                if row.is_known and row.values is not None
+            }
+        return found
+
+    def _where_keys_are(
+        self, derived: Derived[Any], identities: Iterable[tuple[Any, ...]]
+    ) -> dict[tuple[Any, ...], int]:
+        """Return the logical shard of each key."""
+        return self._decided(
+            lambda router: {each: derived.shard_of(router, each) for each in identities}
         )
-        self._map_of([*placed.values()])
-        wanted = [(shard, identity) for identity, shard in placed.items()]
-        read, counts = self._cache_reads().many(plan, wanted, self._primaries)
-        if self._cluster.listeners:
-            self._tell_cached(plan, len(wanted), counts, started)
-        values = {key: read[identity] for key, identity in asked.items()}
-        return {
-            key: plan.value(found.values)
-            for key, found in values.items()
-            if found.is_known and found.values is not None
-        }
 
     def _derived_plan(self, derived: Derived[Any]) -> Any:
         cache = self._cluster.cache

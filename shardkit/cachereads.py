@@ -9,7 +9,7 @@ behind what the cache would have shown.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,7 +17,7 @@ from shardkit import deadlines
 from shardkit.cache import Kind, Outcome, Reader
 from shardkit.cached import CachePlan
 from shardkit.caching.lives import MARKER_LIFE
-from shardkit.caching.operations import Answer
+from shardkit.caching.operations import Answer, Request
 from shardkit.caching.repair import Phase
 from shardkit.caching.tally import CacheCounts
 from shardkit.derivedplan import DerivedPlan
@@ -117,10 +117,34 @@ class CacheReads:
             wanted: where they are, each once.
             primaries: reads those that have to be read.
         """
-        reading = self.reading(plan, primaries)
-        found = reading.many(wanted)
-        self._rows.tally.add(reading.counts)
-        return found, reading.counts
+        return self.together([(plan, wanted)], primaries)[0]
+
+    def together(
+        self, parts: Sequence[tuple[Plan, Sequence[Where]]], primaries: Primaries
+    ) -> list[tuple[Mapping[tuple[Any, ...], Found], CacheCounts]]:
+        """Return rows of several plans as `many` does; all are asked for in the same round trip.
+
+        Args:
+            parts: plans, and where their rows are.
+            primaries: reads those that have to be read.
+        """
+        readings = [self.reading(plan, primaries) for plan, _ in parts]
+        requests: list[Request] = []
+        for reading, (_, wanted) in zip(readings, parts, strict=True):
+            requests += reading.begun(wanted)
+        answers = iter(self._rows.run(requests))
+        for reading in readings:
+            reading.answered(answers)
+        found = []
+        for at, reading in enumerate(readings):
+            try:
+                found.append((reading.ended(), reading.counts))
+            except BaseException:
+                for other in readings[at + 1 :]:
+                    other.release()
+                raise
+            self._rows.tally.add(reading.counts)
+        return found
 
 
 def _own(plan: Plan, found: Found) -> Found:
@@ -181,16 +205,34 @@ class Reading:
         self._finish()
         return self._found[key]
 
-    def many(self, wanted: Sequence[Where]) -> Mapping[tuple[Any, ...], Found]:
-        """Return many rows, by primary key."""
+    def begun(self, wanted: Sequence[Where]) -> Sequence[Request]:
+        """Begin to read many rows; return what to ask first."""
         rows, plan = self._rows, self._plan
         for where in wanted:
             key = rows.key(plan, *where)
             self._machines[key] = Reader(key, rows.floor(key), plan.lives)
             self._wanted[key] = where
-        self._ask()
+        return [m.request for m in self._machines.values()]  # type: ignore[misc]  # just begun
+
+    def answered(self, answers: Iterator[Answer]) -> None:
+        """Take the answers to what was asked first."""
+        for key in list(self._machines):
+            answer = next(answers)
+            self._machines[key] = self._machines[key].advance(answer)
+            self._heard(key, answer)
+
+    def ended(self) -> Mapping[tuple[Any, ...], Found]:
+        """Read what the cache has not, and return all rows by primary key."""
         self._finish()
         return {where[1]: self._found[key] for key, where in self._wanted.items()}
+
+    def release(self) -> None:
+        """Read nothing more: give leases back, for others wait for the rows."""
+        for key, machine in self._machines.items():
+            if machine.must_load:
+                self._found[key] = ELSEWHERE
+                self._machines[key] = machine.not_loaded()
+        self._release()
 
     # -- the machines, in step
 

@@ -431,6 +431,8 @@ class ReadSession(CachedSession):
         # Taken before any is let go: locating one failure abandons every broken connection.
         endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
         failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
+        if failures:
+            self._leave_lost()
         if self._has_moved(failures, groups, shards):
             gathering.close()
             return self._gather(state, shards, key)

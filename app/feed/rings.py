@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import secrets
 import struct
-import sys
-from array import array
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shardkit import ids
 
@@ -67,19 +69,26 @@ BLOCK: Final = 24
 """Slots that are given up together in a full ring; `MOST` is a multiple."""
 
 
-class Timeline(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Timeline:
     """What a ring says.
 
     Attributes:
-        ids: newest first, each once.
+        slots: ids as they arrived, some perhaps twice, and zeros.
         floor: every id above it that was delivered is among them.
         covered: the last follow that it has the photos of, in Unix milliseconds; a `claim` while
             it is being built.
     """
 
-    ids: list[int]
+    slots: NDArray[np.int64]
     floor: int
     covered: int
+
+    @property
+    def ids(self) -> list[int]:
+        """Newest first, each once; a page needs few of them, see `app.feed.sources`."""
+        found: list[int] = np.unique(self.slots[self.slots > 0])[::-1].tolist()
+        return found
 
     @property
     def is_building(self) -> bool:
@@ -103,7 +112,7 @@ def claim(until: int) -> Timeline:
     Args:
         until: Unix seconds.
     """
-    return Timeline([], ids.MAX_ID, until << _RANDOM | secrets.randbits(_RANDOM))
+    return Timeline(np.empty(0, np.int64), ids.MAX_ID, until << _RANDOM | secrets.randbits(_RANDOM))
 
 
 def packed(photo_ids: Iterable[int]) -> list[bytes]:
@@ -135,13 +144,9 @@ def decoded(value: bytes | None) -> Timeline | None:
     _, _, slots, floor, covered = HEADER.unpack_from(value)
     if len(value) != HEADER.size + 8 * slots:
         return None
-    found = array("Q", value[HEADER.size :])
-    if sys.byteorder == "little":
-        found.byteswap()
-    listed = sorted(set(found), reverse=True)
-    if listed and not listed[-1]:
-        listed.pop()
-    return Timeline(listed, floor, covered)
+    return Timeline(
+        np.frombuffer(value, ">u8", offset=HEADER.size).astype(np.int64), floor, covered
+    )
 
 
 _STEPS: Final = f"local steps, block = {{{', '.join(map(str, STEPS))}}}, {BLOCK}"

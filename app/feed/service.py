@@ -20,7 +20,7 @@ from app.feed.building import Builder
 from app.feed.cursors import Cursors, Place
 from app.feed.ranked import RankedFeed
 from app.feed.schemas import FeedItem, Reason
-from app.feed.sources import Sources, following_of, gathered
+from app.feed.sources import Sources, following_of, gathered, owners_of
 from app.feed.timelines import AsyncTimelines, SilentError
 from app.graph import tao
 from app.graph.privacy import seen_among
@@ -124,7 +124,7 @@ class FeedService:
                 found = await self._merged(session, viewer_id, sources, before, n + 1)
         except FAILED:  # who answers is asked
             following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
-            owners = frozenset({viewer_id, *(id2 for _, id2 in following)})
+            owners = owners_of(viewer_id, following)
             found = await self._from_databases(session, viewer_id, owners, before, n + 1)
         return cut(found, n, lambda photo: photo.id)
 
@@ -140,8 +140,8 @@ class FeedService:
                 sources = await self._sources(session, viewer_id)
         except FAILED:  # who answers is asked
             following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
-            sources = Sources(frozenset({viewer_id, *(id2 for _, id2 in following)}))
-        found = [id_ for id_ in sources.ids if sources.above < id_ < before][:n]
+            sources = Sources(owners_of(viewer_id, following))
+        found = sources.below(before, n)
         if len(found) < n and sources.above:
             below = min(before, sources.above + 1)
             rows = await PhotoRepository(session).of_owners(
@@ -167,18 +167,16 @@ class FeedService:
                     builder.cover(viewer_id, found.new, found.timeline)
                 return found
         following, _ = await tao.on(session, following_of, viewer_id, self._max_followees)
-        return Sources(frozenset({viewer_id, *(id2 for _, id2 in following)}))
+        return Sources(owners_of(viewer_id, following))
 
     async def _merged(
         self, session: AsyncReadSession, viewer_id: int, sources: Sources, before: int, n: int
     ) -> list[Photo]:
         """Return photos below an id: what is merged, then what databases have below that."""
-        rest = [id_ for id_ in sources.ids if sources.above < id_ < before]
         found: list[Photo] = []
-        at = 0
-        while len(found) < n and at < len(rest):
-            some = rest[at : at + n - len(found) + SPARE]
-            at += len(some)
+        at = before
+        while len(found) < n and (some := sources.below(at, n - len(found) + SPARE)):
+            at = some[-1]
             rows: Sequence[Photo | None] = await session.get_many(Photo, some)
             there = [row for row in rows if row is not None and row.owner_id in sources.owners]
             found += await self._seen(session, viewer_id, there)

@@ -39,7 +39,7 @@ def data_for(key: int, variant: str, n: int = 0) -> bytes:
     return (seed * 10)[: n or 40 + seed[0]]
 
 
-def encoded(volume: Volume, key: int, offset: int = 0) -> tuple[bytearray, Entry]:
+def encoded(volume: Volume, key: int, offset: int = 0) -> tuple[bytes, Entry]:
     variants = [(alternate_of(each), data_for(key, each)) for each in VARIANTS]
     data, units = encode_upload(key, key ^ 7, variants, volume.state.super.seed)
     return data, Entry(key, offset, tuple(units))

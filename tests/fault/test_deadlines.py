@@ -19,6 +19,7 @@ from shardkit.errors import (
     GatherError,
     OutcomeUnknownError,
     StatementTimeoutError,
+    UnavailableError,
 )
 from shardkit.local import LocalCluster
 from shardkit.testing import wait_until
@@ -82,6 +83,28 @@ def test_a_slow_query_is_cancelled_at_the_deadline_and_its_connection_kept(
         # A server on a busy machine may need longer for the cancellation than it is waited for.
         wait_until(is_kept, 30.0, "a query is cancelled in time and its connection kept")
     assert at_work(thawed) == []
+
+
+def test_a_reader_whose_connection_was_given_up_takes_another(
+    cluster: Cluster, user: User, thawed: LocalCluster
+) -> None:
+    with cluster.reader() as session:
+        assert session.get(User, user.id) is not None
+        assert session.scalars(NEWEST).all()
+        freeze(thawed, user, cluster)
+        freeze(thawed, user, cluster, replicas=True)
+        with deadline(0.3), pytest.raises(UnavailableError):
+            session.scalar(text("SELECT 1"), bind_arguments=here(user))
+        for server in thawed.servers:
+            thawed.resume(server.name)
+
+        def goes_on() -> bool:
+            try:
+                return bool(session.scalars(NEWEST).all())
+            except (UnavailableError, GatherError):  # until breakers close
+                return False
+
+        wait_until(goes_on, 60.0, "the same session reads again")
 
 
 @pytest.mark.anyio

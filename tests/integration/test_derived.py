@@ -176,6 +176,60 @@ def test_many_are_one_round_trip_and_one_statement_for_each_server(
         assert session.cached_many(n_tracks, as_tuples) == as_tuples
 
 
+def test_several_lists_and_counts_are_one_round_trip(here: Cluster, there: Cluster) -> None:
+    owners = [new_owner(shard) for shard in (1, 2, 41)]
+    tracks = {owner: add(here, owner) for owner in owners[1:]}
+    counts = {owner: int(owner in tracks) for owner in owners}
+    lists = {owner: [tracks[owner]] if owner in tracks else [] for owner in owners}
+    noted = Noted(there)
+    assert there.cache is not None
+    trips: list[int] = []
+    run = there.cache.backend.run
+
+    def counted(requests: Any, **options: Any) -> Any:
+        trips.append(len(requests))
+        return run(requests, **options)
+
+    wanted = {n_tracks: owners, newest: owners[:2]}
+    expected = {n_tracks: counts, newest: {owner: lists[owner] for owner in owners[:2]}}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(there.cache.backend, "run", counted)
+        for _ in range(2):
+            with there.reader() as session:
+                assert session.cached_together(wanted) == expected
+                assert session.cached_together({newest: [], n_tracks: []}) == {
+                    newest: {},
+                    n_tracks: {},
+                }
+    assert trips[0] == 5
+    assert trips[-1] == 5, "the second time that was all"
+    assert [event.hits for event in noted.reads] == [0, 0, 3, 2]
+    with there.reader(after=ASK_PRIMARIES) as session:  # without the cache it says the same
+        assert session.cached_together(wanted) == expected
+
+
+def test_when_one_of_several_lists_cannot_be_read_nobody_waits_for_the_others(
+    here: Cluster, there: Cluster
+) -> None:
+    owner = new_owner(2)
+    track = add(here, owner)
+    with there.reader() as session, pytest.MonkeyPatch.context() as patched:
+
+        def failing(shards: Any) -> Any:
+            raise RuntimeError(f"{shards} are not read")
+
+        patched.setattr(session, "_primaries", failing)
+        with pytest.raises(RuntimeError):
+            session.cached_together({n_tracks: [owner], newest: [owner]})
+    noted = Noted(there)
+    with there.reader() as session:
+        assert session.cached_together({n_tracks: [owner], newest: [owner]}) == {
+            n_tracks: {owner: 1},
+            newest: {owner: [track]},
+        }
+    assert sum(event.waits for event in noted.reads) == 0
+
+
 def _insert(session: Any, owner: int, _: int) -> None:
     session.add(Track(owner_id=owner, album=1, rank=50, title="new"))
 

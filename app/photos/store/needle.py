@@ -83,7 +83,8 @@ DATA_AT: Final = 3 * SUPER_BYTES
 """Where needles begin: the superblock stands there twice, then the seal."""
 
 _HEADER: Final = struct.Struct("<4sIQIBBBBII")
-_FOOTER: Final = struct.Struct("<4sI")
+_HEAD: Final = struct.Struct("<4sIQIBBBBI")
+_FOOTERS: Final = [struct.Struct(f"<4sI{padding}x") for padding in range(UNIT)]
 _SUPER: Final = struct.Struct("<4sHBBI16s8I")
 _SUPER_MAGIC: Final = b"lbv1"
 _FORMATS: Final = ("jpg", "webp")
@@ -204,7 +205,7 @@ def data_of(header: Header, needle: bytes | bytearray | memoryview) -> memoryvie
 
 def encode_upload(
     key: int, cookie: int, variants: Sequence[tuple[int, bytes | memoryview]], seed: int
-) -> tuple[bytearray, list[int]]:
+) -> tuple[bytes, list[int]]:
     """Return the needles of one upload as bytes, and the units of each.
 
     Args:
@@ -216,23 +217,24 @@ def encode_upload(
     Raises:
         ValueError: one is larger than a needle can be, 2 MiB.
     """
-    lengths = [units_of(len(data)) for _, data in variants]
-    buffer = bytearray(sum(lengths) * UNIT)
-    count, at = len(variants), 0
+    parts: list[bytes | memoryview] = []
+    lengths = []
+    count = len(variants)
     for number, (alternate, data) in enumerate(variants):
         size = len(data)
         if size > MAX_DATA_BYTES:
             raise ValueError(f"a variant of {size} bytes is larger than {MAX_DATA_BYTES}")
-        head = _HEADER.pack(MAGIC, cookie, key, alternate, 0, number, count, 0, size, 0)
-        checksum = crc32(head[:28], seed)
-        end = at + HEADER_BYTES + size
-        _HEADER.pack_into(
-            buffer, at, MAGIC, cookie, key, alternate, LIVE, number, count, 0, size, checksum
+        head = _HEAD.pack(MAGIC, cookie, key, alternate, 0, number, count, 0, size)
+        checksum = crc32(head, seed)
+        units = units_of(size)
+        padding = units * UNIT - HEADER_BYTES - size - FOOTER_BYTES
+        parts += (
+            _HEADER.pack(MAGIC, cookie, key, alternate, LIVE, number, count, 0, size, checksum),
+            data,
+            _FOOTERS[padding].pack(END_MAGIC, crc32(data, checksum)),
         )
-        buffer[at + HEADER_BYTES : end] = data
-        _FOOTER.pack_into(buffer, end, END_MAGIC, crc32(data, checksum))
-        at += lengths[number] * UNIT
-    return buffer, lengths
+        lengths.append(units)
+    return b"".join(parts), lengths
 
 
 def alternate_of(variant: str) -> int:

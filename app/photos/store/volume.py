@@ -167,7 +167,7 @@ class Volume:
             needle = state.file.read_cached(n, offset * UNIT)
         return self._checked(state, needle, address, alternate)
 
-    def append(self, uploads: Sequence[tuple[bytes | bytearray, Entry]]) -> None:
+    def append(self, uploads: Sequence[tuple[bytes, Entry]]) -> None:
         """Append uploads in one write, flush it, and only then add them to the map.
 
         Args:

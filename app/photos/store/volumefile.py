@@ -116,7 +116,7 @@ class Claim:
             self._descriptor = None
 
 
-def write_at(descriptor: int, buffers: Sequence[bytes | bytearray], position: int) -> int:
+def write_at(descriptor: int, buffers: Sequence[bytes], position: int) -> int:
     """Write buffers one behind the other and return where they end; short writes are continued."""
     total = sum(map(len, buffers))
     written = os.pwritev(descriptor, buffers, position)

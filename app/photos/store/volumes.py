@@ -40,11 +40,11 @@ class _Waiting:
 
     __slots__ = ("cookie", "done", "key", "n_bytes", "variants")
 
-    def __init__(self, name: str, variants: list[bytes | None]) -> None:
+    def __init__(self, name: str, variants: list[bytes | None], n_bytes: int) -> None:
         self.key = int(name[:16], 16)
         self.cookie = int(name[16:], 16)
         self.variants = variants
-        self.n_bytes = sum(len(data) for data in variants if data)
+        self.n_bytes = n_bytes
         self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
 
@@ -58,6 +58,9 @@ class VolumeBlobStore:
         variants: what an upload may have, in the order in which it is stored.
         volume_bytes: length at which a volume is sealed; at most 128 GiB.
         group_uploads: uploads of one flush at most; 1 flushes each by itself.
+
+    Attributes:
+        n_flushes: groups that were written so far.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class VolumeBlobStore:
         self.alternates = tuple(self._slots.values())
         self.volume_bytes = min(volume_bytes, MAX_VOLUME_BYTES)
         self.group_uploads = group_uploads
+        self.n_flushes = 0
         self._volumes: dict[int, Volume] = {}
         self._active: Volume | None = None
         self._waiting: list[_Waiting] = []
@@ -85,9 +89,10 @@ class VolumeBlobStore:
             raise ValueError(f"{name!r} with {list(variants)} cannot be stored")
         if not variants.keys() <= self._slots.keys():
             raise ValueError(f"{list(variants)} cannot be stored: volumes have {[*self._slots]}")
-        if (largest := max(map(len, variants.values()))) > MAX_DATA_BYTES:
+        lengths = [*map(len, variants.values())]
+        if (largest := max(lengths)) > MAX_DATA_BYTES:
             raise ValueError(f"a variant of {largest} bytes is larger than {MAX_DATA_BYTES}")
-        waiting = _Waiting(name, [variants.get(each) for each in self._slots])
+        waiting = _Waiting(name, [*map(variants.get, self._slots)], sum(lengths))
         self._waiting.append(waiting)
         if self._writer is None:
             self._writer = asyncio.create_task(self._write())
@@ -165,7 +170,7 @@ class VolumeBlobStore:
         """Append a group to the volume of this process and return its number."""
         volume = self._writable()
         seed = volume.state.super.seed
-        uploads: list[tuple[bytearray, Entry]] = []
+        uploads: list[tuple[bytes, Entry]] = []
         offset = 0
         for each in group:
             there = [
@@ -180,6 +185,7 @@ class VolumeBlobStore:
             uploads.append((needles, Entry(each.key, offset, tuple(units))))
             offset += len(needles) // UNIT
         volume.append(uploads)
+        self.n_flushes += 1
         return volume.number
 
     def _writable(self) -> Volume:
