@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-app test-slow test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker api-fuzz api-matrix hostile-images photo-torn move-grid feed-paging failover-grid test-patroni lock clean
+.PHONY: help setup run test test-app test-slow test-pooler test-pooler-too test-unit test-oracle model-check simulate lint type format bench uniqueness stale lookup-race outbox-chaos test-chaos-cache test-history test-bites cache-kills bench-idmap-300m halves migrate-kill test-docker api-fuzz api-matrix api-replays hostile-images photo-torn move-grid feed-paging failover-grid test-patroni lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -87,7 +87,7 @@ SECONDS ?= 1500
 SEED ?= 0
 
 test-history: setup ## clients at work while servers move and fail, judged; SECONDS=n SEED=n
-	@$(BIN)/python -m tests.history.live.run --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+	@$(BIN)/python -m tests.history.live.run --seconds $(SECONDS) --seed $(SEED) --goals $(ARGS)
 
 test-bites: setup ## fifteen bugs on real servers, each found by the judge named for it; minutes
 	@$(BIN)/python -m tests.history.live.bites $(ARGS)
@@ -148,6 +148,9 @@ api-fuzz: setup ## 5,000 generated requests to the API, and no answer of 5xx; FU
 
 api-matrix: setup ## every route by everybody to things in every state
 	@SHARDKIT_MATRIX=all $(BIN)/python -m pytest -s tests/app/test_matrix.py $(ARGS)
+
+api-replays: setup ## every route that changes something, three times while servers die; minutes
+	@SHARDKIT_REPLAYS=all $(BIN)/python -m pytest -s tests/app/test_replays.py $(ARGS)
 
 hostile-images: setup ## 250 hostile pictures: none crashes, none keeps metadata
 	@SHARDKIT_HOSTILE=250 $(BIN)/python -m pytest -s tests/app/test_hostile.py $(ARGS)

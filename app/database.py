@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from app.sealing import opened, sealed
 from app.timing import stage
 from shardkit import (
     AsyncCluster,
@@ -45,10 +46,9 @@ class Request:
     who: int | str
     what: tuple[Any, ...]
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells it from other requests."""
-        return hashlib.sha256(json.dumps(self.what).encode()).hexdigest()
+    def fingerprint(self, key: str) -> str:
+        """Return what tells it from other requests with a key, and nothing to who has no key."""
+        return hmac.digest(key.encode(), json.dumps(self.what).encode(), "sha256").hex()
 
 
 class Database:
@@ -146,7 +146,8 @@ class Database:
             near: id beside whose rows it works, where the record of the key is kept.
 
         Returns:
-            What `work` returned; of the first request with the key, if this is not the first.
+            What `work` returned; of the first request with the key, if this is not the first. What
+            is kept of it can be read with the key only (`app.sealing`).
 
         Raises:
             OperationMismatchError: the key came with another request before.
@@ -159,15 +160,20 @@ class Database:
             return await work(session)
 
         with stage("sessions"), deadline(self._timeout):
-            if self._key is None:
+            if (key := self._key) is None:
                 result = await self._cluster.run(unit)
             else:
-                result = await self._cluster.run(
-                    unit,
-                    operation=self._operation(request, self._key),
+
+                async def noted(session: AsyncWriteSession) -> str:
+                    return sealed(key, await unit(session))
+
+                note = await self._cluster.run(
+                    noted,
+                    operation=self._operation(request, key),
                     near=near,
-                    fingerprint=request.fingerprint,
+                    fingerprint=request.fingerprint(key),
                 )
+                result = opened(key, note)
         token = sessions[-1].token if sessions else ""
         if self._key is not None and not token:  # committed by an earlier attempt or request
             token = tokens.ASK_PRIMARIES
@@ -176,5 +182,5 @@ class Database:
 
     def _operation(self, request: Request, key: str) -> str:
         """Name the unit of work of a request: alike for repetitions, and for nothing else."""
-        parts = ["form", request.fingerprint] if self._is_form else []
+        parts = ["form", request.fingerprint(key)] if self._is_form else []
         return hashlib.sha256("\0".join([str(request.who), key, *parts]).encode()).hexdigest()

@@ -21,9 +21,7 @@ import app.health
 import app.legacy.endpoints
 import app.photos.endpoints
 import app.stories.endpoints
-import app.web.account
 import app.web.pages
-import app.web.social
 from app.addresses import API, MEDIA
 from app.clock import Clock, utc_now
 from app.errors import AppError, NotSignedInError, is_disk_full, problem_of
@@ -99,9 +97,8 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     service.include_router(app.stories.endpoints.media)
     service.include_router(app.health.router)
     service.include_router(app.legacy.endpoints.router)
-    service.include_router(app.web.pages.router)
-    service.include_router(app.web.account.router)
-    service.include_router(app.web.social.router)
+    for router in app.web.pages.ROUTERS:
+        service.include_router(router)
     service.mount("/static", _Assets(directory=Path(app.web.__file__).parent / "static"))
 
     upload = settings.max_upload_bytes + MULTIPART_OVERHEAD

@@ -33,7 +33,7 @@ from app.processes import KeptProcess
 from app.settings import Settings
 from shardkit import Cluster
 from shardkit.errors import ConfigurationError, RefusedError, ShardkitError
-from shardkit.local import LocalCluster, LocalProgress, read_status
+from shardkit.local import LocalCluster, LocalProgress, read_status, watched
 from shardkit.ops import migrate
 
 __all__ = ["complete", "main"]
@@ -96,7 +96,8 @@ def cluster(directory: Path) -> Iterator[Path]:
         return
     try:
         show_servers(local)
-        yield local.config_path
+        with watched(local, lambda step: console.print(step, markup=False)):
+            yield local.config_path
     finally:
         # A second Ctrl-C must not leave half of them running.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

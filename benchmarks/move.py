@@ -257,7 +257,8 @@ def moved(topology: Topology, n: int) -> tuple[list[tuple[float, float]], float]
         elif name == "activate done":
             spans.append((begun, now))
 
-    options = moves.Options(hook=hook)
+    # As `shardkit move start` does.
+    options = moves.Options(notice=moves.NOTICE, hook=hook)
     start = time.monotonic()
     moves.move(topology, SHARD, "beta", script=schema_script(Base.metadata), options=options)
     seconds = time.monotonic() - start

@@ -235,6 +235,7 @@ class Cluster(_Opened[Connections]):
             units.named(operation, near, fingerprint, keep),
             guards=self.connections.guards,
             waits=self.connections.waits_for,
+            settle=self.connections.settle,
             clock=self.connections.clock,
         )
 
@@ -296,6 +297,7 @@ class AsyncCluster(_Opened[AsyncConnections]):
             units.named(operation, near, fingerprint, keep),
             guards=self.connections.guards,
             waits=self.connections.waits_for,
+            settle=self.connections.settle,
         )
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import fences, gates, parallel, races, scatter
+from shardkit import deadlines, fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import (
@@ -44,6 +44,7 @@ from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
     InvalidShardKeyError,
+    ShardFencedError,
     UnsupportedStatementError,
 )
 from shardkit.events import EndpointFailed, Listeners, PrimaryChanged
@@ -56,7 +57,7 @@ from shardkit.keys import shown
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
-from shardkit.mapwatch import AsyncMapWatch, MapWatch
+from shardkit.mapwatch import PATIENCE, AsyncMapWatch, MapWatch
 from shardkit.minting import IdMinter
 from shardkit.owners import Owners
 from shardkit.placement import Placement, Policy, anywhere, bound
@@ -68,6 +69,7 @@ from shardkit.retry import MOVED
 from shardkit.router import Router
 from shardkit.schemas import SchemaPreparer
 from shardkit.topology import Endpoint, Role, ShardMap, Topology, schema_name
+from shardkit.warming import PoolState, n_missing
 
 if TYPE_CHECKING:  # the `cache` extra
     from shardkit.rowcache import AsyncRowCache, RowCache
@@ -175,9 +177,11 @@ class _Core:
             on_change=self._changed,
             clock=clock,
         )
-        self.map_watch = self._watch_class(topology, held, follow=self._led, clock=clock)
+        self.map_watch = self._watch_class(
+            topology, held, follow=self._led, receive=self.receive, clock=clock
+        )
         self.held = held
-        self.owners = Owners(held, self.map_watch, self.pause, clock=clock)
+        self.owners = Owners(held, self.map_watch, clock=clock)
         self.probes = self._probes_class(
             topology,
             self.replica_sets,
@@ -318,6 +322,30 @@ class _Core:
             self.listeners.emit(PrimaryChanged(physical, str(before.primary), str(shard.primary)))
         return self.topology
 
+    def make_ready(self, source: str, target: str, n_moving: int) -> None:
+        """Open connections to where logical shards are on their way; see `shardkit.warming`.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: the server does not answer, or all are in use.
+        """
+        n_owned = len(self.topology.shard_map.owned_by(source))
+        for purpose in Purpose:
+            here = self._engines.get((self.primary_of(source), purpose))
+            if here is None:
+                continue
+            pool: Any = self.engine(self.primary_of(target), purpose).pool
+            state = _pool_state(pool)
+            missing = n_missing(_pool_state(here.pool), state, n_moving=n_moving, n_owned=n_owned)
+            with deadlines.deadline(PATIENCE), ExitStack() as stack:
+                for _ in range(state.idle + missing if missing else 0):
+                    if pool.checkedout() >= pool.size():
+                        break  # sessions need them now, and wait for nobody
+                    stack.callback(pool.connect().close)
+
+    async def receive(self, source: str, target: str, n_moving: int) -> None:
+        """Make ready for logical shards that are on their way, beside the sessions."""
+        raise NotImplementedError
+
     def _is_pooled(self, endpoint: Endpoint) -> bool:
         return self.topology.physical[endpoint.physical].pooler is not None
 
@@ -432,10 +460,6 @@ class _Core:
         """Run tasks at the same time; return result or exception of each, in order."""
         raise NotImplementedError
 
-    def pause(self, seconds: float) -> None:
-        """Wait for nothing in particular."""
-        raise NotImplementedError
-
     # -- statements of shardkit's own
 
     def lease_ids(self, counts: Mapping[int, int]) -> dict[int, int]:
@@ -483,18 +507,21 @@ class _Core:
         return int(system), gates.Position(int(file[:8], 16), gates.lsn_of(lsn.encode()))
 
     @contextmanager
-    def borrow(self, physical: str, *, waits: bool) -> Iterator[Connection]:
-        """Lend a connection to a primary, apart from any session; nothing is open on it.
+    def borrow(self, logical_shard: int, *, waits: bool) -> Iterator[Connection]:
+        """Lend a connection to the primary of a logical shard; nothing is open on it.
+
+        It is apart from any session.
 
         Args:
-            physical: name of the physical shard.
+            logical_shard: that it is lent for.
             waits: whether it will wait for transactions of others.
 
         Raises:
-            UnavailableError: the server does not answer (retryable).
+            UnavailableError: the server does not answer, or the logical shard is being moved
+                (retryable).
         """
         self.awaited("a unique value has to be looked up")
-        endpoint = self.primary_of(physical)
+        endpoint = self.primary_of(self.physical_of(logical_shard))
         purpose = Purpose.WAIT if waits else Purpose.LOOKUP
         try:
             with self.connect(self.engine(endpoint, purpose), endpoint) as connection:
@@ -503,20 +530,39 @@ class _Core:
             self.failed(endpoint, error)
             raise
         except DBAPIError as error:
-            found = self._told(error, endpoint)
+            found = self._told(error, endpoint, (logical_shard,))
             if found is error:
                 raise
             raise found from error
 
-    def _told(self, error: DBAPIError, endpoint: Endpoint) -> Exception:
-        """Return what an error of a statement of shardkit's own means."""
+    def settle(self, error: BaseException) -> None:
+        """Wait until a logical shard that is not open, as an error says, can be used.
+
+        A session waits for its own, and not for those that its lookups ask.
+
+        Raises:
+            ShardFencedError: it stays closed beyond the deadline, or ten seconds (retryable).
+        """
+        if isinstance(error, ShardFencedError) and error.logical_shard is not None:
+            self.owners.opened((error.logical_shard,), writes=True)
+
+    def _told(
+        self, error: DBAPIError, endpoint: Endpoint, about: Sequence[int] | None = None
+    ) -> Exception:
+        """Return what an error of a statement of shardkit's own means.
+
+        Args:
+            error: what the driver raised.
+            endpoint: whom it was about.
+            about: logical shards of the statement; None for any of the server.
+        """
         if error.connection_invalidated:
             return connection_error(error, endpoint)
         before, physical = self.topology.shard_map, endpoint.physical
         if getattr(error.orig, "sqlstate", None) not in MOVED:
             return error
         now = self.owners.ask([physical])
-        for n in before.owned_by(physical):
+        for n in before.owned_by(physical) if about is None else about:
             if now.owners[n] != physical:
                 return fences.moved(n, now.owners[n])
             if n in now.held:
@@ -585,6 +631,10 @@ class Connections(_Core):
         for engine in self._engines.values():
             engine.dispose()
 
+    async def receive(self, source: str, target: str, n_moving: int) -> None:
+        """Make ready in a thread of its own."""
+        await asyncio.to_thread(self.make_ready, source, target, n_moving)
+
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         engine = create_engine(url, poolclass=DeadlinePool, **options)
         event.listen(engine, "do_connect", _connects)
@@ -593,10 +643,6 @@ class Connections(_Core):
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks at the same time, in the caller's thread."""
         return parallel.run(tasks)
-
-    def pause(self, seconds: float) -> None:
-        """Wait in this thread."""
-        self.clock.sleep(seconds)
 
 
 class AsyncConnections(_Core):
@@ -630,6 +676,10 @@ class AsyncConnections(_Core):
         for engine in self._engines.values():
             await greenlet_spawn(engine.dispose)
 
+    async def receive(self, source: str, target: str, n_moving: int) -> None:
+        """Make ready in a greenlet of its own."""
+        await greenlet_spawn(self.make_ready, source, target, n_moving)
+
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         options["connect_args"].setdefault("async_creator_fn", gates.AsyncConnection.open)
         return create_async_engine(url, poolclass=AsyncDeadlinePool, **options).sync_engine
@@ -647,10 +697,6 @@ class AsyncConnections(_Core):
             raise UnsupportedStatementError(
                 what, hint="await session.run_sync(lambda sync: sync.route(statement))"
             )
-
-    def pause(self, seconds: float) -> None:
-        """Wait in this task."""
-        await_only(asyncio.sleep(seconds))
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks as greenlets of one event loop."""
@@ -684,6 +730,10 @@ def _rowcache() -> Any:
             f"[cache] needs {error.name}, which is not installed",
             hint="pip install 'shardkit[cache]'",
         ) from error
+
+
+def _pool_state(pool: Any) -> PoolState:
+    return PoolState(pool.checkedin(), pool.checkedout(), pool.size())
 
 
 def _released(connection: Any, record: Any) -> None:

@@ -16,14 +16,29 @@ from typing import Final
 
 from shardkit.clock import SYSTEM, Clock
 from shardkit.forks import ForkSafeLock
-from shardkit.ownership import Answer, accepted, merged
-from shardkit.topology import ShardMap
+from shardkit.ownership import Answer, accepted, arriving, merged
+from shardkit.topology import Hold, ShardMap
 
-__all__ = ["HeldMap"]
+__all__ = ["HeldMap", "closed"]
 
 _SOON: Final = 5.0
 """Seconds after which a server that did not answer is asked again before it is used: longer than
 `shardkit.mapwatch` takes to ask it by itself, so that nobody else waits for one that is gone."""
+
+
+Tell = Callable[[], None]
+
+
+def closed(shard_map: ShardMap, logical_shards: Collection[int], *, writes: bool) -> list[int]:
+    """Return which of some logical shards cannot be used now.
+
+    Args:
+        shard_map: who owns what.
+        logical_shards: that are about to be used.
+        writes: whether they are to be written to: readers pass a fence.
+    """
+    held = shard_map.held
+    return [n for n in logical_shards if n in held and (writes or held[n] is Hold.HANDED_OVER)]
 
 
 @dataclass(slots=True)
@@ -57,6 +72,7 @@ class HeldMap:
         heard_at: monotonic time at which a primary was last asked that then answered, by name.
         good_until: monotonic time until which every logical shard can be used, for anything; what
             each use of one looks at.
+        arriving: logical shards that are on their way, by where from and where to.
     """
 
     def __init__(
@@ -73,11 +89,13 @@ class HeldMap:
         self.expires = dict.fromkeys(physical, -math.inf)
         self.good_until = -math.inf
         self.heard_at = dict.fromkeys(physical, -math.inf)
+        self.arriving: Mapping[tuple[str, str], frozenset[int]] = {}
         self._first = first
         self._physical = frozenset(physical)
         self._answers: dict[str, Answer] = {}
         self._asked = {name: _Asked() for name in physical}
-        self._waiting: list[tuple[Mapping[str, int], Callable[[], None]]] = []
+        self._waiting: list[tuple[Mapping[str, int], Tell]] = []
+        self._openings: dict[Tell, tuple[Collection[int], bool]] = {}
         self._on_change = on_change
         self._clock = clock
         self._guard = ForkSafeLock(self._forget)
@@ -103,7 +121,7 @@ class HeldMap:
                 self._asked[name].wanted += 1
             return {name: self._asked[name].wanted for name in physical}
 
-    def when_answered(self, wanted: Mapping[str, int], tell: Callable[[], None]) -> None:
+    def when_answered(self, wanted: Mapping[str, int], tell: Tell) -> None:
         """Call a function as soon as questions have been answered, or given up; perhaps now."""
         with self._guard.lock:
             if not self._is_answered(wanted):
@@ -111,10 +129,30 @@ class HeldMap:
                 return
         tell()
 
-    def forget(self, tell: Callable[[], None]) -> None:
-        """Call a function of `when_answered` no more."""
+    def when_open(self, logical_shards: Collection[int], tell: Tell, *, writes: bool) -> None:
+        """Call a function, once, as soon as logical shards can all be used; perhaps now."""
         with self._guard.lock:
+            if closed(self.map, logical_shards, writes=writes):
+                self._openings[tell] = (logical_shards, writes)
+                return
+        tell()
+
+    def forget(self, tell: Tell) -> None:
+        """Call a function of `when_answered` or `when_open` no more."""
+        with self._guard.lock:
+            self._openings.pop(tell, None)
             self._waiting = [pair for pair in self._waiting if pair[1] is not tell]
+
+    def awaited(self) -> set[str]:
+        """Return the physical shards that somebody waits for to open a logical shard."""
+        if not self._openings:
+            return set()
+        with self._guard.lock:
+            return {
+                self.map.owners[number]
+                for shards, writes in self._openings.values()
+                for number in closed(self.map, shards, writes=writes)
+            }
 
     # -- who asks
 
@@ -145,9 +183,11 @@ class HeldMap:
             if believed != self._answers.get(physical):
                 self._answers[physical] = believed
                 found = merged(self._first, self._answers, self.map, self._physical)
+                self.arriving = arriving(self._answers, found)
                 if found != self.map:
                     self._on_change(found)
                     self.map = found
+                    self._open()
             self.heard_at[physical] = at
             self._heard(physical, question, at + self.max_age)
             return True
@@ -168,11 +208,18 @@ class HeldMap:
             self._waiting.remove(pair)
             pair[1]()
 
+    def _open(self) -> None:
+        """Tell those whose logical shards can be used now."""
+        for tell, (shards, writes) in tuple(self._openings.items()):
+            if not closed(self.map, shards, writes=writes):
+                del self._openings[tell]
+                tell()
+
     def _is_answered(self, wanted: Mapping[str, int]) -> bool:
         return all(self._asked[name].answered >= number for name, number in wanted.items())
 
     def _forget(self) -> None:
         """Run in a forked child: who asks is in the parent."""
-        self._waiting = []
+        self._waiting, self._openings = [], {}
         self.expires = dict.fromkeys(self.expires, -math.inf)
         self.good_until = -math.inf

@@ -120,8 +120,8 @@ class Servers(Protocol):
     def group(self, logical_shards: Sequence[int], /) -> Mapping[str, tuple[int, ...]]:
         """Return logical shards by physical shard."""
 
-    def borrow(self, physical: str, *, waits: bool) -> AbstractContextManager[Connection]:
-        """Lend a connection to a primary, apart from any session."""
+    def borrow(self, logical_shard: int, *, waits: bool) -> AbstractContextManager[Connection]:
+        """Lend a connection to the primary of a logical shard, apart from any session."""
 
 
 @dataclass(slots=True)
@@ -286,7 +286,7 @@ class Lookups:
         if shard >= self.total:
             return False
         timeout = random.uniform(*WAIT_TIMEOUT)  # noqa: S311 - keeps two apart, guards nothing
-        with self._servers.borrow(self._servers.physical_of(shard), waits=True) as connection:
+        with self._servers.borrow(shard, waits=True) as connection:
             try:
                 with waiting(connection, timeout, _WAIT.format(pair.ticket)):
                     return stored_value(connection, value.lookup, pair.id) == value
@@ -298,8 +298,7 @@ class Lookups:
     def _ask(
         self, logical_shard: int, query: str, parameters: Mapping[str, Any]
     ) -> Sequence[Sequence[Any]]:
-        physical = self._servers.physical_of(logical_shard)
-        with self._servers.borrow(physical, waits=False) as connection:
+        with self._servers.borrow(logical_shard, waits=False) as connection:
             try:
                 return connection.exec_driver_sql(query, dict(parameters)).all()
             except DBAPIError as error:

@@ -8,10 +8,11 @@ physical shard that the configuration says. It also lifts fences whose mover has
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Any, Final
 
@@ -59,8 +60,18 @@ SELECT i.cluster, i.physical, s.system_identifier, to_jsonb(i) ->> 'timeline',
 FROM shardkit.identity AS i, pg_catalog.pg_control_system() AS s
 """
 
+_FIRST_POLL: Final = 0.002
+_LAST_POLL: Final = 0.02
+_GROWTH: Final = 1.5
+"""Seconds between two questions about a logical shard that somebody waits for; one asks for all
+that wait in this process. A wait that grows with what has passed is late by a share of that, with
+few questions; where it was handed over to is asked at once and begins anew."""
+
 Follow = Callable[[str, Endpoint], Topology]
 """Told of another primary of a physical shard; returns the topology with it."""
+
+Receive = Callable[[str, str, int], Awaitable[None]]
+"""Told that logical shards are on their way: where from, where to, and how many; makes ready."""
 
 _LIFT: Final = "SELECT shardkit.lift_expired_fence(%s)"
 
@@ -72,9 +83,19 @@ class _NotBelievedError(Exception):
 class _Watcher:
     """Asks the primaries of a cluster until it is cancelled."""
 
-    def __init__(self, topology: Topology, held: HeldMap, clock: Clock, follow: Follow) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        held: HeldMap,
+        clock: Clock,
+        follow: Follow | None,
+        receive: Receive | None,
+    ) -> None:
         self._topology = topology
-        self._follows = follow
+        self._follows = follow or (lambda _physical, _primary: self._topology)
+        self._receive = receive
+        self._received: dict[tuple[str, str], frozenset[int]] = {}
+        self._polls: dict[str, float] = {}
         self._held = held
         self._clock = clock
         self._interval = held.max_age / 2
@@ -84,7 +105,9 @@ class _Watcher:
     async def run(self) -> None:
         """Ask until cancelled."""
         self._calls = {name: asyncio.Event() for name in self._topology.physical}
+        self._polls, self._received = {}, {}
         async with asyncio.TaskGroup() as group:
+            self._group = group
             for name in self._topology.physical:
                 group.create_task(self._watch(name))
 
@@ -93,6 +116,38 @@ class _Watcher:
         for name in physical:
             if name in self._calls:
                 self._calls[name].set()
+
+    def look(self) -> None:
+        """Ask those now that somebody has begun to wait for; in the loop that runs this."""
+        self.hurry(self._held.awaited() - self._polls.keys())
+
+    def _pace(self, name: str) -> float:
+        """Return after how many seconds to ask again, as far as nobody calls."""
+        if name not in self._held.awaited():
+            self._polls.pop(name, None)
+            return self._interval
+        seconds = self._polls.get(name, _FIRST_POLL)
+        self._polls[name] = min(seconds * _GROWTH, _LAST_POLL)
+        return seconds
+
+    def _arrive(self) -> None:
+        """Have made ready for what is on its way, once."""
+        arriving = self._held.arriving
+        if self._receive is None or arriving == self._received:
+            return
+        for (source, target), shards in arriving.items():
+            if not shards <= self._received.get((source, target), frozenset()):
+                # Whoever has started this had a deadline of its own, perhaps.
+                work = self._made_ready(source, target, len(shards))
+                self._group.create_task(work, context=contextvars.Context())
+        self._received = dict(arriving)
+
+    async def _made_ready(self, source: str, target: str, n_shards: int) -> None:
+        assert self._receive is not None, "asked by _arrive"
+        try:
+            await self._receive(source, target, n_shards)
+        except Exception as error:  # noqa: BLE001  it was to save time, and whoever comes tries again
+            _LOG.debug("nothing is ready at %s: %s", target, error)
 
     async def _watch(self, name: str) -> None:
         while True:
@@ -140,7 +195,9 @@ class _Watcher:
                     if lifted[0]:
                         _LOG.warning("lifted the fence of logical shard %d on %s", number, name)
                         self._calls[name].set()
-                await self._called(name, self._interval)
+                self._arrive()
+                self.look()
+                await self._called(name, self._pace(name))
         finally:
             if connection is not None:
                 connection.pgconn.finish()  # at once: nothing is under way that matters
@@ -164,10 +221,6 @@ class _Watcher:
         call.clear()
 
 
-def _nobody(topology: Topology) -> Follow:
-    return lambda _physical, _primary: topology
-
-
 def _patience() -> float:
     """Return how long to wait for an answer: at most half of what is left for all of it."""
     return min(_WAIT, deadlines.left(math.inf) / 2)
@@ -182,9 +235,10 @@ class MapWatch(Background):
         held: HeldMap,
         *,
         follow: Follow | None = None,
+        receive: Receive | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
-        self._watcher = _Watcher(topology, held, clock, follow or _nobody(topology))
+        self._watcher = _Watcher(topology, held, clock, follow, receive)
         self._held = held
         super().__init__(self._watcher.run, "shardkit map")
 
@@ -205,6 +259,19 @@ class MapWatch(Background):
             for name, question in wanted.items():
                 self._held.silent(name, question)
 
+    def wait(self, logical_shards: Collection[int], seconds: float, *, writes: bool) -> bool:
+        """Wait until logical shards can be used, or that long; return whether anybody looks."""
+        if self.is_closed:
+            return False
+        done = threading.Event()
+        tell = done.set
+        self._held.when_open(logical_shards, tell, writes=writes)
+        self.start()
+        self.call(self._watcher.look)
+        if not done.wait(seconds):
+            self._held.forget(tell)
+        return True
+
     def hurry(self, physical: Collection[str]) -> None:
         """Have physical shards asked soon, if this one asks at all."""
         self.call(lambda: self._watcher.hurry(physical))
@@ -219,9 +286,10 @@ class AsyncMapWatch(AsyncBackground):
         held: HeldMap,
         *,
         follow: Follow | None = None,
+        receive: Receive | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
-        self._watcher = _Watcher(topology, held, clock, follow or _nobody(topology))
+        self._watcher = _Watcher(topology, held, clock, follow, receive)
         self._held = held
         super().__init__(self._watcher.run)
 
@@ -245,6 +313,25 @@ class AsyncMapWatch(AsyncBackground):
             self._held.forget(tell)
             for name, question in wanted.items():
                 self._held.silent(name, question)
+
+    def wait(self, logical_shards: Collection[int], seconds: float, *, writes: bool) -> bool:
+        """Wait until logical shards can be used, or that long; in SQLAlchemy's greenlet."""
+        await_only(self._wait(logical_shards, seconds, writes=writes))
+        return True
+
+    async def _wait(self, logical_shards: Collection[int], seconds: float, *, writes: bool) -> None:
+        done = asyncio.Event()
+        tell = done.set
+        self._held.when_open(logical_shards, tell, writes=writes)
+        self.start()
+        self._watcher.look()
+        try:
+            async with asyncio.timeout(seconds):
+                await done.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._held.forget(tell)
 
     def hurry(self, physical: Collection[str]) -> None:
         """Have physical shards asked soon, if this one asks at all."""

@@ -8,12 +8,12 @@ knows is `shardkit.heldmap`; who asks the servers is `shardkit.mapwatch`. Made b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Final
 
 from shardkit import deadlines, fences
 from shardkit.clock import SYSTEM, Clock
-from shardkit.heldmap import HeldMap
+from shardkit.heldmap import HeldMap, closed
 from shardkit.mapwatch import AsyncMapWatch, MapWatch
 from shardkit.topology import Hold, ShardMap
 
@@ -23,13 +23,6 @@ FENCE_PATIENCE: Final = 10.0
 """Seconds that a session without a deadline waits for a logical shard that is being moved; a fence
 lasts half of that at most (`shardkit.ownership.LIFT_AFTER`)."""
 
-_FIRST_POLL: Final = 0.002
-_LAST_POLL: Final = 0.02
-_GROWTH: Final = 1.5
-"""Seconds between two questions about a logical shard that is being moved; a process asks once for
-all of its sessions. A wait that grows with what has passed is late by a share of that, with few
-questions; as soon as it is handed over its opening is milliseconds away, so it begins anew."""
-
 
 class Owners:
     """The owners of the logical shards of one cluster.
@@ -37,7 +30,6 @@ class Owners:
     Args:
         held: the shard map as it is known.
         watch: asks the servers.
-        pause: waits for some seconds, in the way of the caller.
         clock: source of monotonic time.
 
     Attributes:
@@ -48,13 +40,11 @@ class Owners:
         self,
         held: HeldMap,
         watch: MapWatch | AsyncMapWatch,
-        pause: Callable[[float], None],
         *,
         clock: Clock = SYSTEM,
     ) -> None:
         self.held = held
         self._watch = watch
-        self._pause = pause
         self._clock = clock
 
     def current(self, logical_shards: Collection[int]) -> ShardMap:
@@ -86,29 +76,17 @@ class Owners:
             ShardFencedError: one stays closed beyond the deadline, or `FENCE_PATIENCE` (retryable).
         """
         until: float | None = None
-        poll, before = _FIRST_POLL, None
         while True:
             found = self.current(logical_shards)
             if not found.held:
                 return found
-            closed = [
-                n
-                for n in logical_shards
-                if n in found.held and (writes or found.held[n] is Hold.HANDED_OVER)
-            ]
-            if not closed:
+            waited = closed(found, logical_shards, writes=writes)
+            if not waited:
                 return found
             now = self._clock.monotonic()
             until = now + deadlines.left(FENCE_PATIENCE) if until is None else until
-            if now >= until:
-                raise fences.still_closed(closed[0], found)
-            hold = found.owners[closed[0]], found.held[closed[0]]
-            if hold == before:
-                self._pause(min(poll, until - now))
-                poll = min(poll * _GROWTH, _LAST_POLL)
-            else:  # news: where it goes may be asked at once
-                poll, before = _FIRST_POLL, hold
-            self._watch.refresh({found.owners[n] for n in closed})
+            if now >= until or not self._watch.wait(waited, until - now, writes=writes):
+                raise fences.still_closed(waited[0], found)
 
     def ask(self, physical: Collection[str] | None = None) -> ShardMap:
         """Ask physical shards, or all of them, and return the shard map that this makes."""

@@ -21,6 +21,7 @@ __all__ = [
     "Claimed",
     "State",
     "accepted",
+    "arriving",
     "claims_of",
     "is_lawful",
     "merged",
@@ -170,6 +171,27 @@ def merged(
         if hold is not None:
             held[number] = hold
     return ShardMap(tuple(owners), tuple(epochs), held)
+
+
+def arriving(
+    answers: Mapping[str, Answer], shard_map: ShardMap
+) -> dict[tuple[str, str], frozenset[int]]:
+    """Return which logical shards are on their way, by physical shard from which and to which.
+
+    Args:
+        answers: what was last believed of each physical shard, by name.
+        shard_map: what `merged` made of that.
+    """
+    found: dict[tuple[str, str], set[int]] = {}
+    for name, answer in answers.items():
+        for number, row in answer.rows.items():
+            if number >= len(shard_map):
+                continue
+            if row.state is State.IMPORTING and shard_map.owners[number] != name:
+                found.setdefault((shard_map.owners[number], name), set()).add(number)
+            elif row.state is State.FENCED and row.moved_to is not None and row.moved_to in answers:
+                found.setdefault((name, row.moved_to), set()).add(number)
+    return {way: frozenset(numbers) for way, numbers in found.items()}
 
 
 def _owner(

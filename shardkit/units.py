@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -123,19 +124,25 @@ def run(
     *,
     guards: Mapping[Endpoint, EndpointGuard],
     waits: Callable[[BaseException], float],
+    settle: Callable[[BaseException], None],
     clock: Clock,
 ) -> T:
     """Run a unit of work; see `Cluster.run`."""
     attempts = _attempts(name, guards, waits)
+    unknown: OutcomeUnknownError | None = None
     while True:
         try:
             with writer() as session:
                 unit = Unit(session, name)
-                record = unit.begin()
+                record, unknown = unit.begin(), None
                 result: Any = record.result if record.is_done else fn(session)
                 return cast("T", unit.end(result, is_done=record.is_done))
         except Exception as error:  # noqa: BLE001 - raised again unless it may be tried again
-            pause = attempts.pause(error)
+            with _settled(unknown):
+                pause = attempts.pause(error)
+                settle(error)
+            if isinstance(error, OutcomeUnknownError):
+                unknown = error
         clock.sleep(pause)
 
 
@@ -146,19 +153,42 @@ async def run_async(
     *,
     guards: Mapping[Endpoint, EndpointGuard],
     waits: Callable[[BaseException], float],
+    settle: Callable[[BaseException], None],
 ) -> T:
     """Run a unit of work in a task; see `AsyncCluster.run`."""
     attempts = _attempts(name, guards, waits)
+    unknown: OutcomeUnknownError | None = None
     while True:
         try:
             async with writer() as session:
                 unit = await greenlet_spawn(Unit, session.sync_session, name)
-                record = await greenlet_spawn(unit.begin)
+                record, unknown = await greenlet_spawn(unit.begin), None
                 result: Any = record.result if record.is_done else await fn(session)
                 return cast("T", await greenlet_spawn(unit.end, result, is_done=record.is_done))
         except Exception as error:  # noqa: BLE001 - as in `run`
-            pause = attempts.pause(error)
+            with _settled(unknown):
+                pause = attempts.pause(error)
+                await greenlet_spawn(settle, error)
+            if isinstance(error, OutcomeUnknownError):
+                unknown = error
         await asyncio.sleep(pause)
+
+
+@contextmanager
+def _settled(unknown: OutcomeUnknownError | None) -> Iterator[None]:
+    """Say of the last attempt's error that an earlier outcome is unknown still, if it is.
+
+    That nothing was committed by the last attempt says nothing of the one before it, until the
+    record of the unit has been asked.
+    """
+    try:
+        yield
+    except OutcomeUnknownError:
+        raise
+    except Exception as error:
+        if unknown is None:
+            raise
+        raise unknown from error
 
 
 def _attempts(

@@ -125,9 +125,14 @@ class _Patient:
             raise StandbyNotWaitedForError("the wait for a standby was cancelled")
 
     def _failed(self, error: psycopg.Error, started: float) -> None:
-        """Tell the guard of an error, and close a connection that it was the last word of."""
+        """Tell the guard of an error, and close a connection that it was the last word of.
+
+        Also one that it came in the middle of a conversation on: whoever spoke on it next would
+        take the answers that are still to come for its own.
+        """
         self.guard.failed(error, SYSTEM.monotonic() - started)
-        if is_last_word(error):
+        is_half_said = self.pgconn.pipeline_status and not cast("Any", self)._pipeline
+        if is_half_said or is_last_word(error):
             self.pgconn.finish()
 
     def _bound(self) -> float:

@@ -7,8 +7,8 @@ cached rows keep the cache, as always. What a request that was under way at the 
 has still written is found by a second pass, `grace` seconds later; the note of the account goes
 last.
 
-Kept are: rows of `shardkit_operations`, answers of requests by Idempotency-Key, which nobody can
-find by person and which end within a day; bytes of needles that are deleted, until compaction.
+Kept are: rows of `shardkit_operations`, answers of requests which only who has the Idempotency-Key
+can read (`app.sealing`), for a day; bytes of needles that are deleted, until compaction.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from app.errors import AppError
 from app.ids import Id
 from app.leaving.endpoints import file_response
 from app.web.forms import Sent
-from app.web.pages import PagesDep, again, go
 from app.web.rendering import Pages
+from app.web.replies import PagesDep, again, go
 
 __all__ = ["router"]
 

@@ -3,7 +3,7 @@
 Each form that changes something carries a key, made when its page is rendered. It counts for the
 form as it was filled in: sent again, by a second click or a reload, it does nothing more and
 leads to where it led first; filled in anew on a page one went back to, it is another request.
-Called by `app.web.pages`.
+Called by all pages (`app.web.pages`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ fetches the style while the databases are read. The status is fixed by then; wha
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import hashlib
 import logging
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 from urllib.parse import quote
 
 from fastapi import Request
@@ -50,6 +51,7 @@ class Pages:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._unread = 0
         self._environment = Environment(
             loader=FileSystemLoader(FOLDER / "templates"),
             autoescape=True,
@@ -62,6 +64,12 @@ class Pages:
         version = hashlib.sha256(style).hexdigest()[:10]
         self._environment.globals["stylesheet"] = f"/static/style.css?v={version}"
         self._environment.globals["new_key"] = new_key
+
+    def telling(self, unread: int) -> Self:
+        """Return the templates with a head that tells how many notifications are unread."""
+        found = copy.copy(self)
+        found._unread = unread  # noqa: SLF001 - of this class
+        return found
 
     def whole(
         self,
@@ -83,7 +91,7 @@ class Pages:
             status: HTTP status.
             context: what the template needs.
         """
-        names = {"title": title, "viewer": viewer, "here": here, **context}
+        names = {**self._head(title, viewer, here), **context}
         text = "".join(self._render(part, names) for part in ("top.html", template, "bottom.html"))
         return HTMLResponse(text, status)
 
@@ -106,7 +114,7 @@ class Pages:
             here: the entry of the navigation that is current.
             first: a part whose data is known already, sent with the head.
         """
-        names: dict[str, Any] = {"title": title, "viewer": viewer, "here": here}
+        names = self._head(title, viewer, here)
 
         async def chunks() -> AsyncIterator[str]:
             head = self._render("top.html", names)
@@ -130,6 +138,9 @@ class Pages:
         )
         response.headers.update(problem.headers)
         return response
+
+    def _head(self, title: str, viewer: Viewer | None, here: str) -> dict[str, Any]:
+        return {"title": title, "viewer": viewer, "here": here, "unread": self._unread}
 
     def _broken(self, request: Request, error: Exception) -> str:
         request_id: str = request.state.request_id

@@ -67,8 +67,7 @@ def now(
         view, action = failover.plan(
             settings, topology, physical, to=to, is_planned=planned, accepts_loss=accept_loss
         )
-        _report({"physical": physical, "next": _plain(action),
-                 "servers": [asdict(node) for node in view.nodes]}, as_json=as_json)  # fmt: skip
+        _planned(physical, view, action, as_json=as_json)
         return
     done = failover.fail_over(
         settings, topology, physical, to=to, is_planned=planned, accepts_loss=accept_loss,
@@ -157,51 +156,49 @@ def _loaded(config: Path | None, names: Sequence[str]) -> tuple[Config, Topology
     return settings, topology
 
 
-def _plain(action: Any) -> dict[str, Any]:
-    return {"step": type(action).__name__, **asdict(action)}
-
-
 def _silent(_physical: str, _action: Any) -> None:
     """Say nothing: standard output is for one document."""
 
 
 def _tell(physical: str, action: Any) -> None:
-    found = _plain(action)
-    step = found.pop("step")
-    said = ", ".join(
-        " ".join(value) if isinstance(value, list | tuple) else str(value)
-        for value in found.values()
-        if value is not None
-    )
-    print(f"{physical}: {step.lower()}: {said}", flush=True)
+    from shardkit.ops.failover.words import words
+
+    print(f"{physical}: {words(action)}", flush=True)
 
 
 def _tell_json(physical: str, action: Any) -> None:
-    print(json.dumps({"physical": physical, **_plain(action)}), flush=True)
+    from shardkit.ops.failover.words import plain
+
+    print(json.dumps({"physical": physical, **plain(action)}), flush=True)
 
 
 def _done(done: Any, *, as_json: bool) -> None:
-    found = {
-        "physical": done.physical,
-        "primary": done.primary,
-        "steps": [_plain(action) for action in done.steps],
-    }
+    from shardkit.ops.failover.words import plain
+
     if as_json:
-        _report(found, as_json=True)
+        steps = [plain(action) for action in done.steps]
+        _print_json({"physical": done.physical, "primary": done.primary, "steps": steps})
     else:
         print(f"{done.physical}: {done.primary} is the primary")
 
 
-def _report(found: dict[str, Any], *, as_json: bool) -> None:
+def _planned(physical: str, view: Any, action: Any, *, as_json: bool) -> None:
+    from shardkit.ops.failover.words import plain, words
+
+    servers = [asdict(node) for node in view.nodes]
     if as_json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        _print_json({"physical": physical, "next": plain(action), "servers": servers})
         return
-    for server in found["servers"]:
+    for server in servers:
         role = (
             "no answer" if not server["answers"]
             else "standby" if server["in_recovery"]
             else "primary"
         )  # fmt: skip
         print(f"{server['name']}: {role}, timeline {server['timeline']}, at {server['position']}")
-    print(f"next: {found['next']}")
+    print(f"next: {words(action)}")
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    json.dump(found, sys.stdout, indent=2)
+    print()

@@ -133,7 +133,7 @@ def _options(directory: Path, given: dict[str, Any]) -> LocalOptions:
 
 def _up(directory: Path, options: LocalOptions, *, as_json: bool) -> None:
     """Run the cluster in the foreground until a signal asks for its end."""
-    from shardkit.local import LocalCluster, read_status
+    from shardkit.local import LocalCluster, read_status, watched
 
     cluster = LocalCluster(directory, options, is_supervised=True)
     with _signals_as_interrupt() as ignore_signals:
@@ -147,7 +147,8 @@ def _up(directory: Path, options: LocalOptions, *, as_json: bool) -> None:
                     typer.echo(f"{name} is not installed; going on without it")
                 typer.echo("running; Ctrl-C stops it")
             sys.stdout.flush()
-            _watch(cluster)
+            with watched(cluster, lambda step: typer.echo(step, err=True)):
+                _watch(cluster)
         except KeyboardInterrupt:
             typer.echo("stopping", err=True)
         finally:

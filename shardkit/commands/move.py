@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from shardkit.commands.output import console
 from shardkit.config import default_file, load, parse_ranges
 from shardkit.errors import ConfigurationError, RefusedError, ShardkitError
 from shardkit.ops import moves
-from shardkit.ops.moves import MovePlan, Options, Outcome, Script
+from shardkit.ops.moves import MovePlan, Options, Outcome, Report, Script
 from shardkit.topology import Topology
 
 __all__ = ["app"]
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 
 _DEFAULTS = Options()
+
+OnReport = Callable[[Report], None]
 
 ShardArgument = Annotated[int, typer.Argument(metavar="SHARD", help="Number of the logical shard.")]
 ShardsArgument = Annotated[
@@ -40,6 +42,14 @@ TargetArgument = Annotated[
 LockOption = Annotated[
     float,
     typer.Option(min=0.01, max=2, help="Seconds a fence queues for its locks; writers wait."),
+]
+NoticeOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Seconds at least from the first sign of a move to its fence: clients hear of it, "
+        "and connect to the target beforehand.",
+    ),
 ]
 LongOption = Annotated[
     float,
@@ -82,6 +92,7 @@ def start_command(
     ] = 1,
     lock_timeout: LockOption = _DEFAULTS.lock_timeout,
     long: LongOption = _DEFAULTS.long,
+    notice: NoticeOption = moves.NOTICE,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +108,11 @@ def start_command(
     topology, script = _script(config, migrations)
     with Moving(quiet=as_json) as moving:
         options = Options(
-            lock_timeout=lock_timeout, long=long, is_held=hold, on_report=moving.on_report
+            lock_timeout=lock_timeout,
+            long=long,
+            notice=notice,
+            is_held=hold,
+            on_report=moving.on_report,
         )
         found = moves.move_many(
             topology,
@@ -127,13 +142,12 @@ def resume_command(
 ) -> None:
     """Go on with a move, or an abort, whose mover died or was stopped."""
     topology, script = _script(config, migrations)
-    if dry_run:
-        _shown(topology, shard, as_json=as_json)
-        return
-    with Moving(quiet=as_json) as moving:
-        options = Options(lock_timeout=lock_timeout, is_held=hold, on_report=moving.on_report)
-        found = moves.resume(topology, shard, script=script, options=options)
-    _ended([found], as_json=as_json)
+
+    def one(number: int, on_report: OnReport) -> Outcome:
+        options = Options(lock_timeout=lock_timeout, is_held=hold, on_report=on_report)
+        return moves.resume(topology, number, script=script, options=options)
+
+    _each(topology, [shard], one, dry_run=dry_run, as_json=as_json)
 
 
 @app.command("cutover")
@@ -168,12 +182,11 @@ def abort_command(
 ) -> None:
     """Give a move up that has not handed over: nothing is left on the target."""
     _, topology = load(config or default_file())
-    if dry_run:
-        _shown(topology, shard, as_json=as_json)
-        return
-    with Moving(quiet=as_json) as moving:
-        found = moves.abort(topology, shard, options=Options(on_report=moving.on_report))
-    _ended([found], as_json=as_json)
+
+    def one(number: int, on_report: OnReport) -> Outcome:
+        return moves.abort(topology, number, options=Options(on_report=on_report))
+
+    _each(topology, [shard], one, dry_run=dry_run, as_json=as_json)
 
 
 @app.command("rollback")
@@ -187,13 +200,12 @@ def rollback_command(
 ) -> None:
     """Move a logical shard back, without copying: the old copy was kept current."""
     _, topology = load(config or default_file())
-    if dry_run:
-        _shown(topology, shard, as_json=as_json)
-        return
-    with Moving(quiet=as_json) as moving:
-        options = Options(lock_timeout=lock_timeout, on_report=moving.on_report)
-        found = moves.rollback(topology, shard, options=options)
-    _ended([found], as_json=as_json)
+
+    def one(number: int, on_report: OnReport) -> Outcome:
+        options = Options(lock_timeout=lock_timeout, on_report=on_report)
+        return moves.rollback(topology, number, options=options)
+
+    _each(topology, [shard], one, dry_run=dry_run, as_json=as_json)
 
 
 @app.command("clean")
@@ -206,21 +218,11 @@ def clean_command(
 ) -> None:
     """Drop the old copy of logical shards that were moved; there is no way back then."""
     _, topology = load(config or default_file())
-    numbers = _numbers(shards)
-    if dry_run:
-        for number in numbers:
-            _shown(topology, number, as_json=as_json)
-        return
-    found: list[Outcome | ShardkitError] = []
-    with Moving(quiet=as_json) as moving:
-        for number in numbers:
-            try:
-                found.append(
-                    moves.clean(topology, number, options=Options(on_report=moving.on_report))
-                )
-            except ShardkitError as error:
-                found.append(error)
-    _ended(found, as_json=as_json)
+
+    def one(number: int, on_report: OnReport) -> Outcome:
+        return moves.clean(topology, number, options=Options(on_report=on_report))
+
+    _each(topology, _numbers(shards), one, dry_run=dry_run, as_json=as_json)
 
 
 @app.command("verify")
@@ -250,6 +252,29 @@ def status_command(config: ConfigOption = None, *, as_json: JsonOption = False) 
         console().print(status_table(known))
         for name, why in silent.items():
             print(f"{name} does not answer: {why}")
+
+
+def _each(
+    topology: Topology,
+    numbers: Sequence[int],
+    one: Callable[[int, OnReport], Outcome],
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Do something about moves that were begun, or show them; one that fails stops no other."""
+    if dry_run:
+        for number in numbers:
+            _shown(topology, number, as_json=as_json)
+        return
+    found: list[Outcome | ShardkitError] = []
+    with Moving(quiet=as_json) as moving:
+        for number in numbers:
+            try:
+                found.append(one(number, moving.on_report))
+            except ShardkitError as error:
+                found.append(error)
+    _ended(found, as_json=as_json)
 
 
 def _numbers(text: str) -> list[int]:

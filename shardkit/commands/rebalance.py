@@ -142,7 +142,7 @@ def apply_command(
     """
     from shardkit.commands.migrate import inputs
     from shardkit.commands.moving import Moving
-    from shardkit.ops.moves import Options, revised
+    from shardkit.ops.moves import NOTICE, Options, revised
     from shardkit.ops.rebalance import planfile
     from shardkit.ops.rebalance.apply import apply, left_of
 
@@ -158,7 +158,7 @@ def apply_command(
             topology,
             left,
             script=revised(revisions),
-            options=Options(on_report=moving.on_report),
+            options=Options(notice=NOTICE, on_report=moving.on_report),
             at_once=at_once,
             per_server=per_server,
             cleans=cleans,

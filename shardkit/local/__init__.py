@@ -8,6 +8,7 @@ from shardkit.local.journal import LocalProgress
 from shardkit.local.options import LocalOptions
 from shardkit.local.server import LocalServer, ServerKind, ServerStatus, log_tail
 from shardkit.local.status import LocalStatus, read_status, stop_cluster
+from shardkit.local.watching import watched
 
 __all__ = [
     "LocalCluster",
@@ -21,4 +22,5 @@ __all__ = [
     "log_tail",
     "read_status",
     "stop_cluster",
+    "watched",
 ]

@@ -243,7 +243,9 @@ class LocalCluster:
     def rejoin_server(self, name: str, primary: str) -> None:
         """Make a stopped PostgreSQL server a replica of a primary, and start it.
 
-        By pg_rewind, which copies what differs; where that cannot, by a new copy of everything.
+        By pg_rewind, which copies what differs; where that cannot, by a new copy of everything. A
+        replica that has crashed is started as it is, and recovers as a replica; if it cannot follow
+        then, it runs and can be rewound.
 
         Raises:
             LocalServerError: the copy failed, or the server did not start.
@@ -252,16 +254,16 @@ class LocalCluster:
         server.stop()
         for other in self._running().members(leader.physical or ""):
             other.primary = None if other is leader else leader
-        is_rewound = server.rewind(leader)
-        if not is_rewound:
+        is_kept = server.is_crashed_replica or server.rewind(leader)
+        if not is_kept:
             server.clone(leader)
         server.become_replica()
         try:
             self.start_server(name)
         except LocalServerError:
-            if not is_rewound:
+            if not is_kept:
                 raise
-            # What was rewound may ask for log that its new primary has no more.
+            # What was kept may ask for log that its new primary has no more.
             server.stop()
             server.clone(leader)
             server.become_replica()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,9 @@ class PostgresServer(ServerProcess):
     def rewind(self, primary: PostgresServer) -> bool:
         """Make a stopped server what a copy of a running primary would be; tell whether it is.
 
-        What only this server has is lost; nothing else is copied.
+        What only this server has is lost; nothing else is copied. Not for replicas that have
+        crashed: pg_rewind recovers by itself what has crashed, as a primary does, and the line
+        that this adds to the log is on the same timeline and found by nobody.
         """
         self._write_settings(None)
         # A crash is recovered from by a server that speaks to nobody, which cannot be a standby.
@@ -149,6 +152,9 @@ class PostgresServer(ServerProcess):
             )
         except LocalServerError:
             return False
+        # pg_rewind leaves these; on a replica nobody would drop them, and they hold back the log.
+        for slot in (self.folder / "pg_replslot").iterdir():
+            shutil.rmtree(slot)
         return True
 
     def create_roles(self, passwords: Mapping[str, str]) -> None:
@@ -214,6 +220,15 @@ class PostgresServer(ServerProcess):
 
     def timeline(self) -> int:
         """Return the timeline of a stopped server; it grows by one at each promotion."""
+        return int(self._told_of("Latest checkpoint's TimeLineID") or 0)
+
+    @property
+    def is_crashed_replica(self) -> bool:
+        """Whether a stopped server was a replica, and did not stop in good order."""
+        return self._told_of("Database cluster state") == "in archive recovery"
+
+    def _told_of(self, what: str) -> str | None:
+        """Return what the control file of a stopped server says."""
         answer = subprocess.run(
             [self.program.tool("pg_controldata"), str(self.folder)],
             capture_output=True,
@@ -221,8 +236,8 @@ class PostgresServer(ServerProcess):
             check=False,
             env=dict(child_environment()),
         )
-        found = re.search(r"Latest checkpoint's TimeLineID:\s+(\d+)", answer.stdout)
-        return int(found[1]) if found else 0
+        found = re.search(rf"^{what}:\s+(.*)$", answer.stdout, re.MULTILINE)
+        return found[1] if found else None
 
     @property
     def _settings_file(self) -> Path:

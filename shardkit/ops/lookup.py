@@ -256,8 +256,7 @@ class _Scan:
 
     def _still(self, shard: int, rows: Mapping[int, Value]) -> dict[int, Value]:
         """Return those rows that have their values now."""
-        physical = self._servers.physical_of(shard)
-        with self._servers.borrow(physical, waits=False) as connection:
+        with self._servers.borrow(shard, waits=False) as connection:
             return {
                 row_id: value
                 for row_id, value in rows.items()
@@ -346,6 +345,5 @@ class _Scan:
             report.n_busy += 1
 
     def _ask(self, shard: int, query: str, parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:
-        physical = self._servers.physical_of(shard)
-        with self._servers.borrow(physical, waits=False) as connection:
+        with self._servers.borrow(shard, waits=False) as connection:
             return connection.exec_driver_sql(query, parameters).all()

@@ -19,15 +19,15 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
-from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Dialect
 
 from shardkit.errors import ConfigurationError, MigrationError
 from shardkit.ops.safety import Finding, check, examine, rules
+
+if TYPE_CHECKING:  # Alembic takes long to import, and most commands read no revision
+    from alembic.script import Script
 
 __all__ = ["Revision", "load", "locate"]
 
@@ -120,6 +120,8 @@ def load(folder: Path, *, undo: Collection[str] = ()) -> tuple[Revision, ...]:
         MigrationError: a revision cannot be loaded or rendered, has several heads, or contains
             a statement `shardkit.ops.safety` refuses; the revision is named.
     """
+    from alembic.script import ScriptDirectory  # noqa: PLC0415  see above
+
     versions = folder / "versions"
     script = ScriptDirectory(
         str(folder), version_locations=[str(versions if versions.is_dir() else folder)]
@@ -198,6 +200,9 @@ def _render(script: Script, *, is_undone: bool = False) -> Revision:
 
 def _emitted(script: Script, function: str) -> list[str]:
     """Return what upgrade() or downgrade() emits, every promise of the runner kept."""
+    from alembic.operations import Operations  # noqa: PLC0415  see above
+    from alembic.runtime.migration import MigrationContext  # noqa: PLC0415
+
     statements: list[str] = []
     context = MigrationContext.configure(
         dialect_name="postgresql",

@@ -6,26 +6,30 @@ import asyncio
 import datetime as dt
 import io
 import json
+import random
 import re
+import secrets
 import socket
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-import psycopg
 import pytest
 import redis
 from sqlalchemy import BigInteger, delete
 
 from app.accounts.models import LoginSession, User
+from app.feed.ranking.ads import add
 from app.feed.timelines import Timelines
 from app.leaving.erasure import Eraser
 from app.leaving.models import ACCOUNT_DELETED
 from app.leaving.traces import OTHERS, PEOPLE, traces
 from app.photos.opening import open_blobs
+from app.photos.store.compaction import compact, stats
 from app.repair import KINDS, run
 from app.tables import Base
 from app.workers import relay_of
@@ -35,16 +39,14 @@ from shardkit.local import LocalCluster
 from shardkit.outbox import Event
 from shardkit.testing import wait_until
 from tests.fixtures import pictures
-from tests.fixtures.blobs import keys_in
+from tests.fixtures.blobs import VARIANTS, keys_in
 from tests.fixtures.service import PASSWORD, Person, Service
+from tests.fixtures.stores import Stores
 
 pytestmark = pytest.mark.integration
 
 Join = Callable[[str], Person]
 PATIENCE = 60.0
-
-PASSING = {"shardkit_operations", "shardkit_effects"}
-"""Kept for a day and by no person's id: answers by Idempotency-Key, numbers of events."""
 
 
 def test_every_column_of_numbers_is_known_to_be_a_person_or_not() -> None:
@@ -68,65 +70,139 @@ class Life:
         person: who.
         mark: a word that is in every text of theirs and nowhere else.
         photos: theirs, by id.
+        stories: theirs, by id.
         blobs: keys of their pictures.
+        middles: bytes out of the middles of those.
     """
 
     person: Person
     mark: str
     photos: list[str]
+    stories: list[str]
     blobs: set[str]
+    middles: set[bytes]
 
 
-def lived(join: Join, service: Service, friends: list[Person]) -> Life:
+def keyed() -> dict[str, str]:
+    """Have the answer noted, as careful clients do."""
+    return {"idempotency-key": secrets.token_urlsafe(16)}
+
+
+def posted(person: Person, path: str, verb: str = "POST", **sent: Any) -> Any:
+    """Have somebody do something; return what the answer says."""
+    answer = person.http.request(verb, f"/api/v1{path}", headers=keyed(), **sent)
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
+
+
+def picture(caption: str, width: int = 64) -> dict[str, Any]:
+    """Return an upload; pictures of one width have the same bytes."""
+    return {"files": {"file": ("a.jpg", pictures.jpeg(width, 64))}, "data": {"caption": caption}}
+
+
+def lived(join: Join, service: Service, friends: list[Person], cluster: Cluster) -> Life:
     """Have somebody use everything, with people of several shards."""
     mark = f"zq{uuid.uuid4().hex[:12]}"
     me = join(mark)
+    word = f"#{mark} @{friends[0].username}"
     before = keys_in(service)
-    photos = [me.upload(pictures.jpeg(64, 64), f"{mark} {n}").json()["id"] for n in range(1)]
+    widths = random.sample(range(100, 1000), 3)
+    photos = [posted(me, "/photos", **picture(word, widths[0]))["id"]]
+    later = me.http.post(
+        "/api/v1/photos",
+        headers={**keyed(), "prefer": "respond-async"},
+        **picture(mark, widths[1]),
+    )
+    assert later.status_code == 202
+    here = f"/api/v1/uploads/{later.json()['id']}"
+    wait_until(lambda: me.http.get(here).json()["state"] == "done", PATIENCE, "it is stored")
+    photos.append(me.http.get(here).json()["photo_id"])
+    stories = [posted(me, "/stories", **picture(mark, widths[2]))["id"]]
     blobs = keys_in(service) - before
-    me.http.patch("/api/v1/me", json={"bio": mark, "display_name": mark}).raise_for_status()
+    posted(me, "/me", "PATCH", json={"bio": mark, "display_name": mark})
+    assert add(cluster, int(photos[0]), bid=1.0, days=1, now=dt.datetime.now(dt.UTC))
     for friend in friends:
-        theirs = friend.upload(pictures.jpeg(64, 64), "theirs").json()["id"]
-        for http, name in ((me.http, friend.username), (friend.http, me.username)):
-            http.put(f"/api/v1/users/{name}/follow").raise_for_status()
-        for http, photo in ((me.http, theirs), (friend.http, photos[0])):
-            http.put(f"/api/v1/photos/{photo}/like").raise_for_status()
-            http.post(f"/api/v1/photos/{photo}/comments", json={"body": mark}).raise_for_status()
+        theirs = posted(friend, "/photos", **picture("theirs"))["id"]
+        told = posted(friend, "/stories", **picture("theirs"))["id"]
+        both = ((me, friend, theirs, told), (friend, me, photos[0], stories[0]))
+        for who, whom, photo, story in both:
+            posted(who, f"/users/{whom.username}/follow", "PUT")
+            for path in (
+                f"/photos/{photo}/like",
+                f"/photos/{photo}/save",
+                f"/stories/{story}/view",
+            ):
+                posted(who, path, "PUT")
+            body = {"body": f"#{mark} @{whom.username}"}
+            said = posted(who, f"/photos/{photo}/comments", json=body)["id"]
+            answer = {"body": mark, "parent_id": said}
+            posted(whom, f"/photos/{photo}/comments", json=answer)
         friend.http.get("/api/v1/feed").raise_for_status()  # builds a timeline
     me.http.get("/api/v1/feed").raise_for_status()
-    me.http.put(f"/api/v1/users/{friends[0].username}/block").raise_for_status()
-    friends[1].http.put(f"/api/v1/users/{me.username}/block").raise_for_status()
-    export = me.http.post("/api/v1/me/exports")
-    assert (export.status_code, export.json()["state"]) == (202, "working")
-    return Life(me, mark, photos, blobs)
+    posted(me, f"/users/{friends[0].username}/block", "PUT")
+    posted(friends[1], f"/users/{me.username}/block", "PUT")
+    export = posted(me, "/me/exports")
+    assert export["state"] == "working"
+    return Life(me, mark, photos, stories, blobs, asyncio.run(middles(blobs, service)))
+
+
+async def middles(keys: set[str], service: Service) -> set[bytes]:
+    """Return some bytes out of the middle of each file of pictures."""
+    blobs = open_blobs(service.settings)
+    try:
+        files = [await blobs.get(key, name) for key in keys for name in VARIANTS]
+    finally:
+        await blobs.close()
+    assert all(files)
+    return {data[len(data) // 2 :][:48] for data in files if data}
+
+
+def on_disk(life: Life, service: Service) -> bool:
+    """Tell whether bytes of pictures are in any file of the store."""
+    files = [path for path in service.settings.media_folder.rglob("*") if path.is_file()]
+    assert files
+    return any(middle in path.read_bytes() for path in files for middle in life.middles)
+
+
+def compacted(service: Service, friend: Person) -> None:
+    """Give back the bytes of all deleted needles, beside the service that writes others."""
+    root = service.settings.media_folder
+
+    def is_done(volume: int) -> bool:
+        if compact(root, volume) is not None:
+            return True
+        posted(friend, "/photos", **picture(""))  # the service goes on in another volume
+        return False
+
+    for each in stats(root):
+        if each.dead_bytes:
+            wait_until(partial(is_done, each.volume), PATIENCE, "a volume is compacted")
+
+
+def hits(friend: Person, mark: str) -> list[Any]:
+    """Search for everything there is by a word; answers of before are known for a while."""
+    found = []
+    for text in (mark, f"#{mark}", mark[:-1]):
+        page = friend.http.get("/api/v1/search", params={"q": text}).raise_for_status().json()
+        found += [each for each in (*page["people"], *page["tags"]) if mark in str(each)]
+    return found
 
 
 def found_of(life: Life, local: LocalCluster, service: Service) -> list[str]:
     """Look through every store for somebody; return where they were found."""
-    found = [*in_tables(life, local), *in_redis(life, local), *in_memcached(life, local)]
+    found = [*in_tables(life, local, service), *in_redis(life, local), *in_memcached(life, local)]
     found += [f"picture {key}" for key in asyncio.run(readable(life, service))]
     folder = service.settings.exports_folder
     found += [f"file {path.name}" for path in folder.glob("*.zip") if says(path, life.mark)]
     return found
 
 
-def in_tables(life: Life, local: LocalCluster) -> Iterator[str]:
+def in_tables(life: Life, local: LocalCluster, service: Service) -> Iterator[str]:
     """Find rows of all tables of all logical shards by the id, ids of photos, and the mark."""
-    ids = {life.person.id, *life.photos}
-    for name in {server.physical for server in local.servers if server.physical}:
-        dsn = local.superuser_dsn(local.primary(name).name, "shardkit")
-        with psycopg.connect(dsn) as connection:
-            tables = connection.execute(
-                "SELECT schemaname, tablename FROM pg_tables WHERE schemaname LIKE 'shard%'"
-            ).fetchall()
-            assert len(tables) > 30
-            for schema, table in tables:
-                if table in PASSING:
-                    continue
-                rows = connection.execute(f'SELECT to_jsonb(t)::text FROM "{schema}"."{table}" t')
-                for (row,) in rows:
-                    if life.mark in row or ids.intersection(re.findall(r"\d+", row)):
-                        yield f"{schema}.{table}: {row[:200]}"
+    ids = {life.person.id, *life.photos, *life.stories}
+    for table, row in Stores(local, service.settings).rows():
+        if life.mark in row or ids.intersection(re.findall(r"\d+", row)):
+            yield f"{table}: {row[:200]}"
 
 
 def in_redis(life: Life, local: LocalCluster) -> Iterator[str]:
@@ -225,8 +301,10 @@ def check_export(life: Life, friends: list[Person]) -> None:
         shown = {name for name in archive.namelist() if name.startswith("pictures/")}
     assert [row["id"] for row in tables["users"]] == [life.person.id]
     assert {row["id"] for row in tables["photos"]} == set(life.photos)
-    assert shown == {f"pictures/{photo}.jpg" for photo in life.photos}
-    assert (len(tables["likes"]), len(tables["comments"])) == (len(friends), len(friends))
+    assert shown == {f"pictures/{each}.jpg" for each in (*life.photos, *life.stories)}
+    n = len(friends)
+    assert (len(tables["likes"]), len(tables["comments"])) == (n, 2 * n)
+    assert (len(tables["saves"]), len(tables["stories"])) == (n, 1)
     assert {row["id1"] for row in tables["assocs"]} == {life.person.id}, "not who blocks them"
     for secret in ("password_hash", "token_hash", "argon2"):
         assert secret not in json.dumps(tables)
@@ -243,12 +321,15 @@ def mended(app_cluster: LocalCluster) -> None:
 def test_who_leaves_takes_everything_along_and_leaves_nothing(
     join: Join, service: Service, app_cluster: LocalCluster, friends: list[Person]
 ) -> None:
-    life = lived(join, service, friends)
+    with Cluster.from_file(app_cluster.config_path) as cluster:
+        life = lived(join, service, friends, cluster)
     me = life.person
     check_export(life, friends)
+    assert on_disk(life, service)
+    wait_until(lambda: len(hits(friends[0], life.mark)) > 1, PATIENCE, "people and tags are found")
     where = found_of(life, app_cluster, service)
-    for store in ("users", "photos", "likes", "comments", "assocs", "picture", "file", "redis"):
-        assert any(store in each for each in where), f"the scan finds {store}"
+    for store in ({*Base.metadata.tables} - {"erasures"}) | {"picture", "file", "redis"}:
+        assert any(each.startswith(store) for each in where), f"{store}: of a life, there is some"
 
     wrong = me.http.post("/api/v1/me/deletion", json={"password": "not this one"})
     assert wrong.status_code == 403
@@ -263,8 +344,11 @@ def test_who_leaves_takes_everything_along_and_leaves_nothing(
         lambda: friends[0].http.get(status).json()["state"] == "done", PATIENCE, "it is removed"
     )
     nothing_is_left(life, app_cluster, service)
+    wait_until(lambda: not hits(friends[0], life.mark), PATIENCE, "nothing is found")
+    compacted(service, friends[0])
+    assert not on_disk(life, service)
     for friend in friends:
-        (theirs,) = friend.http.get(f"/api/v1/users/{friend.username}/photos").json()["items"]
+        *_, theirs = friend.http.get(f"/api/v1/users/{friend.username}/photos").json()["items"]
         assert (theirs["like_count"], theirs["comment_count"]) == (0, 0), "theirs is still there"
     with Cluster.from_file(app_cluster.config_path) as cluster:
         relay_of(cluster).drain()
@@ -283,9 +367,9 @@ def test_a_worker_may_die_at_every_step(
     join: Join, service: Service, app_cluster: LocalCluster, friends: list[Person]
 ) -> None:
     """Each attempt is killed at the first step of a kind that none was killed at; the last ends."""
-    life = lived(join, service, friends)
-    me = life.person
     with Cluster.from_file(app_cluster.config_path) as cluster:
+        life = lived(join, service, friends, cluster)
+        me = life.person
         timelines = Timelines(cluster.services["redis"])
         with cluster.writer() as session:  # the account ends, and no relay hears of it
             session.delete(session.get_one(User, int(me.id)))

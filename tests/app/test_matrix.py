@@ -18,7 +18,6 @@ import pytest
 from fastapi.routing import APIRoute
 
 import app.legacy.endpoints
-import app.web.account
 import app.web.pages
 from app.photos.endpoints import media
 from shardkit import ids
@@ -337,7 +336,7 @@ def test_every_route_by_everybody_in_every_state(world: World) -> None:
 
 def test_pages_that_change_something_are_for_who_is_logged_in(service: Service) -> None:
     open_to_all = {"/login", "/signup", "/logout"}
-    routers = [app.web.pages.router, app.web.account.router, app.legacy.endpoints.router, media]
+    routers = [*app.web.pages.ROUTERS, app.legacy.endpoints.router, media]
     routes = [each for router in routers for each in router.routes if isinstance(each, APIRoute)]
     assert len(routes) > 30
     n = 0

@@ -35,7 +35,7 @@ from shardkit.errors import (
 from shardkit.local import LocalCluster, LocalHost, ServerStatus
 from shardkit.local.processes import send
 from shardkit.ops.failover import adopt, fail_over, watch
-from shardkit.ops.failover.machine import Action, Promote, Rest
+from shardkit.ops.failover.machine import Action, Promote, Rejoin, Rest
 from shardkit.testing import create_tables, wait_until
 from shardkit.topology import Topology, libpq_options
 from shardkit.writer import WriteSession
@@ -244,6 +244,36 @@ def test_a_watcher_outlives_a_host_that_fails(site: Site) -> None:
         site.local.kill_server(before)
         wait_until(lambda: bool(host.stumbles) and site.is_well(), PATIENCE, "every server is well")
     assert site.ask(before, "SELECT pg_is_in_recovery()"), "the old one is a standby all the same"
+
+
+def test_a_replica_that_crashed_comes_back_as_it_is(site: Site) -> None:
+    """pg_rewind would recover it as a primary, and so put a line of its own into its log."""
+    primary = site.primary()
+    replica = next(n for n in ("alpha_0", "alpha_1", "alpha_2") if n != primary)
+    site.ask(primary, "SELECT pg_switch_wal()")
+    site.local.kill_server(replica)
+    mark = site.local.config_path.parent / "data" / replica / "mark"
+    mark.touch()
+    site.local.rejoin_server(replica, primary)
+    streams = f"SELECT count(*) FROM pg_stat_replication WHERE application_name = '{replica}'"
+    wait_until(lambda: site.ask(primary, streams) == 1, PATIENCE, "it follows")
+    assert mark.exists(), "it was copied anew"
+    mark.unlink()
+
+
+def test_an_old_primary_comes_back_without_its_slots(site: Site) -> None:
+    """Nobody would drop them on a standby, and they hold the log back for ever."""
+    before = site.primary()
+    site.ask(before, "SELECT pg_create_logical_replication_slot('of_a_move', 'pgoutput')")
+    with site.watched():
+        site.local.kill_server(before)
+        wait_until(
+            lambda: any(isinstance(a, Rejoin) for a in site.actions) and site.is_well(),
+            PATIENCE,
+            "every server is well",
+        )
+    assert site.ask(before, "SELECT pg_is_in_recovery()")
+    assert site.ask(before, "SELECT count(*) FROM pg_replication_slots") == 0
 
 
 def test_a_frozen_primary_that_thaws_after_a_promotion_acknowledges_nothing(site: Site) -> None:

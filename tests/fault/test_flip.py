@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -361,6 +362,49 @@ def test_unique_names_stay_unique_across_a_flip(pair: Pair) -> None:
         assert not twice
         with cluster.writer() as session:
             assert all(session.get_by(Account, name=name) is not None for name in taken)
+
+
+def _add(account: Account, session: Any) -> None:
+    session.add(account)
+
+
+def test_a_name_is_asked_for_where_a_hand_over_takes_its_time(pair: Pair) -> None:
+    """Who has it is on a logical shard that is not open yet, and no session's own."""
+    found: list[BaseException] = []
+    with pair.cluster() as cluster, deadline(60.0):
+        holders = {}
+        for n in range(8 * SHARDS):
+            account = Account(name=f"held {n}", email=None)
+            cluster.run(partial(_add, account))
+            holders[ids.shard_of(account.id)] = account.name
+        elsewhere = new_id(1)
+        mover = pair.mover(2)
+        mover.prepare()
+        mover.fence()
+        mover.copy()
+        mover.decide()
+
+        def claim() -> None:
+            try:
+                with deadline(60.0):
+                    again = {"id": elsewhere, "name": holders[2], "email": None}
+                    cluster.run(lambda session: session.add(Account(**again)))
+            except Exception as error:  # noqa: BLE001  looked at below
+                found.append(error)
+
+        thread = threading.Thread(target=claim)
+        thread.start()
+        asked: set[float] = set()
+
+        def has_waited() -> bool:
+            asked.add(cluster.connections.held.heard_at[pair.owners[2]])
+            return len(asked) > 40 or not thread.is_alive()
+
+        wait_until(has_waited, 60.0, "it is asked again and again whether it is open")
+        mover.activate()
+        thread.join()
+        mover.close()
+    assert [type(error) for error in found] == [UniqueViolationError]
 
 
 def test_a_fence_whose_mover_died_is_lifted_by_who_waits_for_it(pair: Pair) -> None:

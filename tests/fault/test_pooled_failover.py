@@ -11,7 +11,7 @@ import pytest
 from shardkit import Cluster, deadline, ids
 from shardkit.config import FailoverConfig, load
 from shardkit.errors import ShardkitError
-from shardkit.local import LocalCluster, LocalHost
+from shardkit.local import LocalCluster, LocalHost, watched
 from shardkit.local.account import server_account
 from shardkit.local.binaries import find_service
 from shardkit.ops.failover import fail_over
@@ -65,6 +65,26 @@ def test_a_pooler_that_goes_back_to_the_old_primary_gets_no_writes(local: LocalC
     assert _names(local, new)[-1] == "user 6"
 
 
+def test_an_embedded_cluster_replaces_its_primaries_by_itself(local: LocalCluster) -> None:
+    _, topology = load(local.config_path)
+    create_tables(topology, Base.metadata)
+    said: list[str] = []
+    with Cluster(topology) as cluster, watched(local, said.append):
+        write = partial(_write, cluster)
+        write(1)
+        # In mode async nothing else says that a standby has it; what it has not is lost.
+        for standby in ("alpha_1", "alpha_2"):
+            wait_until(partial(_has, local, standby, "user 1"), PATIENCE, "it has replicated")
+        local.kill_server("alpha_0")
+        wait_until(lambda: any("promote:" in line for line in said), PATIENCE, "one is promoted")
+        wait_until(partial(_succeeds, partial(write, 2)), PATIENCE, "poolers lead to it")
+        wait_until(partial(_has, local, "alpha_0", "user 2"), PATIENCE, "it is back, and follows")
+        assert _names(local, local.primary("alpha").name) == ["user 1", "user 2"]
+    assert [line for line in said if "promote" in line] == [
+        f"alpha: promote: 127.0.0.1:{local.primary('alpha').port}"
+    ]
+
+
 def _write(cluster: Cluster, number: int, *, alone: bool = False) -> None:
     """Write one user; alone as a commit that is one INSERT."""
     user = User(id=ids.compose(number, 1, 0), name=f"user {number}")
@@ -93,6 +113,13 @@ def _names(local: LocalCluster, server: str) -> list[str]:
     with psycopg.connect(local.superuser_dsn(server)) as superuser:
         rows = superuser.execute("SELECT name FROM shard_0001.users ORDER BY name").fetchall()
     return [name for (name,) in rows]
+
+
+def _has(local: LocalCluster, server: str, name: str) -> bool:
+    try:
+        return name in _names(local, server)
+    except psycopg.Error:
+        return False
 
 
 def _leads_to(local: LocalCluster, server: str) -> bool:

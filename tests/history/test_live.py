@@ -9,7 +9,7 @@ import pytest
 
 from tests.fixtures.folders import in_reach
 from tests.history.live import bites
-from tests.history.live.movers import RealMover
+from tests.history.live.movers import movers
 from tests.history.live.run import Result, run
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
@@ -32,7 +32,7 @@ def result(
         seconds=12.0,
         calm=5.0,
         seed=1,
-        moves=RealMover,
+        moves=movers(1),
         deadline=60.0,
         nemesis={"pause": 0.5},
     )
@@ -40,6 +40,7 @@ def result(
 
 def test_nothing_is_found_while_servers_move_and_fail(result: Result) -> None:
     assert not result.violations, "\n".join([*result.lines, f"seed {1}"])
+    assert result.broken is None
 
 
 @pytest.mark.slow

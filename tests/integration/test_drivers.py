@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import generators
 from psycopg.pq import Trace
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
@@ -182,6 +184,26 @@ def test_a_flush_before_the_commit_can_still_be_undone(cluster: Cluster, user: U
         session.flush()
         session.rollback()
         assert not session.scalars(select(Photo).where(Photo.owner_id == user.id)).all()
+
+
+def test_what_fails_in_the_middle_of_a_conversation_is_not_talked_on(
+    cluster: Cluster, user: User
+) -> None:
+    """Whoever came next would take the answers that are still to come for its own."""
+    driver = driver_of(cluster, ids.shard_of(user.id))
+
+    def half() -> Iterator[Any]:
+        driver.pgconn.enter_pipeline_mode()
+        driver.pgconn.send_query_params(b"BEGIN", None)
+        yield from generators.send(driver.pgconn)
+        raise psycopg.OperationalError("there is no more of it")
+
+    with pytest.raises(psycopg.OperationalError, match="no more of it"):
+        driver.wait(half())
+    assert driver.closed
+    with cluster.writer() as session:
+        assert session.scalars(select(User.name).where(User.id == user.id)).one() == "ana"
+        session.commit()
 
 
 def test_the_next_transaction_of_a_session_is_whole_again(cluster: Cluster, user: User) -> None:

@@ -6,14 +6,24 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import errors as pg
+from psycopg import sql
 
 from shardkit.errors import RefusedError, TryAgainError
-from shardkit.ops.moves.transactions import change, now, promote, row_of, writers
+from shardkit.ops.moves.transactions import (
+    Changed,
+    Seen,
+    change,
+    now,
+    promote,
+    row_of,
+    writers,
+)
 from shardkit.ops.moves.transitions import Claim, Decide, Fence, Lift, Move, Release, Row
 from shardkit.ownership import State
 from shardkit.testing import wait_until
@@ -152,6 +162,55 @@ def test_twelve_writers_commit_nothing_after_the_fence_has_returned(source: Sour
     assert source.row.state is State.FENCED
     assert at_once >= 36
     assert source.count() == at_once
+
+
+def test_what_is_as_it_was_seen_takes_one_round_trip_and_else_the_server_has_the_say(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_sent = 0
+    execute = source.owner.execute
+
+    def counted(*given: Any) -> Any:
+        nonlocal n_sent
+        n_sent += 1
+        return execute(*given)
+
+    def fence(seen: Seen) -> Changed:
+        return change(
+            source.owner,
+            SHARD,
+            lambda at, timeline: Fence(source.move, "beta", at, timeline),
+            roles=(source.role,),
+            seen=seen,
+            then=sql.SQL("SELECT state, 'after' FROM shardkit.ownership WHERE logical_shard = {}")
+            .format(SHARD),
+        )  # fmt: skip
+
+    at, timeline = now(source.owner)
+    active = source.row
+    monkeypatch.setattr(source.owner, "execute", counted)
+    fenced = fence(Seen(active, at, timeline))
+    assert n_sent == 1
+    monkeypatch.undo()
+    assert fenced.found == ("fenced", "after"), "it was asked when all was committed"
+    assert fenced.state is not None
+    assert fenced.row == source.row
+    with source.app() as app, pytest.raises(pg.InsufficientPrivilege):
+        app.execute(INSERT, (1,))
+    source.lift()
+
+    # Another row, and another timeline, than was seen: decided by what the server says.
+    for seen in (Seen(replace(active, epoch=99), at, timeline), Seen(active, at, timeline + 1)):
+        assert fence(seen).row.fence_timeline == timeline
+        assert source.row == replace(
+            active, state=State.FENCED, moved_to="beta", fence_timeline=timeline,
+            fenced_at=source.row.fenced_at,
+        )  # fmt: skip
+        source.lift()
+    other = replace(source.move, attempt=7)
+    with pytest.raises(RefusedError, match="has not claimed it"):
+        change(source.owner, SHARD, Claim(other), seen=Seen(active))
+    assert source.row == active
 
 
 def test_what_waits_for_the_fence_is_refused(source: Source) -> None:

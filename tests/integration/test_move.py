@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from shardkit import AsyncCluster
 from shardkit.errors import (
+    EndpointUnavailableError,
     InvalidShardKeyError,
     MoveError,
     RefusedError,
@@ -22,12 +26,14 @@ from shardkit.errors import (
 )
 from shardkit.local.account import server_account
 from shardkit.ops import moves
+from shardkit.ops.moves import driver, entries
 from shardkit.ops.moves.machine import FORWARD, Goal, Step
+from shardkit.ops.moves.transitions import Move
 from shardkit.testing import wait_until
 from shardkit.topology import schema_name
 from tests.fixtures.clients import Clients, busy, new_id, new_user
 from tests.fixtures.folders import in_reach
-from tests.fixtures.moved import SCRIPT, Servers
+from tests.fixtures.moved import POOL, SCRIPT, Servers
 from tests.fixtures.servers import lend, options
 from tests.models import Photo, User
 
@@ -367,6 +373,25 @@ def test_ctrl_c_in_the_fence_gives_the_writes_back(servers: Servers) -> None:
     assert not servers.leftovers()
 
 
+def test_a_source_that_stays_away_is_waited_for_and_no_longer(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking whether it is back, the mover once waited for it anew each time, a level deeper."""
+    monkeypatch.setattr(driver, "_PATIENCE", 1.0)
+    source = servers.local.primary(servers.owner(6)).name
+
+    def lose(name: str) -> None:
+        if name == "follow done":
+            servers.local.kill_server(source)
+
+    with pytest.raises(EndpointUnavailableError):
+        servers.move(6, hook=lose)
+    servers.local.start_server(source)
+    assert moves.resume(servers.topology, 6, script=SCRIPT).is_moved
+    moves.clean(servers.topology, 6)
+    assert not servers.leftovers()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
 def test_a_disk_that_fills_up_ends_the_move_and_nothing_else(
     servers: Servers, tmp_path: Path
@@ -447,3 +472,78 @@ def test_rights_triggers_and_comments_go_with_it(servers: Servers) -> None:
         return [(name, sorted((acl or "").strip("{}").split(",")), n) for name, acl, n in rows]
 
     assert plain(before) == plain(after)
+
+
+def test_the_journal_keeps_the_last_moves_and_whatever_is_needed(servers: Servers) -> None:
+    begun = [Move(str(uuid.UUID(int=n))) for n in range(9)]
+    query = b"SELECT DISTINCT move_id::text FROM shardkit.move_journal WHERE logical_shard = %s"
+    with servers.admin("alpha") as alpha:
+        for move in begun:
+            for _ in range(3):
+                entries.journal(alpha, 97, move, Step.CLAIM)
+        entries.journal(alpha, 98, begun[0], Step.CLAIM)
+        # The last two are among those that are kept anyhow; the first is needed, however old.
+        assert entries.prune(alpha, 97, [begun[-1].id, begun[0].id]) == 3 * (9 - entries.KEPT - 1)
+        left = {name for (name,) in alpha.execute(query, (97,))}
+        assert left == {begun[0].id, *(move.id for move in begun[-entries.KEPT :])}
+        assert entries.prune(alpha, 97, [begun[-1].id, begun[0].id]) == 0
+        assert len(alpha.execute(query, (98,)).fetchall()) == 1, "of another logical shard"
+        alpha.execute("DELETE FROM shardkit.move_journal WHERE logical_shard IN (97, 98)")
+
+
+def test_a_logical_shard_that_goes_there_and_back_leaves_a_bounded_journal(
+    servers: Servers,
+) -> None:
+    shard = 7
+    target = servers.other(shard)
+    with servers.admin(target) as there:
+        for n in range(9):
+            entries.journal(there, shard, Move(str(uuid.UUID(int=n))), Step.CLAIM)
+        servers.move(shard)
+        query = b"SELECT DISTINCT move_id FROM shardkit.move_journal WHERE logical_shard = %s"
+        assert len(there.execute(query, (shard,)).fetchall()) == entries.KEPT
+    moves.rollback(servers.topology, shard)
+    moves.clean(servers.topology, shard)
+
+
+def writers_at(servers: Servers, physical: str) -> int:
+    """Return how many connections clients have to a server for what they write."""
+    with servers.admin(physical) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shardkit write'"
+        ).fetchone()
+    return int(row[0]) if row else -1
+
+
+def connects_first(servers: Servers, shard: int) -> None:
+    """Move a logical shard, and see that clients are at the target before anybody can use it."""
+    target = servers.other(shard)
+    before = writers_at(servers, target)
+
+    def hook(name: str) -> None:
+        if name == "prepare back done":
+            wait_until(lambda: writers_at(servers, target) > before, 60.0, "they connect")
+
+    assert servers.move(shard, hook=hook).is_moved
+    moves.clean(servers.topology, shard)
+
+
+def test_clients_are_connected_to_the_target_before_it_opens(servers: Servers) -> None:
+    with servers.cluster() as cluster:
+        owner = new_user(cluster, 5)
+        connects_first(servers, 5)
+        cluster.run(lambda session: session.add(Photo(owner_id=owner, caption="after")))
+
+
+def test_tasks_are_connected_to_the_target_before_it_opens(servers: Servers) -> None:
+    async def work() -> None:
+        async with AsyncCluster(servers.topology, pool=POOL, map_age=1.0) as cluster:
+
+            async def unit(session: Any) -> None:
+                session.add(User(id=new_id(5), name="owner"))
+
+            await cluster.run(unit)
+            await asyncio.to_thread(connects_first, servers, 5)
+            await cluster.run(unit)
+
+    asyncio.run(work())

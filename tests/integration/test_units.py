@@ -13,7 +13,12 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from shardkit import AsyncCluster, AsyncWriteSession, Cluster, WriteSession, ids
-from shardkit.errors import OperationMismatchError, OutcomeUnknownError, UnsupportedStatementError
+from shardkit.errors import (
+    EndpointUnavailableError,
+    OperationMismatchError,
+    OutcomeUnknownError,
+    UnsupportedStatementError,
+)
 from shardkit.topology import Topology, schema_name
 from tests.fixtures.sharded import admin
 from tests.models import Photo, User
@@ -279,6 +284,34 @@ def test_a_lost_answer_to_commit_is_settled_by_the_record(
         with pytest.raises(OutcomeUnknownError):
             cluster.run(posting(user))
     assert lost
+    assert n_photos(cluster, user) == 1
+
+
+def test_an_outcome_stays_unknown_where_nobody_can_be_asked(
+    cluster: Cluster, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the last attempt has committed nothing says nothing of the first."""
+    from shardkit import units, waits
+
+    lost: list[int] = []
+    commit, begin = waits.Connection.commit, units.Unit.begin
+
+    def lossy(connection: waits.Connection) -> None:
+        commit(connection)
+        lost.append(1)
+        connection.pgconn.finish()
+        raise psycopg.OperationalError("the answer was lost")
+
+    def unasked(unit: units.Unit) -> Any:
+        if lost:
+            raise EndpointUnavailableError("it does not answer")
+        return begin(unit)
+
+    monkeypatch.setattr(waits.Connection, "commit", lossy)
+    monkeypatch.setattr(units.Unit, "begin", unasked)
+    with pytest.raises(OutcomeUnknownError) as raised:
+        cluster.run(posting(user), operation="post-2", near=user.id)
+    assert isinstance(raised.value.__cause__, EndpointUnavailableError)
     assert n_photos(cluster, user) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pytest
@@ -37,6 +38,16 @@ class Servers:
             else:
                 self.held.told(name, question, at, Answer(1, 1, claims_of(text)))
 
+    def wait(self, logical_shards: Collection[int], seconds: float, *, writes: bool) -> bool:
+        """Ask again and again, as the watch does for all that wait."""
+        opened: list[bool] = []
+        until = self.clock.monotonic() + seconds
+        self.held.when_open(logical_shards, lambda: opened.append(True), writes=writes)
+        while not opened and self.clock.monotonic() < until:
+            self.clock.sleep(0.02)
+            self.refresh(self.held.awaited())
+        return True
+
     def hurry(self, physical: object) -> None:
         """Nobody waits for that."""
 
@@ -54,7 +65,6 @@ class World:
         self.owners = Owners(
             self.held,
             self.servers,  # type: ignore[arg-type]  # what it needs of a watch
-            self.clock.sleep,
             clock=self.clock,
         )
 
@@ -167,3 +177,44 @@ def test_who_waits_is_told_when_the_answer_is_in_and_not_by_an_older_one() -> No
     assert told == ["in"]
     world.held.when_answered(wanted, lambda: told.append("at once"))
     assert told == ["in", "at once"]
+
+
+def test_who_waits_for_an_opening_is_told_once_and_its_server_is_the_one_to_be_asked() -> None:
+    world = World(alpha="0 1 fenced beta,1 1 active", beta="2 1 active")
+    world.owner(0)
+    told: list[str] = []
+
+    def writer() -> None:
+        told.append("writer")
+
+    def reader() -> None:
+        told.append("reader")
+
+    world.held.when_open((0,), reader, writes=False)
+    assert told == ["reader"], "readers pass a fence"
+    world.held.when_open((0, 1), writer, writes=True)
+    assert world.held.awaited() == {"alpha"}
+    world.servers.says = {"alpha": "0 2 retired beta,1 1 active", "beta": "2 1 active"}
+    world.servers.refresh(["alpha"])
+    assert world.held.awaited() == {"beta"}, "where it was handed over to"
+    world.servers.says["beta"] = "0 2 active,2 1 active"
+    world.servers.refresh(["beta"])
+    assert told == ["reader", "writer"]
+    assert not world.held.awaited()
+    world.held.when_open((0,), writer, writes=True)
+    assert told == ["reader", "writer", "writer"], "at once, where it is open"
+
+
+def test_what_is_on_its_way_is_known_from_either_end() -> None:
+    world = World(**HERE)
+    world.owner(0)
+    assert not world.held.arriving
+    world.servers.says["beta"] = "0 0 importing,2 1 active"
+    world.servers.refresh(["beta"])
+    assert world.held.arriving == {("alpha", "beta"): frozenset({0})}
+    world.servers.says = {"alpha": "0 1 active,1 1 fenced beta", "beta": "2 1 active"}
+    world.servers.refresh(["alpha", "beta"])
+    assert world.held.arriving == {("alpha", "beta"): frozenset({1})}
+    world.servers.says = {"alpha": "0 1 active,1 2 retired beta", "beta": "1 2 active,2 1 active"}
+    world.servers.refresh(["alpha", "beta"])
+    assert not world.held.arriving

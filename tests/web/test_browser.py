@@ -375,3 +375,26 @@ def test_ask_accept_choose_and_block(visit: Callable[..., Page], tmp_path: Path)
     expect(ana.get_by_text("You block shy.ben")).to_be_visible()
     ben.goto("/")
     expect(ben.locator(f'article[data-photo="{number}"]')).to_have_count(0)
+
+
+def test_the_head_tells_how_much_is_unread(
+    visit: Callable[..., Page], join: Callable[[str], Person], service: Service
+) -> None:
+    ana, ben = join("unread"), join("teller")
+    photo = ana.upload(pictures.jpeg(640, 480)).json()["id"]
+    page = browse(visit, ana, service)
+    page.goto("/")
+    badge = page.locator("header .badge")
+    expect(badge).to_have_count(0)
+    ben.http.put(f"/api/v1/photos/{photo}/like").raise_for_status()
+    ben.http.put(f"/api/v1/users/{ana.username}/follow").raise_for_status()
+    told = "/api/v1/me/notifications/unread"
+    wait_until(lambda: ana.http.get(told).json() == {"unread": 2}, 60.0, "ana is told")
+    page.goto("/explore")
+    expect(badge).to_have_text("2 unread")
+    keep(page, "badge")
+    seq = ana.http.get("/api/v1/me/notifications").json()["items"][0]["seq"]
+    ana.http.put("/api/v1/me/notifications/read", json={"seq": seq}).raise_for_status()
+    wait_until(lambda: ana.http.get(told).json() == {"unread": 0}, 60.0, "it is read")
+    page.context.clear_cookies(name="shardkit-token")
+    wait_until(lambda: page.goto("/") is not None and badge.count() == 0, 60.0, "no badge")

@@ -175,7 +175,7 @@ class Driver:
         except (psycopg.Error, OSError, ShardkitError) as error:
             # Also of a host that cannot start a server now: who looks on goes on looking.
             said = str(without_frames(error)).strip().splitlines() or [type(error).__name__]
-            _LOG.warning("%s of %s failed: %s", name, self.physical, said[0])
+            _LOG.warning("%s of %s failed: %s", name, self.physical, "; ".join(said))
             return view, machine.Wait(f"{name} failed: {said[0]}")
         if found is not None:
             return view, machine.Wait(found)

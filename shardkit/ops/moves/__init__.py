@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from shardkit.ops.moves.batch import move_many
 from shardkit.ops.moves.driver import Outcome
-from shardkit.ops.moves.planning import MovePlan, Options, plan, revised
+from shardkit.ops.moves.planning import NOTICE, MovePlan, Options, plan, revised
 from shardkit.ops.moves.rows import Diff
 from shardkit.ops.moves.run import abort, clean, move, resume, rollback, status, verify
 from shardkit.ops.moves.work import Report, Script
 
 __all__ = [
+    "NOTICE",
     "Diff",
     "MovePlan",
     "Options",

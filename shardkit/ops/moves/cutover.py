@@ -21,11 +21,12 @@ from shardkit.topology import schema_name
 
 __all__ = [
     "MARGIN",
-    "Frozen",
+    "Left",
     "flushed",
-    "freeze",
     "has_standbys",
     "land",
+    "leaving",
+    "left",
     "reached",
     "snapshot",
     "touch",
@@ -36,15 +37,28 @@ Connection = psycopg.Connection[Any]
 MARGIN: Final = 1000
 """Numbers that a sequence skips at a hand-over: more than any session may have in its cache."""
 
-# In one round trip: the snapshot is taken by the first query. `pg_sequence_last_value` is NULL for
-# one that was never used.
-_FROZEN: Final = """
+# `pg_sequence_last_value` is NULL for one that was never used.
+_LEFT: Final = """
 SELECT (SELECT state FROM {ids}),
     (SELECT json_object_agg(s.relname, s.value) FROM (
         SELECT c.relname, pg_sequence_last_value(q.seqrelid) AS value
         FROM pg_sequence AS q JOIN pg_class AS c ON c.oid = q.seqrelid
         WHERE c.relnamespace = {schema}::regnamespace) AS s WHERE s.value IS NOT NULL),
     pg_current_wal_flush_lsn()::text
+"""
+
+# Looks every millisecond, beside the apply: each look is of its own snapshot.
+_ARRIVED: Final = """
+DO $arrived$
+DECLARE until timestamptz := clock_timestamp() + {seconds} * interval '1 s';
+BEGIN
+    WHILE (SELECT state < {state} FROM {ids}) LOOP
+        IF clock_timestamp() > until THEN
+            RAISE EXCEPTION 'it has not arrived' USING ERRCODE = 'query_canceled';
+        END IF;
+        PERFORM pg_sleep(0.001);
+    END LOOP;
+END $arrived$
 """
 
 # Past the cache of a session, and downwards for a sequence that counts down; at its end it stays.
@@ -78,8 +92,8 @@ WHERE r.state = 'streaming'
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen:
-    """What the source says right after the fence.
+class Left:
+    """What the source says after the fence, of what is to arrive.
 
     Attributes:
         state: of ids; the target has everything once it has this.
@@ -92,22 +106,15 @@ class Frozen:
     lsn: int
 
 
-def freeze(connection: Connection, logical_shard: int) -> Frozen:
-    """Begin a transaction whose snapshot is of now, and return what is to be drained.
-
-    Args:
-        connection: to the source, outside a transaction; it stays in one.
-        logical_shard: which.
-    """
+def leaving(logical_shard: int) -> sql.Composed:
+    """Return the query of what the source leaves behind; run after the fence, and by itself."""
     schema = schema_name(logical_shard)
-    text = sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; " + _FROZEN).format(
-        ids=sql.Identifier(schema, "shardkit_id_state"), schema=schema
-    )
-    cursor = connection.execute(text)
-    cursor.nextset()
-    row = cursor.fetchone()
-    assert row is not None, "one row"
-    return Frozen(row[0], row[1] or {}, lsn_of(row[2].encode()))
+    return sql.SQL(_LEFT).format(ids=sql.Identifier(schema, "shardkit_id_state"), schema=schema)
+
+
+def left(row: tuple[Any, ...]) -> Left:
+    """Return what the query of `leaving` has found."""
+    return Left(row[0], row[1] or {}, lsn_of(row[2].encode()))
 
 
 def snapshot(connection: Connection) -> None:
@@ -134,7 +141,7 @@ def reached(connection: Connection, logical_shard: int, state: int, seconds: flo
     Args:
         connection: to the target.
         logical_shard: which.
-        state: of ids, from `touch` or `freeze`.
+        state: of ids, from `touch`.
         seconds: for how long to wait at most.
     """
     query = sql.SQL("SELECT state >= %s FROM {}").format(
@@ -153,28 +160,43 @@ def reached(connection: Connection, logical_shard: int, state: int, seconds: flo
         n += 1
 
 
-def land(connection: Connection, logical_shard: int, frozen: Frozen, note: sql.Composed) -> None:
-    """Set the sequences of the target past what was given away, and have all of it on disk.
+def land(
+    connection: Connection, logical_shard: int, left: Left, note: sql.Composed, seconds: float
+) -> bool:
+    """Wait until the target has everything, on disk, and set its sequences past what was given.
 
     The transaction writes the journal and is synchronous, so whatever was applied before is on
-    disk, too, and on the standbys that commits wait for. One round trip.
+    disk, too, and on the standbys that commits wait for. One round trip: the target itself looks
+    whether all has arrived.
 
     Args:
         connection: to the target, in autocommit mode.
         logical_shard: which.
-        frozen: what the source says.
+        left: what the source says.
         note: what is written into the journal.
+        seconds: for how long to wait at most.
+
+    Returns:
+        Whether it has everything; if not, nothing was done.
     """
-    script: list[sql.Composable] = [sql.SQL("BEGIN; SET LOCAL synchronous_commit = on"), note]
-    if frozen.sequences:
-        values = json.dumps(dict(frozen.sequences))
-        schema = schema_name(logical_shard)
+    schema = schema_name(logical_shard)
+    ids = sql.Identifier(schema, "shardkit_id_state")
+    script: list[sql.Composable] = [
+        sql.SQL("BEGIN; SET LOCAL synchronous_commit = on"),
+        sql.SQL(_ARRIVED).format(ids=ids, state=left.state, seconds=seconds),
+        note,
+    ]
+    if left.sequences:
+        values = json.dumps(dict(left.sequences))
         script.append(sql.SQL(_SEQUENCES).format(margin=MARGIN, values=values, schema=schema))
     try:
         connection.execute(sql.SQL(";").join([*script, sql.SQL("COMMIT")]))
+    except psycopg.errors.QueryCanceled:
+        return False
     finally:
         if not connection.closed and connection.info.transaction_status:
             connection.rollback()
+    return True
 
 
 def has_standbys(connection: Connection) -> bool:

@@ -106,6 +106,7 @@ class Driver(Lookout):
         goal: what it is to reach.
         hook: see `Hook`.
         is_held: whether to stop before the fence.
+        notice: seconds that clients have between the import and the fence.
         stop: set to have it stop where that is safe; a resume goes on.
         is_resumed: whether somebody has begun it before.
     """
@@ -117,10 +118,11 @@ class Driver(Lookout):
         *,
         hook: Hook = lambda _name: None,
         is_held: bool = False,
+        notice: float = 0.0,
         stop: threading.Event | None = None,
         is_resumed: bool = False,
     ) -> None:
-        super().__init__(work, goal, is_held=is_held)
+        super().__init__(work, goal, is_held=is_held, notice=notice)
         self._hook = hook
         self._is_resumed = is_resumed
         self._stop = stop or threading.Event()
@@ -266,6 +268,8 @@ class Driver(Lookout):
             self._fence_failed = SYSTEM.monotonic()
         elif step is Step.IMPORT:
             self._note("timeline", detail={"timeline": self._timeline})
+            # Of a way back there is a new import, too; but its clients were there just now.
+            self._imported = None if self.work.inherits else SYSTEM.monotonic()
             self._facts = replace(self._facts, first_timeline=self._timeline)
         if step in {Step.FOLLOW, Step.INDEX, Step.COPY, Step.CATCH_UP}:
             self._follow()

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import psycopg
 from psycopg import sql
 
 from shardkit.ops.moves.transitions import Move
 
-__all__ = ["journal", "noted"]
+__all__ = ["KEPT", "journal", "noted", "prune"]
+
+KEPT: Final = 4
+"""Moves of one logical shard whose lines a server keeps, the present one among them."""
+
+# A row lock on each line that goes. What the present move needs stays however old it is.
+_PRUNE: Final = """
+DELETE FROM shardkit.move_journal WHERE logical_shard = %(shard)s
+    AND move_id <> ALL (%(needed)s::uuid[])
+    AND move_id NOT IN (SELECT move_id FROM shardkit.move_journal WHERE logical_shard = %(shard)s
+        GROUP BY move_id ORDER BY max(entry) DESC LIMIT %(kept)s)
+"""
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -51,3 +62,17 @@ def noted(
         "INSERT INTO shardkit.move_journal (move_id, attempt, logical_shard, step, is_done, lsn, "
         "detail) VALUES ({}, {}, {}, {}, {}, pg_catalog.pg_current_wal_insert_lsn(), {})"
     ).format(move.id, move.attempt, logical_shard, str(name), is_done, json.dumps(detail or {}))
+
+
+def prune(connection: Connection, logical_shard: int, needed: Sequence[str]) -> int:
+    """Forget the oldest moves of a logical shard that are over; return how many lines went.
+
+    Only one move can have a logical shard, so all others that the journal knows are over.
+
+    Args:
+        connection: to the primary of the target, whose row this move has claimed.
+        logical_shard: that is moved.
+        needed: ids of the move, and of the one that it takes back.
+    """
+    given = {"shard": logical_shard, "needed": list(needed), "kept": KEPT}
+    return connection.execute(_PRUNE, given).rowcount

@@ -32,14 +32,19 @@ class Lookout:
         work: its steps, with the rows as they were last seen.
         goal: what it is to reach.
         is_held: whether to stop before the fence.
+        notice: seconds that clients have between the import and the fence.
     """
 
-    def __init__(self, work: Work, goal: Goal, *, is_held: bool = False) -> None:
+    def __init__(
+        self, work: Work, goal: Goal, *, is_held: bool = False, notice: float = 0.0
+    ) -> None:
         self.work = work
         self._goal = goal
         self._facts = Facts(is_held=is_held)
         self._done: frozenset[Step] = frozenset()
         self._journal = Journal()
+        self._notice = notice
+        self._imported: float | None = None
         self._verified: float | None = None
         self._fence_failed: float | None = None
         self._n_fences = 0
@@ -67,6 +72,7 @@ class Lookout:
             n_fences=self._n_fences,
             since_fence=None if self._fence_failed is None else now - self._fence_failed,
             blocker=work.blocker,
+            notice=0.0 if self._imported is None else self._imported + self._notice - now,
             pause=random.random(),  # noqa: S311  spreads what is tried again
         )
         return View(
@@ -110,16 +116,23 @@ class Lookout:
                     hint="this mover is no longer wanted",
                     logical_shard=number,
                 )
-        self._follow()
+        self._follow(is_looking=True)
 
-    def _follow(self) -> None:
-        """See how far the target is, and whether it can go on."""
+    def _follow(self, *, is_looking: bool = False) -> None:
+        """See how far the target is, and whether it can go on.
+
+        Args:
+            is_looking: whether a server that has gone is noted, and not waited for: who waits
+                looks again and again, and would wait for itself.
+        """
         work, now = self.work, SYSTEM.monotonic()
         row = work.rows.get("source")
         is_open = row is not None and row.state is State.ACTIVE
         if is_open:
             work.fenced, work.is_drained = None, False
         if not (is_open and self._goal is Goal.MOVE and Step.COPY in self._done):
+            return
+        if is_looking and self._timeline is None:
             return
         try:
             found = replication.progress(work.on("source"), work.on("target"), work.logical_shard)
@@ -128,7 +141,10 @@ class Lookout:
                 self._looked = now
                 odd = work.same_shape()
         except (EndpointUnavailableError, psycopg.OperationalError) as error:
-            self._lost(Step.CATCH_UP, error)
+            if is_looking:
+                self._timeline = None
+            else:
+                self._lost(Step.CATCH_UP, error)
             return
         is_following = Step.FOLLOW in self._done
         if found.position != self._moved[0] or found.lag_bytes == 0:

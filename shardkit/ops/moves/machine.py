@@ -136,6 +136,7 @@ class Facts:
         blocker: who was in the way of the last one.
         first_timeline: of the source when it was claimed; None when it is not known.
         is_held: whether the mover is to stop before it fences.
+        notice: seconds for which clients have yet to hear that it is on its way.
         pause: random, from 0 to 1; spreads what is tried again.
     """
 
@@ -150,6 +151,7 @@ class Facts:
     blocker: str | None = None
     first_timeline: int | None = None
     is_held: bool = False
+    notice: float = 0.0
     pause: float = 0.5
 
 
@@ -278,6 +280,8 @@ def _followed(view: View) -> Action:
         return Do(Step.PREPARE_BACK)
     if facts.is_held:
         return Done()
+    if facts.notice > 0:
+        return Wait(min(facts.notice, _POLL), "clients hear of it, and connect")
     if facts.n_fences >= MAX_FENCES:
         return GiveUp(f"no fence in {facts.n_fences} attempts: {facts.blocker or 'no lock'}")
     if facts.since_fence is not None:

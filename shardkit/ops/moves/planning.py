@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 
+from shardkit.config import MAP_AGE
 from shardkit.errors import InvalidShardKeyError, MoveError, RefusedError, TryAgainError
 from shardkit.ops.ledger import read_shards, shard_script
 from shardkit.ops.moves.checks import LONG, Check, Side, checks
@@ -24,7 +25,10 @@ from shardkit.ops.placed import as_led, as_placed
 from shardkit.ops.revisions import Revision
 from shardkit.topology import PhysicalShard, Topology
 
-__all__ = ["MovePlan", "Options", "plan", "revised"]
+__all__ = ["NOTICE", "MovePlan", "Options", "plan", "revised"]
+
+NOTICE: Final = MAP_AGE / 2 + 0.5
+"""Seconds: every client asks every server twice as often as `limits.map_age`, and then connects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Options:
     Attributes:
         lock_timeout: seconds that a fence queues for its locks; whoever writes waits behind it.
         long: seconds after which a writing transaction of the source is too long to begin.
+        notice: seconds that clients have between the beginning of the copy and the fence, to hear
+            of it and to connect to the target; `NOTICE` is enough for all of them.
         is_held: stop when all is ready for the fence; a resume goes on.
         free_bytes: how much room the target has; None to find out where that can be done.
         on_report: told how far it is.
@@ -43,6 +49,7 @@ class Options:
 
     lock_timeout: float = LOCK_TIMEOUT
     long: float = LONG
+    notice: float = 0.0
     is_held: bool = False
     free_bytes: int | None = None
     on_report: Callable[[Report], None] = lambda _report: None

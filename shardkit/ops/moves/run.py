@@ -252,6 +252,7 @@ def _driver(work: Work, goal: Goal, options: Options, *, is_resumed: bool = Fals
         goal,
         hook=options.hook,
         is_held=options.is_held,
+        notice=options.notice,
         stop=options.stop,
         is_resumed=is_resumed,
     )

@@ -84,9 +84,9 @@ class Sides:
     _open: dict[str, Connection] = field(default_factory=dict)
     _print: tuple[str, float] | None = None
     _is_frozen: bool = False
-    _state: int | None = None
+    _left_behind: cutover.Left | None = None
     _has_standbys: bool = True
-    _snapshot: Future[None] | None = None
+    _snapshots: tuple[Future[None], ...] = ()
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     # -- connections
@@ -110,7 +110,7 @@ class Sides:
         for connection in self._open.values():
             connection.close()
         self._open.clear()
-        self._snapshot = None
+        self._snapshots = ()
         self._is_frozen = False
 
     def end(self) -> None:
@@ -121,7 +121,7 @@ class Sides:
     def _url(self, shard: PhysicalShard) -> Any:
         return shard.mover_url or shard.admin_url
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         if self.fenced is None:  # fenced by an attempt before this one
             return 0.5
         return max(0.0, self.fenced + BUDGET - SYSTEM.monotonic())

@@ -7,8 +7,8 @@ by failover, over direct connections with the login that owns the schemas.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,17 +18,18 @@ from psycopg import sql
 
 from shardkit.errors import OutcomeUnknownError, RefusedError, TryAgainError
 from shardkit.gates import lsn_of
-from shardkit.ids import MAX_AHEAD_MS, SEQUENCE_BITS
 from shardkit.ops.blame import blockers, first_line
+from shardkit.ops.moves import texts
 from shardkit.ops.moves.entries import noted
+from shardkit.ops.moves.promotions import promote
 from shardkit.ops.moves.transitions import Action, Decide, Event, Fence, Move, Row, Yield, step
 from shardkit.ops.ownershiptables import TIMELINE
-from shardkit.ownership import State
 from shardkit.topology import schema_name
 
 __all__ = [
     "LOCK_TIMEOUT",
     "Changed",
+    "Seen",
     "change",
     "now",
     "promote",
@@ -41,38 +42,6 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 LOCK_TIMEOUT: Final = 0.25
 """Seconds that a fence queues for a lock: whoever wants to write queues behind it meanwhile."""
-
-_COLUMNS: Final = (
-    "epoch, state, moved_to, move_id::text, attempt, "
-    "pg_catalog.date_part('epoch', fenced_at), fence_timeline"
-)
-
-# A row lock: one change at a time. LOCAL: both settings end with the transaction.
-_BEGIN: Final = f"""
-BEGIN; SET LOCAL lock_timeout = {{lock_timeout}}; SET LOCAL synchronous_commit = on;
-SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard = {{shard}} FOR UPDATE;
-SELECT pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()), {TIMELINE}
-"""
-
-_READ: Final = f"SELECT {_COLUMNS} FROM shardkit.ownership WHERE logical_shard = %s"
-
-_WRITE: Final = """
-INSERT INTO shardkit.ownership
-    (logical_shard, epoch, state, moved_to, move_id, attempt, fenced_at, fence_timeline)
-VALUES ({}, {}, {}, {}, {}::uuid, {}, to_timestamp({}), {})
-ON CONFLICT (logical_shard) DO UPDATE SET epoch = excluded.epoch, state = excluded.state,
-    moved_to = excluded.moved_to, move_id = excluded.move_id, attempt = excluded.attempt,
-    fenced_at = excluded.fenced_at, fence_timeline = excluded.fence_timeline
-"""
-
-_CLOCK_ERROR_MS: Final = 250
-"""How far the clocks of two servers may be apart, beyond the seconds that a failover takes."""
-
-# A row lock. Ids are leased at most MAX_AHEAD_MS ahead of the clock of the server that leases.
-_PASS_IDS: Final = (
-    "UPDATE {} SET state = greatest(state, (shardkit.id_clock_ms() + "
-    f"{MAX_AHEAD_MS + _CLOCK_ERROR_MS}) << {SEQUENCE_BITS})"
-)
 
 # Every table in one order, so that two that lock cannot deadlock. SHARE UPDATE EXCLUSIVE first: it
 # keeps autovacuum out, which makes way after `deadlock_timeout`, and no writer waits behind it.
@@ -94,8 +63,17 @@ END $$;
 UPDATE {ids} SET state = state + 1 RETURNING state
 """
 
+_CLOSING: Final = Fence | Decide | Yield
+"""After these nobody may write."""
+
 _PATIENCE: Final = 2.0
 """Seconds for which a fence waits for autovacuum, in nobody's way."""
+
+_NONE_WRITES: Final = """
+DO $none$ BEGIN IF EXISTS ({writers}) THEN
+    RAISE EXCEPTION 'somebody may write' USING ERRCODE = '40001'; END IF;
+END $none$
+"""
 
 _DONE: Final = "COMMIT; SELECT pg_catalog.pg_current_wal_insert_lsn()::text"
 
@@ -120,17 +98,34 @@ class Changed:
         row: the row now.
         lsn: a log position after the commit, in bytes: whoever has replayed it has seen it.
         state: of ids, after a lock: the last that was written before the tables were closed.
+        found: what `then` has returned; None where it was not run.
     """
 
     before: Row | None
     row: Row
     lsn: int
     state: int | None = None
+    found: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was last seen of a server, to decide by while it is still so.
+
+    Attributes:
+        row: the ownership row.
+        at: seconds of the server's clock.
+        timeline: of the server; None where the event does not depend on it.
+    """
+
+    row: Row
+    at: float = 0.0
+    timeline: int | None = None
 
 
 def row_of(connection: Connection, logical_shard: int) -> Row | None:
     """Return the ownership row of a logical shard on a physical shard, or None."""
-    return _row(connection.execute(_READ, (logical_shard,)).fetchone())
+    return texts.row(connection.execute(texts.READ, (logical_shard,)).fetchone())
 
 
 def now(connection: Connection) -> tuple[float, int]:
@@ -163,8 +158,12 @@ def change(
     roles: Sequence[str] = (),
     lock_timeout: float = LOCK_TIMEOUT,
     note: Mapping[str, Any] | None = None,
+    seen: Seen | None = None,
+    then: sql.Composed | None = None,
 ) -> Changed:
     """Let an event happen to the ownership row of a logical shard, in one transaction.
+
+    In one round trip where the row and the timeline are still as they were seen; else in three.
 
     Args:
         connection: to the primary, in autocommit mode and with nothing open.
@@ -174,6 +173,8 @@ def change(
         lock_timeout: seconds to queue for each lock.
         note: written into the journal of moves in the same transaction; None for nothing. For
             events of a move only.
+        seen: decided by this first, and nothing is done of that unless it is still so.
+        then: a query of one row, run in the same round trip right after COMMIT.
 
     Raises:
         RefusedError: the row does not allow it, or a login would still write; nothing changed.
@@ -183,29 +184,32 @@ def change(
     sent = False
     number = logical_shard
     try:
-        begin = _BEGIN.format(lock_timeout=_milliseconds(lock_timeout), shard=int(number))
-        rows, clock = _sets(connection.execute(begin.encode()))
-        before = _row(rows[0] if rows else None)
+        if seen is not None:
+            sent = True
+            now_ = event if isinstance(event, Event) else event(seen.at, seen.timeline or 0)
+            with suppress(pg.SerializationFailure, RefusedError):
+                return _at_once(connection, number, now_, roles, lock_timeout, note, seen, then)
+            sent = False
+            connection.rollback()
+        begin = texts.BEGIN.format(lock_timeout=_milliseconds(lock_timeout), shard=int(number))
+        rows, clock = texts.sets(connection.execute(begin.encode()))
+        before = texts.row(rows[0] if rows else None)
         if not isinstance(event, Event):
             event = event(float(clock[0][0]), int(clock[0][1]))
         decided = step(before, event)
         state = None
         script = [_doing(number, action, lock_timeout) for action in decided.actions]
-        if isinstance(event, Fence | Decide | Yield):
+        if isinstance(event, _CLOSING):
             script.append(_writers_of(number, roles, granted=True))
-        if decided.row != before:
-            script.append(sql.SQL(_WRITE).format(number, *_values(decided.row)))
-        if note is not None:
-            move: Move = event.move  # type: ignore[union-attr]  # as the docstring says
-            script.append(noted(number, move, type(event).__name__, detail=note))
+        script += _written(number, event, decided.row, before, note)
         if script:  # in one round trip
-            found = _sets(connection.execute(sql.SQL(";").join(script)))
-            if isinstance(event, Fence | Decide | Yield):
+            found = texts.sets(connection.execute(sql.SQL(";").join(script)))
+            if isinstance(event, _CLOSING):
                 _refuse(found[-1])
             if Action.LOCK in decided.actions:
                 state = int(found[0][0][0])
         sent = True
-        [(lsn,)] = _sets(connection.execute(_DONE))[-1]
+        [(lsn,)] = texts.sets(connection.execute(_DONE))[-1]
         return Changed(before, decided.row, lsn_of(lsn.encode()), state)
     except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
         connection.rollback()
@@ -230,61 +234,55 @@ def change(
             connection.rollback()
 
 
-def promote(
-    connection: Connection, *, server: str = "", detail: Mapping[str, Any] | None = None
-) -> tuple[int, list[int]]:
-    """Put a promoted primary in order: its timeline, the epochs of what it owns, its ids.
+def _at_once(  # noqa: PLR0917  all that `change` is given
+    connection: Connection,
+    number: int,
+    event: Event,
+    roles: Sequence[str],
+    lock_timeout: float,
+    note: Mapping[str, Any] | None,
+    seen: Seen,
+    then: sql.Composed | None,
+) -> Changed:
+    """Do all of a change in one round trip.
 
-    The first transaction on a new primary; doing it again changes nothing. No id comes again that
-    was leased where the promoted server did not hear of it.
-
-    Args:
-        connection: to it.
-        server: its address, for `shardkit.failovers`.
-        detail: what else is noted there.
-
-    Returns:
-        The timeline, and the logical shards whose epoch has grown.
+    Raises:
+        psycopg.errors.SerializationFailure: the row is another one, or somebody could still write;
+            nothing was done.
+        RefusedError: the row that is known does not allow it.
     """
-    with connection.transaction():
-        # Not confirmed by standbys, which follow only now, and ask for the newest timeline.
-        connection.execute(
-            "SET LOCAL transaction_read_only = off; SET LOCAL synchronous_commit = local"
-        )
-        # A row lock on the identity keeps two from doing it at once.
-        found = connection.execute(
-            f"SELECT timeline, {TIMELINE}, pg_catalog.pg_snapshot_xmax("
-            "pg_catalog.pg_current_snapshot())::text::bigint % 4294967296 "
-            "FROM shardkit.identity FOR UPDATE".encode()
-        ).fetchone()
-        assert found is not None, "a primary that shardkit has set up"
-        registered, timeline, next_xid = found
-        if registered == timeline:
-            return timeline, []
-        rows = (
-            []
-            if registered is None
-            else connection.execute(
-                "UPDATE shardkit.ownership SET epoch = epoch + 1 "
-                "WHERE state IN ('active', 'fenced') RETURNING logical_shard"
-            ).fetchall()
-        )
-        for (number,) in rows:
-            connection.execute(
-                sql.SQL(_PASS_IDS).format(sql.Identifier(schema_name(number), "shardkit_id_state"))
-            )
-        connection.execute("UPDATE shardkit.identity SET timeline = %s", (timeline,))
-        noted = {"before": registered, "next_xid": next_xid, **(detail or {})}
-        connection.execute(
-            "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
-            "VALUES ('promoted', %s, %s, %s)",
-            (
-                server,
-                timeline,
-                json.dumps(noted),
-            ),
-        )
-        return timeline, sorted(number for (number,) in rows)
+    decided = step(seen.row, event)
+    script: list[sql.Composable] = [
+        sql.SQL(texts.STILL).format(
+            lock_timeout=_milliseconds(lock_timeout),
+            shard=number,
+            values=sql.SQL(", ").join(map(sql.Literal, texts.values(seen.row))),
+            timeline=seen.timeline,
+        ),
+        *(_doing(number, action, lock_timeout) for action in decided.actions),
+    ]
+    if isinstance(event, _CLOSING):
+        writers_of = _writers_of(number, roles, granted=True)
+        script.append(sql.SQL(_NONE_WRITES).format(writers=writers_of))
+    script += _written(number, event, decided.row, seen.row, note)
+    script += [sql.SQL(_DONE), *filter(None, [then])]
+    found = texts.sets(connection.execute(sql.SQL(";").join(script)))
+    last = found.pop()[0] if then is not None else None
+    state = int(found[0][0][0]) if Action.LOCK in decided.actions else None
+    return Changed(seen.row, decided.row, lsn_of(found[-1][0][0].encode()), state, last)
+
+
+def _written(
+    number: int, event: Event, row: Row, before: Row | None, note: Mapping[str, Any] | None
+) -> list[sql.Composed]:
+    """Return the SQL that writes a row and a line of the journal, as far as there is need."""
+    script = []
+    if row != before:
+        script.append(sql.SQL(texts.WRITE).format(number, *texts.values(row)))
+    if note is not None:
+        move: Move = event.move  # type: ignore[union-attr]  # of a move, as `change` says
+        script.append(noted(number, move, type(event).__name__, detail=note))
+    return script
 
 
 def rehearse(connection: Connection, logical_shard: int, *actions: Action) -> None:
@@ -343,32 +341,3 @@ def _why(rows: Sequence[tuple[Any, ...]]) -> dict[str, str]:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-def _sets(cursor: psycopg.Cursor[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
-    """Return the rows of every statement of a script that has any."""
-    found = []
-    while True:
-        if cursor.description is not None:
-            found.append(cursor.fetchall())
-        if not cursor.nextset():
-            return found
-
-
-def _row(found: tuple[Any, ...] | None) -> Row | None:
-    if found is None:
-        return None
-    epoch, state, *others = found
-    return Row(epoch, State(state), *others)
-
-
-def _values(row: Row) -> tuple[Any, ...]:
-    return (
-        row.epoch,
-        row.state.value,
-        row.moved_to,
-        row.move_id,
-        row.attempt,
-        row.fenced_at,
-        row.fence_timeline,
-    )

@@ -18,7 +18,7 @@ from shardkit.ops.moves import copying, cutover, entries, replication, rows, sha
 from shardkit.ops.moves.machine import Goal, Step
 from shardkit.ops.moves.presence import application, open_connection
 from shardkit.ops.moves.sides import Report, Script, Sides
-from shardkit.ops.moves.transactions import Changed, change
+from shardkit.ops.moves.transactions import Changed, Seen, change
 from shardkit.ops.moves.transitions import (
     Action,
     Activate,
@@ -80,6 +80,8 @@ class Work(Sides):
             old = Move(self.inherits, row.attempt)
             change(target, self.logical_shard, Release(old))
         self._changed("target", change(target, self.logical_shard, Import(self.move)))
+        needed = [self.move.id, *filter(None, [self.inherits])]
+        entries.prune(target, self.logical_shard, needed)
 
     def _lock(self, _goal: Goal) -> None:
         for side in ("source", "target"):
@@ -164,25 +166,29 @@ class Work(Sides):
         for side in ("source", "target"):  # opened while nobody waits for them
             self._thaw(self.on(side, "rows"))
         self._same_shape()
-        self._state, self._snapshot = None, None
+        self._left_behind, self._snapshots = None, ()
         self._has_standbys = cutover.has_standbys(source)
         replication.advance_slot(target, number)
-        transactions.rehearse(source, number, Action.CLOSE_WRITES)
+        transactions.rehearse(source, number, Action.CLOSE_WRITES, Action.CLOSE)
         transactions.rehearse(target, number, Action.OPEN)
         took = cutover.reached(target, number, cutover.touch(source, number), _NEAR)
         if took is None:
             raise TryAgainError(f"a change takes more than {_NEAR:g} s to the target")
         roles = sorted({self.source.roles.app, self.source.roles.relay})
+        row = self.rows["source"]
+        assert row is not None, "it is claimed"
         changed = change(
             source,
             number,
             lambda at, timeline: Fence(self.move, self.target.name, at, timeline),
             roles=roles,
             lock_timeout=self.lock_timeout,
+            seen=Seen(row, *transactions.now(source)),
+            then=cutover.leaving(number),
         )
         self.fenced = SYSTEM.monotonic()
         self.is_drained = False
-        self._state = changed.state
+        self._left_behind = cutover.left(changed.found) if changed.found else None
         self._changed("source", changed)
 
     def _drain(self, _goal: Goal) -> None:
@@ -190,30 +196,35 @@ class Work(Sides):
         here, there = self.on("source", "rows"), self.on("target", "rows")
         self._thaw(here)
         self._thaw(there)
-        # Beside the target's apply.
-        freezing = self._pool.submit(cutover.freeze, here, number)
-        state = self._state if self._state is not None else freezing.result().state
-        is_here = cutover.reached(target, number, state, self._left()) is not None
-        frozen = freezing.result()
-        self._is_frozen = True
-        if not is_here:
-            raise TryAgainError("the target has not applied everything in time")
-        if self._has_standbys and not cutover.flushed(source, frozen.lsn, self._left()):
-            raise TryAgainError("a replica of the source has not received the fence in time")
-        if odd := rows.differing(here, target, number, self.hot):
-            raise MoveError(f"rows of {', '.join(odd)} differ in the fence")
-
-        # Beside the decision; nothing but the apply writes there before the activation.
-        self._snapshot = self._pool.submit(cutover.snapshot, there)
+        # Both beside all that follows: nobody writes there before the activation but the apply.
+        frozen = self._pool.submit(cutover.snapshot, here)
+        left = self._left_behind
+        if left is None:  # fenced by an attempt before this one
+            left = cutover.left(source.execute(cutover.leaving(number)).fetchone() or ())
         # Synchronous: replicas that commits wait for have it, and all that came before.
-        cutover.land(target, number, frozen, entries.noted(number, self.move, Step.DRAIN))
+        note = entries.noted(number, self.move, Step.DRAIN)
+        if not cutover.land(target, number, left, note, self._seconds_left()):
+            raise TryAgainError("the target has not applied everything in time")
+        self._snapshots = frozen, self._pool.submit(cutover.snapshot, there)
+        if self._has_standbys and not cutover.flushed(source, left.lsn, self._seconds_left()):
+            raise TryAgainError("a replica of the source has not received the fence in time")
+        if self.hot:
+            frozen.result()
+            if odd := rows.differing(here, target, number, self.hot):
+                raise MoveError(f"rows of {', '.join(odd)} differ in the fence")
         self.is_drained = True
 
     def _decide(self, _goal: Goal) -> None:
         source, number = self.on("source"), self.logical_shard
         roles = sorted({self.source.roles.app, self.source.roles.relay})
+        fenced = self.rows["source"]
+        assert fenced is not None, "it is fenced"
         changed = change(
-            source, number, lambda _at, timeline: Decide(self.move, timeline), roles=roles
+            source,
+            number,
+            lambda _at, timeline: Decide(self.move, timeline),
+            roles=roles,
+            seen=Seen(fenced, timeline=fenced.fence_timeline or 0),
         )
         self._changed("source", changed)
         if self._has_standbys:
@@ -222,10 +233,14 @@ class Work(Sides):
     def _activate(self, _goal: Goal) -> None:
         source = self.rows["source"]
         assert source is not None, "it has handed over"
-        if self._snapshot is not None:
-            self._snapshot.result()
+        for taken in self._snapshots:
+            taken.result()
+        self._is_frozen = bool(self._snapshots)
         event = Activate(self.move, source, self.target.name)
-        self._changed("target", change(self.on("target"), self.logical_shard, event, note={}))
+        row = self.rows["target"]
+        seen = None if row is None else Seen(row)
+        changed = change(self.on("target"), self.logical_shard, event, note={}, seen=seen)
+        self._changed("target", changed)
         if self.fenced is not None:
             self.pause = SYSTEM.monotonic() - self.fenced
 

@@ -87,7 +87,7 @@ BITES: Final[dict[str, Bite]] = {
         "sets",
         ("duplicate write",),
         {**_SETS, "hold": 0.01},
-        nemesis={"faults": ("refuse link", "kill primary"), "pause": 0.05},
+        nemesis={"faults": ("lose answer",), "pause": 0.05},
         shaped={"replicas": 0, "confirm": 0},
     ),
     "lookup without reservation": Bite(
@@ -120,7 +120,7 @@ def bitten(name: str, folder: Path, *, seconds: float = 6.0, seed: int = 0) -> R
     return run(
         folder,
         seconds=seconds, seed=seed, bug=name,
-        moves=StandInMover if bite.has_moves else lambda _stage: None,
+        moves=lambda stage: [StandInMover(stage)] if bite.has_moves else [],
         nemesis=bite.nemesis, shaped=bite.shaped,
         **{"calm": 3.0, "relays": int("emit" in bite.run.get("kinds", ())), **bite.run},
     )  # fmt: skip

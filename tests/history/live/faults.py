@@ -14,7 +14,7 @@ from typing import Final
 import psycopg
 
 from shardkit.local.server import LocalServer
-from shardkit.testing import Way
+from shardkit.testing import Fault, Way, When
 from shardkit.topology import Role
 from tests.history.live.stage import Process, Stage
 
@@ -168,6 +168,13 @@ def refuse_link(stage: Stage, draw: random.Random) -> Broken:
     link.heal()
 
 
+def lose_answer(stage: Stage, draw: random.Random) -> Broken:
+    """A COMMIT is done, and its client never hears of it."""
+    pooler = _pooler(stage, draw)
+    stage.links[pooler.port].on("COMMIT", Fault.RESET, when=When.AFTER)
+    yield f"lose the answer of {pooler.name} to a COMMIT", draw.random() * 0.5
+
+
 SERVERS: Final[dict[str, Break]] = {
     "kill primary": kill_primary,
     "freeze primary": freeze_primary,
@@ -189,5 +196,6 @@ FAULTS: Final[dict[str, Break]] = {
     "freeze relay": freeze_relay,
     "cut link": cut_link,
     "refuse link": refuse_link,
+    "lose answer": lose_answer,
 }
 """Every fault, by name."""

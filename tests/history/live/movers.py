@@ -11,6 +11,8 @@ import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +23,14 @@ from tests.history.live.stage import Stage
 from tests.history.live.tables import Base
 from tests.history.live.witness import image
 
-__all__ = ["RealMover", "StandInMover"]
+__all__ = ["AtStep", "RealMover", "StandInMover", "movers"]
+
+AtStep = Callable[[int, str, str, str], None]
+"""Told the logical shard, source, target and name of each step; the mover waits meanwhile."""
+
+
+def _nothing(_shard: int, _source: str, _target: str, _step: str) -> None:
+    pass
 
 
 class StandInMover:
@@ -31,8 +40,10 @@ class StandInMover:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.shards: Sequence[int] = range(stage.plan.logical_shards)
+        self.at_step: AtStep = _nothing
 
-    def move(self, shard: int, source: str, target: str) -> bool:
+    def move(self, shard: int, source: str, target: str) -> int:
         """Move a logical shard; compare both sides between decision and activation."""
         stage = self._stage
         mover = StandIn(stage.local, stage.topology, shard, source, target, metadata=Base.metadata)
@@ -50,10 +61,10 @@ class StandInMover:
                 )  # fmt: skip
             mover.activate()
         except RefusedError:  # with a bug, two servers own it
-            return False
+            return 0
         finally:
             mover.close()
-        return True
+        return 1
 
     def settle(self) -> None:
         """Nothing is left of it."""
@@ -62,7 +73,7 @@ class StandInMover:
         """Nothing is left of it."""
 
 
-_PATIENCE: Final = 120.0
+_PATIENCE: Final = 180.0
 """Seconds in which a move has to come to its end, whatever happens to it."""
 
 
@@ -74,61 +85,75 @@ class RealMover:
 
     Args:
         stage: whose logical shards move.
+        hand: number of this mover; several work side by side, each on shards of its own.
+        hands: how many there are.
         dies: share of the moves whose mover dies on the way.
+
+    Attributes:
+        shards: that it moves.
+        at_step: see `AtStep`.
+        counts: what it did how often.
+        said: what came in its way, by text.
     """
 
     is_sturdy = True
 
-    def __init__(self, stage: Stage, *, dies: float = 0.15) -> None:
+    def __init__(self, stage: Stage, *, hand: int = 0, hands: int = 1, dies: float = 0.1) -> None:
         self._stage = stage
         self._dies = dies
-        self._draw = draw_of(stage.plan, "mover")
+        self._draw = draw_of(stage.plan, f"mover {hand}")
         self._child: subprocess.Popen[bytes] | None = None
         self._buffer = b""
+        self._ends = ("", "")
+        self.shards: Sequence[int] = range(hand, stage.plan.logical_shards, hands)
+        self.at_step: AtStep = _nothing
         self.counts: Counter[str] = Counter()
         self.said: Counter[str] = Counter()
 
-    def move(self, shard: int, source: str, target: str) -> bool:
-        """Move a logical shard, and see it through."""
-        del source  # the mover finds out
+    def move(self, shard: int, source: str, target: str) -> int:
+        """Move a logical shard, and see it through; return how often it has changed hands."""
         until = time.monotonic() + _PATIENCE
+        self._ends = source, target
         told = self._ask("move", shard, target=target)
         while told["end"] in {"again", "dead"}:
-            if time.monotonic() > until:
-                raise AssertionError(f"move of {shard} has no end: {told}; {dict(self.said)}")
-            time.sleep(0.2 + 0.5 * self._draw.random())
+            self._check(until, f"move of {shard}", told)
             way = "abort" if told["end"] == "dead" and self._draw.random() < 0.3 else "resume"
             self.counts[f"{way} of a move"] += 1
             told = self._ask(way, shard)
         if told["end"] == "refused" and "nothing" not in told["why"]:
             self.said[f"refused: {told['why']}"] += 1
-        is_moved = self._has_moved(shard, target)
-        if is_moved:
-            way = "rollback" if self._draw.random() < 0.15 else "clean"
-            self.counts[f"{way} of a move"] += 1
-            self._see_through(way, shard, until)
-        return is_moved
+        if self._stage.owner_of(shard) != target:
+            return 0
+        if self._draw.random() >= 0.2:
+            self._see_through("clean", shard)
+            return 1
+        self._ends = target, source
+        self._see_through("rollback", shard)
+        is_back = self._stage.owner_of(shard) == source
+        # Whatever came of it, what is left has to go.
+        self._see_through("clean", shard)
+        return 1 + is_back
 
-    def _see_through(self, way: str, shard: int, until: float) -> None:
+    def _see_through(self, way: str, shard: int) -> None:
+        until = time.monotonic() + _PATIENCE
+        self.counts[f"{way} of a move"] += 1
         told = self._ask(way, shard)
         while told["end"] in {"again", "dead"}:
-            if time.monotonic() > until:
-                raise AssertionError(f"{way} of {shard} has no end: {told}; {dict(self.said)}")
-            time.sleep(0.2 + 0.3 * self._draw.random())
+            self._check(until, f"{way} of {shard}", told)
             told = self._ask("resume", shard)
-        if way == "rollback":  # whatever came of it, what is left has to go
-            self._see_through("clean", shard, until)
+
+    def _check(self, until: float, what: str, told: dict[str, Any]) -> None:
+        """Pause; a move that has no end is a finding."""
+        if time.monotonic() > until:
+            raise AssertionError(f"{what} has no end: {told}; {dict(self.said)}")
+        time.sleep(0.2 + 0.3 * self._draw.random())
 
     def settle(self) -> None:
         """End what is under way, and forget every old copy."""
-        until = time.monotonic() + _PATIENCE
         self._dies = 0.0
-        for shard in range(self._stage.plan.logical_shards):
-            self._see_through("resume", shard, until)
-            self._see_through("clean", shard, until)
-
-    def _has_moved(self, shard: int, target: str) -> bool:
-        return self._stage.owner_of(shard) == target
+        for shard in self.shards:
+            self._see_through("resume", shard)
+            self._see_through("clean", shard)
 
     def _ask(self, do: str, shard: int, **more: Any) -> dict[str, Any]:
         """Have the process do something; return what came of it."""
@@ -136,9 +161,7 @@ class RealMover:
         if child is None or child.poll() is not None:
             self.close()
             child = self._child = self._started()
-        assert child.stdin is not None, "it is piped"
-        child.stdin.write(json.dumps({"do": do, "shard": shard, **more}).encode() + b"\n")
-        child.stdin.flush()
+        self._tell(child, {"do": do, "shard": shard, **more})
         dies_after = self._draw.randrange(30) if self._draw.random() < self._dies else None
         for n in range(10_000):
             said = self._line(child, _PATIENCE)
@@ -147,29 +170,36 @@ class RealMover:
                 child.wait()
                 return {"end": "dead", "why": "it says nothing"}
             if "end" in said:
+                text = f"{do}: {said['end']}: {said['why'][:160]}"
+                self._stage.note(f"{shard} {text}")
                 if said["end"] in {"again", "failed", "given up"}:
-                    self.said[f"{do}: {said['end']}: {said['why'][:160]}"] += 1
+                    self.said[text] += 1
                 return said
-            if n == dies_after:
-                return self._struck(child)
+            self._stage.note(f"{shard} {do}: {said['step']}")
+            self.at_step(shard, *self._ends, said["step"])
+            if n == dies_after and (end := self._struck(child)) is not None:
+                return end
+            self._tell(child, {})
         raise AssertionError("a mover says too much")
 
-    def _struck(self, child: subprocess.Popen[bytes]) -> dict[str, Any]:
-        """Kill it, or freeze it for long enough that another takes over, and then kill it."""
+    def _struck(self, child: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+        """Kill it, or freeze it for a while, in which others may lift its fence."""
         if self._draw.random() < 0.7:
             self.counts["kill mover"] += 1
             child.kill()
-        else:
-            self.counts["freeze mover"] += 1
-            child.send_signal(signal.SIGSTOP)
-            time.sleep(self._draw.random() * 3)
-            child.send_signal(signal.SIGCONT)
-            said: dict[str, Any] | None = {}
-            while said is not None and "end" not in said:
-                said = self._line(child, _PATIENCE)
-            return said or {"end": "dead", "why": "frozen"}
-        child.wait()
-        return {"end": "dead", "why": "killed"}
+            child.wait()
+            return {"end": "dead", "why": "killed"}
+        self.counts["freeze mover"] += 1
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(self._draw.random() * 7)
+        child.send_signal(signal.SIGCONT)
+        return None
+
+    def _tell(self, child: subprocess.Popen[bytes], what: dict[str, Any]) -> None:
+        assert child.stdin is not None, "it is piped"
+        with suppress(BrokenPipeError):  # then it says nothing any more
+            child.stdin.write(json.dumps(what).encode() + b"\n")
+            child.stdin.flush()
 
     def _line(self, child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
         assert child.stdout is not None, "it is piped"
@@ -200,3 +230,8 @@ class RealMover:
             self._child.kill()
             self._child.communicate()
             self._child = None
+
+
+def movers(hands: int) -> Callable[[Stage], Sequence[RealMover]]:
+    """Return what makes movers that work side by side."""
+    return lambda stage: [RealMover(stage, hand=n, hands=hands) for n in range(hands)]

@@ -1,7 +1,8 @@
 """A mover process: `python -m tests.history.live.moving PLAN`; does what standard input says.
 
-One line of JSON for each thing to do, and one for what came of it. It may be killed and frozen at
-any point: whoever comes next resumes. `bug` of the plan is left out here, too.
+One line of JSON for each thing to do, and one for what came of it; between them one for each step,
+after which it waits for a line, so that what is broken there is broken at that step. It may be
+killed and frozen at any point: whoever comes next resumes. `bug` of the plan is left out here, too.
 """
 
 from __future__ import annotations
@@ -29,11 +30,17 @@ def main(path: str) -> int:
     bugs.apply(plan.bug)
     _, topology = load(plan.config)
     script = schema_script(Base.metadata)
-    options = moves.Options(hook=lambda step: print(json.dumps({"step": step}), flush=True))
-    for line in sys.stdin:
+    options = moves.Options(hook=_told)
+    while line := sys.stdin.readline():
         asked = json.loads(line)
         print(json.dumps(_done(topology, asked, script, options)), flush=True)
     return 0
+
+
+def _told(step: str) -> None:
+    print(json.dumps({"step": step}), flush=True)
+    if not sys.stdin.readline():
+        raise SystemExit(1)  # nobody is there any more
 
 
 def _done(

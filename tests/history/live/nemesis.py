@@ -12,21 +12,17 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol
-
-import psycopg
 
 from shardkit.testing import wait_until
 from tests.history.live.faults import FAULTS, SERVERS
+from tests.history.live.losses import LONGEST, Losses
+from tests.history.live.movers import AtStep
 from tests.history.live.plan import draw_of
 from tests.history.live.stage import Stage
-from tests.history.live.watching import Watching
 
 __all__ = ["Mover", "Nemesis"]
-
-
-_LONGEST: Final = 90.0
-"""Seconds that a failover may take until every server follows again, on a busy machine."""
 
 
 class Mover(Protocol):
@@ -34,12 +30,16 @@ class Mover(Protocol):
 
     Attributes:
         is_sturdy: whether servers may fail meanwhile.
+        shards: that it moves.
+        at_step: told of each step of a move.
     """
 
     is_sturdy: bool
+    shards: Sequence[int]
+    at_step: AtStep
 
-    def move(self, shard: int, source: str, target: str) -> bool:
-        """Move a logical shard; return whether it has changed hands."""
+    def move(self, shard: int, source: str, target: str) -> int:
+        """Move a logical shard; return how often it has changed hands."""
 
     def settle(self) -> None:
         """Finish or give up what is under way, once all is healed."""
@@ -53,10 +53,10 @@ class Nemesis:
 
     Args:
         stage: what is broken.
-        mover: what moves.
+        movers: what moves, side by side.
         faults: names of what may break; empty for nothing.
         pause: seconds between two faults, about.
-        move_pause: seconds between two moves, about.
+        move_pause: seconds between two moves of one mover, about.
         failover_pause: seconds between two losses of a primary, about; only where it is watched.
         is_watched: whether `shardkit failover watch` runs.
         deaf: replicas that do not receive the log for a while before a primary is lost, once, at
@@ -64,13 +64,13 @@ class Nemesis:
 
     Attributes:
         counts: what was done how often.
-        is_moving: whether a move is under way.
+        losses: of primaries, and the watcher; None where nobody watches.
     """
 
     def __init__(
         self,
         stage: Stage,
-        mover: Mover | None,
+        movers: Sequence[Mover] = (),
         *,
         faults: Sequence[str] = tuple(FAULTS),
         pause: float = 1.0,
@@ -80,15 +80,16 @@ class Nemesis:
         deaf: int | None = None,
     ) -> None:
         self.stage = stage
-        self.mover = mover
+        self.movers = tuple(movers)
         self.counts: Counter[str] = Counter()
-        self.is_moving = False
+        self.losses = Losses(stage, self.counts, lambda: bool(self._moving)) if is_watched else None
         self._faults = tuple(faults)
         self._pause = pause
         self._move_pause = move_pause
         self._failover_pause = failover_pause
         self._deaf = deaf
-        self.watching = Watching(stage, self._failed_over) if is_watched else None
+        self._moving: set[int] = set()
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._servers = threading.Lock()
         self._failed: list[BaseException] = []
@@ -99,26 +100,23 @@ class Nemesis:
         Raises:
             Exception: what went wrong here, and not on a server.
         """
-        loops: list[Callable[[random.Random], None]] = []
-        if self.mover is not None:
-            loops.append(self._moves)
-        if self._faults:
-            loops.append(self._breaks)
-        if self.watching is not None and self._deaf is None:
-            loops.append(self._loses)
+        losses = self.losses
         threads = [
-            threading.Thread(
-                target=self._kept, args=(loop, draw_of(self.stage.plan, loop.__name__))
-            )
-            for loop in loops
+            self._thread(f"moves {n}", self._moves(each)) for n, each in enumerate(self.movers)
         ]
+        if self._faults:
+            threads.append(self._thread("breaks", self._breaks))
+        if losses is not None and self._deaf is None:
+            for mover in self.movers:
+                mover.at_step = losses.at_step
+            threads.append(self._thread("loses", self._loses))
         if self._deaf is not None:
             self._stop.wait(seconds / 2)
             self._make_deaf(self._deaf)
             self._stop.wait(seconds / 2)
             for physical in self.stage.topology.physical:
                 self.stage.local.kill_server(self.stage.primary(physical).name)
-        with self.watching or _Nothing():
+        with _NOTHING if losses is None else losses.watching:
             for thread in threads:
                 thread.start()
             if self._deaf is None:
@@ -128,14 +126,17 @@ class Nemesis:
                 thread.join()
             if self._failed:
                 raise self._failed[0]
-            if self.watching is not None:
+            if losses is not None:
                 if self._deaf is not None:
                     n = len(self.stage.topology.physical)
                     what = "every physical shard has another primary"
-                    wait_until(lambda: self.counts["failovers"] >= n, _LONGEST, what)
-                self.watching.wait(_LONGEST)
-            if self.mover is not None:
-                self.mover.settle()
+                    wait_until(lambda: self.counts["failovers"] >= n, LONGEST, what)
+                losses.watching.wait(LONGEST)
+            for mover in self.movers:
+                mover.settle()
+
+    def _thread(self, name: str, loop: Callable[[random.Random], None]) -> threading.Thread:
+        return threading.Thread(target=self._kept, args=(loop, draw_of(self.stage.plan, name)))
 
     def _kept(self, loop: Callable[[random.Random], None], draw: random.Random) -> None:
         try:
@@ -146,19 +147,25 @@ class Nemesis:
             self._failed.append(error)
             self._stop.set()
 
-    def _moves(self, draw: random.Random) -> None:
-        assert self.mover is not None, "only then it is run"
-        shard = draw.randrange(self.stage.plan.logical_shards)
-        with self._exclusively():
-            source = self.stage.owner_of(shard)
-            target = draw.choice(sorted({*self.stage.topology.physical} - {source}))
-            self.is_moving = True
-            try:
-                is_moved = self.mover.move(shard, source, target)
-            finally:
-                self.is_moving = False
-        self.counts["moves" if is_moved else "moves given up"] += 1
-        self._stop.wait(draw.random() * 2 * self._move_pause)
+    def _count(self, what: str, n: int = 1) -> None:
+        with self._lock:  # several movers count
+            self.counts[what] += n
+
+    def _moves(self, mover: Mover) -> Callable[[random.Random], None]:
+        def one(draw: random.Random) -> None:
+            shard = draw.choice(mover.shards)
+            with self._shared(is_safe=mover.is_sturdy):
+                source = self.stage.owner_of(shard)
+                target = draw.choice(sorted({*self.stage.topology.physical} - {source}))
+                self._moving.add(shard)
+                try:
+                    n = mover.move(shard, source, target)
+                finally:
+                    self._moving.discard(shard)
+            self._count("moves" if n else "moves given up", n or 1)
+            self._stop.wait(draw.random() * 2 * self._move_pause)
+
+        return one
 
     def _make_deaf(self, n: int) -> None:
         for physical in self.stage.topology.physical:
@@ -167,62 +174,30 @@ class Nemesis:
                     replica.execute("ALTER SYSTEM SET primary_conninfo = 'host=/nowhere'")
                     replica.execute("SELECT pg_reload_conf()")
 
-    def _failed_over(self, _physical: str) -> None:
-        self.counts["failovers"] += 1
-        self.counts["failovers during a move"] += self.is_moving
-
     def _loses(self, draw: random.Random) -> None:
-        """Kill or freeze a primary for good; wait until another has taken its place."""
-        assert self.watching is not None, "only then it is run"
+        assert self.losses is not None, "only then it is run"
         self._stop.wait(draw.random() * 2 * self._failover_pause)
-        physical = draw.choice(sorted(self.stage.topology.physical))
-        how = draw.choice(("kill", "kill", "freeze"))
-        try:
-            primary = self.stage.primary(physical).name
-        except psycopg.Error:
-            return
-        if self._stop.is_set() or not self.watching.is_well(physical):
-            return
-        began = time.monotonic_ns()
-        with self.stage.lock:
-            if how == "kill":
-                self.stage.local.kill_server(primary)
-            else:
-                self.stage.local.pause(primary)
-        self.counts[f"{how} a primary for good"] += 1
-        before = self.counts["failovers"]
-        watching = self.watching
-        wait_until(
-            lambda: self.counts["failovers"] > before and watching.is_well(physical),
-            _LONGEST,
-            f"another primary of {physical}: {watching.latest}",
-        )
-        self.stage.fault(f"{how} {primary} for good", began)
+        if not self._stop.is_set():
+            self.losses.lose(draw, self._stop, has_moves=bool(self.movers))
 
-    def _exclusively(self) -> threading.Lock | _Nothing:
-        assert self.mover is not None, "asked while something moves"
-        return _Nothing() if self.mover.is_sturdy else self._servers
+    def _shared(self, *, is_safe: bool) -> AbstractContextManager[object]:
+        """Return the lock of what may not happen while a mover is at work that is not sturdy."""
+        return _NOTHING if is_safe else self._servers
 
     def _breaks(self, draw: random.Random) -> None:
         name = draw.choice(self._faults)
-        is_shared = self.mover is None or self.mover.is_sturdy or name not in SERVERS
-        with _Nothing() if is_shared else self._servers:
+        is_safe = name not in SERVERS or all(mover.is_sturdy for mover in self.movers)
+        with self._shared(is_safe=is_safe):
             began = time.monotonic_ns()
             broken = FAULTS[name](self.stage, draw)
             what, seconds = next(broken)
+            self.stage.note(f"for {seconds:.3f} s: {what}")
             self._stop.wait(seconds)
             if next(broken, None) is not None:
                 raise AssertionError(f"{name} breaks twice")
             self.stage.fault(what, began)
-        self.counts[name] += 1
+        self._count(name)
         self._stop.wait(draw.random() * 2 * self._pause)
 
 
-class _Nothing:
-    """No lock."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
+_NOTHING: Final[AbstractContextManager[object]] = nullcontext()

@@ -303,10 +303,17 @@ class Stage:
 
     # -- facts
 
+    def note(self, text: str) -> None:
+        """Write a line into the journal of the run, for those who look for a cause."""
+        line = f"{time.monotonic() - self.plan.began:9.3f} {text}\n"
+        with (Path(self.plan.folder) / "stage.log").open("a", encoding="utf-8") as journal:
+            journal.write(line)
+
     def fault(self, name: str, began: int) -> None:
         """Write down a fault that is healed now."""
         now = time.monotonic_ns()
         self.recorder.fact("fault", name=name, began=began, healed=now)
+        self.note(f"healed after {(now - began) / 1e9:.3f} s: {name}")
 
 
 def described(errors: Mapping[str, int], most: int = 10) -> list[str]:

@@ -33,6 +33,7 @@ class Watching:
     """
 
     def __init__(self, stage: Stage, on_failover: Callable[[str], None]) -> None:
+        self._stage = stage
         self.host = LocalHost(stage.local)
         self.host._lock = stage.lock  # faults start and stop servers, too
         self.said: Counter[str] = Counter()
@@ -63,6 +64,7 @@ class Watching:
     def _told(self, physical: str, action: Action) -> None:
         self.latest[physical] = action
         self.said[type(action).__name__] += 1
+        self._stage.note(f"watcher of {physical}: {action}")
         if isinstance(action, Register):
             self._on_failover(physical)
 
@@ -70,10 +72,14 @@ class Watching:
         """Tell whether every server of a physical shard follows its primary."""
         return isinstance(self.latest.get(physical), Rest)
 
+    def are_well(self) -> bool:
+        """Tell whether that holds for all physical shards."""
+        return bool(self.latest) and all(map(self.is_well, self.latest))
+
     def wait(self, seconds: float) -> None:
         """Wait until all is well everywhere."""
         wait_until(
-            lambda: bool(self.latest) and all(map(self.is_well, self.latest)),
+            self.are_well,
             seconds,
             f"all servers are well: {self.latest}",
         )

@@ -33,7 +33,8 @@ _LEFT: Final = {
     "fences": "SELECT logical_shard FROM shardkit.ownership WHERE state IN ('fenced', 'importing')",
     "locks of sessions": "SELECT a.application_name || ' ' || l.classid || ' ' || l.objid"
     " FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) WHERE l.locktype = 'advisory'",
-    "idle transactions": "SELECT application_name || ' ' || query FROM pg_stat_activity"
+    "idle transactions": "SELECT concat_ws(' ', application_name, pid, 'begun', xact_start,"
+    " 'idle since', state_change, 'xid', backend_xid, query) FROM pg_stat_activity"
     " WHERE state LIKE 'idle in transaction%' AND now() - state_change > interval '3 s'",
     "dead letters": "",
 }

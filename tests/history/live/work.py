@@ -7,7 +7,9 @@ a client's error is then one that the default retry has not spared it.
 from __future__ import annotations
 
 import itertools
+import sys
 import time
+import traceback
 from collections import Counter as Counts
 from collections.abc import Callable
 from typing import Any
@@ -106,7 +108,11 @@ class Client:
         return False
 
     def _failed(self, kind: str, error: Exception) -> None:
-        self.errors[f"{kind}: {_text(error)}"] += 1
+        # A fact of the history, so that it is counted whatever becomes of this process.
+        self.recorder.fact("error", text=f"{kind}: {_text(error)}")
+        seconds = time.monotonic() - self.plan.began
+        print(f"{seconds:.3f} {self.name} {kind}", file=sys.stderr)
+        traceback.print_exception(error)  # into the log of the process
 
     def _writes(
         self, fn: Callable[[WriteSession], Any], near: int

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from app.accounts.schemas import ProfilePatch, SignUp
 from app.accounts.usernames import canonical
 from app.comments.schemas import CommentIn
-from app.web.pages import local_path
+from app.web.replies import local_path
 
 
 @pytest.mark.parametrize(

@@ -266,3 +266,12 @@ def test_a_mover_that_dies_anywhere_is_brought_to_an_end_and_nobody_owns_twice(b
             assert world.source.move_id is None
             assert world.target is None or world.target.state is State.RETIRED
     assert ends == {True, False}
+
+
+def test_clients_are_given_time_to_hear_of_it_before_the_first_fence() -> None:
+    waiting = decide(view(OPEN, COPY, facts=replace(NEAR, notice=1.0)))
+    assert isinstance(waiting, Wait)
+    assert waiting.seconds <= 1.0
+    held = replace(NEAR, notice=1.0, is_held=True)
+    assert decide(view(OPEN, COPY, facts=held)) == Done(), "whoever resumes it comes later"
+    assert decide(view(OPEN, COPY, facts=replace(NEAR, notice=-0.1))) == Do(Step.FENCE)
