@@ -39,7 +39,7 @@ ITEMS = 10_000_000
 N_READERS, N_AUTHORS, PHOTOS, MANY_PHOTOS = 4, 30, 40, 200
 PAGE, LARGE_PAGE = 100, 1000
 """One reader turns small pages; for ten million items the others turn large ones of longer feeds,
-which takes a seventh of the time an item."""
+which takes a quarter of the CPU an item."""
 
 FOREVER = float("inf")
 
