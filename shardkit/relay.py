@@ -22,6 +22,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, Self, TypeVar
 
 import psycopg
@@ -343,9 +344,13 @@ class _Server:
             if isinstance(
                 error, psycopg.errors.InsufficientPrivilege | psycopg.errors.UndefinedTable
             ):
-                self._logical_shards = self._claims.owned()  # one of them moves
-                return True
-            if not isinstance(error, psycopg.OperationalError):
+                with suppress(psycopg.Error):  # then it is asked again with a new connection
+                    self._logical_shards = self._claims.owned()  # one of them moves
+                    return True
+            # Read only: it is no primary any more, or is about to be none.
+            elif not isinstance(
+                error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction
+            ):
                 return False
         if self._claims is not None:
             self._claims.close()

@@ -168,6 +168,30 @@ def test_a_server_that_restarts_is_relayed_again(
         wait_until(lambda: set(seen) == {0, 1}, 20.0, "the relay has found the server again")
 
 
+def test_a_server_that_takes_no_writes_for_a_while_is_relayed_again(
+    cluster: Cluster,
+    topology: Topology,
+    local_cluster: LocalCluster,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """So it is behind a pooler that leads to the old primary still; the relay once ended there."""
+    seen: list[Any] = []
+    dsn = local_cluster.superuser_dsn(local_cluster.primary(topology.shard_map.owner(5)).name)
+    emit(cluster, range(1))
+    with psycopg.connect(dsn, autocommit=True) as superuser:
+        superuser.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        superuser.execute("SELECT pg_reload_conf()")
+        try:
+            with Relay(cluster, {"t": lambda event: seen.append(event.payload)}):
+                wait_until(lambda: "read-only" in caplog.text, 20.0, "it is refused")
+                superuser.execute("ALTER SYSTEM RESET default_transaction_read_only")
+                superuser.execute("SELECT pg_reload_conf()")
+                wait_until(lambda: set(seen) == {0}, 20.0, "the event is delivered")
+        finally:
+            superuser.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            superuser.execute("SELECT pg_reload_conf()")
+
+
 def test_the_run_under_kills_in_small(local_cluster: LocalCluster) -> None:
     """`make outbox-chaos`, which emits a million."""
     _, topology = load(local_cluster.config_path)
