@@ -52,6 +52,11 @@ MOVES: Final = 10
 """Attempts while logical shards move under it: each first waits until it can be used, so that they
 are few, and another move may begin meanwhile."""
 
+SETTLED: Final = 10.0
+"""Seconds from the first of them before they are counted: who owns a logical shard and who is the
+primary there may change together, and for a while a server, or a pooler that leads to the one
+before it, says what is no more. As long as a primary is waited for (`[failover] wait`)."""
+
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 1.0
 
@@ -68,6 +73,9 @@ _SHUT: Final = frozenset({"57P01", "57P02", "57P03", READ_ONLY})
 
 _AGAIN: Final = frozenset({"40001", "40P01"}) | _SHUT
 """Serialization failure, deadlock, shutdowns; and class 08, lost connections."""
+
+_TYPED: Final = (ShardFencedError, ShardMovedError)
+"""What is sure to be about a logical shard that moves; a code may be about a missing table."""
 
 _LONGEST_AWAY: Final = 0.25
 """Seconds between two attempts while there is no primary; most cost no round trip."""
@@ -143,7 +151,7 @@ def is_transient(error: BaseException) -> bool:
 
 def is_moving(error: BaseException) -> bool:
     """Tell whether a logical shard was not where it was looked for, or not open there."""
-    if isinstance(error, ShardFencedError | ShardMovedError):
+    if isinstance(error, _TYPED):
         return True
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in MOVED
 
@@ -164,6 +172,9 @@ def is_away(error: BaseException) -> bool:
 
 _MOVING: Final = 0.002
 """Seconds, at most, before a unit is tried again that met a logical shard which is being moved."""
+
+_AT_ONCE: Final = 3
+"""Attempts with so short a pause: a move takes one, and another one if it is met twice."""
 
 
 class Attempts:
@@ -200,6 +211,7 @@ class Attempts:
         self._waits = waits
         self._clock = clock
         self._waits_until: float | None = None
+        self._moves_until: float | None = None
         self._state: tenacity.RetryCallState | None = None
 
     def pause(self, error: BaseException) -> float:
@@ -221,8 +233,11 @@ class Attempts:
         state.set_exception((type(error), error, error.__traceback__))
         found: Any = cast("tenacity.Retrying", state.retry_object).iter(state)
         state.prepare_for_next_attempt()
+        if is_away(error) or not is_moving(error):
+            return float(found)
         # Whoever waits for a move is told of its end: `shardkit.owners`.
-        return min(float(found), _MOVING) if is_moving(error) else float(found)
+        is_soon = state.attempt_number <= _AT_ONCE + 1 or not isinstance(error, _TYPED)
+        return min(float(found), _MOVING if is_soon else _LONGEST_AWAY)
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         """Tell whether this was the last attempt; the credit is asked for last of all."""
@@ -233,11 +248,24 @@ class Attempts:
         if self._may_wait(error):
             state.upcoming_sleep = min(state.upcoming_sleep, _LONGEST_AWAY)
             return found is not None and found.left() <= state.upcoming_sleep
+        limit = MOVES if is_moving(error) else self._limit
         return (
-            state.attempt_number >= (MOVES if is_moving(error) else self._limit)
+            (state.attempt_number >= limit and not self._may_settle(error))
             or (found is not None and found.left() <= state.upcoming_sleep)
             or not self._spend(error)
         )
+
+    def _may_settle(self, error: BaseException) -> bool:
+        """Tell whether who owns a logical shard may not have been settled yet.
+
+        Not of what only looks so: a table that does not exist stays away.
+        """
+        if not isinstance(error, _TYPED):
+            return False
+        now = self._clock.monotonic()
+        if self._moves_until is None:
+            self._moves_until = now + SETTLED
+        return now < self._moves_until
 
     def _may_wait(self, error: BaseException) -> bool:
         """Tell whether a primary that is away is still waited for: no attempts are counted then."""

@@ -17,8 +17,19 @@ from shardkit.errors import (
     GatherError,
     OutcomeUnknownError,
     PoolTimeoutError,
+    ShardMovedError,
 )
-from shardkit.retry import ALWAYS, ATTEMPTS, SHARE, WINDOW, Attempts, RetryBudget, is_transient
+from shardkit.retry import (
+    ALWAYS,
+    ATTEMPTS,
+    MOVES,
+    SETTLED,
+    SHARE,
+    WINDOW,
+    Attempts,
+    RetryBudget,
+    is_transient,
+)
 from shardkit.testing import FakeClock
 
 GONE = EndpointUnavailableError("gone")
@@ -144,6 +155,30 @@ def test_the_error_of_the_last_attempt_is_raised_when_the_budget_is_spent() -> N
     with pytest.raises(EndpointUnavailableError):
         attempts.pause(GONE)
     assert asked == [GONE]
+
+
+def pauses_of(error: BaseException) -> list[float]:
+    """Return the pauses of a unit that meets the same error, a millisecond later each time."""
+    clock = FakeClock()
+    attempts, found = Attempts(is_transient, lambda _: True, clock=clock), []
+    while True:
+        try:
+            found.append(attempts.pause(error))
+        except type(error):
+            return found
+        clock.advance(found[-1] + 0.001)
+
+
+def test_what_moves_is_tried_again_until_it_has_settled() -> None:
+    pauses = pauses_of(ShardMovedError())
+    assert max(pauses[:3]) <= 0.002, "a move by itself is over at once"
+    assert max(pauses) <= 0.25
+    assert sum(pauses) >= SETTLED - 1.0
+    assert len(pauses) < 300, "nobody is asked all the time"
+
+
+def test_a_table_that_does_not_exist_is_said_soon() -> None:
+    assert sum(pauses_of(from_server("42P01"))) <= MOVES * 0.002
 
 
 def test_no_credit_is_taken_for_what_is_not_tried_again() -> None:
