@@ -201,6 +201,11 @@ _COMMITTING: Final = Gate(
 )
 """Stands for a statement that commits itself: its position is asked for after the commit."""
 
+_COMMITTED: Final = Gate(
+    lambda: None, is_replica=False, is_silent=lambda: False, patience=0, keeps_track=True
+)
+"""Stands for one that goes between BEGIN and COMMIT, in one conversation."""
+
 
 class Gated:
     """What both kinds of connection have; mixed into psycopg's classes.
@@ -274,6 +279,15 @@ def _sending(cursor: Any, pgq: Any, *, prepare: bool | None, binary: bool | None
     return prep, name, send
 
 
+def _without(
+    answers: list[list[PGresult]], n_first: int, n_last: int
+) -> tuple[list[list[PGresult]], list[list[PGresult]]]:
+    """Split answers into those to a statement and those to what went before and after it."""
+    n_statement = len(answers) - n_last
+    around = [*answers[:n_first], *answers[n_statement:]]
+    return answers[n_first:n_statement], around
+
+
 def _accept(cursor: Any, pgq: Any, prep: Any, name: bytes, answers: list[list[PGresult]]) -> None:
     """Give a cursor the answers to its statement, as psycopg does."""
     failed = [found for found in answers if found[0].status not in _SUCCESS]
@@ -307,18 +321,31 @@ class _Minting:
         connection.committed = None
         prep, name, send = _sending(this, pgq, prepare=prepare, binary=binary)
         words = None if connection.preamble is None else connection.preamble()
+        first = [] if words is None else [b"SELECT " + words]  # in the pipeline's transaction
+        last = []
+        gate = _COMMITTING
+        # A pooler gives the server away between two Syncs when the client is gone by then, and
+        # somebody else takes the second answer for theirs: so to such a pooler one Sync is sent.
+        if connection.prepare_threshold is None:
+            first, last, gate = (
+                [connection._get_tx_start_command(), *first],
+                [b"COMMIT"],
+                _COMMITTED,
+            )
 
         def send_all() -> int:
-            if words is not None:  # in the transaction that the pipeline is
-                connection.pgconn.send_query_params(b"SELECT " + words, None)
+            for text in first:
+                connection.pgconn.send_query_params(text, None)
             n_answers: int = send()
-            return n_answers + (words is not None)
+            for text in last:
+                connection.pgconn.send_query_params(text, None)
+            return len(first) + n_answers + len(last)
 
-        _, answers, after = yield from _pipelined(connection, _COMMITTING, None, send_all)
-        if words is not None:
-            first, *answers = answers
-            if first[0].status == ExecStatus.FATAL_ERROR:
-                raise psycopg.errors.error_from_result(first[0])
+        _, answers, after = yield from _pipelined(connection, gate, None, send_all)
+        answers, around = _without(answers, len(first), len(last))
+        for (answer,) in around:
+            if answer.status == ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(answer)
         if after is not None and _is_gone(after):
             connection._has_prepared = frozenset()
         _accept(this, pgq, prep, name, answers)

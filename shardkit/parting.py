@@ -87,21 +87,17 @@ class Parting(BaseConnection[Any]):
                 cursor._execute_send(query, force_extended=True)
             self._prepared.maybe_add_to_cache(query, prep, name)
         before, after = asked[:1], asked[1:]
-        for query_text in (*before, b"COMMIT"):
+        for query_text in (*before, b"COMMIT", *after):  # what comes after it sees it
             server.send_query_params(query_text, None)
-        server.pipeline_sync()
-        for query_text in after:
-            server.send_query_params(query_text, None)
-            server.pipeline_sync()
+        server.pipeline_sync()  # one alone, for poolers: see `shardkit.gates`
         yield from generators.send(server)
         answers: list[PGresult] = []
         for _ in range(len(queries) + len(before) + 1):
             answers += yield from generators.fetch_many(server)
-        yield from generators.fetch_many(server)  # the answer to Sync
         told: list[PGresult] = answers[len(queries) : -1]
         for _ in after:
             told += yield from generators.fetch_many(server)
-            yield from generators.fetch_many(server)
+        yield from generators.fetch_many(server)  # the answer to Sync
         server.exit_pipeline_mode()
         if self.pgconn.transaction_status == TransactionStatus.INERROR:
             yield from self._exec_command(b"ROLLBACK")  # a COMMIT that fails ends the transaction
