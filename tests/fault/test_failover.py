@@ -276,6 +276,7 @@ def test_an_old_primary_comes_back_without_its_slots(site: Site) -> None:
     assert site.ask(before, "SELECT count(*) FROM pg_replication_slots") == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_primary_that_thaws_after_a_promotion_acknowledges_nothing(site: Site) -> None:
     before = site.primary()
     old = site.topology.physical["alpha"]
@@ -319,6 +320,7 @@ def test_a_frozen_primary_that_thaws_after_a_promotion_acknowledges_nothing(site
     assert "late" not in site.names()
 
 
+@pytest.mark.slow
 def test_a_stopped_postmaster_is_found_though_old_sessions_work(site: Site) -> None:
     before = site.primary()
     server = site.local._server(before)

@@ -378,6 +378,7 @@ def frozen(local: LocalCluster, name: str) -> Iterator[None]:
         local.resume(name)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_a_finding(
     straight: Patient, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -406,6 +406,7 @@ def test_replicas_can_grow_but_the_shape_is_fixed(new_cluster: NewCluster) -> No
     assert [s.name for s in second.replicas("alpha")] == ["alpha_1"]
 
 
+@pytest.mark.slow
 def test_detached_from_the_command_line(new_cluster: NewCluster, tmp_path: Path) -> None:
     new_cluster()
     directory = tmp_path / "cluster"

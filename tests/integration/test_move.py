@@ -61,6 +61,7 @@ def stops_at(name: str) -> Callable[[str], None]:
     return hook
 
 
+@pytest.mark.slow
 def test_under_load_nothing_is_lost_repeated_or_stale_there_and_back(servers: Servers) -> None:
     with (
         servers.cluster(cache=servers.cache) as cluster,

@@ -236,6 +236,7 @@ def owners(config: Path) -> tuple[str, ...]:
     return as_placed(load(config)[1]).shard_map.owners
 
 
+@pytest.mark.slow
 def test_a_plan_is_applied_resumed_and_refused_when_it_is_stale(
     growing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

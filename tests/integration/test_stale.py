@@ -14,6 +14,7 @@ pytestmark = pytest.mark.integration
 PAIRS = 1_000
 
 
+@pytest.mark.slow
 def test_no_read_is_stale_and_replicas_serve_them(new_cluster: NewCluster) -> None:
     with new_cluster(
         physical=1, replicas=2, logical_shards=8, redis=False, memcached=False, pgbouncer=False

@@ -287,6 +287,7 @@ def test_a_lost_answer_to_commit_is_settled_by_the_record(
     assert n_photos(cluster, user) == 1
 
 
+@pytest.mark.slow
 def test_an_outcome_stays_unknown_where_nobody_can_be_asked(
     cluster: Cluster, user: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
