@@ -454,6 +454,28 @@ def test_a_held_move_waits_ready_until_it_is_resumed(servers: Servers) -> None:
     moves.clean(servers.topology, 6)
 
 
+def test_a_source_that_is_switched_over_is_met_with_an_error_to_try_again(servers: Servers) -> None:
+    """As before a planned failover: it takes no writes for a while."""
+    assert not servers.move(6, is_held=True).is_moved
+    dsn = servers.local.superuser_dsn(servers.local.primary(servers.owner(6)).name)
+    with psycopg.connect(dsn, autocommit=True) as superuser:
+        superuser.execute("SET default_transaction_read_only = off")
+        try:
+            superuser.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+            superuser.execute("SELECT pg_reload_conf()")
+            with pytest.raises(TryAgainError, match="read-only"):
+                wait_until(
+                    lambda: moves.resume(servers.topology, 6, script=SCRIPT).is_moved,
+                    30.0,
+                    "reload",
+                )
+        finally:
+            superuser.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            superuser.execute("SELECT pg_reload_conf()")
+    moves.abort(servers.topology, 6)
+    assert not servers.leftovers()
+
+
 def test_rights_triggers_and_comments_go_with_it(servers: Servers) -> None:
     schema = schema_name(7)
     with servers.admin(servers.owner(7)) as owner:

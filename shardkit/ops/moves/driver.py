@@ -144,7 +144,10 @@ class Driver(Lookout):
         work = self.work
         presence = self._presence = Presence(work.target, work.logical_shard)
         try:
-            self._begin(presence)
+            try:
+                self._begin(presence)
+            except psycopg.Error as error:  # a switchover, say: nothing has been done yet
+                raise self._stopped("begin", error) from error
             while self._step(presence):
                 pass
         except (KeyboardInterrupt, SystemExit):
@@ -349,14 +352,17 @@ class Driver(Lookout):
         else:
             raise error
 
+    def _stopped(self, step: str, error: psycopg.Error) -> TryAgainError:
+        return TryAgainError(
+            f"{step}: {first_line(error)}",
+            hint=f"shardkit move resume {self.work.logical_shard} goes on",
+            logical_shard=self.work.logical_shard,
+        )
+
     def _failed(self, step: Step, error: psycopg.Error) -> None:
         """A server has refused a statement."""
         if not isinstance(error, _FATAL) or self._goal is not Goal.MOVE:
-            raise TryAgainError(
-                f"{step}: {first_line(error)}",
-                hint=f"shardkit move resume {self.work.logical_shard} goes on",
-                logical_shard=self.work.logical_shard,
-            ) from error
+            raise self._stopped(step, error) from error
         hint = "make room on the target" if isinstance(error, pg.DiskFull) else None
         self._give_up(MoveError(f"{step}: {first_line(error)}", hint=hint))
 

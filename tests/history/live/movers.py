@@ -122,6 +122,9 @@ class RealMover:
             told = self._ask(way, shard)
         if told["end"] == "refused" and "nothing" not in told["why"]:
             self.said[f"refused: {told['why']}"] += 1
+            if "shardkit move clean" in told["why"]:
+                self._see_through("clean", shard)
+                return 0
         if self._stage.owner_of(shard) != target:
             return 0
         if self._draw.random() >= 0.2:
@@ -140,7 +143,8 @@ class RealMover:
         told = self._ask(way, shard)
         while told["end"] in {"again", "dead"}:
             self._check(until, f"{way} of {shard}", told)
-            told = self._ask("resume", shard)
+            # Of a move that is over there is nothing to resume: what is left of it is asked for.
+            told = self._ask("clean" if way == "clean" else "resume", shard)
 
     def _check(self, until: float, what: str, told: dict[str, Any]) -> None:
         """Pause; a move that has no end is a finding."""
