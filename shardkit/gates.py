@@ -324,9 +324,10 @@ class _Minting:
         first = [] if words is None else [b"SELECT " + words]  # in the pipeline's transaction
         last = []
         gate = _COMMITTING
-        # A pooler gives the server away between two Syncs when the client is gone by then, and
-        # somebody else takes the second answer for theirs: so to such a pooler one Sync is sent.
-        if connection.prepare_threshold is None:
+        # A pooler may give the server away between two Syncs when the client is gone by then, and
+        # somebody else takes the second answer for theirs: so a pooler is sent one.
+        # Source: PgBouncer 1.18, objects.c, disconnect_client.
+        if not connection.is_direct:
             first, last, gate = (
                 [connection._get_tx_start_command(), *first],
                 [b"COMMIT"],
