@@ -262,6 +262,8 @@ class Attempts:
         """
         if not isinstance(error, _TYPED):
             return False
+        if deadlines.current() is not None:
+            return True
         now = self._clock.monotonic()
         if self._moves_until is None:
             self._moves_until = now + SETTLED

@@ -157,9 +157,9 @@ def test_the_error_of_the_last_attempt_is_raised_when_the_budget_is_spent() -> N
     assert asked == [GONE]
 
 
-def pauses_of(error: BaseException) -> list[float]:
+def pauses_of(error: BaseException, clock: FakeClock | None = None) -> list[float]:
     """Return the pauses of a unit that meets the same error, a millisecond later each time."""
-    clock = FakeClock()
+    clock = clock or FakeClock()
     attempts, found = Attempts(is_transient, lambda _: True, clock=clock), []
     while True:
         try:
@@ -175,6 +175,14 @@ def test_what_moves_is_tried_again_until_it_has_settled() -> None:
     assert max(pauses) <= 0.25
     assert sum(pauses) >= SETTLED - 1.0
     assert len(pauses) < 300, "nobody is asked all the time"
+
+
+def test_what_moves_is_tried_again_until_the_deadline() -> None:
+    clock = FakeClock()
+    with deadline(40.0, clock=clock):
+        assert 39.0 <= sum(pauses_of(ShardMovedError(), clock)) <= 40.0
+    with deadline(1.0, clock=clock):
+        assert sum(pauses_of(ShardMovedError(), clock)) <= 1.0
 
 
 def test_a_table_that_does_not_exist_is_said_soon() -> None:
