@@ -41,7 +41,9 @@ def told(service: Service, sent: bytes) -> bytes:
             line.shutdown(socket.SHUT_WR)
             while piece := line.recv(65_536):
                 answer += piece
-        except ConnectionError:
+        except TimeoutError:
+            raise  # neither answered nor cut off
+        except OSError:
             pass  # cut off in the middle of what it did not want to read
     return answer
 
