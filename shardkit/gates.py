@@ -201,11 +201,6 @@ _COMMITTING: Final = Gate(
 )
 """Stands for a statement that commits itself: its position is asked for after the commit."""
 
-_COMMITTED: Final = Gate(
-    lambda: None, is_replica=False, is_silent=lambda: False, patience=0, keeps_track=True
-)
-"""Stands for one that goes between BEGIN and COMMIT, in one conversation."""
-
 
 class Gated:
     """What both kinds of connection have; mixed into psycopg's classes.
@@ -323,16 +318,11 @@ class _Minting:
         words = None if connection.preamble is None else connection.preamble()
         first = [] if words is None else [b"SELECT " + words]  # in the pipeline's transaction
         last = []
-        gate = _COMMITTING
         # A pooler may give the server away between two Syncs when the client is gone by then, and
         # somebody else takes the second answer for theirs: so a pooler is sent one.
         # Source: PgBouncer 1.18, objects.c, disconnect_client.
         if not connection.is_direct:
-            first, last, gate = (
-                [connection._get_tx_start_command(), *first],
-                [b"COMMIT"],
-                _COMMITTED,
-            )
+            first, last = [connection._get_tx_start_command(), *first], [b"COMMIT"]
 
         def send_all() -> int:
             for text in first:
@@ -342,7 +332,9 @@ class _Minting:
                 connection.pgconn.send_query_params(text, None)
             return len(first) + n_answers + len(last)
 
-        _, answers, after = yield from _pipelined(connection, gate, None, send_all)
+        _, answers, after = yield from _pipelined(
+            connection, _COMMITTING, None, send_all, n_syncs=1 if last else 2
+        )
         answers, around = _without(answers, len(first), len(last))
         for (answer,) in around:
             if answer.status == ExecStatus.FATAL_ERROR:
@@ -517,7 +509,12 @@ def _reaches(position: Position | None, needed: Position) -> bool:
 
 
 def _pipelined(
-    connection: Any, gate: Gate, needed: Position | None, send: Callable[[], int]
+    connection: Any,
+    gate: Gate,
+    needed: Position | None,
+    send: Callable[[], int],
+    *,
+    n_syncs: int = 1,
 ) -> PQGen[tuple[PGresult | None, list[list[PGresult]], PGresult | None]]:
     """Ask, run a statement and ask again, in one round trip.
 
@@ -536,7 +533,7 @@ def _pipelined(
                 n_before, patience = 1, 0
             n_before += _ask(connection, _REPLAYED, [text, b"%d" % patience])
         n_after = n_before + send()
-        if gate is _COMMITTING:  # the position is to be that after the commit
+        if n_syncs == 2:  # the first commits, and the position is to be that after it
             server.pipeline_sync()
         if gate.keeps_track and gate.is_replica:
             _ask(connection, _REPLAYED, [b"0/0", b"0"])
@@ -544,7 +541,6 @@ def _pipelined(
             _ask(connection, _WRITTEN, None)
         server.pipeline_sync()
         yield from generators.send(server)
-        n_syncs = 2 if gate is _COMMITTING else 1
         while n_syncs:
             results = yield from generators.fetch_many(server)
             if results and results[-1].status == ExecStatus.PIPELINE_SYNC:
