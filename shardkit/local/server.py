@@ -117,6 +117,7 @@ class ServerProcess(ABC):
         self._clock = clock
         self._child: subprocess.Popen[bytes] | None = None
         self._mark: ProcessMark | None = None
+        self._changing = threading.Lock()
         self._log_start = 0
 
     @abstractmethod
@@ -177,7 +178,7 @@ class ServerProcess(ABC):
         with open_log(self.log) as log:
             self._log_start = log.tell()
             try:
-                self._child = subprocess.Popen(
+                child = subprocess.Popen(
                     [str(part) for part in self.command()],
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,
@@ -192,10 +193,12 @@ class ServerProcess(ABC):
                 raise LocalServerError(
                     f"{self.name}: {self.program.path} cannot be run: {error}"
                 ) from error
-        self._mark = processes.find(self._child.pid)
-        if self._mark is None:
+        with self._changing:
+            mark = processes.find(child.pid)
+            self._child, self._mark = child, mark
+        if mark is None:
             raise self.failure("ended at once")
-        return self._mark
+        return mark
 
     def wait_ready(self, cancelled: threading.Event, timeout: float = START_TIMEOUT) -> None:
         """Wait until the server accepts connections.
@@ -273,20 +276,28 @@ class ServerProcess(ABC):
 
     def _reap(self) -> int | None:
         """Collect the exit code of an ended child; None while it runs or was never started."""
-        if self._child is None:
+        child = self._child
+        if child is None:
             return None
-        code = self._child.poll()
+        code = child.poll()
         if code is not None:
-            self._mark = None
+            self._ended(child)
         return code
 
     def _wait(self, timeout: float) -> None:
-        if self._child is not None:
+        child = self._child
+        if child is not None:
             try:
-                self._child.wait(timeout)
+                child.wait(timeout)
             except subprocess.TimeoutExpired:
                 return
-            self._mark = None
+            self._ended(child)
+
+    def _ended(self, child: subprocess.Popen[bytes]) -> None:
+        """Forget the mark of a child; any thread may look at a server while one starts it again."""
+        with self._changing:
+            if self._child is child:
+                self._mark = None
 
 
 def open_log(path: Path) -> BinaryIO:

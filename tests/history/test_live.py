@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 
 from tests.fixtures.folders import in_reach
 from tests.history.live import bites
+from tests.history.live.faults import FAULTS, Broken
 from tests.history.live.movers import movers
 from tests.history.live.run import Result, run
+from tests.history.live.stage import Stage
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
@@ -60,3 +65,26 @@ def test_every_judge_had_something_to_judge(result: Result) -> None:
     assert not idle, "\n".join(result.lines)
     assert result.counts["moves"] + result.counts["moves given up"] >= 1
     assert sum(n for what, n in result.counts.items() if what not in {"moves", "operations"}) >= 3
+
+
+@pytest.mark.slow
+def test_a_run_says_which_server_stays_away(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    postgres_version: str,  # noqa: ARG001
+) -> None:
+    def killed_for_good(stage: Stage, _draw: random.Random) -> Broken:
+        stage.local.kill_server("pgbouncer_alpha")
+        yield "kill pgbouncer_alpha", 0.0
+
+    monkeypatch.setitem(FAULTS, "kill pooler", killed_for_good)
+    result = run(
+        in_reach(tmp_path / "run"),
+        seconds=1.0,
+        calm=0.5,
+        deadline=3.0,
+        moves=lambda _stage: [],
+        nemesis={"faults": ("kill pooler",)},
+    )
+    assert result.broken is not None
+    assert "pgbouncer_alpha is stopped though all is healed" in result.broken

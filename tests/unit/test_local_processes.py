@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shardkit.local import ports, processes
+from shardkit.local import ServerKind, ServerStatus, ports, processes
+from shardkit.local.account import Account
+from shardkit.local.binaries import Program
 from shardkit.local.options import LocalOptions
 from shardkit.local.owner import Warden, end_leftovers
 from shardkit.local.processes import ProcessMark
+from shardkit.local.server import ServerProcess
 from shardkit.local.state import DirectoryLock, ServerState, State
 from shardkit.testing import wait_until
 
@@ -129,3 +135,61 @@ def test_a_port_in_use_is_not_free() -> None:
 def test_wait_until_says_what_did_not_happen() -> None:
     with pytest.raises(AssertionError, match="pigs fly"):
         wait_until(lambda: False, 0.05, "pigs fly")
+
+
+class _Idle(ServerProcess):
+    """A server that does nothing, for a while."""
+
+    kind = ServerKind.MEMCACHED
+
+    def command(self) -> Sequence[str | Path]:
+        return [self.program.path, "600"]
+
+    def is_ready(self) -> bool:
+        return self.mark is not None
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[_Idle]:
+    path = shutil.which("sleep")
+    assert path is not None
+    me = pwd.getpwuid(os.geteuid())
+    server = _Idle(
+        "idle",
+        Program(Path(path), "1"),
+        physical=None,
+        port=1,
+        folder=tmp_path,
+        log=tmp_path / "idle.log",
+        account=Account(me.pw_name, me.pw_uid, me.pw_gid, is_switched=False),
+    )
+    yield server
+    server.kill()
+
+
+def test_who_hears_late_of_an_end_does_not_forget_the_next_process(
+    idle: _Idle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run, be told of no new configuration, and be left when the cluster ends."""
+    idle.launch()
+    idle.kill()
+    ended = idle._child
+    assert ended is not None
+    has_heard, may_go_on = threading.Event(), threading.Event()
+    poll = ended.poll
+
+    def late() -> int | None:
+        code = poll()
+        has_heard.set()
+        assert may_go_on.wait(60)
+        return code
+
+    monkeypatch.setattr(ended, "poll", late)
+    looks = threading.Thread(target=idle.snapshot)
+    looks.start()
+    assert has_heard.wait(60)
+    mark = idle.launch()
+    may_go_on.set()
+    looks.join()
+    assert idle.mark == mark
+    assert idle.snapshot().status is ServerStatus.RUNNING

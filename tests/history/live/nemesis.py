@@ -98,6 +98,7 @@ class Nemesis:
         """Break and move for so long; all is healed when it returns.
 
         Raises:
+            AssertionError: something does not come to its end, or a server stays away.
             Exception: what went wrong here, and not on a server.
         """
         losses = self.losses
@@ -126,6 +127,7 @@ class Nemesis:
                 thread.join()
             if self._failed:
                 raise self._failed[0]
+            self.stage.check_servers(databases=False)
             if losses is not None:
                 if self._deaf is not None:
                     n = len(self.stage.topology.physical)
@@ -134,6 +136,7 @@ class Nemesis:
                 losses.watching.wait(LONGEST)
             for mover in self.movers:
                 mover.settle()
+        self.stage.check_servers()
 
     def _thread(self, name: str, loop: Callable[[random.Random], None]) -> threading.Thread:
         return threading.Thread(target=self._kept, args=(loop, draw_of(self.stage.plan, name)))

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import psycopg
+
 from shardkit.errors import LocalServerError
 from tests.history.findings import Verdict
 from tests.history.judge import Limits, judge, report, vacuous
@@ -178,10 +180,8 @@ def run(
             except AssertionError as error:
                 broken = str(error)
         stage.end("relay")
-        witness = Recorder(history, "witness")
-        look(stage, witness)
-        witness.end()
-        note_leftovers(stage, "after")
+        unread = _noted_at_the_end(stage, history)
+        broken = broken or unread
         stage.recorder.end()
         errors = Counter(stage.errors)
         for log in folder.glob("servers/logs/*.log"):  # of servers, which are gone in a moment
@@ -193,6 +193,19 @@ def run(
     errors.update(fact["text"] for fact in ledger.facts.get("error", ()))
     took["judge"] = time.monotonic() - began - took["start"] - took["run"]
     return Result(history, counts, errors, verdicts, lines, took, said, broken)
+
+
+def _noted_at_the_end(stage: Stage, history: Path) -> str | None:
+    """Write down what there is for good; return why that cannot be, or None."""
+    witness = Recorder(history, "witness")
+    try:
+        look(stage, witness)
+        note_leftovers(stage, "after")
+    except (AssertionError, psycopg.Error) as error:
+        return f"what there is at the end cannot be read: {error}"
+    finally:
+        witness.end()
+    return None
 
 
 def _judged(ledger: Ledger, history: Path, limits: Limits) -> tuple[dict[str, Verdict], list[str]]:

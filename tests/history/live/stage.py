@@ -25,7 +25,7 @@ import psycopg
 
 from shardkit.config import load
 from shardkit.local import LocalCluster, LocalOptions
-from shardkit.local.server import LocalServer, ServerKind
+from shardkit.local.server import LocalServer, ServerKind, ServerStatus, log_tail
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.testing import FaultProxy, create_tables, wait_until
 from shardkit.topology import Role
@@ -40,6 +40,9 @@ __all__ = ["Process", "Stage", "shape"]
 _ROOT = Path(__file__).parents[3]
 _END = 60.0
 """Seconds that a process may take to end what it has begun."""
+
+_PATIENCE = 60
+"""Seconds that a server has for a query of the harness, which waits for nobody for good."""
 
 
 def shape(logical_shards: int = 4, replicas: int = 2, **changes: Any) -> LocalOptions:
@@ -222,7 +225,29 @@ class Stage:
 
     def superuser_of(self, server: str) -> psycopg.Connection[tuple[Any, ...]]:
         """Connect to a server."""
-        return psycopg.connect(self.local.superuser_dsn(server), autocommit=True, connect_timeout=3)
+        return psycopg.connect(
+            self.local.superuser_dsn(server),
+            autocommit=True,
+            connect_timeout=3,
+            options=f"-c statement_timeout={_PATIENCE}s",
+        )
+
+    def check_servers(self, *, databases: bool = True) -> None:
+        """See that every server runs, once all is healed.
+
+        Args:
+            databases: also those that a failover may be about to start.
+
+        Raises:
+            AssertionError: one does not; whatever needs it would wait in vain.
+        """
+        for server in self.local.servers:
+            is_asked = databases or server.kind is not ServerKind.POSTGRESQL
+            if is_asked and server.status is not ServerStatus.RUNNING:
+                raise AssertionError(
+                    f"{server.name} is {server.status} though all is healed; the end of its log:\n"
+                    f"{log_tail(server.log)}"
+                )
 
     def owners(self) -> dict[int, str]:
         """Return who owns each logical shard, as the servers say."""
