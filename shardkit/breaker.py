@@ -352,6 +352,24 @@ class Breaker(pybreaker.CircuitBreaker):
             self._become(STATE_HALF_OPEN)
         self._teller.tell()
 
+    def expect(self, *, is_another: bool = False) -> None:
+        """Take it that the server answers: somebody who does not ask here has heard of it.
+
+        Let a probe through at once, however long it was to stay open. One that was opened by hand
+        stays so.
+
+        Args:
+            is_another: another server has taken its place: let everything through.
+        """
+        with self._guard.lock:
+            if self._cause is Cause.ORDER:
+                return
+            if is_another:
+                self._close(self._now())
+            elif self._state.name == STATE_OPEN:
+                self._retry_at = self._now()
+        self._teller.tell()
+
     def close(self) -> None:
         """Let everything through and forget what failed."""
         with self._guard.lock:

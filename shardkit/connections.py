@@ -178,7 +178,7 @@ class _Core:
             clock=clock,
         )
         self.map_watch = self._watch_class(
-            topology, held, follow=self._led, receive=self.receive, clock=clock
+            topology, held, follow=self._led, hear=self._heard, receive=self.receive, clock=clock
         )
         self.held = held
         self.owners = Owners(held, self.map_watch, clock=clock)
@@ -321,6 +321,18 @@ class _Core:
         if self.listeners:
             self.listeners.emit(PrimaryChanged(physical, str(before.primary), str(shard.primary)))
         return self.topology
+
+    def _heard(self, physical: str, *, is_another: bool) -> None:
+        """Have a primary tried that was away and answers; waits for nothing.
+
+        Behind a pooler a failover changes no address: what the old primary did is held against its
+        successor else, for a minute. Where replicas are led to has changed, too.
+        """
+        shard = self.topology.physical[physical]
+        self.guards[shard.primary].breaker.expect(is_another=is_another)
+        if is_another and shard.pooler is not None:
+            for endpoint in shard.replicas:
+                self.guards[endpoint].breaker.expect()
 
     def make_ready(self, source: str, target: str, n_moving: int) -> None:
         """Open connections to where logical shards are on their way; see `shardkit.warming`.

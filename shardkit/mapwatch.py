@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import psycopg
 from psycopg import AsyncConnection
@@ -73,6 +73,20 @@ Follow = Callable[[str, Endpoint], Topology]
 Receive = Callable[[str, str, int], Awaitable[None]]
 """Told that logical shards are on their way: where from, where to, and how many; makes ready."""
 
+
+class Hear(Protocol):
+    """Told that the primary of a physical shard answers again."""
+
+    def __call__(self, physical: str, *, is_another: bool) -> None:
+        """Take note, and wait for nothing.
+
+        Args:
+            physical: name of the physical shard.
+            is_another: whether it is another server than before; a pooler leads to it by the same
+                address.
+        """
+
+
 _LIFT: Final = "SELECT shardkit.lift_expired_fence(%s)"
 
 
@@ -88,10 +102,13 @@ class _Watcher:
         topology: Topology,
         held: HeldMap,
         clock: Clock,
+        *,
         follow: Follow | None,
+        hear: Hear | None,
         receive: Receive | None,
     ) -> None:
         self._topology = topology
+        self._hear = hear
         self._follows = follow or (lambda _physical, _primary: self._topology)
         self._receive = receive
         self._received: dict[tuple[str, str], frozenset[int]] = {}
@@ -182,13 +199,19 @@ class _Watcher:
                     prepare_threshold=None,
                     **{"application_name": "shardkit map", **libpq_options(url)},
                 )
+            is_first = True
             while True:
                 question, at = self._held.asking(name), self._clock.monotonic()
                 async with answered(PATIENCE, self._clock):
                     row: Any = await (await connection.execute(_ASK)).fetchone()
                 answer, expired = self._answer(name, row)
+                before = self._held.believed(name)
                 if not self._held.told(name, question, at, answer):
                     raise _NotBelievedError("its timeline is not registered, or not the newest")
+                is_another = before is not None and before.timeline != answer.timeline
+                if self._hear is not None and (is_first or is_another):
+                    self._hear(name, is_another=is_another)
+                is_first = False
                 for number in expired:
                     async with answered(PATIENCE, self._clock):
                         lifted: Any = await (await connection.execute(_LIFT, (number,))).fetchone()
@@ -235,10 +258,11 @@ class MapWatch(Background):
         held: HeldMap,
         *,
         follow: Follow | None = None,
+        hear: Hear | None = None,
         receive: Receive | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
-        self._watcher = _Watcher(topology, held, clock, follow, receive)
+        self._watcher = _Watcher(topology, held, clock, follow=follow, hear=hear, receive=receive)
         self._held = held
         super().__init__(self._watcher.run, "shardkit map")
 
@@ -286,10 +310,11 @@ class AsyncMapWatch(AsyncBackground):
         held: HeldMap,
         *,
         follow: Follow | None = None,
+        hear: Hear | None = None,
         receive: Receive | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
-        self._watcher = _Watcher(topology, held, clock, follow, receive)
+        self._watcher = _Watcher(topology, held, clock, follow=follow, hear=hear, receive=receive)
         self._held = held
         super().__init__(self._watcher.run)
 

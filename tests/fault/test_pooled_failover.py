@@ -7,8 +7,10 @@ from functools import partial
 
 import psycopg
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from shardkit import Cluster, deadline, ids
+from shardkit.breaker import Breaker
 from shardkit.config import FailoverConfig, load
 from shardkit.errors import ShardkitError
 from shardkit.local import LocalCluster, LocalHost, watched
@@ -65,6 +67,41 @@ def test_a_pooler_that_goes_back_to_the_old_primary_gets_no_writes(local: LocalC
     assert _names(local, new)[-1] == "user 6"
 
 
+def test_a_breaker_that_opened_hears_of_the_new_primary(local: LocalCluster) -> None:
+    """The address is the pooler's, before and after: it was to be left alone for a minute."""
+    config, topology = load(local.config_path)
+    config = config.model_copy(update={"failover": FailoverConfig(every=0.0)})
+    create_tables(topology, Base.metadata)
+    with Cluster(topology) as cluster:
+        write = partial(_write, cluster)
+        write(1)
+        breaker = cluster.connections.guards[topology.physical["alpha"].primary].breaker
+        breaker.reset_timeout = 60.0
+        local.kill_server("alpha_0")
+        wait_until(partial(_opens, breaker, partial(write, 2)), PATIENCE, "the breaker opens")
+        assert breaker.retry_after is not None
+        assert breaker.retry_after > 40.0
+        fail_over(config, topology, "alpha", host=LocalHost(local, fences=False, rejoins=False))
+        with deadline(20.0):
+            write(3)
+        assert breaker.is_closed
+
+
+def test_a_breaker_that_opened_hears_of_a_primary_that_is_back(local: LocalCluster) -> None:
+    _, topology = load(local.config_path)
+    create_tables(topology, Base.metadata)
+    with Cluster(topology) as cluster:
+        write = partial(_write, cluster)
+        write(1)
+        breaker = cluster.connections.guards[topology.physical["alpha"].primary].breaker
+        breaker.reset_timeout = 60.0
+        local.kill_server("pgbouncer_alpha")
+        wait_until(partial(_opens, breaker, partial(write, 2)), PATIENCE, "the breaker opens")
+        local.start_server("pgbouncer_alpha")
+        with deadline(20.0):
+            write(3)
+
+
 def test_an_embedded_cluster_replaces_its_primaries_by_itself(local: LocalCluster) -> None:
     _, topology = load(local.config_path)
     create_tables(topology, Base.metadata)
@@ -107,6 +144,15 @@ def _succeeds(write: partial[None]) -> bool:
     except ShardkitError:
         return False
     return True
+
+
+def _opens(breaker: Breaker, write: partial[None]) -> bool:
+    try:
+        with deadline(1.0):
+            write()
+    except (ShardkitError, DBAPIError):
+        pass
+    return not breaker.is_closed
 
 
 def _names(local: LocalCluster, server: str) -> list[str]:

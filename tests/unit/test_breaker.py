@@ -57,6 +57,35 @@ def test_five_failures_in_a_row_trip_it() -> None:
     assert (breaker.current_state, breaker.cause) == ("open", Cause.CONSECUTIVE)
 
 
+def test_one_that_is_heard_of_is_tried_at_once_and_another_one_let_through() -> None:
+    clock = FakeClock()
+    again, another = (tripped(clock) for _ in range(2))
+    for _ in range(6):
+        for breaker in (again, another):
+            clock.advance(breaker.retry_after or 0.0)
+            fail(breaker)
+    assert again.retry_after == another.retry_after == 50.0
+    again.expect()
+    another.expect(is_another=True)
+    assert (again.retry_after, another.current_state) == (0.0, "closed")
+    probe = again.admit()
+    assert probe is not None
+    with pytest.raises(BreakerOpenError):
+        again.admit()
+    again.expect()  # the probe that is out counts
+    again.succeeded(0.01, probe)
+    succeed(again, 2)
+    assert again.current_state == "closed"
+
+
+def test_one_that_was_opened_by_hand_stays_so_whoever_hears_of_it() -> None:
+    clock = FakeClock()
+    breaker = breaker_at(clock)
+    breaker.open()
+    breaker.expect(is_another=True)
+    assert breaker.retry_after == 1.0
+
+
 def test_a_success_between_ends_the_row() -> None:
     breaker = breaker_at(FakeClock())
     for _ in range(4):
