@@ -33,6 +33,7 @@ from shardkit.local.settings import (
     SUPERUSER,
     postgres_conf,
 )
+from shardkit.ops.moves.replication import NAMES
 from shardkit.topology import Role
 
 __all__ = ["PostgresServer", "role_of"]
@@ -153,8 +154,7 @@ class PostgresServer(ServerProcess):
         except LocalServerError:
             return False
         # pg_rewind leaves these; on a replica nobody would drop them, and they hold back the log.
-        for slot in (self.folder / "pg_replslot").iterdir():
-            shutil.rmtree(slot)
+        self._drop_slots("")
         return True
 
     def create_roles(self, passwords: Mapping[str, str]) -> None:
@@ -193,6 +193,7 @@ class PostgresServer(ServerProcess):
         if self.role is Role.REPLICA and self.primary is not None:
             conninfo = self._conninfo(self.primary)
             self._forget_old_primary()
+            self._drop_slots(NAMES)  # of moves that it knew as a primary
         self._write_settings(conninfo)
         # No process works in the folder any more. A recycled pid in these files would keep
         # PostgreSQL from starting.
@@ -294,6 +295,11 @@ class PostgresServer(ServerProcess):
                 file.seek(0)
                 file.writelines(kept)
                 file.truncate()
+
+    def _drop_slots(self, beginning: str) -> None:
+        """Drop the replication slots of a stopped server whose names begin so."""
+        for slot in (self.folder / "pg_replslot").glob(f"{beginning}*"):
+            shutil.rmtree(slot)
 
     def _grants(self) -> list[str]:
         """Return what the admin may do beside owning the database."""

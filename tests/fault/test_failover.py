@@ -14,7 +14,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -274,6 +274,58 @@ def test_an_old_primary_comes_back_without_its_slots(site: Site) -> None:
         )
     assert site.ask(before, "SELECT pg_is_in_recovery()")
     assert site.ask(before, "SELECT count(*) FROM pg_replication_slots") == 0
+
+
+def test_a_standby_that_starts_or_is_promoted_has_no_slots_of_old_moves(site: Site) -> None:
+    """It may have been the primary before, and stopped in good order; the next move is refused."""
+    before = site.primary()
+    standbys = [name for name in ("alpha_0", "alpha_1", "alpha_2") if name != before]
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'shardkit_move_%'"
+    make = "SELECT pg_create_physical_replication_slot('shardkit_move_0003')"
+    site.ask(standbys[0], make)
+    site.local.stop_server(standbys[0])
+    site.local.start_server(standbys[0])
+    assert site.ask(standbys[0], slots) == 0
+    for name in standbys:
+        site.ask(name, make)
+    with site.watched():
+        site.local.kill_server(before)
+        wait_until(
+            lambda: any(isinstance(a, Rejoin) for a in site.actions) and site.is_well(),
+            PATIENCE,
+            "every server is well",
+        )
+    assert [site.ask(name, slots) for name in (before, *standbys)] == [0, 0, 0]
+
+
+def test_who_writes_before_a_promotion_is_registered_does_not_delay_it(site: Site) -> None:
+    """Its COMMIT waits for standbys, which follow only afterwards, and it holds its locks."""
+    before, threads, held = site.primary(), [], threading.Event()
+
+    def write(name: str) -> None:
+        url = site.topology.physical["alpha"].admin_url.set(port=site.local.server(name).port)
+        with psycopg.connect(**libpq_options(url), autocommit=True) as owner:
+            owner.execute("SET statement_timeout = 0")
+            owner.execute("BEGIN; UPDATE shardkit.ownership SET epoch = epoch")
+            held.set()
+            with suppress(psycopg.OperationalError):
+                owner.execute("COMMIT")
+
+    def hook(step: str) -> None:
+        if step == "Promote done":
+            name = next(
+                s.name for s in site.local.servers
+                if s.status is ServerStatus.RUNNING
+                and not site.ask(s.name, "SELECT pg_is_in_recovery()")
+            )  # fmt: skip
+            threads.append(threading.Thread(target=write, args=(name,), daemon=True))
+            threads[0].start()
+            assert held.wait(PATIENCE)
+
+    site.local.kill_server(before)
+    fail_over(site.config, site.topology, "alpha", host=LocalHost(site.local), hook=hook)
+    threads[0].join(PATIENCE)
+    assert not threads[0].is_alive()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ decides nothing.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,11 +26,14 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.gates import lsn_of
 from shardkit.ops.direct import Unguarded, parameters
 from shardkit.ops.failover.machine import CUT, Node
+from shardkit.ops.moves.replication import NAMES
 from shardkit.ops.moves.transactions import promote
 from shardkit.ops.ownershiptables import TIMELINE
 from shardkit.waits import Connection
 
 __all__ = ["Heard", "Server"]
+
+_LOG: Final = logging.getLogger(__name__)
 
 KEY: Final = 0x5348_4B46_4F56
 """Of the advisory lock that claims a server for one driver."""
@@ -105,6 +109,21 @@ WHERE a.backend_type = 'client backend' AND a.pid <> pg_catalog.pg_backend_pid()
     AND NOT coalesce((SELECT r.rolsuper FROM pg_catalog.pg_roles AS r
         WHERE r.oid = a.usesysid), false)
 """
+
+# Slots are of one server: on a standby they are of moves that it knew as a primary. They would hold
+# back the log, and be taken for those of the next move.
+_STALE: Final = f"""
+SELECT count(pg_catalog.pg_drop_replication_slot(s.slot_name))
+FROM pg_catalog.pg_replication_slots AS s
+WHERE s.slot_name ~ '^{NAMES}[0-9]+$' AND s.active_pid IS NULL AND pg_catalog.pg_is_in_recovery()
+    AND coalesce(s.database = pg_catalog.current_database(), true)
+"""  # noqa: S608  a constant
+
+_BLOCKED: Final = "1s"
+"""That a registration waits for who holds a lock: until it is done, nobody has to write there."""
+
+_CLEARINGS: Final = 5
+"""Times that such sessions are ended; others may come."""
 
 _FULL: Final = re.compile(r"too many clients|connection slots are reserved|too many connections")
 """A server that says so is alive."""
@@ -277,6 +296,7 @@ class Server:
         with self._patiently():
             said = conninfo_to_dict(self._ask("SHOW primary_conninfo"))
             said.pop("hostaddr", None)
+            self._drop_stale_slots()
             self._follow({**said, "host": host, "port": port})
         self._renewed_at = None
 
@@ -284,14 +304,20 @@ class Server:
         """Have a standby become a primary, and wait for that."""
         with self._patiently(_PROMOTION + self._timeout):
             if self._ask("SELECT pg_catalog.pg_is_in_recovery()"):
+                self._drop_stale_slots()
                 self._ask(f"SELECT pg_catalog.pg_promote(true, {_PROMOTION})")
 
     # -- primaries
 
     def register(self, detail: Mapping[str, Any]) -> tuple[int, list[int]]:
-        """Register a promotion; see `shardkit.ops.moves.transactions.promote`."""
+        """Register a promotion; see `shardkit.ops.moves.transactions.promote`.
+
+        Whoever has written before waits for standbys, which follow only afterwards, and holds the
+        locks of its rows meanwhile: such sessions are ended.
+        """
         with self._patiently(_PROMOTION), self._opened(self._owner) as connection:
-            found = promote(connection, server=self.name, detail=detail)
+            connection.execute(f"SET lock_timeout = '{_BLOCKED}'".encode())
+            found = self._registered(connection, detail)
         with self._patiently():
             self._set("default_transaction_read_only", None)  # of a switchover that went before
         return found
@@ -367,6 +393,21 @@ class Server:
         connection.execute("SELECT pg_catalog.pg_reload_conf()")
         while self._ask("SELECT pg_catalog.pg_conf_load_time()") == before:
             self._clock.sleep(0.005)
+
+    def _registered(
+        self, connection: Connection, detail: Mapping[str, Any]
+    ) -> tuple[int, list[int]]:
+        for _ in range(_CLEARINGS):
+            with suppress(pg.LockNotAvailable):
+                return promote(connection, server=self.name, detail=detail)
+            self._ask(_TERMINATE)
+        return promote(connection, server=self.name, detail=detail)
+
+    def _drop_stale_slots(self) -> None:
+        try:
+            self._ask(_STALE)
+        except (pg.InsufficientPrivilege, pg.ObjectInUse) as error:
+            _LOG.warning("slots of old moves stay on %s: %s", self.name, error)
 
     def _ask(self, query: str) -> Any:
         row = self._connected().execute(query.encode()).fetchone()

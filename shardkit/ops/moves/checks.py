@@ -269,9 +269,15 @@ def _tables(source: Side, target: Side, logical_shard: int) -> Iterator[Check]:
 
 
 def _leftovers(connection: psycopg.Connection[Any], logical_shard: int) -> list[str]:
+    """Return what is left of a move that is over.
+
+    Not slots that nobody uses: a server that was a primary and is one again may have some of
+    then, since slots are not replicated. The copy begins with dropping them.
+    """
     name = name_of(logical_shard)
     rows = connection.execute(
-        "SELECT 'slot' FROM pg_replication_slots WHERE slot_name = %(name)s UNION ALL "
+        "SELECT 'slot' FROM pg_replication_slots WHERE slot_name = %(name)s "
+        "AND (active_pid IS NOT NULL OR database IS DISTINCT FROM current_database()) UNION ALL "
         "SELECT 'publication' FROM pg_publication WHERE pubname = %(name)s UNION ALL "
         "SELECT 'subscription' FROM pg_subscription WHERE subname = %(name)s AND subdbid = "
         "(SELECT oid FROM pg_database WHERE datname = current_database())",

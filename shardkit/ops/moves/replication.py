@@ -20,6 +20,7 @@ from shardkit.errors import TryAgainError
 from shardkit.topology import libpq_options, schema_name
 
 __all__ = [
+    "NAMES",
     "Progress",
     "advance_slot",
     "conninfo",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 Connection = psycopg.Connection[Any]
+
+NAMES: Final = "shardkit_move_"
+"""What the names of publications, slots and subscriptions begin with."""
 
 # AccessShareLock on catalogues.
 _TABLES: Final = """
@@ -93,7 +97,7 @@ class Progress:
 
 def name_of(logical_shard: int) -> str:
     """Return the name of publication, slot and subscription."""
-    return f"shardkit_move_{logical_shard:04d}"
+    return f"{NAMES}{logical_shard:04d}"
 
 
 def conninfo(url: URL, logical_shard: int) -> str:

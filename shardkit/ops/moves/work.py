@@ -100,7 +100,8 @@ class Work(Sides):
     def _copy(self, _goal: Goal) -> None:
         source, target, number = self.on("source"), self.on("target"), self.logical_shard
         replication.unsubscribe(target, number)
-        replication.drop_slot(source, number)
+        for side in (source, target):  # one of an earlier move may have come back with its server
+            replication.drop_slot(side, number)
         replication.publish(source, number)
         slot = open_connection(
             self.source,
