@@ -14,6 +14,7 @@ Source: PostgreSQL's documentation, libpq, "Pipeline Mode"; `python -m benchmark
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any, Final
 
@@ -41,7 +42,24 @@ _MOST_VALUES: Final = 65_535
 """Source: PostgreSQL manual, 53.7, message Bind: their number is an Int16, read unsigned."""
 
 
-class Connection(Parting, waits.Connection):
+_SETS: Final = re.compile(r"\s*SET\s+(LOCAL\s+)?TRANSACTION(\s|_)", re.IGNORECASE)
+
+
+class _Owing(Parting):
+    """Sees to it that nothing is committed before the preamble of its transaction was selected."""
+
+    def _part(self, asked: tuple[bytes, ...]) -> PQGen[list[PGresult] | None]:
+        this: Any = self
+        try:
+            yield from this._say_what_is_owed()
+        except psycopg.Error:
+            if self.pgconn.transaction_status == TransactionStatus.INERROR:
+                yield from self._exec_command(b"ROLLBACK")
+            raise
+        return (yield from super()._part(asked))
+
+
+class Connection(_Owing, waits.Connection):
     """A connection of a thread.
 
     Attributes:
@@ -70,7 +88,7 @@ class Connection(Parting, waits.Connection):
             yield from super()._start_query()
 
 
-class AsyncConnection(Parting, waits.AsyncConnection):
+class AsyncConnection(_Owing, waits.AsyncConnection):
     """A connection of an event loop; see `Connection`."""
 
     is_alone = False
@@ -90,6 +108,11 @@ class AsyncConnection(Parting, waits.AsyncConnection):
     def _start_query(self) -> PQGen[None]:
         if not self._leaves_begin:
             yield from super()._start_query()
+
+
+def _sets_transaction(query: Query) -> bool:
+    """Tell whether a statement is one that PostgreSQL wants before any query of a transaction."""
+    return isinstance(query, str) and _SETS.match(query) is not None
 
 
 def refuse_many(n_values: int) -> None:
@@ -160,6 +183,7 @@ class _Joining(Bounded):
         binary: bool | None = None,
     ) -> PQGen[None]:
         connection: Any = self._conn
+        connection._is_setting = connection.preamble is not None and _sets_transaction(query)
         connection._leaves_begin = (
             connection.pgconn.transaction_status == TransactionStatus.IDLE
             and not connection._autocommit
@@ -168,7 +192,7 @@ class _Joining(Bounded):
         try:
             yield from super()._execute_gen(query, params, prepare=prepare, binary=binary)
         finally:
-            connection._leaves_begin = False
+            connection._leaves_begin = connection._is_setting = False
 
     def _maybe_prepare_gen(
         self,

@@ -88,7 +88,8 @@ class _Patient:
         was_undone: whether the server has said that it cancelled the last statement given up,
             so that nothing of it holds, even where the statement would have committed itself.
         preamble: returns what is selected at the beginning of each transaction that writes, in the
-            round trip of BEGIN: what has to hold for it; or None for nothing.
+            round trip of BEGIN: what has to hold for it; or None for nothing. After SET TRANSACTION
+            where that is the first statement, since PostgreSQL wants it before any query.
         meanwhile: is called once, as soon as something was sent next: what has to be done
             beside that is done while the server works. Raises nothing.
     """
@@ -102,6 +103,8 @@ class _Patient:
     _has_standby_warning = False
     was_undone = False
     preamble: Callable[[], bytes | None] | None = None
+    _is_setting = False  # SET TRANSACTION is about to be sent
+    _owes_preamble = False
     meanwhile: Callable[[], None] | None = None
 
     def _opened(self, patience: float, guard: Guard) -> None:
@@ -230,12 +233,32 @@ class _Patient:
         It takes no lock. Without a deadline the patience of the connection is enough.
         """
         first = None if self.preamble is None else self.preamble()
+        self._owes_preamble = self._is_setting and first is not None
+        if self._owes_preamble:
+            first = None
         if deadlines.current() is None:
             return None if first is None else b"SELECT " + first
         bound = max(1, math.ceil(self._bound() * 1000))
         if first is None:
             return b"SET LOCAL statement_timeout = %d" % bound
         return b"SELECT pg_catalog.set_config('statement_timeout', '%d', true), %b" % (bound, first)
+
+    def _say_what_is_owed(self) -> PQGen[None]:
+        """Select the preamble in a transaction that has begun without it, if there is one.
+
+        Before the next statement, and before COMMIT at the latest: what fails it is not committed.
+        """
+        is_open = self.pgconn.transaction_status == TransactionStatus.INTRANS
+        if not self._owes_preamble or self._is_setting or not is_open:
+            return
+        self._owes_preamble = False
+        words = None if self.preamble is None else self.preamble()
+        if words is None:
+            return
+        self.pgconn.send_query(b"SELECT " + words)
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status != ExecStatus.TUPLES_OK:
+                raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
     def _start_query(self) -> PQGen[None]:
         """Begin a transaction with the server's own bound, in one round trip.
@@ -252,6 +275,7 @@ class _Patient:
         ):
             bound = self._servers_bound()
         if bound is None:
+            yield from self._say_what_is_owed()
             yield from base._start_query()
             return
         self.pgconn.send_query(b"%b; %b" % (connection._get_tx_start_command(), bound))

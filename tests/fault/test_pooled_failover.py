@@ -25,6 +25,8 @@ from tests.models import Base, User
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 PATIENCE = 60.0
+SERIALIZABLE = "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"
+INSERT = "INSERT INTO shard_0001.users (id, name) VALUES (1, 'user 0')"
 
 
 @pytest.fixture
@@ -60,10 +62,15 @@ def test_a_pooler_that_goes_back_to_the_old_primary_gets_no_writes(local: LocalC
         for number, alone in ((4, True), (5, False)):
             with pytest.raises(Exception, match="timeline"), deadline(3.0):
                 write(number, alone=alone)
+        # What is to go before any query goes before the check, which is made all the same.
+        for first in (SERIALIZABLE, f"{SERIALIZABLE}; {INSERT}"):
+            with pytest.raises(Exception, match="timeline"), deadline(3.0):
+                _write_after(cluster, first)
         assert _names(local, "alpha_0") == ["user 1"]
         local.end_server("alpha_0")
         local.lead("alpha", new)
         wait_until(partial(_succeeds, partial(write, 6)), PATIENCE, "writes go on")
+        assert _write_after(cluster, SERIALIZABLE) == "serializable"
     assert _names(local, new)[-1] == "user 6"
 
 
@@ -135,6 +142,21 @@ def _write(cluster: Cluster, number: int, *, alone: bool = False) -> None:
         session.add(User(id=user.id, name=user.name))
 
     cluster.run(unit)
+
+
+def _write_after(cluster: Cluster, first: str) -> str:
+    """Write one user in a transaction that begins with some statement; return its isolation."""
+
+    def unit(session: WriteSession) -> str:
+        connection = session._connection_to(1)
+        connection.exec_driver_sql(first)
+        if first != SERIALIZABLE:
+            return ""  # COMMIT is next
+        session.add(User(id=ids.compose(7, 1, 0), name="user 5"))
+        session.flush()
+        return str(connection.exec_driver_sql("SHOW transaction_isolation").scalar_one())
+
+    return cluster.run(unit)
 
 
 def _succeeds(write: partial[None]) -> bool:
