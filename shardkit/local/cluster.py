@@ -187,6 +187,24 @@ class LocalCluster:
         self._record(server)
         server.wait_ready(threading.Event())
 
+    def revive(self) -> list[str]:
+        """Start every PgBouncer again that ended by itself; return their names.
+
+        As the system's service manager does elsewhere. PgBouncer 1.18 ends now and then when a
+        query is cancelled (`server in bad state`; its issue 822, mended in 1.21).
+
+        Raises:
+            LocalServerError: one did not start.
+        """
+        ended = [
+            server.name
+            for server in self._running().servers.values()
+            if server.kind is ServerKind.PGBOUNCER and server.has_ended
+        ]
+        for name in ended:
+            self.start_server(name)
+        return ended
+
     def stop_server(self, name: str) -> None:
         """Stop one server in good order."""
         self._server(name).stop()

@@ -74,6 +74,11 @@ class LocalHost:
         with self._lock:
             self._local.lead(physical, self._named(physical, primary))
 
+    def revive(self) -> list[str]:
+        """Start every PgBouncer again that ended by itself; return their names."""
+        with self._lock:
+            return self._local.revive()
+
     def _named(self, physical: str, address: str) -> str:
         port = int(address.rpartition(":")[2])
         for server in self._local.servers:

@@ -118,6 +118,7 @@ class ServerProcess(ABC):
         self._child: subprocess.Popen[bytes] | None = None
         self._mark: ProcessMark | None = None
         self._changing = threading.Lock()
+        self._is_wanted = False
         self._log_start = 0
 
     @abstractmethod
@@ -145,6 +146,11 @@ class ServerProcess(ABC):
         """The main process while it runs, or None."""
         self._reap()
         return self._mark
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was launched, and ended without being told to."""
+        return self.mark is None and self._is_wanted
 
     def snapshot(self) -> LocalServer:
         """Return the server as a value."""
@@ -195,7 +201,7 @@ class ServerProcess(ABC):
                 ) from error
         with self._changing:
             mark = processes.find(child.pid)
-            self._child, self._mark = child, mark
+            self._child, self._mark, self._is_wanted = child, mark, True
         if mark is None:
             raise self.failure("ended at once")
         return mark
@@ -233,6 +239,7 @@ class ServerProcess(ABC):
         Raises:
             LocalServerError: a process survives SIGKILL, which only a broken disk brings about.
         """
+        self._is_wanted = False
         self.resume()
         if (mark := self.mark) is not None:
             processes.send(mark, self.stop_signal)
@@ -245,6 +252,7 @@ class ServerProcess(ABC):
         Raises:
             LocalServerError: a process survives, which only a broken disk brings about.
         """
+        self._is_wanted = False
         # The main process first: it must not replace the children that end.
         if (mark := self.mark) is not None:
             processes.send(mark, signal.SIGKILL)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from shardkit.config import load
+from shardkit.errors import LocalServerError
 from shardkit.local.cluster import LocalCluster
 from shardkit.local.host import LocalHost
 from shardkit.ops import failover
@@ -23,10 +24,15 @@ __all__ = ["watched"]
 
 _LOG: Final = logging.getLogger(__name__)
 
+_PAUSE: Final = 0.5
+"""Seconds between two looks at PgBouncers; each is a system call."""
+
 
 @contextmanager
 def watched(local: LocalCluster, tell: Callable[[str], object]) -> Iterator[None]:
-    """Replace primaries that are lost while the block runs; nothing where there are no replicas.
+    """Replace primaries that are lost while the block runs, where there are replicas.
+
+    PgBouncers that end by themselves are started again.
 
     Args:
         local: a cluster that this process has started.
@@ -34,10 +40,7 @@ def watched(local: LocalCluster, tell: Callable[[str], object]) -> Iterator[None
     """
     settings, topology = load(local.config_path)
     names = [name for name, shard in topology.physical.items() if shard.replicas]
-    if not names:
-        yield
-        return
-    stop = threading.Event()
+    stop, host = threading.Event(), LocalHost(local, lists=True)
 
     def said(physical: str, action: Action) -> None:
         if not isinstance(action, Rest | Wait):
@@ -49,17 +52,28 @@ def watched(local: LocalCluster, tell: Callable[[str], object]) -> Iterator[None
                 settings,
                 topology,
                 physical=names,
-                host=LocalHost(local, lists=True),
+                host=host,
                 stop=stop,
                 progress=said,
             )
         except Exception:  # noqa: BLE001  the cluster goes on without
             _LOG.exception("nobody replaces lost primaries any more")
 
-    thread = threading.Thread(target=watch, name="shardkit failover", daemon=True)
-    thread.start()
+    def keep() -> None:
+        while not stop.wait(_PAUSE):
+            try:
+                for name in host.revive():
+                    tell(f"{name} had ended, and runs again")
+            except LocalServerError:
+                _LOG.exception("a PgBouncer does not start")
+
+    work = [keep, *([watch] if names else [])]
+    threads = [threading.Thread(target=each, name="shardkit watch", daemon=True) for each in work]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()

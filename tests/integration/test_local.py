@@ -27,6 +27,7 @@ from shardkit.local import (
     processes,
     read_status,
     stop_cluster,
+    watched,
 )
 from shardkit.local.processes import ProcessMark
 from shardkit.testing import wait_until
@@ -253,6 +254,28 @@ def test_a_killed_server_comes_back_on_its_port(local_cluster: LocalCluster) -> 
     assert after.port == before.port
     assert after.pid != before.pid
     assert ask(local_cluster.superuser_dsn("alpha_2"), "SELECT pg_is_in_recovery()") is True
+
+
+def test_a_pooler_that_ended_by_itself_is_started_again_and_a_stopped_one_is_not(
+    new_cluster: NewCluster,
+) -> None:
+    """PgBouncer 1.18 ends now and then when a query is cancelled."""
+    said: list[str] = []
+    with new_cluster(**SMALL | {"replicas": 0}) as cluster:
+        before = cluster.server("pgbouncer_alpha")
+        cluster.kill_server("pgbouncer_alpha")
+        assert cluster.revive() == []
+        cluster.start_server("pgbouncer_alpha")
+        with watched(cluster, said.append):
+            pid = cluster.server("pgbouncer_alpha").pid
+            assert pid is not None
+            assert pid != before.pid
+            os.kill(pid, signal.SIGABRT)
+            wait_until(lambda: bool(said), 60, "it is started again")
+            _, topology = load(cluster.config_path)
+            with connect(topology.physical["alpha"].primary.url) as application:
+                assert application.execute("SELECT 1").fetchone() == (1,)
+    assert said == ["pgbouncer_alpha had ended, and runs again"]
 
 
 def test_data_and_ports_survive_a_restart(new_cluster: NewCluster) -> None:

@@ -49,13 +49,16 @@ def _killed(stage: Stage, server: LocalServer, seconds: float) -> Broken:
         stage.local.kill_server(server.name)
     yield f"kill {server.name}", seconds
     with stage.lock:  # a failover may have made something else of it
-        stage.local.start_server(server.name)
+        if server.name not in stage.lost:
+            stage.local.start_server(server.name)
 
 
 def _frozen(stage: Stage, server: LocalServer, seconds: float) -> Broken:
     stage.local.pause(server.name)
     yield f"freeze {server.name}", seconds
-    stage.local.resume(server.name)
+    with stage.lock:
+        if server.name not in stage.lost:
+            stage.local.resume(server.name)
 
 
 def kill_primary(stage: Stage, draw: random.Random) -> Broken:

@@ -145,6 +145,7 @@ class Losses:
                     stage.local.kill_server(name)
                 else:
                     stage.local.pause(name)
+                stage.lost.add(name)
             finally:
                 stage.lock.release()
             loss.name, loss.physical = name, physical
@@ -159,4 +160,5 @@ class Losses:
         self._counts["failovers"] += 1
         self._counts["failovers during a move"] += self._in_move.pop(physical, self._is_moving())
         self._replaced[physical] += 1
+        self._stage.lost -= {server.name for server in self._stage.members(physical)}
         self._stage.note(f"{physical} has another primary")

@@ -27,6 +27,7 @@ from tests.history.findings import Verdict
 from tests.history.judge import Limits, judge, report, vacuous
 from tests.history.ledger import Ledger
 from tests.history.live.faults import FAULTS
+from tests.history.live.keeping import Keeper
 from tests.history.live.movers import RealMover, StandInMover, movers
 from tests.history.live.nemesis import Mover, Nemesis
 from tests.history.live.plan import KINDS, Plan
@@ -152,6 +153,7 @@ def run(
         stack.callback(stage.end_at_once)
         note_leftovers(stage, "before")
         stage.begin(clients=clients, relays=relays)
+        keeper = stack.enter_context(Keeper(stage))
         took["start"] = time.monotonic() - began
         hands = moves(stage)
         for mover in hands:
@@ -164,7 +166,7 @@ def run(
             LocalServerError,
         ) as error:  # what clients did is judged all the same
             broken = str(error)
-        counts.update(schedule.counts)
+        counts.update(schedule.counts + keeper.counts)
         for mover in hands:
             if isinstance(mover, RealMover):
                 counts.update(mover.counts)

@@ -126,6 +126,8 @@ class Stage:
         config: of the cluster; failovers may follow each other closely.
         errors: what clients were told, by text.
         lock: held while servers are started and stopped.
+        lost: names of servers that are lost for good, until others have taken their places: no
+            other fault heals them.
     """
 
     def __init__(self, local: LocalCluster, plan: Plan, stack: ExitStack) -> None:
@@ -142,6 +144,7 @@ class Stage:
         self.processes: dict[str, Process] = {}
         self.errors: Counter[str] = Counter()
         self.lock = threading.Lock()
+        self.lost: set[str] = set()
         self._count: Counter[str] = Counter()
 
     @classmethod
