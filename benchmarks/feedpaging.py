@@ -246,12 +246,13 @@ def judge(verdict: Verdict, known: Known, reader: int, pages: Walked) -> None:
             verdict.deleted += known.deleted.get(photo, [FOREVER, FOREVER])[1] <= at
             spans = known.apart.get((reader, owner), ())
             verdict.blocked += any(span[1] <= at and had <= span[2] for span in spans)
+    # The writer goes on meanwhile, and a dictionary's copy is taken at one moment.
     torn = {
         author
-        for (who, author), spans in known.apart.items()
+        for (who, author), spans in known.apart.copy().items()
         if who == reader and any(span[0] <= ended and began <= span[3] for span in spans)
     }
-    for photo, (owner, delivered) in list(known.delivered.items()):
+    for photo, (owner, delivered) in known.delivered.copy().items():
         stays = known.deleted.get(photo, [FOREVER])[0] > ended
         verdict.gaps += delivered <= began and stays and owner not in torn and photo not in seen
     verdict.items += len(seen)
