@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ TARGETS = {"duplicates": "≤ 0", "gaps": "≤ 0", "blocked": "≤ 0", "deleted"
 ITEMS = 10_000_000
 N_READERS, N_AUTHORS, PHOTOS, MANY_PHOTOS = 4, 30, 40, 200
 PAGE, LARGE_PAGE = 100, 1000
+EVERY = 10.0
+"""Seconds between two lines of progress."""
 """One reader turns small pages; for ten million items the others turn large ones of longer feeds,
 which takes a quarter of the CPU an item."""
 
@@ -200,10 +203,16 @@ async def walked(
             timelines=(timelines, builder),
         )
 
+        told = time.monotonic()
+
         async def read(reader: int) -> None:
+            nonlocal told
             size = LARGE_PAGE if is_large and reader != readers[0] else PAGE
             while verdict.items < n_items and writer.error is None:
                 judge(verdict, known, reader, await walk(cluster, feed, reader, size))
+                if is_large and time.monotonic() - told > EVERY:
+                    told = time.monotonic()
+                    print(f"{verdict.items:,} of {n_items:,} items", file=sys.stderr, flush=True)
 
         await asyncio.gather(*map(read, readers))
         await builder.close()
