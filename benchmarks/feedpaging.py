@@ -39,10 +39,10 @@ TARGETS = {"duplicates": "≤ 0", "gaps": "≤ 0", "blocked": "≤ 0", "deleted"
 ITEMS = 10_000_000
 N_READERS, N_AUTHORS, PHOTOS, MANY_PHOTOS = 4, 30, 40, 200
 PAGE, LARGE_PAGE = 100, 1000
-EVERY = 10.0
-"""Seconds between two lines of progress."""
 """One reader turns small pages; for ten million items the others turn large ones of longer feeds,
 which takes a quarter of the CPU an item."""
+EVERY = 10.0
+"""Seconds between two lines of progress."""
 
 FOREVER = float("inf")
 
