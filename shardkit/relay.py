@@ -39,8 +39,10 @@ from shardkit.delivery import Failure, Handler, Hands, Job
 from shardkit.errors import ConfigurationError, EndpointUnavailableError, ShardkitError
 from shardkit.events import Relayed
 from shardkit.outbox import Backoff
+from shardkit.releases import RELEASE_BATCH, Releases
 from shardkit.topology import MAX_LOGICAL_SHARDS, PhysicalShard, Topology, schema_name
 from shardkit.twophase import resolve
+from shardkit.uniques import GIVEN_UP
 
 __all__ = ["Relay"]
 
@@ -130,6 +132,8 @@ class Relay:
         self.handlers = {topic: Handler(call) for topic, call in (handlers or {}).items()}
         self.repairs = CacheRepairs(cluster.connections.cache_config, cluster.connections)
         self.handlers[CHANGED] = Handler(self.repairs, REPAIR_BATCH, returns_left=True)
+        self._releases = Releases(cluster.connections)
+        self.handlers[GIVEN_UP] = Handler(self._releases, RELEASE_BATCH)
         self.batch = batch
         self.threads = threads
         self.lease = lease
@@ -229,6 +233,7 @@ class Relay:
         for thread in threads:
             thread.join()
         self.repairs.close()
+        self._releases.close()
         for server in servers:
             if server.error is not None:
                 raise server.error

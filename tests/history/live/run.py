@@ -32,8 +32,12 @@ from tests.history.live.movers import RealMover, StandInMover, movers
 from tests.history.live.nemesis import Mover, Nemesis
 from tests.history.live.plan import KINDS, Plan
 from tests.history.live.stage import Stage, described
-from tests.history.live.witness import look, note_leftovers, wait_for_empty_outboxes
-from tests.history.recorder import Recorder
+from tests.history.live.witness import (
+    look,
+    note_secrets,
+    note_state,
+    wait_for_empty_outboxes,
+)
 from tests.history.records import find
 
 __all__ = ["Result", "main", "run"]
@@ -151,7 +155,7 @@ def run(
     with ExitStack() as stack:
         stage = Stage.open(plan, folder / "servers", stack, **(shaped or {}))
         stack.callback(stage.end_at_once)
-        note_leftovers(stage, "before")
+        note_state(stage, "before")
         stage.begin(clients=clients, relays=relays)
         keeper = stack.enter_context(Keeper(stage))
         took["start"] = time.monotonic() - began
@@ -175,6 +179,7 @@ def run(
             told = schedule.losses.watching.said.items()
             said.update({f"watcher: {what}": n for what, n in told})
         time.sleep(calm)
+        note_secrets(stage, [history, folder / "servers" / "logs"])
         stage.end("client")
         if relays and broken is None:
             try:
@@ -199,14 +204,11 @@ def run(
 
 def _noted_at_the_end(stage: Stage, history: Path) -> str | None:
     """Write down what there is for good; return why that cannot be, or None."""
-    witness = Recorder(history, "witness")
     try:
-        look(stage, witness)
-        note_leftovers(stage, "after")
+        look(stage, history)
+        note_state(stage, "after")
     except (AssertionError, psycopg.Error) as error:
         return f"what there is at the end cannot be read: {error}"
-    finally:
-        witness.end()
     return None
 
 
