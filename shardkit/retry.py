@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 import tenacity
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from shardkit import deadlines
 from shardkit.clock import SYSTEM, Clock
@@ -145,8 +145,18 @@ def is_transient(error: BaseException) -> bool:
         return False
     code = getattr(error.orig, "sqlstate", None)
     if code is None:
-        return error.connection_invalidated
+        return _is_lost(error)
     return code in MOVED or code in _AGAIN or code.startswith("08")
+
+
+def _is_lost(error: DBAPIError) -> bool:
+    """Tell whether the connection of an error is gone.
+
+    Where a server answers with an error and is gone before the rollback, SQLAlchemy raises what the
+    rollback has met, and says nothing of the connection then.
+    """
+    is_silent = getattr(error.orig, "sqlstate", None) is None
+    return error.connection_invalidated or (is_silent and isinstance(error, OperationalError))
 
 
 def is_moving(error: BaseException) -> bool:
@@ -165,9 +175,7 @@ def is_away(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     code = getattr(error.orig, "sqlstate", None)
-    return error.connection_invalidated or (
-        code is not None and (code in _SHUT or code.startswith("08"))
-    )
+    return _is_lost(error) or (code is not None and (code in _SHUT or code.startswith("08")))
 
 
 _MOVING: Final = 0.002

@@ -28,6 +28,7 @@ from shardkit.retry import (
     WINDOW,
     Attempts,
     RetryBudget,
+    is_away,
     is_transient,
 )
 from shardkit.testing import FakeClock
@@ -50,6 +51,19 @@ def asking(asked: list[BaseException], *, grant: bool) -> Callable[[BaseExceptio
         return grant
 
     return spend
+
+
+def test_a_connection_that_ends_while_a_statement_is_rolled_back_is_gone() -> None:
+    """SQLAlchemy then raises what the rollback has met, and does not say so."""
+    lost = psycopg.OperationalError("consuming input failed: server closed the connection")
+    error = DBAPIError.instance("SELECT", None, lost, psycopg.Error)
+    assert isinstance(error, DBAPIError)
+    assert not error.connection_invalidated
+    assert is_transient(error)
+    assert is_away(error)
+    odd = DBAPIError.instance("SELECT", None, psycopg.ProgrammingError("odd"), psycopg.Error)
+    assert not is_transient(odd)
+    assert not is_away(odd)
 
 
 def test_without_successes_one_a_second_is_granted() -> None:
