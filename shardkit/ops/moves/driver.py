@@ -146,7 +146,8 @@ class Driver(Lookout):
         try:
             try:
                 self._begin(presence)
-            except psycopg.Error as error:  # a switchover, say: nothing has been done yet
+            except (psycopg.Error, OutcomeUnknownError) as error:
+                # A switchover, say: nothing has been done yet but what is found in the rows.
                 raise self._stopped("begin", error) from error
             while self._step(presence):
                 pass
@@ -352,7 +353,7 @@ class Driver(Lookout):
         else:
             raise error
 
-    def _stopped(self, step: str, error: psycopg.Error) -> TryAgainError:
+    def _stopped(self, step: str, error: Exception) -> TryAgainError:
         return TryAgainError(
             f"{step}: {first_line(error)}",
             hint=f"shardkit move resume {self.work.logical_shard} goes on",
