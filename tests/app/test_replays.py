@@ -258,7 +258,9 @@ def test_three_times_is_once(site: Site, n: int, route: str) -> None:
     for moment in moments:
         deaths = site.server.n_deaths
         thrice, _ = done(site, route, case, moment)
-        assert moment == LOST or site.server.n_deaths > deaths, "the server died"
+        # Only the first COMMIT is sure: what was tried again inside a request counts twice there.
+        is_sure = moment == "answer" or moment.endswith(" 1")
+        assert site.server.n_deaths > deaths or not is_sure, "the server died"
         assert thrice == once, moment
     print(f"{route}: {', '.join(moments)}")
 
