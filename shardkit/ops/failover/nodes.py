@@ -89,7 +89,8 @@ SELECT (SELECT pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - max(
         FROM shardkit.failovers WHERE kind = 'promoted'),
     l.kind, l.server, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - l.noted)
 FROM (SELECT) AS one LEFT JOIN
-    (SELECT * FROM shardkit.failovers ORDER BY entry DESC LIMIT 1) AS l ON true
+    (SELECT * FROM shardkit.failovers WHERE kind NOT IN ('relaxed', 'restored')
+        ORDER BY entry DESC LIMIT 1) AS l ON true
 """
 
 # Writes a few bytes of log and waits for the disk, and for no standby.
@@ -296,11 +297,21 @@ class Server:
             self._set("default_transaction_read_only", None)  # of a switchover that went before
         return found
 
-    def note(self, kind: str, *, server: str, detail: str = "{}") -> None:
-        """Write a line into `shardkit.failovers`, which no standby has to confirm."""
+    def note(
+        self, kind: str, *, server: str, detail: str = "{}", is_confirmed: bool = False
+    ) -> None:
+        """Write a line into `shardkit.failovers`.
+
+        Args:
+            kind: of the line.
+            server: whose.
+            detail: as JSON.
+            is_confirmed: whether standbys have to confirm it, as those of every commit.
+        """
         with self._patiently(), self._opened(self._owner) as connection, connection.transaction():
             connection.execute("SET LOCAL transaction_read_only = off")
-            connection.execute("SET LOCAL synchronous_commit = local")
+            level = "on" if is_confirmed else "local"
+            connection.execute(f"SET LOCAL synchronous_commit = {level}".encode())
             connection.execute(
                 sql.SQL(
                     "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "
