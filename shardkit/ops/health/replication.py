@@ -203,10 +203,10 @@ def slot_lost(facts: Facts) -> Iterator[Problem]:
 
 @check(Severity.WARNING, "ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; pg_reload_conf()")
 def slot_unbounded(facts: Facts) -> Iterator[Problem]:
-    """Slots may hold log without bound."""
+    """Slots may hold log until the disk is full, so moves are refused."""
     for server in facts.servers:
-        if server.slots and server.number("max_slot_wal_keep_size") < 0:
-            yield Problem(server.where, f"{len(server.slots)} slots, max_slot_wal_keep_size is -1")
+        if server.number("max_slot_wal_keep_size") < 0:
+            yield Problem(server.where, f"max_slot_wal_keep_size is -1, {len(server.slots)} slots")
 
 
 def _open(server: Server) -> tuple[Interval, ...]:

@@ -290,7 +290,6 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
     "slot-lost": on_server(0, slots=(Slot("old", is_active=False, held_bytes=9, is_lost=True),)),
     "slot-unbounded": on_server(
         0,
-        slots=(Slot("move", is_active=True, held_bytes=9),),
         settings={**SETTINGS, "max_slot_wal_keep_size": "-1"},
     ),
     "app-powers": on_app(powers=("SUPERUSER",)),
