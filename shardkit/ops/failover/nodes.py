@@ -75,6 +75,9 @@ SELECT r.r, CASE WHEN r.r THEN greatest(coalesce(w.received_tli, 0), c.timeline_
     (SELECT s.setting::float8 / 1000 FROM pg_catalog.pg_settings AS s
         WHERE s.name = 'wal_receiver_timeout'),
     ({_BUSY}),
+    CASE WHEN r.r THEN (SELECT pg_catalog.pg_last_wal_replay_lsn()::text
+        FROM pg_catalog.pg_stat_activity AS a WHERE a.backend_type = 'startup'
+        AND a.wait_event IN ('RecoveryRetrieveRetryInterval', 'RecoveryWalStream')) END,
     i.cluster, i.physical
 FROM (SELECT pg_catalog.pg_is_in_recovery()) AS r (r)
     CROSS JOIN pg_catalog.pg_control_checkpoint() AS c
@@ -190,11 +193,15 @@ class Server:
         if row is None or tuple(row[-2:]) != self._expected:
             return Heard(Node(self.name), error="it belongs to another cluster, or physical shard")
         in_recovery, timeline, lsn, registered, *others = row[:-2]
-        status, age, conninfo, closed, limit, busy = others
+        status, age, conninfo, closed, limit, busy, replayed = others
         if writes and not in_recovery:
             connection.execute(_WRITE.encode())
         since, kind, to, noted = _last(connection)
         follows = self._followed(conninfo, names)
+        if follows == CUT and status != "streaming" and replayed is not None:
+            # It has replayed all that it has. What it received beyond is the beginning of a record,
+            # which a crash has cut short: whoever is promoted ends before it, too.
+            lsn = replayed
         streams = status == "streaming" and (age or 0) <= max(1.0, limit / 2 + 1)
         waited = None if self._renewed_at is None else self._clock.monotonic() - self._renewed_at
         node = Node(
