@@ -11,10 +11,9 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
-from app.garbage import set_aside
 from app.main import create_app
 from app.settings import Settings
-from shardkit import AsyncCluster
+from shardkit import AsyncCluster, set_aside
 from shardkit.errors import ConfigurationError
 
 N_PORTS = 50

@@ -151,6 +151,7 @@ class Database:
 
         Raises:
             OperationMismatchError: the key came with another request before.
+            AnswerLostError: it was done before, and what is kept of it cannot be read.
             OutcomeUnknownError: whether it was committed is not known.
         """
         sessions: list[AsyncWriteSession] = []
@@ -163,17 +164,18 @@ class Database:
             if (key := self._key) is None:
                 result = await self._cluster.run(unit)
             else:
+                operation = self._operation(request, key)
 
                 async def noted(session: AsyncWriteSession) -> str:
-                    return sealed(key, await unit(session))
+                    return sealed(key, await unit(session), of=operation)
 
                 note = await self._cluster.run(
                     noted,
-                    operation=self._operation(request, key),
+                    operation=operation,
                     near=near,
                     fingerprint=request.fingerprint(key),
                 )
-                result = opened(key, note)
+                result = opened(key, note, of=operation)
         token = sessions[-1].token if sessions else ""
         if self._key is not None and not token:  # committed by an earlier attempt or request
             token = tokens.ASK_PRIMARIES

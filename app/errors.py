@@ -10,7 +10,8 @@
     ├── InvalidInputError
     ├── ConflictError
     │   ├── UsernameTakenError
-    │   └── FollowLimitError
+    │   ├── FollowLimitError
+    │   └── AnswerLostError
     ├── UploadError
     │   ├── EmptyUploadError
     │   ├── UnsupportedImageError
@@ -51,6 +52,7 @@ from shardkit.errors import (
 )
 
 __all__ = [
+    "AnswerLostError",
     "AppError",
     "BodyTooLargeError",
     "BusyError",
@@ -136,6 +138,10 @@ class UsernameTakenError(ConflictError):
 
 class FollowLimitError(ConflictError):
     """You follow as many people as is allowed."""
+
+
+class AnswerLostError(ConflictError):
+    """This was done before, and its answer cannot be read any more; look at what is there."""
 
 
 class UploadError(AppError):
@@ -247,6 +253,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     InvalidInputError: (422, "invalid-input", "Invalid input"),
     UsernameTakenError: (409, "username-taken", "Username taken"),
     FollowLimitError: (409, "follow-limit", "Follow limit reached"),
+    AnswerLostError: (409, "answer-lost", "Answer lost"),
     ConflictError: (409, "conflict", "Conflict"),
     EmptyUploadError: (422, "empty-upload", "Empty upload"),
     UnsupportedImageError: (415, "unsupported-image", "Unsupported image"),

@@ -27,11 +27,10 @@ from rich.table import Table
 
 import app.demo.__main__
 from app.__main__ import listen
-from app.garbage import set_aside
 from app.main import create_app
 from app.processes import KeptProcess
 from app.settings import Settings
-from shardkit import Cluster
+from shardkit import Cluster, set_aside
 from shardkit.errors import ConfigurationError, RefusedError, ShardkitError
 from shardkit.local import LocalCluster, LocalProgress, read_status, watched
 from shardkit.ops import migrate

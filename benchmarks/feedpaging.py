@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ N_READERS, N_AUTHORS, PHOTOS, MANY_PHOTOS = 4, 30, 40, 200
 PAGE, LARGE_PAGE = 100, 1000
 """One reader turns small pages; for ten million items the others turn large ones of longer feeds,
 which takes a quarter of the CPU an item."""
+EVERY = 10.0
+"""Seconds between two lines of progress."""
 
 FOREVER = float("inf")
 
@@ -200,10 +203,16 @@ async def walked(
             timelines=(timelines, builder),
         )
 
+        told = time.monotonic()
+
         async def read(reader: int) -> None:
+            nonlocal told
             size = LARGE_PAGE if is_large and reader != readers[0] else PAGE
             while verdict.items < n_items and writer.error is None:
                 judge(verdict, known, reader, await walk(cluster, feed, reader, size))
+                if is_large and time.monotonic() - told > EVERY:
+                    told = time.monotonic()
+                    print(f"{verdict.items:,} of {n_items:,} items", file=sys.stderr, flush=True)
 
         await asyncio.gather(*map(read, readers))
         await builder.close()
@@ -246,12 +255,13 @@ def judge(verdict: Verdict, known: Known, reader: int, pages: Walked) -> None:
             verdict.deleted += known.deleted.get(photo, [FOREVER, FOREVER])[1] <= at
             spans = known.apart.get((reader, owner), ())
             verdict.blocked += any(span[1] <= at and had <= span[2] for span in spans)
+    # The writer goes on meanwhile, and a dictionary's copy is taken at one moment.
     torn = {
         author
-        for (who, author), spans in known.apart.items()
+        for (who, author), spans in known.apart.copy().items()
         if who == reader and any(span[0] <= ended and began <= span[3] for span in spans)
     }
-    for photo, (owner, delivered) in list(known.delivered.items()):
+    for photo, (owner, delivered) in known.delivered.copy().items():
         stays = known.deleted.get(photo, [FOREVER])[0] > ended
         verdict.gaps += delivered <= began and stays and owner not in torn and photo not in seen
     verdict.items += len(seen)

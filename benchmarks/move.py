@@ -24,7 +24,7 @@ from sqlalchemy import BigInteger
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from benchmarks.measure import connect, report, servers
-from shardkit import Cluster, Sharded, ids
+from shardkit import Cluster, Sharded, ids, set_aside
 from shardkit.config import PoolConfig, load
 from shardkit.local import LocalCluster
 from shardkit.ops import moves
@@ -64,6 +64,7 @@ class Note(Sharded, Base):
 
 
 def main(*, as_json: bool = False, quick: bool = False) -> None:
+    set_aside()
     small = arm(4, moves_=25 if quick else 60)
     naive = arm(4, moves_=6 if quick else 15, is_naive=True)
     large = arm(400, moves_=5 if quick else 12)
@@ -213,6 +214,7 @@ def write(config: Path, pipe: Connection) -> None:
                     done[number].append((number, begun, time.monotonic()))
                 stop.wait(REST)
 
+        set_aside()  # as a server does before it serves
         threads = [threading.Thread(target=work, args=(n,)) for n in range(WRITERS)]
         for thread in threads:
             thread.start()
@@ -257,7 +259,7 @@ def moved(topology: Topology, n: int) -> tuple[list[tuple[float, float]], float]
         elif name == "activate done":
             spans.append((begun, now))
 
-    # As `shardkit move start` does.
+    # As `shardkit move start` does, which also sets aside what it has loaded.
     options = moves.Options(notice=moves.NOTICE, hook=hook)
     start = time.monotonic()
     moves.move(topology, SHARD, "beta", script=schema_script(Base.metadata), options=options)

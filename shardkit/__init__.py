@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardkit.derived import CachedCount, CachedList
     from shardkit.emitting import after_delete, after_insert, after_update
     from shardkit.events import CacheRead
+    from shardkit.garbage import set_aside
     from shardkit.guards import background
     from shardkit.models import Reference, Sharded
     from shardkit.placement import LeastLoaded, Pinned, Weighted
@@ -48,6 +49,7 @@ __all__ = [
     "background",
     "deadline",
     "ids",
+    "set_aside",
     "tokens",
     "unique_lookup",
 ]
@@ -79,6 +81,7 @@ _HOME: Final = {
     "all_shards": "statements",
     "background": "guards",
     "deadline": "deadlines",
+    "set_aside": "garbage",
     "unique_lookup": "uniques",
 }
 

@@ -30,7 +30,7 @@ from shardkit.parts import Part
 from shardkit.reserving import Pair, release, reserve
 from shardkit.shapes import base_table
 from shardkit.topology import schema_name
-from shardkit.uniques import Lookup, Value, lookups_of
+from shardkit.uniques import GIVEN_UP, Lookup, Value, given_up, lookups_of
 
 __all__ = ["Claims"]
 
@@ -315,6 +315,22 @@ class Claims(Participant):
 
     # -- the end
 
+    def send(self) -> None:
+        """Tell relays, with the commit, what is given up: this process may not live to release it.
+
+        Also what a savepoint has taken back is told: whoever releases looks first.
+        """
+        told: dict[tuple[int, Lookup], dict[Value, list[int]]] = {}
+        for value, row_ids in self._given_up.items():
+            if value.lookup.relayed:
+                for row_id in row_ids:
+                    there = told.setdefault((ids.shard_of(row_id), value.lookup), {})
+                    there.setdefault(value, []).append(row_id)
+        for (_, lookup), values in told.items():
+            beside = next(iter(values.values()))[0]
+            for payload in given_up(lookup, values):
+                cast("Any", self._session).emit(GIVEN_UP, payload, near=beside)
+
     def undone(self, transaction: object) -> None:
         """Note that something was rolled back, if only to a savepoint: its ticket is gone."""
         self._ticket = 0
@@ -325,7 +341,7 @@ class Claims(Participant):
         """Release what the transaction has not taken or has given up, now that it has ended.
 
         What cannot be released now stays as a pair that does not count: whoever wants the value
-        finds that out, and so does `shardkit lookup repair`.
+        finds that out, and so do `shardkit lookup repair` and, where `send` has told them, relays.
         """
         concerned: dict[Value, set[int]] = {}
         is_committed = ending is Ending.COMMITTED

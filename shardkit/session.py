@@ -6,34 +6,26 @@ both. Statements run outside transactions.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Insert, event, inspect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Insert, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState
 
-from shardkit import deadlines, fences, gather, scatter, streams
-from shardkit.cachedsession import ELSEWHERE, CachedSession
-from shardkit.checks import connection_error, is_idle, late_error
+from shardkit import gather, scatter, streams
+from shardkit.cachedsession import ELSEWHERE
+from shardkit.checks import is_idle
 from shardkit.connections import AsyncConnections, Connections
 from shardkit.errors import (
-    GatherError,
     NoShardKeyError,
     ReadOnlySessionError,
     ScatterNotAllowedError,
-    ShardFencedError,
     StatementTimeoutError,
     TooManyShardsError,
-    UnavailableError,
     UnsupportedStatementError,
 )
-from shardkit.events import Gathered, StatementRouted, caller
+from shardkit.gatheringsession import GatheringSession
 from shardkit.identities import identities, select_identities
-from shardkit.parallel import outcome
 from shardkit.placing import sharding_of_mapper
 from shardkit.plans import key_of
 from shardkit.relationships import refuse_joined_loads
@@ -42,20 +34,15 @@ from shardkit.shapes import expressions_of
 from shardkit.statements import Limits, Params, limits_of, shards_of
 from shardkit.timeouts import limited
 from shardkit.tokens import ASK_PRIMARIES
-from shardkit.topology import Endpoint, Role
+from shardkit.topology import Role
 from shardkit.uniques import Value, lookups_of
 
 __all__ = ["ReadSession"]
 
 T = TypeVar("T")
 
-_NO_LIMITS = Limits()
 
-_SHARE = 0.5
-"""Of the time left, for the connections of a scatter; the rest is for its statement."""
-
-
-class ReadSession(CachedSession):
+class ReadSession(GatheringSession):
     """A read-only session on replicas.
 
     Statements run outside transactions, each on its own snapshot. Every physical shard is read
@@ -235,7 +222,7 @@ class ReadSession(CachedSession):
         with self.no_autoflush:
             shards = self._route(statement, params)
         cluster = self._cluster
-        max_rows = (limits_of(statement) or _NO_LIMITS).max_rows or cluster.max_rows
+        max_rows = (limits_of(statement) or Limits()).max_rows or cluster.max_rows
         branch, plan = statement, None
         if len(shards) > 1:
             plan = self._decided(lambda router: gather.plan(statement, params, router))
@@ -391,206 +378,6 @@ class ReadSession(CachedSession):
             result.close()
             raise scatter.too_many_rows(limits.max_rows)
         return result
-
-    def _gather(
-        self, state: ORMExecuteState, shards: Sequence[int], key: Hashable | None = None
-    ) -> Any:
-        """Run one statement per physical shard, in parallel, and merge the answers.
-
-        Args:
-            state: the execution of the statement.
-            shards: the logical shards to ask.
-            key: by which its plan may be known.
-        """
-        cluster, limits = self._cluster, limits_of(state.statement) or _NO_LIMITS
-        if limits.partial and self.role is Role.PRIMARY:
-            raise UnsupportedStatementError(
-                "partial results inside a transaction", hint="ask for them in cluster.reader()"
-            )
-        if len(shards) == 1:
-            plan = gather.plan_of_one(state.statement)
-        elif (known := cluster.plans.get(key)) is not None:
-            plan = known
-        else:
-            plan = self._decided(
-                lambda router: gather.plan(state.statement, state.parameters, router)
-            )
-            if shards is cluster.everything:  # the statement names no key
-                cluster.plans.keep(key, plan)
-        if state.bind_mapper is not None:
-            cluster.fingerprints.check(state.bind_mapper)
-        gathering = self._gathering(state, plan, limits)
-        started = cluster.clock.monotonic()
-        groups = self._group(shards)
-        failures = self._asked(state, gathering, groups)
-        failures = self._asked_where_lost(state, gathering, groups, failures)
-        refused = self._fresh.refused()
-        if self._leave_refusing():
-            again = {name: groups[name] for name in refused}
-            failures = self._asked_again(state, gathering, failures, again)
-        # Taken before any is let go: locating one failure abandons every broken connection.
-        endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
-        failures = {name: self._located(e, endpoints.get(name)) for name, e in failures.items()}
-        if failures:
-            self._leave_lost()
-        if self._has_moved(failures, groups, shards):
-            gathering.close()
-            return self._gather(state, shards, key)
-        self._name_fenced(failures, plan.branch, groups)
-        if cluster.listeners and len(shards) > 1:
-            line = caller()
-
-            def tell(answers: Mapping[str, int]) -> None:
-                seconds = cluster.clock.monotonic() - started
-                cluster.listeners.emit(Gathered(self._number, answers, failures, seconds, line))
-
-            gathering.when_answered(tell)
-        if limits.partial:
-            self.failures = failures
-        if failures and not (limits.partial and gathering.answers):
-            gathering.close()
-            raise GatherError(failures, gathering.answers) from next(iter(failures.values()))
-        if isinstance(gathering, streams.Streaming):
-            gathering.stream.located = lambda name, error: self._located(error, endpoints[name])
-        return gathering.result()
-
-    def _gathering(
-        self, state: ORMExecuteState, plan: gather.Plan, limits: Limits
-    ) -> scatter.Gathering:
-        """Return what asks the servers: for all rows at once, or for a few at a time."""
-        size = streams.size_of(state)
-        if size is None or plan.merge is None:
-            max_rows = limits.max_rows or self._cluster.max_rows
-            return scatter.Gathering(state, plan, max_rows=max_rows, timeout=limits.timeout)
-        found = streams.Streaming(state, plan, self._streams, size=size, timeout=limits.timeout)
-        found.stream.transaction = self.get_nested_transaction()
-        return found
-
-    def _located(self, error: Exception, endpoint: Endpoint | None) -> Exception:
-        """Return the shardkit error of a server that did not answer its part of a scatter.
-
-        Args:
-            error: what became of its part.
-            endpoint: the server, or None when no connection to one could be had.
-        """
-        self._note_lost()
-        if endpoint is None:
-            return error
-        if scatter.is_lost(error):
-            found = connection_error(error, endpoint)
-            found.__cause__ = error
-            if self._can_retry():
-                self._abandon_broken()
-            else:
-                self._cluster.failed(endpoint, found)
-            return found
-        if isinstance(error, StatementTimeoutError | ShardFencedError):
-            error.endpoint = str(endpoint)
-        return late_error(error, endpoint) or error
-
-    def _name_fenced(
-        self, failures: Mapping[str, Exception], statement: Any, groups: Mapping[str, Sequence[int]]
-    ) -> None:
-        """Say which logical shards of servers are fenced, if the servers still tell."""
-        for physical, error in failures.items():
-            if isinstance(error, ShardFencedError):
-                ask = partial(self._cluster.ask, physical, primary=self.role is Role.PRIMARY)
-                with suppress(UnavailableError, DBAPIError):
-                    error.logical_shard = fences.first_fenced(ask, statement, groups[physical])
-
-    def _asked_where_lost(
-        self,
-        state: ORMExecuteState,
-        gathering: scatter.Gathering,
-        groups: Mapping[str, tuple[int, ...]],
-        failures: dict[str, Exception],
-    ) -> dict[str, Exception]:
-        """Ask other endpoints where connections were lost; return the failures that are left."""
-        before = self._avoided
-        try:
-            while lost := {n: groups[n] for n, e in failures.items() if scatter.is_lost(e)}:
-                if not self._can_retry() or deadlines.is_over():
-                    return failures
-                endpoints = {name: endpoint for name, (endpoint, _) in self._roots.items()}
-                if not self._avoid(self._abandon_broken()):
-                    located = {n: connection_error(failures[n], endpoints[n]) for n in lost}
-                    return {**failures, **located}
-                failures = self._asked_again(state, gathering, failures, lost)
-            return failures
-        finally:
-            self._avoided = before
-
-    def _asked(
-        self,
-        state: ORMExecuteState,
-        gathering: scatter.Gathering,
-        groups: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Exception]:
-        """Ask servers for their part; return the failure of each that did not answer."""
-        failures: dict[str, Exception] = {}
-        servers = {}
-        for physical, found in self._scattering_all(groups):
-            if isinstance(found, Connection):
-                servers[physical] = (found, groups[physical])
-            elif isinstance(found, UnavailableError):
-                failures[physical] = found
-            else:
-                raise found
-        if self._cluster.listeners:
-            self._tell_routed(state, tuple(sorted(itertools.chain(*groups.values()))))
-        return failures | gathering.ask(servers, self._cluster.parallel)
-
-    def _scattering_all(self, groups: Iterable[str]) -> list[tuple[str, Connection | Exception]]:
-        """Return this session's connections to physical shards, or why there is none.
-
-        With a deadline, new ones are opened at the same time, and leave time for the statement: a
-        server that does not answer shall not keep the others from answering.
-        """
-        tasks = [partial(self._scattering, physical) for physical in groups]
-        is_known = deadlines.current() is None or self._roots.keys() >= set(groups)
-        if is_known or self.role is Role.PRIMARY:  # a transaction opens one at a time
-            found = [outcome(task) for task in tasks]
-        else:
-            with deadlines.share(_SHARE):
-                found = self._cluster.parallel(tasks)
-        return list(zip(groups, found, strict=True))
-
-    def _asked_again(
-        self,
-        state: ORMExecuteState,
-        gathering: scatter.Gathering,
-        failures: Mapping[str, Exception],
-        groups: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Exception]:
-        """Ask servers once more; return the failures that are left."""
-        left = {name: error for name, error in failures.items() if name not in groups}
-        return left | self._asked(state, gathering, groups)
-
-    def _tell_routed(self, state: ORMExecuteState, shards: tuple[int, ...]) -> None:
-        """Tell the listeners where a statement goes, opening its connections for that."""
-        cluster = self._cluster
-        if len(shards) == 1:
-            self._connection_to(shards[0])
-        physical = tuple(self._group(shards))
-        kinds = ("select", "insert", "update", "delete")
-        mapper = state.bind_mapper
-        cluster.listeners.emit(
-            StatementRouted(
-                session=self._number,
-                operation=next((k for k in kinds if getattr(state, f"is_{k}")), ""),
-                subject="" if mapper is None else mapper.class_.__name__,
-                shards=shards,
-                total=cluster.router.total,
-                physical=physical,
-                from_replica=frozenset(
-                    name
-                    for name in physical
-                    if name in self._roots and self._roots[name][0].role is Role.REPLICA
-                ),
-                after=self._after,
-                caller=caller(),
-            )
-        )
 
 
 def _within(shards: tuple[int, ...], limits: Limits | None) -> tuple[int, ...]:

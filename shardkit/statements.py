@@ -16,6 +16,7 @@ from sqlalchemy.orm import LoaderCriteriaOption, UserDefinedOption
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.sql.visitors import ExternallyTraversible, iterate
 
+from shardkit.confinements import value_of
 from shardkit.errors import (
     InvalidShardKeyError,
     NoShardKeyError,
@@ -205,7 +206,7 @@ def _shard_of_row(sharding: Sharding, row: Mapping[str, Any], walk: Walk) -> int
         if name in row:
             value = row[name]
             if isinstance(value, BindParameter):
-                value = walk.value(value)
+                value = value_of(value, walk.params)
             if value is None and name == sharding.minted:
                 continue
             shards.add(walk.router.shard(sharding.placing.get(name, sharding.rule), value))

@@ -7,8 +7,10 @@ hash names. Source: docs/lookup.md. Pure.
 
 from __future__ import annotations
 
+import base64
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, cast, get_args
 
 from sqlalchemy import Column, Table
@@ -17,13 +19,29 @@ from shardkit.errors import ConfigurationError, InvalidShardKeyError, InvalidUni
 from shardkit.keys import KeyType, canonical, checked, shown
 from shardkit.strategies import hash_shard
 
-__all__ = ["Fold", "Lookup", "UniqueLookup", "Value", "lookups_of", "unique_lookup"]
+__all__ = [
+    "GIVEN_UP",
+    "Fold",
+    "Lookup",
+    "UniqueLookup",
+    "Value",
+    "given_up",
+    "lookups_of",
+    "unique_lookup",
+    "was_given_up",
+]
 
 MAX_VALUE_BYTES: Final = 1024
 """Longest value, encoded. Source: an entry of a PostgreSQL B-tree has at most 2704 bytes."""
 
 _ROUNDS: Final = 4
 """Foldings until nothing changes; two do for every character of Unicode 15."""
+
+GIVEN_UP: Final = "shardkit.lookup"
+"""Topic of the events that say which values rows have given up; relays handle it by themselves."""
+
+_VALUES_TOLD: Final = 20
+"""Values that one event tells: with base64 and ids, less than half of what an event may hold."""
 
 _INFO: Final = "shardkit_lookups"
 
@@ -39,9 +57,12 @@ class UniqueLookup:
     attribute: str
     fold: Fold
     complete: bool
+    relayed: bool
 
 
-def unique_lookup(attribute: str, *, fold: Fold = "exact", complete: bool = True) -> UniqueLookup:
+def unique_lookup(
+    attribute: str, *, fold: Fold = "exact", complete: bool = True, relayed: bool = False
+) -> UniqueLookup:
     """Declare that no two rows of a class have the same value; an item of `__unique__`.
 
     The values are kept as they are given; which of them are one is told by `fold`. Any number of
@@ -54,6 +75,10 @@ def unique_lookup(attribute: str, *, fold: Fold = "exact", complete: bool = True
         complete: whether every row has been taken in. Say False while a table has rows from
             before: then it is written and not yet read, until `shardkit lookup backfill` is
             through.
+        relayed: whether a transaction that gives a value up says so in the outbox. A process that
+            dies between COMMIT and its release leaves the value in its lookup row, for nobody;
+            told so, a relay releases it. For values that must not outlive their row, such as
+            names of people, where relays run.
 
     Raises:
         ConfigurationError: there is no such way to fold.
@@ -69,7 +94,7 @@ def unique_lookup(attribute: str, *, fold: Fold = "exact", complete: bool = True
             f"unique_lookup({attribute!r}): fold is {shown(fold)}",
             hint=f"one of {', '.join(get_args(Fold))}",
         )
-    return UniqueLookup(attribute, fold, complete)
+    return UniqueLookup(attribute, fold, complete, relayed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +110,7 @@ class Lookup:
         key_type: type of its values.
         fold: which texts count as one.
         complete: whether it may be read.
+        relayed: whether relays are told of values that are given up.
     """
 
     name: str
@@ -95,6 +121,7 @@ class Lookup:
     key_type: KeyType
     fold: Fold
     complete: bool
+    relayed: bool
 
     def value(self, given: object) -> Value:
         """Return the one form of a value, which decides what it equals.
@@ -236,4 +263,29 @@ def bound(
         key_type=key_type,
         fold=declared.fold,
         complete=declared.complete,
+        relayed=declared.relayed,
     )
+
+
+def given_up(lookup: Lookup, values: Mapping[Value, Iterable[int]]) -> Iterator[dict[str, Any]]:
+    """Yield the payloads of events that say which rows may have given up which values.
+
+    They say all that is needed to look, so that a relay need not know the models.
+
+    Args:
+        lookup: of all the values.
+        values: with the ids of the rows.
+    """
+    told = [[base64.b64encode(value.key).decode(), sorted(values[value])] for value in values]
+    for n in range(0, len(told), _VALUES_TOLD):
+        yield {"lookup": asdict(lookup), "values": told[n : n + _VALUES_TOLD]}
+
+
+def was_given_up(payload: Mapping[str, Any]) -> Mapping[Value, frozenset[int]]:
+    """Return what the payload of an event says; see `given_up`."""
+    told = dict(payload["lookup"])
+    lookup = Lookup(**{**told, "key_type": KeyType(told["key_type"])})
+    return {
+        Value(lookup, base64.b64decode(key)): frozenset(row_ids)
+        for key, row_ids in payload["values"]
+    }

@@ -12,19 +12,16 @@ for the rows of the query around it. Values inside a subquery confine the subque
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any
 
 from sqlalchemy import (
     BinaryExpression,
-    BindParameter,
     BooleanClauseList,
     CompoundSelect,
     Delete,
     Label,
     Select,
     Table,
-    Tuple,
     Update,
 )
 from sqlalchemy.sql import operators
@@ -39,95 +36,28 @@ from sqlalchemy.sql.selectable import (
 )
 from sqlalchemy.sql.visitors import ExternallyTraversible
 
+from shardkit.confinements import Confinements
 from shardkit.errors import NoShardKeyError, UnsupportedStatementError
 from shardkit.existences import existences_of
 from shardkit.models import REFERENCE_SCHEMA, sharding_of
+from shardkit.nodes import CO_LOCATE, Frame, Node, Outer, shards_of
 from shardkit.router import Router, UnknownValuesError
 from shardkit.shapes import (
     base_sharding,
     base_table,
     extensions,
     is_row_by_row,
-    listed_by_any,
     mapped_expressions,
     outermost,
     plain_select,
     refuse_ctes,
     sources_of,
-    tuples_of,
     ungrouped,
 )
 from shardkit.strategies import Rule
-from shardkit.uniques import Lookup, Value, lookups_of
+from shardkit.uniques import Lookup, lookups_of
 
 __all__ = ["Walk"]
-
-_ORDERED: Final = {operators.lt, operators.le, operators.gt, operators.ge}
-
-CO_LOCATE: Final = (
-    "join on the shard key, or read one table first and pass its values to the other with in_()"
-)
-
-
-class _Node:
-    """One occurrence of a sharded table in a statement.
-
-    Attributes:
-        depth: number of queries around it, its own included.
-        order: position among the nodes of the walk; the root of a group is its oldest node, and
-            those of an outer query are older.
-        confined: for the root, the logical shards that the group's rows can lie on.
-    """
-
-    __slots__ = ("confined", "depth", "group", "name", "order")
-
-    def __init__(self, name: str, depth: int, order: int) -> None:
-        self.name = name
-        self.depth = depth
-        self.order = order
-        self.confined: frozenset[int] | None = None
-        self.group: _Node = self
-
-    def root(self) -> _Node:
-        node = self
-        while node.group is not node:
-            node = node.group
-        return node
-
-    def confine(self, shards: frozenset[int] | None) -> None:
-        if shards is not None:
-            self.confined = shards if self.confined is None else self.confined & shards
-
-
-@dataclass(slots=True)
-class _Frame:
-    """One SELECT, UPDATE or DELETE: the tables it reads rows of, by identity.
-
-    Attributes:
-        first: order of its first node; older ones belong to the queries around it.
-        froms: what stands in its FROM.
-        known: everything in its FROM, down to the sides of joins.
-        nodes: the sharded tables among those.
-        derived: the frames of the subqueries among those; None for one that is no SELECT.
-        row_by_row: whether each of its rows is made of rows of its WHERE alone, so that those of
-            one shard can be told without the others.
-    """
-
-    first: int
-    froms: list[Any] = field(default_factory=list)
-    known: set[int] = field(default_factory=set)
-    nodes: dict[int, _Node] = field(default_factory=dict)
-    derived: dict[int, _Frame | None] = field(default_factory=dict)
-    row_by_row: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Outer:
-    """The sides of an outer join whose ON clause is being read: rows appear without it."""
-
-    left: set[_Node]
-    right: set[_Node]
-    full: bool
 
 
 class Walk:
@@ -141,11 +71,10 @@ class Walk:
     def __init__(self, router: Router, params: Mapping[str, Any]) -> None:
         self.router = router
         self.params = params
-        self.frames: list[_Frame] = []
-        self.nodes: list[_Node] = []
+        self.frames: list[Frame] = []
+        self.nodes: list[Node] = []
         self.n_reference = 0
-        # Unique values that a column is compared with and nobody has looked up yet.
-        self.wanted: set[Value] = set()
+        self._confinements = Confinements(router, params, self)
         # Whether each row of the outermost query shows a row of a sharded table. Other rows are
         # found on every shard.
         self.is_anchored = True
@@ -172,36 +101,14 @@ class Walk:
 
     def _shards_known(self) -> frozenset[int] | None:
         try:
-            shards = self._shards()
+            shards = shards_of(self.nodes, reads_reference=bool(self.n_reference))
         except UnsupportedStatementError:
-            if self.wanted:
-                raise UnknownValuesError(self.wanted) from None
+            if self._confinements.wanted:
+                raise UnknownValuesError(self._confinements.wanted) from None
             raise
-        if shards is None and self.wanted:
-            raise UnknownValuesError(self.wanted)
+        if shards is None and self._confinements.wanted:
+            raise UnknownValuesError(self._confinements.wanted)
         return shards
-
-    def _shards(self) -> frozenset[int] | None:
-        groups = {id(node.root()): node.root() for node in self.nodes}
-        if not groups:
-            if self.n_reference:
-                return frozenset({0})
-            raise NoShardKeyError(
-                "the statement names no sharded table",
-                hint='pass bind_arguments={"logical_shard": n} to run it on one logical shard',
-            )
-        confined = [group.confined for group in groups.values()]
-        if len(confined) == 1:
-            # Values that exclude each other select no row; any one shard can say so.
-            return confined[0] if confined[0] is None or confined[0] else frozenset({0})
-        together = frozenset().union(*(shards or () for shards in confined))
-        if None in confined or len(together) > 1:
-            names = sorted({group.name for group in groups.values()})
-            raise UnsupportedStatementError(
-                f"rows of {' and '.join(names)} may lie on different logical shards",
-                hint=CO_LOCATE,
-            )
-        return together or frozenset({0})
 
     # -- statements
 
@@ -228,9 +135,7 @@ class Walk:
         self.elements((*values, *statement._returning))
         self.frames.pop()
 
-    def query(
-        self, query: Any, *, asfrom: bool, equal_to: tuple[_Node, Rule] | None = None
-    ) -> None:
+    def query(self, query: Any, *, asfrom: bool, equal_to: tuple[Node, Rule] | None = None) -> None:
         """Walk a SELECT or a union of them.
 
         Args:
@@ -258,9 +163,9 @@ class Walk:
     def select(
         self,
         select: Select[Any],
-        frame: _Frame,
+        frame: Frame,
         *,
-        equal_to: tuple[_Node, Rule] | None = None,
+        equal_to: tuple[Node, Rule] | None = None,
     ) -> None:
         """Walk a SELECT in its frame."""
         refuse_ctes(select)
@@ -297,7 +202,7 @@ class Walk:
 
     # -- FROM
 
-    def _frame(self, select: Select[Any], *, asfrom: bool, lateral: bool = False) -> _Frame:
+    def _frame(self, select: Select[Any], *, asfrom: bool, lateral: bool = False) -> Frame:
         """Return the frame of a SELECT with the tables of its own FROM list.
 
         What an enclosing query has in its FROM too is that query's where SQLAlchemy correlates,
@@ -319,9 +224,9 @@ class Walk:
         frame.row_by_row = is_row_by_row(select)
         return frame
 
-    def _open(self, froms: list[Any]) -> _Frame:
+    def _open(self, froms: list[Any]) -> Frame:
         """Return a frame over a FROM list, with the nodes of its tables."""
-        frame = _Frame(len(self.nodes), froms)
+        frame = Frame(len(self.nodes), froms)
         remaining = list(froms)
         self.frames.append(frame)
         while remaining:
@@ -334,12 +239,12 @@ class Walk:
         self.frames.pop()
         return frame
 
-    def sources(self, frame: _Frame) -> None:
+    def sources(self, frame: Frame) -> None:
         """Walk what stands in the FROM of the current frame."""
         for source in frame.froms:
             self.source(source, frame)
 
-    def source(self, source: Any, frame: _Frame, *, nullable: bool = False) -> set[_Node]:
+    def source(self, source: Any, frame: Frame, *, nullable: bool = False) -> set[Node]:
         """Walk one source of rows and return its nodes.
 
         Args:
@@ -356,7 +261,7 @@ class Walk:
                 self.criterion(
                     source.onclause,
                     confines=not (nullable or outer),
-                    outer=_Outer(left, right, source.full) if outer else None,
+                    outer=Outer(left, right, source.full) if outer else None,
                 )
             return left | right
         if base_table(source) is not None:
@@ -366,7 +271,7 @@ class Walk:
         self._derive(source, frame)
         return set(self.nodes[before:])
 
-    def _derive(self, source: Any, frame: _Frame) -> None:
+    def _derive(self, source: Any, frame: Frame) -> None:
         """Walk a subquery in FROM, or any other source that is no table, once for its frame."""
         key = hash(source)
         if key in frame.derived:
@@ -422,7 +327,7 @@ class Walk:
         elif isinstance(element, ExternallyTraversible):
             self.elements(element.get_children())
 
-    def criterion(self, clause: Any, *, confines: bool = True, outer: _Outer | None = None) -> None:
+    def criterion(self, clause: Any, *, confines: bool = True, outer: Outer | None = None) -> None:
         """Read one condition that every row of the query meets.
 
         Args:
@@ -438,7 +343,7 @@ class Walk:
                 self.criterion(part, confines=confines, outer=outer)
             return
         if confines:
-            for node, shards in self.confining(clause).values():
+            for node, shards in self._confinements.of(clause).values():
                 # A value of a subquery says nothing about the rows of the query around it.
                 if node.root().order >= self.frames[-1].first:
                     node.root().confine(shards)
@@ -454,9 +359,9 @@ class Walk:
 
     def join(
         self,
-        left: tuple[_Node, Rule] | None,
-        right: tuple[_Node, Rule] | None,
-        outer: _Outer | None = None,
+        left: tuple[Node, Rule] | None,
+        right: tuple[Node, Rule] | None,
+        outer: Outer | None = None,
     ) -> None:
         """Join the nodes of two equal columns that place their rows by the same rule."""
         if not left or not right or left[1] != right[1]:
@@ -477,7 +382,7 @@ class Walk:
                 older.confined = either if both else None
         newer.group = older
 
-    def _meet(self, a: _Node, b: _Node, outer: _Outer) -> bool:
+    def _meet(self, a: Node, b: Node, outer: Outer) -> bool:
         """Tell whether the ON clause of an outer join may join two groups."""
         if outer.full:
             sides = [{node.root() for node in side} for side in (outer.left, outer.right)]
@@ -485,111 +390,7 @@ class Walk:
         others = {node.root() for node in self.nodes if node not in outer.right}
         return a not in others or b not in others
 
-    def confining(self, clause: Any) -> dict[int, tuple[_Node, frozenset[int]]]:
-        """Return what a condition confines: node and shards, by identity of the node."""
-        if isinstance(clause, Grouping):
-            return self.confining(clause.element)
-        if isinstance(clause, BooleanClauseList):
-            parts = [self.confining(part) for part in clause.clauses]
-            if clause.operator is operators.or_:
-                common = set(parts[0]).intersection(*parts[1:])
-                return {
-                    key: (parts[0][key][0], frozenset().union(*(part[key][1] for part in parts)))
-                    for key in common
-                }
-            if clause.operator is not operators.and_:
-                return {}
-            merged: dict[int, tuple[_Node, frozenset[int]]] = {}
-            for part in parts:
-                for key, (node, shards) in part.items():
-                    merged[key] = (node, merged[key][1] & shards if key in merged else shards)
-            return merged
-        return self._comparing(clause) if isinstance(clause, BinaryExpression) else {}
-
-    def _comparing(self, clause: BinaryExpression[Any]) -> dict[int, tuple[_Node, frozenset[int]]]:
-        """Return what a comparison of a column, or of several, with values confines."""
-        column: Any = clause.left
-        value: Any = clause.right
-        if clause.operator is operators.eq and isinstance(column, BindParameter):
-            column, value = value, column
-        if isinstance(value, Grouping):
-            value = value.element
-        if isinstance(column, Tuple):
-            return self._confining_tuple(clause, column, value)
-        listed = listed_by_any(clause)
-        value = value if listed is None else listed
-        if clause.operator is operators.between_op:
-            return self._between(clause, column)
-        if not isinstance(value, BindParameter):
-            return {}
-        found = self.placing(column)
-        if not found:
-            return self._comparing_unique(clause, value, is_list=listed is not None)
-        node, rule = found
-        shards: frozenset[int] | None = None
-        if clause.operator is operators.in_op or listed is not None:
-            shards = self.router.shards(rule, self.value(value) or ())
-        elif clause.operator is operators.eq:
-            shards = frozenset({self.router.shard(rule, self.value(value))})
-        elif clause.operator in _ORDERED:
-            shards = self.router.shards_compared(rule, clause.operator.__name__, self.value(value))
-        return {} if shards is None else {id(node): (node, shards)}
-
-    def _between(
-        self, clause: BinaryExpression[Any], column: Any
-    ) -> dict[int, tuple[_Node, frozenset[int]]]:
-        """Return what `column BETWEEN low AND high` confines: what both of its sides do."""
-        ends = list(clause.right.get_children())
-        values = all(isinstance(end, BindParameter) for end in ends)
-        if clause.modifiers.get("symmetric") or not values or not (found := self.placing(column)):
-            return {}
-        node, rule = found
-        low, high = (
-            self.router.shards_compared(rule, operator, self.value(cast("Any", end)))
-            for operator, end in zip(("ge", "le"), ends, strict=True)
-        )
-        return {} if low is None or high is None else {id(node): (node, low & high)}
-
-    def _comparing_unique(
-        self, clause: BinaryExpression[Any], parameter: BindParameter[Any], *, is_list: bool
-    ) -> dict[int, tuple[_Node, frozenset[int]]]:
-        """Return what a comparison of a unique column with values confines, if they are known."""
-        is_list = is_list or clause.operator is operators.in_op
-        if not is_list and clause.operator is not operators.eq:
-            return {}
-        column = clause.right if clause.left is parameter else clause.left
-        found = self.unique(column)
-        if found is None:
-            return {}
-        node, lookup = found
-        given = self.value(parameter)
-        values = [lookup.value(v) for v in (given or () if is_list else [given]) if v is not None]
-        if unknown := [value for value in values if value not in self.router.values]:
-            self.wanted.update(unknown)
-            return {}
-        shards = frozenset(shard for value in values for shard in self.router.values[value])
-        if not shards and values:  # no row: any shard can say so, and this one was just asked
-            shards = frozenset({values[0].home(self.router.total)})
-        return {id(node): (node, shards)}
-
-    def _confining_tuple(
-        self, clause: BinaryExpression[Any], columns: Tuple, value: Any
-    ) -> dict[int, tuple[_Node, frozenset[int]]]:
-        """Return what `(a, b) IN ((1, 2), …)` confines, where a or b places its row."""
-        if clause.operator is not operators.in_op or not isinstance(value, BindParameter):
-            return {}
-        found: dict[int, tuple[_Node, frozenset[int]]] = {}
-        rows = tuples_of(columns, self.value(value))
-        for i, column in enumerate(columns.clauses):
-            placing = self.placing(column)
-            if placing is not None:
-                node, rule = placing
-                shards = self.router.shards(rule, [row[i] for row in rows])
-                known = found.get(id(node))
-                found[id(node)] = (node, shards if known is None else known[1] & shards)
-        return found
-
-    def placing(self, element: Any) -> tuple[_Node, Rule] | None:
+    def placing(self, element: Any) -> tuple[Node, Rule] | None:
         """Return node and rule of a column that places its row, or None for anything else."""
         found = self._stored(element)
         if found is None:
@@ -602,7 +403,7 @@ class Walk:
         node = self.node(table) if frame is None else frame.nodes.get(hash(table))
         return (node, rule) if node else None
 
-    def unique(self, element: Any) -> tuple[_Node, Lookup] | None:
+    def unique(self, element: Any) -> tuple[Node, Lookup] | None:
         """Return node and lookup of a unique column that can be looked up, or None."""
         found = self._stored(element)
         if found is None:
@@ -615,13 +416,13 @@ class Walk:
         node = self.node(table) if frame is None else frame.nodes.get(hash(table))
         return (node, lookup) if node else None
 
-    def _stored(self, element: Any) -> tuple[str, FromClause, _Frame | None] | None:
+    def _stored(self, element: Any) -> tuple[str, FromClause, Frame | None] | None:
         """Return the column of a table that an expression shows: name, occurrence and frame.
 
         Returns:
             None for anything else; the frame is that of a subquery that passes the column on.
         """
-        frame: _Frame | None = None
+        frame: Frame | None = None
         while True:
             while isinstance(element, Label | Grouping):
                 element = element.element
@@ -643,7 +444,7 @@ class Walk:
                 element = element._proxies[0]
                 table = table.element
 
-    def node(self, table: FromClause) -> _Node | None:
+    def node(self, table: FromClause) -> Node | None:
         """Return the node of a table occurrence, or None when it is not sharded."""
         key = hash(table)  # annotated copies of one table share their hash
         for frame in reversed(self.frames):
@@ -656,7 +457,7 @@ class Walk:
         self._derive(table, frame)
         return None
 
-    def _note(self, frame: _Frame, table: FromClause) -> _Node | None:
+    def _note(self, frame: Frame, table: FromClause) -> Node | None:
         base = base_table(table)
         assert base is not None, "subqueries have no node"
         if sharding_of(base) is None:
@@ -668,13 +469,7 @@ class Walk:
             self.n_reference += 1
             return None
         if hash(table) not in frame.nodes:
-            node = _Node(base.name, len(self.frames), len(self.nodes))
+            node = Node(base.name, len(self.frames), len(self.nodes))
             frame.nodes[hash(table)] = node
             self.nodes.append(node)
         return frame.nodes[hash(table)]
-
-    def value(self, parameter: BindParameter[Any]) -> Any:
-        """Return the value of a parameter, wherever it was given."""
-        if parameter.key in self.params:
-            return self.params[parameter.key]
-        return parameter.effective_value

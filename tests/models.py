@@ -99,7 +99,7 @@ class Account(Sharded, Base):
     """Has a name and an address that nobody else has."""
 
     __tablename__ = "accounts"
-    __unique__ = (unique_lookup("name", fold="casefold"), unique_lookup("email"))
+    __unique__ = (unique_lookup("name", fold="casefold"), unique_lookup("email", relayed=True))
     name: Mapped[str]
     email: Mapped[str | None]
     bio: Mapped[str] = mapped_column(default="")

@@ -26,7 +26,7 @@ class User(Sharded, Base):
 
     __tablename__ = "users"
     __cache_ttl__ = 300.0
-    __unique__ = (unique_lookup("username", fold="casefold"),)
+    __unique__ = (unique_lookup("username", fold="casefold", relayed=True),)
     __events__ = (after_insert(PERSON_CHANGED, lambda user: {"user_id": str(user.id)}, key="id"),)
 
     username: Mapped[str] = mapped_column(String(30), index=True)

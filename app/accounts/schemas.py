@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from app.accounts.guessable import MIN_PASSWORD_BYTES, is_guessable
 from app.accounts.usernames import canonical
 from app.ids import IdText
 
@@ -28,7 +29,7 @@ __all__ = [
     "ViewerOut",
 ]
 
-MIN_PASSWORD_BYTES, MAX_PASSWORD_BYTES = 8, 1024
+MAX_PASSWORD_BYTES = 1024
 
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -58,6 +59,8 @@ def _password(value: str) -> str:
         raise ValueError(f"must have at least {MIN_PASSWORD_BYTES} characters")
     if length > MAX_PASSWORD_BYTES:
         raise ValueError(f"must have at most {MAX_PASSWORD_BYTES} bytes")
+    if is_guessable(value):
+        raise ValueError("is one that many people have, so it is guessed first; take another one")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from shardkit.clock import SYSTEM
 from shardkit.commands.output import console, printable
 from shardkit.errors import ShardkitError
+from shardkit.garbage import being_aside
 from shardkit.ops.moves import MovePlan, Outcome, Report
 from shardkit.ops.moves.journal import Known
 from shardkit.ops.moves.machine import Goal
@@ -43,8 +45,11 @@ class Moving:
         self._steps: dict[int, tuple[str, float]] = {}
         self._next: dict[int, float] = {}
         self._lock = threading.Lock()
+        self._aside = ExitStack()
 
     def __enter__(self) -> Self:
+        # A full collection in the middle of a hand-over takes longer than the hand-over.
+        self._aside.enter_context(being_aside())
         self._bar.start()
         return self
 
@@ -55,6 +60,7 @@ class Moving:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+        self._aside.close()
         if kind is KeyboardInterrupt:
             self._bar.console.print(
                 "interrupted; shardkit move resume goes on, shardkit move abort gives it up"

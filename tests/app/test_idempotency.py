@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
+from psycopg import sql
 
+from app.sealing import sealed
+from shardkit.ids import shard_of
+from shardkit.local import LocalCluster
 from tests.fixtures import pictures
 from tests.fixtures.blobs import keys_in
 from tests.fixtures.service import PASSWORD, Person, Service
@@ -135,6 +143,64 @@ def test_of_requests_at_once_one_has_an_effect(join: Join) -> None:
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert len(ana.http.get(here).json()["items"]) == 1
+
+
+@pytest.mark.parametrize("how", ["bit", "other", "old"])
+def test_an_answer_that_was_tampered_with_is_none(
+    join: Join, app_cluster: LocalCluster, how: str
+) -> None:
+    """It was done, so it is not done again; and what somebody else has written is not told."""
+    ana = join("ana")
+    photo = ana.upload(pictures.jpeg(64, 64)).json()["id"]
+    here = f"/api/v1/photos/{photo}/comments"
+    headers = new_key()
+    say = partial(ana.http.post, here, json={"body": "Once"}, headers=headers)
+    assert say().status_code == 201
+    assert say().status_code == 201
+    key = headers["idempotency-key"]
+    kept = results(app_cluster, ana.id, key)
+    assert "Once" not in kept
+    results(app_cluster, ana.id, key, rewritten(kept, key, how))
+
+    answer = say()
+    assert answer.status_code == 409
+    assert answer.json()["type"].endswith("answer-lost")
+    assert len(ana.http.get(here).json()["items"]) == 1
+
+
+def rewritten(kept: str, key: str, how: str) -> str:
+    """Return what somebody may have put in place of a sealed answer."""
+    if how == "old":  # of before answers were authenticated: a salt, and an exclusive or
+        return base64.b64encode(bytes(40)).decode()
+    if how == "other":  # sealed with this very key, but for another request
+        return sealed(key, {"id": "1"}, of="another")
+    form, _, text = kept.partition(":")
+    raw = bytearray(base64.b64decode(text))
+    raw[-20] ^= 1
+    return f"{form}:{base64.b64encode(raw).decode()}"
+
+
+def results(local: LocalCluster, who: str, key: str, new: str | None = None) -> str:
+    """Return what is kept of the answer to a request, and put something in its place."""
+    schema = f"shard_{shard_of(int(who)):04d}"
+    operation = hashlib.sha256(f"{who}\0{key}".encode()).hexdigest()
+    found = []
+    for name in sorted({server.physical for server in local.servers if server.physical}):
+        dsn = local.superuser_dsn(local.primary(name).name, "shardkit")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            has = connection.execute("SELECT to_regnamespace(%s)", [schema]).fetchone()
+            if has == (None,):
+                continue
+            table = sql.Identifier(schema, "shardkit_operations")
+            query = sql.SQL("SELECT result::jsonb #>> '{{}}' FROM {} WHERE operation = %s").format(
+                table
+            )
+            found += connection.execute(query, [operation]).fetchall()
+            if new is not None:
+                change = "UPDATE {} SET result = to_jsonb(%s::text)::text WHERE operation = %s"
+                connection.execute(sql.SQL(change).format(table), [new, operation])
+    ((text,),) = found
+    return str(text)
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])

@@ -40,6 +40,7 @@ from shardkit.outbox import Event
 from shardkit.testing import wait_until
 from tests.fixtures import pictures
 from tests.fixtures.blobs import VARIANTS, keys_in
+from tests.fixtures.mortal import Mortal
 from tests.fixtures.service import PASSWORD, Person, Service
 from tests.fixtures.stores import Stores
 
@@ -201,7 +202,8 @@ def in_tables(life: Life, local: LocalCluster, service: Service) -> Iterator[str
     """Find rows of all tables of all logical shards by the id, ids of photos, and the mark."""
     ids = {life.person.id, *life.photos, *life.stories}
     for table, row in Stores(local, service.settings).rows():
-        if life.mark in row or ids.intersection(re.findall(r"\d+", row)):
+        said = life.mark in row or life.mark.encode().hex() in row  # who has a name, as bytes
+        if said or ids.intersection(re.findall(r"\d+", row)):
             yield f"{table}: {row[:200]}"
 
 
@@ -353,9 +355,38 @@ def test_who_leaves_takes_everything_along_and_leaves_nothing(
     with Cluster.from_file(app_cluster.config_path) as cluster:
         relay_of(cluster).drain()
         assert run(cluster, dry_run=True) == dict.fromkeys(KINDS, 0), "every count is exact"
-    with service.client() as client:  # the name is free
+    assert free_again(me, service)
+
+
+def free_again(me: Person, service: Service) -> bool:
+    """Tell whether somebody else gets the name."""
+    with service.client() as client:
         again = {"username": me.username, "password": PASSWORD}
-        assert client.post("/api/v1/users", json=again).status_code == 201
+        answer = client.post("/api/v1/users", json=again)
+        return answer.status_code == 201 and answer.json()["user"]["id"] != me.id
+
+
+@pytest.mark.fault
+@pytest.mark.usefixtures("mended")
+def test_the_server_may_die_right_after_the_account_has_ended(
+    join: Join, service: Service, app_cluster: LocalCluster, friends: list[Person]
+) -> None:
+    """Nobody is told, and nothing is done any more by who has ended it: relays do all of it."""
+    with Cluster.from_file(app_cluster.config_path) as cluster:
+        life = lived(join, service, friends, cluster)
+    me = life.person
+    log_in = {"username": me.username, "password": PASSWORD}
+    token = me.http.post("/api/v1/sessions", json=log_in).raise_for_status().json()["token"]
+    with Mortal(service.settings) as mortal:
+        bearer = {"authorization": f"Bearer {token}"}
+        leave = partial(mortal.send, "POST", "/api/v1/me/deletion", headers=bearer)
+        assert leave(json={"password": PASSWORD}, ends="after 1") is None
+        assert mortal.n_deaths == 1
+        again = leave(json={"password": PASSWORD})
+        assert again is not None
+        assert again.status_code == 401, "it was committed"
+    nothing_is_left(life, app_cluster, service)
+    assert free_again(me, service)
 
 
 class Killed(BaseException):

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
 JUDGES = (
     "appends", "registers", "sets", "bank", "names", "sessions", "caches", "outbox", "owners",
-    "leftovers", "liveness",
+    "leftovers", "liveness", "schemas", "secrets",
 )  # fmt: skip
 
 

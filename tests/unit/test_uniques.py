@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -12,13 +14,22 @@ from sqlalchemy.dialects.postgresql import ARRAY, CITEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardkit import Sharded, unique_lookup
+from shardkit.emitting import pending
 from shardkit.errors import ConfigurationError, InvalidUniqueValueError, UnsupportedStatementError
 from shardkit.fingerprints import Fingerprints
 from shardkit.ids import compose
 from shardkit.models import rules_of
 from shardkit.router import Router, UnknownValuesError
 from shardkit.statements import shards_of
-from shardkit.uniques import MAX_VALUE_BYTES, folded, lookups_of
+from shardkit.uniques import (
+    GIVEN_UP,
+    MAX_VALUE_BYTES,
+    Value,
+    folded,
+    given_up,
+    lookups_of,
+    was_given_up,
+)
 from tests.models import Account, Base, Photo
 
 TABLE: Any = Account.__table__
@@ -174,3 +185,29 @@ def test_a_value_in_a_subquery_confines_the_subquery_alone() -> None:
     inner = select(Account.id).where(Account.name == "ana")
     around = select(Photo).where(Photo.owner_id.in_(inner))
     assert shards_of(around, None, KNOWN) is None
+
+
+# -- what relays are told
+
+
+@given(
+    st.sampled_from([NAME, EMAIL]),
+    st.dictionaries(st.text(min_size=1, max_size=50), st.sets(st.integers(0, 2**63 - 1))),
+)
+def test_what_is_told_of_values_is_what_is_heard(lookup: Any, texts: dict[str, set[int]]) -> None:
+    values: dict[Value, set[int]] = {}
+    for text, row_ids in texts.items():
+        with suppress(InvalidUniqueValueError):
+            values.setdefault(lookup.value(text), set()).update(row_ids)
+    heard: dict[Value, frozenset[int]] = {}
+    for payload in given_up(lookup, values):
+        heard |= was_given_up(json.loads(json.dumps(payload)))
+    assert heard == values
+
+
+def test_the_longest_values_fit_into_events() -> None:
+    values = {EMAIL.value(f"{n:04d}" * (MAX_VALUE_BYTES // 4)): {2**63 - 1} for n in range(1000)}
+    told = list(given_up(EMAIL, values))
+    assert len(told) <= 1000 / 10
+    for payload in told:
+        pending(GIVEN_UP, payload, key=None, near=1)  # which refuses what is too large

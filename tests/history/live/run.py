@@ -29,8 +29,12 @@ from tests.history.live.movers import RealMover, StandInMover, movers
 from tests.history.live.nemesis import Mover, Nemesis
 from tests.history.live.plan import KINDS, Plan
 from tests.history.live.stage import Stage, described
-from tests.history.live.witness import look, note_leftovers, wait_for_empty_outboxes
-from tests.history.recorder import Recorder
+from tests.history.live.witness import (
+    look,
+    note_secrets,
+    note_state,
+    wait_for_empty_outboxes,
+)
 from tests.history.records import find
 
 __all__ = ["Result", "main", "run"]
@@ -148,7 +152,7 @@ def run(
     with ExitStack() as stack:
         stage = Stage.open(plan, folder / "servers", stack, **(shaped or {}))
         stack.callback(stage.end_at_once)
-        note_leftovers(stage, "before")
+        note_state(stage, "before")
         stage.begin(clients=clients, relays=relays)
         took["start"] = time.monotonic() - began
         hands = moves(stage)
@@ -171,6 +175,7 @@ def run(
             told = schedule.losses.watching.said.items()
             said.update({f"watcher: {what}": n for what, n in told})
         time.sleep(calm)
+        note_secrets(stage, [history, folder / "servers" / "logs"])
         stage.end("client")
         if relays and broken is None:
             try:
@@ -178,10 +183,8 @@ def run(
             except AssertionError as error:
                 broken = str(error)
         stage.end("relay")
-        witness = Recorder(history, "witness")
-        look(stage, witness)
-        witness.end()
-        note_leftovers(stage, "after")
+        look(stage, history)
+        note_state(stage, "after")
         stage.recorder.end()
         errors = Counter(stage.errors)
         for log in folder.glob("servers/logs/*.log"):  # of servers, which are gone in a moment

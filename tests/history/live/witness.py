@@ -6,20 +6,31 @@ is written down of it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import psycopg
 
+from shardkit.ops.shape import details
 from shardkit.testing import wait_until
 from shardkit.topology import schema_name
+from tests.history.k6 import scan
 from tests.history.live.stage import Stage
 from tests.history.live.tables import ACCOUNTS, Account, Chain, place
 from tests.history.recorder import Recorder
 
-__all__ = ["image", "look", "note_leftovers", "wait_for_empty_outboxes"]
+__all__ = [
+    "image",
+    "look",
+    "note_secrets",
+    "note_state",
+    "wait_for_empty_outboxes",
+]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -60,7 +71,13 @@ def _one(connection: Connection, query: str) -> int:
     return int(found[0])
 
 
-def note_leftovers(stage: Stage, moment: str) -> None:
+def note_state(stage: Stage, moment: str) -> None:
+    """Write down what servers hold besides data, and what their schemas are."""
+    _note_leftovers(stage, moment)
+    _note_schemas(stage, moment)
+
+
+def _note_leftovers(stage: Stage, moment: str) -> None:
     """Write down what every physical shard holds besides data.
 
     Sessions whose client has ended have some seconds to end, too.
@@ -96,8 +113,43 @@ def _is_quiet(stage: Stage, name: str) -> bool:
         return not connection.execute(_LEFT["idle transactions"].encode()).fetchall()
 
 
-def look(stage: Stage, recorder: Recorder) -> None:
+def _note_schemas(stage: Stage, moment: str) -> None:
+    """Write down what the schema of every logical shard is made of: objects and rights.
+
+    What there is before the run is the known version; moves and failovers have to keep it.
+    """
+    found: dict[int, str] = {}
+    for shard, owner in sorted(stage.owners().items()):
+        schema = schema_name(shard)
+        with stage.superuser(owner) as connection:
+            parts = sorted(details(connection, [schema])[schema].items())
+        found[shard] = hashlib.sha256(repr(parts).encode()).hexdigest()
+    if moment == "before":
+        stage.recorder.fact("schemas", known=dict.fromkeys(found.values(), "as made"))
+        return
+    for shard, fingerprint in found.items():
+        stage.recorder.fact("schema", shard=shard, fingerprint=fingerprint)
+
+
+def note_secrets(stage: Stage, folders: Iterable[Path]) -> None:
+    """Write down how often passwords are in logs, in what clients wrote, and in arguments.
+
+    Called while everything runs: the arguments of processes end with them.
+    """
+    passwords = json.loads((stage.local.config_path.parent / "passwords.json").read_text("utf-8"))
+    canaries = {name: value.encode() for name, value in passwords.items()}
+    stage.recorder.fact("canaries", planted=sorted(canaries))
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    for path in files + sorted(Path("/proc").glob("[0-9]*/cmdline")):
+        with suppress(OSError):  # the process has ended
+            size = path.stat().st_size or len(path.read_bytes())
+            hits = {name: times for name, times in scan(path, canaries).items() if times}
+            stage.recorder.fact("scanned", what=str(path), bytes=size, hits=hits)
+
+
+def look(stage: Stage, folder: Path) -> None:
     """Read everything for good: from every owner, and sets from its replicas too."""
+    recorder = Recorder(folder, "witness")
     effects: list[str] = []
     for shard, owner in sorted(stage.owners().items()):
         with stage.superuser(owner) as primary:
@@ -113,6 +165,7 @@ def look(stage: Stage, recorder: Recorder) -> None:
                 _sets(stage, recorder, replica, shard, server.name, role="replica")
     n = recorder.invoke("effects", ["effects"], final=True)
     recorder.ok(n, effects)
+    recorder.end()
 
 
 def _has(replica: Connection, position: Any) -> bool:

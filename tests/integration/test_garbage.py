@@ -8,7 +8,7 @@ import sys
 CODE = """
 import gc
 import app.main
-from app.garbage import set_aside
+from shardkit import set_aside
 before = len(gc.get_objects())
 set_aside()
 left = len(gc.get_objects())
