@@ -47,6 +47,7 @@ A file looks like this (written by `shardkit local up`, or by hand):
 
     [durability]
     mode = "sync"                            # or "async", the default: docs/failover.md
+    last_standby = "strict"                  # or "relaxed": what if too few standbys are left
 
     [failover]
     every = 60.0                             # seconds between two failovers, at least

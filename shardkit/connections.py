@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import deadlines, fences, gates, parallel, races, scatter
+from shardkit import deadlines, disks, fences, gates, parallel, races, scatter
 from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import (
@@ -247,6 +247,7 @@ class _Core:
             if self.guards[endpoint].limit is not None:
                 event.listen(engine, "checkin", _released)
             event.listen(engine, "handle_error", fences.refuses(self.owners, endpoint))
+            event.listen(engine, "handle_error", disks.tells(self._catalog_of(endpoint), endpoint))
             if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
                 engine.dialect.supports_server_side_cursors = False
             if purpose is Purpose.READ:
@@ -508,6 +509,10 @@ class _Core:
             if found is error:
                 raise
             raise found from error
+
+    def _catalog_of(self, endpoint: Endpoint) -> disks.Ask:
+        """Return what asks the catalogue of an endpoint's primary."""
+        return lambda query, given: self.ask(endpoint.physical, query, given, primary=True)
 
     def written(self, physical: str) -> tuple[int, gates.Position]:
         """Return which server a primary is, and a log position beyond all that it has committed.

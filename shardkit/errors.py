@@ -28,7 +28,10 @@
     │   ├── ShardMovedError               retryable
     │   ├── StatementTimeoutError         retryable
     │   ├── ValueBusyError                retryable
+    │   ├── DiskFullError                 retryable
     │   └── DeadlineExceededError         retryable
+    ├── StorageError
+    │   └── DamagedDataError
     ├── UniqueViolationError
     ├── OutboxError
     │   ├── InvalidEventError
@@ -55,7 +58,7 @@
 
 `retryable` means: the same call may succeed with no change by the caller, and nothing was
 committed. Errors of the driver and of SQLAlchemy pass through untouched, except failures to
-reach a server, which become `UnavailableError` with the cause kept.
+reach a server, and of its disk, which become errors of shardkit with the cause kept.
 """
 
 from __future__ import annotations
@@ -224,6 +227,32 @@ class ValueBusyError(UnavailableError):
 
 class DeadlineExceededError(UnavailableError):
     """The deadline is over; try again with more time, or when the servers are quicker."""
+
+
+class DiskFullError(UnavailableError):
+    """A server's disk is full, and nothing was written; try again when there is room."""
+
+
+class StorageError(ShardkitError):
+    """A server's disk fails; have another server become the primary and replace it."""
+
+
+class DamagedDataError(StorageError):
+    """A server cannot read what it has stored; see whether another copy is whole.
+
+    Nobody is shown that such rows were not there.
+
+    Attributes:
+        table: the table that is damaged, or has a damaged index; None where nobody could say.
+    """
+
+    table: str | None = None
+
+    def named(self, table: str, logical_shard: int | None) -> None:
+        """Say of which table, once that is known."""
+        self.table, self.logical_shard = table, logical_shard
+        self.message = f"table {table!r} is damaged: {self.message}"
+        self.args = (self.message,)
 
 
 class UniqueViolationError(ShardkitError):

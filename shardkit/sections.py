@@ -130,7 +130,10 @@ class DurabilityConfig(Section):
 
     last_standby: Literal["strict", "relaxed"] = "strict"
     """When fewer standbys are left than have to confirm. `strict`: commits wait. `relaxed`: the
-    watcher lets them go unconfirmed, and notes from when until when."""
+    watcher lets them go unconfirmed after `patience`, and notes from when until when."""
+
+    patience: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 10.0
+    """Seconds for which commits wait before that. Longer than a failover takes."""
 
     @property
     def confirming(self) -> int:

@@ -191,8 +191,10 @@ class _Patient:
         """Close the connection unless its conversation has come to an end.
 
         A statement that finished after all, inside a transaction, was reported as failed: the
-        transaction must not be committed with it.
+        transaction must not be committed with it. A warning that came with it was for whoever has
+        given up, and not for the next on this connection.
         """
+        self._has_standby_warning = False
         if self.pgconn.transaction_status not in _AT_REST or self.pgconn.pipeline_status:
             self.pgconn.finish()
 

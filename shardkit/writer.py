@@ -28,6 +28,7 @@ from shardkit.broadcasts import Broadcast, is_reference
 from shardkit.cachewrites import CacheWrites
 from shardkit.checks import connection_error, late_error
 from shardkit.connections import AsyncConnections, Connections, Purpose
+from shardkit.disks import disk_error
 from shardkit.errors import (
     DeadlineExceededError,
     EndpointUnavailableError,
@@ -166,7 +167,7 @@ class WriteSession(ModifyingSession):
             self.rollback()  # and find out what became of it: `_on_end`
             if not isinstance(error, DBAPIError):
                 raise
-            found = emitting.refusal(error) or late_error(error)
+            found = emitting.refusal(error) or late_error(error) or disk_error(error)
             if found is None:
                 raise
             raise found from error

@@ -12,6 +12,7 @@ import typer
 from shardkit.commands.options import ConfigOption, JsonOption
 from shardkit.commands.output import console
 from shardkit.config import CacheConfig, default_file, load
+from shardkit.ops.durability import DurabilityStatus, read_durability
 from shardkit.ops.status import EndpointStatus, is_healthy, read_status
 
 if TYPE_CHECKING:  # the `cache` extra
@@ -25,26 +26,33 @@ _UNKNOWN = "?"
 def status(*, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show every endpoint: role, lag in bytes and seconds, breaker, epoch, connections.
 
-    And every server of the cache, with what it holds and was asked. Exits with 1 when an endpoint
-    does not answer or is not what the configuration says; a cache is not needed.
+    With durability mode sync also which standbys confirm commits, how many commits wait for them,
+    and when commits went unconfirmed. And every server of the cache, with what it holds and was
+    asked. Exits with 1 when an endpoint does not answer or is not what the configuration says, and
+    when commits wait or go unconfirmed; a cache is not needed.
     """
     settings, topology = load(config or default_file())
     found = read_status(topology)
+    durability = read_durability(settings, topology)
+    is_well = is_healthy(found) and all(each.is_well for each in durability)
     caches = _caches(settings.found_cache)
     if as_json:
         document = {
             "cluster": topology.name,
-            "healthy": is_healthy(found),
+            "healthy": is_well,
             "endpoints": [asdict(each) for each in found],
+            "durability": [each.plain() for each in durability],
             "cache": [asdict(each) for each in caches],
         }
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
         _print(found)
+        for each in durability:
+            _print_durability(each)
         if caches:
             _print_caches(caches)
-    if not is_healthy(found):
+    if not is_well:
         raise typer.Exit(1)
 
 
@@ -99,6 +107,14 @@ def _print(found: list[EndpointStatus]) -> None:
             _number(each.connections),
         )
     console().print(table)
+
+
+def _print_durability(found: DurabilityStatus) -> None:
+    from rich.markup import escape
+
+    for text in found.lines():
+        line = escape(f"{found.physical}: {text}")
+        console().print(line if found.is_well else f"[red]{line}[/red]", soft_wrap=True)
 
 
 def _number(value: float | None, form: str = "") -> str:

@@ -7,115 +7,45 @@ well and ends so. `SHARDKIT_FAILOVER_GRID=1` has a watcher killed at every step 
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 import psycopg
 import pytest
 from sqlalchemy import select
 
 from shardkit import Cluster, deadline, ids
-from shardkit.config import Config, FailoverConfig, load
+from shardkit.config import load
 from shardkit.errors import (
     EndpointUnavailableError,
     LocalServerError,
     RefusedError,
     ShardkitError,
 )
-from shardkit.local import LocalCluster, LocalHost, ServerStatus
+from shardkit.local import LocalHost, ServerStatus
 from shardkit.local.processes import send
 from shardkit.ops.failover import adopt, fail_over, watch
-from shardkit.ops.failover.machine import Action, Promote, Rejoin, Rest
+from shardkit.ops.failover.machine import Promote, Rejoin
 from shardkit.testing import create_tables, wait_until
-from shardkit.topology import Topology, libpq_options
+from shardkit.topology import libpq_options
 from shardkit.writer import WriteSession
+from tests.fixtures.failing import PATIENCE, QUICK, SHARDS, Site, Writers, healed, kept
 from tests.fixtures.servers import lend, options
 from tests.models import Base, User
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault]
 
-PATIENCE = 60.0
-SHARDS = 4
-QUICK = FailoverConfig(every=0.0, patience=0.4, interval=0.15, failures=3)
 STEPS = (
     "Claim", "Claim done", "Fence done", "Cut", "Cut done", "Promote", "Promote done", "Register",
     "Register done", "Repoint", "Repoint done", "Lead done",
 )  # fmt: skip
 GRID = STEPS if os.environ.get("SHARDKIT_FAILOVER_GRID") else ("Promote done",)
-
-
-@dataclass(slots=True)
-class Site:
-    """The cluster, and what is known of it."""
-
-    local: LocalCluster
-    config: Config
-    topology: Topology
-    latest: dict[str, Action] = field(default_factory=dict)
-    actions: list[Action] = field(default_factory=list)
-
-    def ask(self, name: str, query: str) -> Any:
-        with psycopg.connect(self.local.superuser_dsn(name), autocommit=True) as superuser:
-            row = superuser.execute(query.encode()).fetchone()
-        return None if row is None else row[0]
-
-    def primary(self) -> str:
-        """The name of the server that takes writes, and whose timeline is the newest."""
-        found = [
-            (self.ask(s.name, "SELECT timeline FROM shardkit.identity"), s.name)
-            for s in (self.local.server(f"alpha_{n}") for n in range(3))
-            if s.status is ServerStatus.RUNNING
-            and self.ask(s.name, "SELECT NOT pg_is_in_recovery()")
-        ]
-        return max(found, default=(0, ""))[1]
-
-    def timeline(self) -> int:
-        return int(self.ask(self.primary(), "SELECT timeline FROM shardkit.identity"))
-
-    def names(self) -> list[str]:
-        with psycopg.connect(self.local.superuser_dsn(self.primary())) as superuser:
-            return [
-                name
-                for n in range(SHARDS)
-                for (name,) in superuser.execute(
-                    f"SELECT name FROM shard_{n:04d}.users".encode()
-                ).fetchall()
-            ]
-
-    @contextmanager
-    def watched(self, host: Any = None) -> Iterator[None]:
-        """Have a watcher at work."""
-        stop = threading.Event()
-
-        def progress(physical: str, action: Action) -> None:
-            self.latest[physical] = action
-            self.actions.append(action)
-
-        thread = threading.Thread(
-            target=watch,
-            args=(self.config, self.topology),
-            kwargs={"host": host or LocalHost(self.local), "stop": stop, "progress": progress},
-        )
-        self.latest.clear()
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
-    def is_well(self) -> bool:
-        return isinstance(self.latest.get("alpha"), Rest)
 
 
 @pytest.fixture(scope="module")
@@ -144,63 +74,6 @@ def site(shared: Site) -> Site:
         for n in range(SHARDS):
             superuser.execute(f"DELETE FROM shard_{n:04d}.users".encode())
     return shared
-
-
-def healed(site: Site) -> None:
-    with site.watched():
-        wait_until(site.is_well, PATIENCE, "every server is well")
-
-
-class Writers:
-    """Threads that write through `cluster.run`, each unit with a name."""
-
-    def __init__(self, cluster: Cluster, n: int = 3) -> None:
-        self.acknowledged: list[str] = []
-        self.failures: list[Exception] = []
-        self._cluster = cluster
-        self._run = uuid.uuid4().hex  # a name counts for a day
-        self._stop = threading.Event()
-        self._numbers = itertools.count(1)
-        self._threads = [threading.Thread(target=self._write, args=(k,)) for k in range(n)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        self.go_on()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def go_on(self, n: int = 10) -> None:
-        """Wait until more is acknowledged."""
-        wanted = len(self.acknowledged) + n
-        wait_until(lambda: len(self.acknowledged) >= wanted, PATIENCE, "writes are acknowledged")
-
-    def _write(self, shard: int) -> None:
-        while not self._stop.is_set():
-            number = next(self._numbers)
-            user, name = ids.compose(number, shard, 7), f"{self._run}-{shard}-{number}"
-
-            def unit(session: WriteSession, user: int = user, name: str = name) -> None:
-                session.add(User(id=user, name=name))
-
-            try:
-                self._cluster.run(unit, operation=name, near=user)
-            except Exception as error:  # noqa: BLE001  what a client would be shown
-                self.failures.append(error)
-            else:
-                self.acknowledged.append(name)
-
-
-def kept(site: Site, writers: Writers) -> None:
-    """Nothing acknowledged is lost or there twice, and no client was shown an error."""
-    assert not writers.failures
-    found = site.names()
-    assert len(found) == len(set(found))
-    assert set(writers.acknowledged) <= set(found)
 
 
 def test_a_killed_primary_is_replaced_and_clients_follow(site: Site) -> None:

@@ -235,6 +235,27 @@ def test_a_wildcard_of_standbys_is_refused(servers: Servers) -> None:
             superuser.execute("SELECT pg_reload_conf()")
 
 
+def test_a_slot_without_a_cap_is_refused(servers: Servers) -> None:
+    """The copy of a dead mover would fill the disk of its source."""
+    unlimited = "SELECT current_setting('max_slot_wal_keep_size') = '-1'"
+    with psycopg.connect(
+        servers.local.superuser_dsn(servers.local.primary("alpha").name), autocommit=True
+    ) as superuser:
+        superuser.execute("ALTER SYSTEM SET max_slot_wal_keep_size = -1")
+        try:
+            superuser.execute("SELECT pg_reload_conf()")
+            with servers.admin("alpha") as asked:
+                wait_until(
+                    lambda: asked.execute(unlimited).fetchone() == (True,),
+                    20.0,
+                    "the setting is read",
+                )
+            refused(servers, "max_slot_wal_keep_size")
+        finally:
+            superuser.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+            superuser.execute("SELECT pg_reload_conf()")
+
+
 def test_of_two_movers_one_is_refused(servers: Servers) -> None:
     errors: list[ShardkitError] = []
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 
@@ -19,6 +19,7 @@ from shardkit.clock import SYSTEM, Clock
 from shardkit.config import DurabilityConfig, FailoverConfig
 from shardkit.errors import ShardkitError
 from shardkit.ops.failover import machine
+from shardkit.ops.failover.confirming import Confirming
 from shardkit.ops.failover.hosts import Host, NoHost
 from shardkit.ops.failover.machine import Action, Node, Policy, View, needed_of
 from shardkit.ops.failover.nodes import Heard, Server
@@ -143,6 +144,7 @@ class Driver:
         self._clock = clock
         self._names = {(*_split(name),): name for name in self.servers}
         self._memory = _Memory(next(iter(self.servers)))
+        self._confirming = Confirming(self.servers, durability, clock)
         self._pool = ThreadPoolExecutor(len(self.servers), thread_name_prefix="shardkit-failover")
 
     @property
@@ -162,12 +164,20 @@ class Driver:
             if server.is_claimed:
                 server.release()
 
-    def step(self, wish: Wish = Wish()) -> tuple[View, Action]:
-        """Look, decide and do one step; return what was seen and done."""
+    def step(self, wish: Wish = Wish(), *, tends: bool = False) -> tuple[View, Action]:
+        """Look, decide and do one step; return what was seen and done.
+
+        Args:
+            wish: what a person has asked for.
+            tends: whether to look after the standbys that confirm commits, too.
+        """
         view = self.look(wish)
         action = machine.decide(view, self.policy)
         if isinstance(action, machine.Rest | machine.Wait | machine.Refuse):
-            return view, action
+            is_calm = not isinstance(action, machine.Refuse) and self.policy.acts
+            return view, (self._tended(view) if tends and is_calm else None) or action
+        if isinstance(action, machine.Promote) and view.drained is None:
+            action = replace(action, may_lose=self._may_lose(view.node(action.node)))
         name = type(action).__name__
         self._hook(name)
         try:
@@ -181,6 +191,20 @@ class Driver:
             return view, machine.Wait(found)
         self._hook(f"{name} done")
         return view, action
+
+    def _tended(self, view: View) -> Action | None:
+        try:
+            return self._confirming.tend(view, self._hook)
+        except (psycopg.Error, OSError, ShardkitError) as error:
+            said = str(without_frames(error)).strip().splitlines() or [type(error).__name__]
+            _LOG.warning("standbys of %s: %s", self.physical, "; ".join(said))
+            return machine.Wait(f"the standbys that confirm could not be tended: {said[0]}")
+
+    def _may_lose(self, node: Node) -> str | None:
+        found = self._confirming.loss(node.name, node.position)
+        if found is not None:
+            _LOG.warning("%s: %s", self.physical, found)
+        return None if found is None else str(found)
 
     # -- looking
 
@@ -273,9 +297,13 @@ class Driver:
                 self.servers[node].open()
                 self.servers[node].note("abandoned", server=node)
             case machine.Promote(node):
+                self._confirming.tighten(node)
                 self.servers[node].promote()
             case machine.Register(node):
-                self.servers[node].register({"instead_of": self._memory.leader})
+                detail: dict[str, Any] = {"instead_of": self._memory.leader}
+                if (lost := self._confirming.lost) is not None:
+                    detail["may_lose"] = lost.plain()
+                self.servers[node].register(detail)
                 self._memory.untouchable.clear()
             case machine.Repoint(node, to):
                 host, port = _split(to)

@@ -27,6 +27,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from shardkit.ops.failover.relaxing import Confirm, Relax, Restore
+
 __all__ = [
     "CUT", "Action", "Claim", "Cut", "Drain", "Fence", "Lead", "Node", "Open", "Policy", "Promote",
     "Refuse", "Register", "Rejoin", "Renew", "Repoint", "Rest", "View", "Wait", "decide",
@@ -245,9 +247,10 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Promote:
-    """A standby becomes the primary."""
+    """A standby becomes the primary; what is lost by that, maybe, as the driver says it."""
 
     node: str
+    may_lose: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +285,9 @@ class Rejoin:
 
 Action = (
     Rest | Wait | Refuse | Renew | Claim | Fence | Cut | Drain | Open | Promote | Register | Repoint
-    | Lead | Rejoin
+    | Lead | Rejoin | Relax | Restore | Confirm
 )  # fmt: skip
+"""The last three are decided by `relaxing`, while there is a lawful primary."""
 
 
 def decide(view: View, policy: Policy) -> Action:

@@ -79,6 +79,9 @@ SELECT r.r, CASE WHEN r.r THEN greatest(coalesce(w.received_tli, 0), c.timeline_
     (SELECT s.setting::float8 / 1000 FROM pg_catalog.pg_settings AS s
         WHERE s.name = 'wal_receiver_timeout'),
     ({_BUSY}),
+    CASE WHEN r.r THEN (SELECT pg_catalog.pg_last_wal_replay_lsn()::text
+        FROM pg_catalog.pg_stat_activity AS a WHERE a.backend_type = 'startup'
+        AND a.wait_event IN ('RecoveryRetrieveRetryInterval', 'RecoveryWalStream')) END,
     i.cluster, i.physical
 FROM (SELECT pg_catalog.pg_is_in_recovery()) AS r (r)
     CROSS JOIN pg_catalog.pg_control_checkpoint() AS c
@@ -93,7 +96,8 @@ SELECT (SELECT pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - max(
         FROM shardkit.failovers WHERE kind = 'promoted'),
     l.kind, l.server, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() - l.noted)
 FROM (SELECT) AS one LEFT JOIN
-    (SELECT * FROM shardkit.failovers ORDER BY entry DESC LIMIT 1) AS l ON true
+    (SELECT * FROM shardkit.failovers WHERE kind NOT IN ('relaxed', 'restored')
+        ORDER BY entry DESC LIMIT 1) AS l ON true
 """
 
 # Writes a few bytes of log and waits for the disk, and for no standby.
@@ -208,11 +212,15 @@ class Server:
         if row is None or tuple(row[-2:]) != self._expected:
             return Heard(Node(self.name), error="it belongs to another cluster, or physical shard")
         in_recovery, timeline, lsn, registered, *others = row[:-2]
-        status, age, conninfo, closed, limit, busy = others
+        status, age, conninfo, closed, limit, busy, replayed = others
         if writes and not in_recovery:
             connection.execute(_WRITE.encode())
         since, kind, to, noted = _last(connection)
         follows = self._followed(conninfo, names)
+        if follows == CUT and status != "streaming" and replayed is not None:
+            # It has replayed all that it has. What it received beyond is the beginning of a record,
+            # which a crash has cut short: whoever is promoted ends before it, too.
+            lsn = replayed
         streams = status == "streaming" and (age or 0) <= max(1.0, limit / 2 + 1)
         waited = None if self._renewed_at is None else self._clock.monotonic() - self._renewed_at
         node = Node(
@@ -322,11 +330,21 @@ class Server:
             self._set("default_transaction_read_only", None)  # of a switchover that went before
         return found
 
-    def note(self, kind: str, *, server: str, detail: str = "{}") -> None:
-        """Write a line into `shardkit.failovers`, which no standby has to confirm."""
+    def note(
+        self, kind: str, *, server: str, detail: str = "{}", is_confirmed: bool = False
+    ) -> None:
+        """Write a line into `shardkit.failovers`.
+
+        Args:
+            kind: of the line.
+            server: whose.
+            detail: as JSON.
+            is_confirmed: whether standbys have to confirm it, as those of every commit.
+        """
         with self._patiently(), self._opened(self._owner) as connection, connection.transaction():
             connection.execute("SET LOCAL transaction_read_only = off")
-            connection.execute("SET LOCAL synchronous_commit = local")
+            level = "on" if is_confirmed else "local"
+            connection.execute(f"SET LOCAL synchronous_commit = {level}".encode())
             connection.execute(
                 sql.SQL(
                     "INSERT INTO shardkit.failovers (kind, server, timeline, detail) "

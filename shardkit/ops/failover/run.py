@@ -256,7 +256,7 @@ def watch(
         told: Action | None = None
         try:
             while not end.is_set():
-                _, action = driver.step()
+                _, action = driver.step(tends=True)
                 if action != told:
                     progress(name, action)
                 told = action

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from shardkit.errors import ShardkitError
+from shardkit.ops.intervals import Interval
 from shardkit.ops.ledger import Ledger
 from shardkit.ops.lookup import Report
 from shardkit.ops.outbox import PhysicalOutbox
@@ -136,6 +138,8 @@ class Server:
         slots: replication slots.
         standbys: who follows it.
         is_streaming: of a replica, whether log arrives.
+        intervals: times in which commits went unconfirmed by standbys, oldest first.
+        may_lose: what the last failover may have lost for that, as a mapping; None for nothing.
         extensions: version by name.
         available: extensions whose files are there.
     """
@@ -157,6 +161,8 @@ class Server:
     slots: tuple[Slot, ...] = ()
     standbys: tuple[Standby, ...] = ()
     is_streaming: bool = True
+    intervals: tuple[Interval, ...] = ()
+    may_lose: Mapping[str, Any] | None = None
     extensions: Mapping[str, str] = field(default_factory=dict)
     available: frozenset[str] = frozenset()
 

@@ -32,6 +32,7 @@ from shardkit.ops.health.facts import (
     Standby,
     State,
 )
+from shardkit.ops.intervals import NOTES, intervals, note_of
 from shardkit.ops.roles import decide
 from shardkit.ops.rolesread import read as read_roles
 from shardkit.topology import Endpoint, PhysicalShard, Topology, schema_name
@@ -76,6 +77,12 @@ WHERE NOT temporary AND coalesce(to_jsonb(s) ->> 'synced', 'false') = 'false'
 """
 _STANDBYS = "SELECT application_name, state = 'streaming' FROM pg_stat_replication"
 _STREAMS = "SELECT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE pid IS NOT NULL)"
+# Before the first migration the table is not there. AccessShareLock on a small table.
+_HAS_FAILOVERS = "SELECT to_regclass('shardkit.failovers') IS NOT NULL"
+_PROMOTED = """
+SELECT detail -> 'may_lose' FROM shardkit.failovers
+WHERE kind = 'promoted' ORDER BY entry DESC LIMIT 1
+"""
 _EXTENSIONS = "SELECT extname, extversion FROM pg_extension"
 _AVAILABLE = "SELECT name FROM pg_available_extensions"
 
@@ -171,6 +178,7 @@ def ask_server(endpoint: Endpoint, url: URL) -> Server:
             slots=tuple(Slot(*row) for row in _all(connection, _SLOTS)),
             standbys=tuple(Standby(*row) for row in _all(connection, _STANDBYS)),
             is_streaming=_one(connection, _STREAMS)[0],
+            **_relaxed(connection),
             extensions=dict(_all(connection, _EXTENSIONS)),
             available=frozenset(name for (name,) in _all(connection, _AVAILABLE)),
         )
@@ -281,6 +289,17 @@ def _connected(url: URL) -> Iterator[Connection]:
         yield connection
     finally:
         connection.close()
+
+
+def _relaxed(connection: Connection) -> dict[str, Any]:
+    """Return when commits went unconfirmed, and what that may have cost."""
+    if not _one(connection, _HAS_FAILOVERS)[0]:
+        return {}
+    promoted = _all(connection, _PROMOTED)
+    return {
+        "intervals": intervals(note_of(row) for row in _one(connection, NOTES)[0]),
+        "may_lose": promoted[0][0] if promoted else None,
+    }
 
 
 def _all(connection: Connection, query: str, values: Any = None) -> list[tuple[Any, ...]]:

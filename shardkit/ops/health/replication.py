@@ -5,44 +5,21 @@ Source: PostgreSQL manual, 19.6 and 26.2; docs/doctor.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from shardkit.gates import lsn_text
 from shardkit.ops.health.facts import Facts, Server
 from shardkit.ops.health.findings import Problem, Severity, check
+from shardkit.ops.intervals import Interval
+from shardkit.ops.standbynames import named_standbys
 
-__all__ = ["CHECKS", "named_standbys"]
+__all__ = ["CHECKS"]
 
 _AT_LEAST = (
     "max_connections", "max_worker_processes", "max_wal_senders", "max_prepared_transactions",
     "max_locks_per_transaction",
 )  # fmt: skip
 """Settings that a replica must not have lower than its primary. Source: manual, 26.4.3."""
-
-_TOKEN = re.compile(r'"((?:[^"]|"")*)"|([^\s,()"]+)|([(),])')
-
-
-def named_standbys(text: str) -> tuple[int, tuple[str, ...]]:
-    """Return how many standbys a commit waits for, and the names that count.
-
-    Args:
-        text: `synchronous_standby_names`; empty for 0 and none.
-
-    Example:
-        >>> named_standbys('ANY 1 (alpha_1, "Alpha 2")')
-        (1, ('alpha_1', 'Alpha 2'))
-    """
-    # A quoted name is never a word of the syntax.
-    tokens = [
-        (quoted.replace('""', '"'), True) if quoted or not (word or sign) else (word or sign, False)
-        for quoted, word, sign in _TOKEN.findall(text)
-    ]
-    words = [name for name, is_quoted in tokens if is_quoted or name not in "(),"]
-    if ("(", False) not in tokens:
-        return (1 if words else 0), tuple(words)
-    before = [name for name, _ in tokens[: tokens.index(("(", False))]]
-    number = int(before[-1]) if before and before[-1].isdigit() else 1
-    return number, tuple(words[len(before) :])
 
 
 @check(
@@ -68,6 +45,8 @@ def sync_missing(facts: Facts) -> Iterator[Problem]:
     """durability.mode is sync, and too few standbys have to confirm a commit."""
     for server in facts.servers:
         number, _ = named_standbys(server.settings["synchronous_standby_names"])
+        if _open(server):
+            continue
         if number < facts.expected.confirming:
             yield Problem(
                 server.where, f"commits wait for {number} standbys, not {facts.expected.confirming}"
@@ -83,6 +62,31 @@ def sync_blocked(facts: Facts) -> Iterator[Problem]:
         n_present = len(present if "*" in names else present & set(names))
         if n_present < number:
             yield Problem(server.where, f"commits wait for {number} standbys, {n_present} stream")
+
+
+@check(
+    Severity.ERROR,
+    "start those standbys: `shardkit failover watch` has commits wait for them again",
+)
+def sync_relaxed(facts: Facts) -> Iterator[Problem]:
+    """Commits go unconfirmed, as last_standby = "relaxed" says: a failover now loses them."""
+    for server in facts.primaries:
+        for each in _open(server):
+            yield Problem(
+                server.where,
+                f"since {each.since:%Y-%m-%d %H:%M:%S %Z}, {lsn_text(each.since_position)}, "
+                f"without {', '.join(each.missing)}",
+            )
+
+
+@check(Severity.WARNING, "see what is missing, and have it written again; docs/failover.md")
+def sync_lost(facts: Facts) -> Iterator[Problem]:
+    """The last failover may have lost commits that no standby had confirmed."""
+    for server in facts.primaries:
+        if server.may_lose is not None:
+            since = server.may_lose.get("since")
+            alone = f"acknowledged since {since}" if since else "that no standby confirmed, if any"
+            yield Problem(server.where, f"those beyond {server.may_lose['beyond']} {alone}")
 
 
 @check(Severity.WARNING, "start it, or take it out of synchronous_standby_names")
@@ -199,10 +203,14 @@ def slot_lost(facts: Facts) -> Iterator[Problem]:
 
 @check(Severity.WARNING, "ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; pg_reload_conf()")
 def slot_unbounded(facts: Facts) -> Iterator[Problem]:
-    """Slots may hold log without bound."""
+    """Slots may hold log until the disk is full, so moves are refused."""
     for server in facts.servers:
-        if server.slots and server.number("max_slot_wal_keep_size") < 0:
-            yield Problem(server.where, f"{len(server.slots)} slots, max_slot_wal_keep_size is -1")
+        if server.number("max_slot_wal_keep_size") < 0:
+            yield Problem(server.where, f"max_slot_wal_keep_size is -1, {len(server.slots)} slots")
+
+
+def _open(server: Server) -> tuple[Interval, ...]:
+    return tuple(each for each in server.intervals if each.is_open and not server.is_replica)
 
 
 def _names(server: Server) -> tuple[str, ...]:
@@ -210,7 +218,8 @@ def _names(server: Server) -> tuple[str, ...]:
 
 
 CHECKS = (
-    sync_wildcard, sync_missing, sync_blocked, sync_unknown, sync_undeclared, hot_standby,
-    not_streaming, other_lineage, replica_room, wal_senders, slots_room, slot_inactive, slot_lost,
+    sync_wildcard, sync_missing, sync_blocked, sync_relaxed, sync_lost, sync_unknown,
+    sync_undeclared, hot_standby, not_streaming, other_lineage, replica_room, wal_senders,
+    slots_room, slot_inactive, slot_lost,
     slot_unbounded,
 )  # fmt: skip

@@ -167,6 +167,8 @@ def _servers(source: Side, target: Side) -> Iterator[Check]:
             problems.append(f"wal_level is {fact['wal_level']}")
         if fact["slots"] < 1:
             problems.append("no replication slot is free (max_replication_slots)")
+        if fact["keep"] < 0:
+            problems.append("a slot that nobody reads may fill the disk (max_slot_wal_keep_size)")
         if fact["senders"] < 2:
             problems.append("no walsender is free (max_wal_senders)")
         if fact["workers"] < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ from shardkit.ops.health.facts import (
 )
 from shardkit.ops.health.findings import Severity
 from shardkit.ops.health.registry import CHECKS, diagnose
-from shardkit.ops.health.replication import named_standbys
+from shardkit.ops.intervals import Interval
 from shardkit.ops.ledger import OWN, Identity, Ledger, Ownership
 from shardkit.ops.lookup import Report
 from shardkit.ops.outbox import PhysicalOutbox
 from shardkit.ops.reference import Difference, ReferenceCheck
+from shardkit.ops.standbynames import named_standbys
 from shardkit.topology import Endpoint, PhysicalShard, Pooler, Role, ShardMap, Topology
 
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DOC = Path(shardkit.__file__).parent.parent / "docs" / "doctor.md"
 
 SETTINGS = {
@@ -273,6 +276,8 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
         setting(0, synchronous_standby_names="FIRST 2 (alpha_1, alpha_2)"),
         setting(0, synchronous_standby_names="FIRST 2 (*)"),
     ),
+    "sync-relaxed": on_server(0, intervals=(Interval("a:1", NOON, 4, "ANY 1 (alpha_1)"),)),
+    "sync-lost": on_server(0, may_lose={"beyond": "0/4", "since": None}),
     "sync-unknown": setting(0, synchronous_standby_names="ANY 1 (alpha_1, alpha_9)"),
     "sync-undeclared": setting(0, synchronous_standby_names=""),
     "hot-standby": setting(0, hot_standby="off"),
@@ -285,7 +290,6 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
     "slot-lost": on_server(0, slots=(Slot("old", is_active=False, held_bytes=9, is_lost=True),)),
     "slot-unbounded": on_server(
         0,
-        slots=(Slot("move", is_active=True, held_bytes=9),),
         settings={**SETTINGS, "max_slot_wal_keep_size": "-1"},
     ),
     "app-powers": on_app(powers=("SUPERUSER",)),
