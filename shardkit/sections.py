@@ -174,8 +174,8 @@ class FailoverConfig(Section):
     `{port}`, `{physical}` are replaced. None: it is told over SQL, where it answers."""
 
     rejoin: tuple[str, ...] = Field(default=(), strict=False)
-    """Command that makes a stopped server a standby of `{primary_host}`:`{primary_port}`, by
-    pg_rewind or anew, and starts it."""
+    """Command that makes a server a standby of `{primary_host}`:`{primary_port}`, and starts it; it
+    may run still. `{how}` is `rewind`, or `copy` where pg_rewind ended well and did not help."""
 
     lead: tuple[str, ...] = Field(default=(), strict=False)
     """Command that renders and reloads the poolers of `{physical}`."""

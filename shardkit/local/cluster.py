@@ -258,12 +258,17 @@ class LocalCluster:
         self._record(server)
         server.become_replica()
 
-    def rejoin_server(self, name: str, primary: str) -> None:
+    def rejoin_server(self, name: str, primary: str, *, anew: bool = False) -> None:
         """Make a stopped PostgreSQL server a replica of a primary, and start it.
 
         By pg_rewind, which copies what differs; where that cannot, by a new copy of everything. A
         replica that has crashed is started as it is, and recovers as a replica; if it cannot follow
         then, it runs and can be rewound.
+
+        Args:
+            name: of the server.
+            primary: name of a running one.
+            anew: by a new copy at once.
 
         Raises:
             LocalServerError: the copy failed, or the server did not start.
@@ -272,7 +277,7 @@ class LocalCluster:
         server.stop()
         for other in self._running().members(leader.physical or ""):
             other.primary = None if other is leader else leader
-        is_kept = server.is_crashed_replica or server.rewind(leader)
+        is_kept = not anew and (server.is_crashed_replica or server.rewind(leader))
         if not is_kept:
             server.clone(leader)
         server.become_replica()

@@ -58,7 +58,7 @@ class LocalHost:
             self._local.end_server(self._named(physical, server))
         return True
 
-    def rejoin(self, physical: str, server: str, primary: str) -> None:
+    def rejoin(self, physical: str, server: str, primary: str, *, anew: bool = False) -> None:
         """Make a server a standby of the primary."""
         name, leader = self._named(physical, server), self._named(physical, primary)
         with self._lock:
@@ -67,7 +67,7 @@ class LocalHost:
                 self.lost[name] = self._local.lost(name, leader)
                 if self.lost[name]:
                     _LOG.warning("%d rows of %s are lost", len(self.lost[name]), name)
-            self._local.rejoin_server(name, leader)
+            self._local.rejoin_server(name, leader, anew=anew)
 
     def lead(self, physical: str, primary: str) -> None:
         """Have PgBouncer send to the primary."""

@@ -104,11 +104,11 @@ class Stumbling(LocalHost):
 
     stumbles = 0
 
-    def rejoin(self, physical: str, server: str, primary: str) -> None:
+    def rejoin(self, physical: str, server: str, primary: str, *, anew: bool = False) -> None:
         if not self.stumbles:
             self.stumbles += 1
             raise LocalServerError(f"{server}: no room")
-        super().rejoin(physical, server, primary)
+        super().rejoin(physical, server, primary, anew=anew)
 
 
 def test_a_watcher_outlives_a_host_that_fails(site: Site) -> None:
@@ -389,7 +389,7 @@ class _Led:
     def fence(self, _physical: str, _server: str) -> bool:
         return False
 
-    def rejoin(self, _physical: str, _server: str, _primary: str) -> None:
+    def rejoin(self, _physical: str, _server: str, _primary: str, *, anew: bool = False) -> None:
         """Never called."""
 
     def lead(self, _physical: str, _primary: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from shardkit.ops.failover import machine
+from shardkit.ops.failover.following import Following
 from shardkit.ops.failover.machine import (
     CUT,
     Claim,
@@ -43,6 +44,7 @@ _CHAOS: Final = 4.0
 _LAST: Final = 40.0
 _NAMES: Final = ("a", "b", "c")
 _TIMEOUT: Final = 0.1
+_STILL: Final = 0.6
 
 FAILOVER_BUGS: Final = {
     "asynchronous": ("sets", ("lost write",)),
@@ -165,6 +167,7 @@ class FailoverWorld:
         leader, failures, failing_since = "a", 0, 0.0
         fenced: set[str] = set()
         untouchable: set[str] = set()
+        following = Following(_STILL)
         while not self._is_over:
             yield (0.05 if self._is_busy else 0.2) + 0.1 * draw.random()
             probe = yield Call(self.nodes[leader], ("probe",), _TIMEOUT)
@@ -180,6 +183,8 @@ class FailoverWorld:
             if "standbys not cut" in self.bugs:
                 nodes = [replace(n, follows=CUT, streams=False) if n.is_lost else n for n in nodes]
             lawful = _lawful(nodes)
+            following.note(nodes, lawful, self.simulation.now)
+            nodes = [following.seen(n) for n in nodes]
             if lawful is not None and lawful.name != leader:
                 leader, failures = lawful.name, 0
                 fenced.clear()
@@ -196,10 +201,13 @@ class FailoverWorld:
             action = machine.decide(view, self.policy)
             self.simulation.say(name, action)
             self.counts[type(action).__name__] += 1
+            self.counts["copies"] += isinstance(action, Rejoin) and action.anew
             self._is_busy = not isinstance(action, machine.Rest)
             if not isinstance(action, Fence) and failures == 0:
                 untouchable.clear()
             yield from self._act(name, action, untouchable)
+            if isinstance(action, Rejoin):
+                following.rejoined(action.node, anew=action.anew)
 
     def _act(self, name: str, action: machine.Action, untouchable: set[str]) -> Steps:
         """Carry an action out."""
@@ -233,8 +241,8 @@ class FailoverWorld:
                 yield Call(node, ("open",), _TIMEOUT)
             case Repoint(_, to):
                 yield Call(node, ("repoint", name, to), _TIMEOUT)
-            case Rejoin(_, to) if node.is_up:  # made anew by its supervisor
-                yield Call(node, ("rejoin", to), _TIMEOUT)
+            case Rejoin(_, to, anew) if node.is_up:  # made anew by its supervisor
+                yield Call(node, ("rejoin", to, anew), _TIMEOUT)
 
     def _register(self, name: str, node: str) -> Steps:
         found = yield Call(self.nodes[node], ("hello",), _TIMEOUT)
@@ -280,6 +288,7 @@ class FailoverWorld:
             longest = 4.0 if what == "crash" and not node.in_recovery else 1.5
             seconds, began = draw.random() * longest, self.simulation.nanoseconds()
             if what == "crash" and node.is_up:
+                self._tear(node)
                 node.crash()
                 yield seconds
                 node.restart()
@@ -301,6 +310,14 @@ class FailoverWorld:
             healed = self.simulation.nanoseconds()
             self.journal.fact("fault", name=f"{what} {node.name}", began=began, healed=healed)
 
+    def _tear(self, node: PostgresNode) -> None:
+        """Have a primary die in the middle of a record, of which some standbys have a part."""
+        if not node.in_recovery:
+            for each in self.nodes.values():
+                is_behind = each.in_recovery and each.follows == node.name
+                if is_behind and each.log == node.log and self.simulation.random.random() < 0.5:
+                    each.is_torn = True
+
     def _replaced(self, n: int) -> Steps:
         """Kill a watcher; servers notice that its sessions are gone, and another one starts."""
         old = self._watchers[n]
@@ -313,7 +330,9 @@ class FailoverWorld:
     def _operator(self) -> Steps:
         """Do what the machine leaves to a person: a server was promoted while the primary lives.
 
-        Its timeline is not registered, so no client has used it: it can be made anew.
+        Its timeline is not registered, so no client has used it: it can be made anew. So can one of
+        two on one timeline that nobody follows: it was registered and lost before a standby had
+        heard of it, so nothing was acknowledged there.
         """
         while not self._is_over:
             yield 2.0
@@ -324,6 +343,13 @@ class FailoverWorld:
                 if lawful and node.timeline > newest and self.simulation.now > _CHAOS + 2.0:
                     self.n_operator += 1
                     yield Call(node, ("rejoin", lawful[0].name), _TIMEOUT)
+            followed = {n.follows for n in self.nodes.values() if n.in_recovery}
+            right = [n for n in lawful if n.name in followed]
+            if len(lawful) > 1 and len(right) == 1 and self.simulation.now > _CHAOS + 2.0:
+                self.n_operator += 1
+                for node in lawful:
+                    if node is not right[0]:
+                        yield Call(node, ("rejoin", right[0].name), _TIMEOUT)
 
     def _heal(self) -> None:
         self.simulation.network.lost = self.simulation.network.late = 0.0
@@ -355,7 +381,7 @@ class FailoverWorld:
         return ", ".join(
             f"{n.name}: {'standby' if n.in_recovery else 'primary'} of timeline {n.timeline}, "
             f"{len(n.log)} entries, follows {n.follows}{', closed' if n.is_closed else ''}"
-            f"{', stuck' if n.is_stuck else ''}"
+            f"{', stuck' if n.is_stuck else ''}{', torn' if n.is_torn else ''}"
             for n in self.nodes.values()
         )
 

@@ -3,7 +3,8 @@
 Serves as PostgreSQL does with `synchronous_standby_names = 'ANY k (…)'`: what a primary writes is
 in its log at once, and acknowledged when k standbys have it; a restarted primary has all of its
 log; a promoted standby begins a timeline. A standby whose log has something that its primary's has
-not cannot follow.
+not cannot follow. One that is torn has the beginning of a record which a crash has cut short, and
+gets nothing of a later timeline, however often it connects.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class PostgresNode(Server):
         follows: whom a standby is told to follow.
         confirm: standbys that have to have a write before it is acknowledged.
         is_closed: a primary that was told to take no writes.
+        is_torn: whether it has the beginning of a record only.
         claimed_by: who changes it now, by a lock of a session.
         is_over: whether the run has ended.
     """
@@ -70,6 +72,7 @@ class PostgresNode(Server):
         self.confirm = confirm
         self.is_closed = False
         self.is_stuck = False
+        self.is_torn = False
         self.claimed_by = ""
         self.is_over = False
         self._acknowledged: dict[str, int] = {}
@@ -154,6 +157,10 @@ class PostgresNode(Server):
                 continue
             self.is_stuck = False
             entries, timeline = answer.value
+            if self.is_torn and timeline != self.timeline:
+                yield 0.05
+                continue
+            self.is_torn = False  # by whoever wrote it, and has recovered
             if not self._is_frozen:
                 self.log += entries
                 self.timeline = timeline
@@ -206,13 +213,14 @@ class PostgresNode(Server):
             Ok(
                 Node(
                     self.name, answers=True, in_recovery=self.in_recovery, timeline=self.timeline,
-                    position=len(self.log), registered=self.registered, began=self._began,
+                    position=len(self.log), reached=(self.timeline, len(self.log)),
+                    registered=self.registered, began=self._began,
                     follows=self.follows,
                     streams=self.in_recovery and not is_silent and not self.is_stuck
                     and self.follows in self.peers,
                     is_lost=self.in_recovery and is_silent and self.follows in self.peers,
                     is_renewed=self._renewed is not None and now - self._renewed > _RENEWED,
-                    is_closed=self.is_closed, is_drained=self.is_closed, is_quiet=self.is_closed, is_stuck=self.is_stuck,
+                    is_closed=self.is_closed, is_drained=self.is_closed, is_quiet=self.is_closed,
                     is_claimed=self.claimed_by == who,
                     since=now - registers[-1] if registers else None,
                 )
@@ -248,7 +256,7 @@ class PostgresNode(Server):
 
     def _on_promote(self, reply: Reply, who: str) -> None:
         def promote() -> None:
-            self.in_recovery, self.follows = False, None
+            self.in_recovery, self.follows, self.is_torn = False, None, False
             self._began = len(self.log)
             self.timeline = max(self.timeline, self.registered) + 1
             self._acknowledged.clear()
@@ -279,12 +287,16 @@ class PostgresNode(Server):
             self._heard = self.simulation.now
         reply(Ok())
 
-    def _on_rejoin(self, reply: Reply, to: str) -> None:
-        """Become a standby of another: what its log lacks is given up."""
+    def _on_rejoin(self, reply: Reply, to: str, anew: bool = False) -> None:
+        """Become a standby of another: what its log lacks is given up.
+
+        Where it lacks nothing, all stays as it is: so does pg_rewind.
+        """
         theirs = self.peers[to].log
         n = 0
         while n < min(len(theirs), len(self.log)) and theirs[n] == self.log[n]:
             n += 1
+        self.is_torn = self.is_torn and n == len(self.log) and not anew
         self.log = self.log[:n]
         self.timeline = self.log[-1].timeline if self.log else 1
         self.in_recovery, self.is_closed, self.is_stuck = True, False, False

@@ -26,7 +26,7 @@ EXPECTED: Final = {
         *("appends", "registers", "sets", "bank", "names", "sessions", "outbox", "owners"),
         *("liveness", "moves", "failovers", "given up", "killed movers", "OK", "FAIL", "UNKNOWN"),
     ),
-    "failover": ("sets", "owners", "liveness", "failovers", "rejoined"),
+    "failover": ("sets", "owners", "liveness", "failovers", "rejoined", "copied"),
     "cache": ("sessions", "caches", "cached"),
     "breaker": ("liveness", "opened", "refused"),
 }
@@ -65,6 +65,7 @@ def _count(counts: Counter[str], made: object) -> None:
     elif isinstance(made, FailoverWorld):
         counts["failovers"] += made.n_failovers
         counts["rejoined"] += made.counts["Rejoin"]
+        counts["copied"] += made.counts["copies"]
     elif isinstance(made, BreakerWorld):
         counts["opened"] += made.times_opened
         counts["refused"] += made.refused

@@ -20,6 +20,7 @@ from shardkit.config import DurabilityConfig, FailoverConfig
 from shardkit.errors import ShardkitError
 from shardkit.ops.failover import machine
 from shardkit.ops.failover.confirming import Confirming
+from shardkit.ops.failover.following import Following
 from shardkit.ops.failover.hosts import Host, NoHost
 from shardkit.ops.failover.machine import Action, Node, Policy, View, needed_of
 from shardkit.ops.failover.nodes import Heard, Server
@@ -31,11 +32,8 @@ __all__ = ["Driver", "Wish", "servers_of"]
 
 _LOG: Final = logging.getLogger(__name__)
 
-_STUCK: Final = 5.0
-"""Seconds without log after which a standby of a living primary is made anew."""
-
 _UNTOUCHABLE: Final = 10.0
-"""Seconds after which it is tried again to fence a server that could not be fenced."""
+"""Seconds after which it is tried again to fence, or to rejoin, a server that could not be."""
 
 _GIVEN_UP: Final = 0.25
 """Seconds that a server has for an answer that was stopped, or could not be fenced."""
@@ -74,7 +72,7 @@ class _Memory:
     failing_since: float | None = None
     fenced: set[str] = field(default_factory=set)
     untouchable: dict[str, float] = field(default_factory=dict)
-    still_since: dict[str, float] = field(default_factory=dict)
+    unjoinable: dict[str, float] = field(default_factory=dict)
     drained: int | None = None
     led: str = ""
 
@@ -144,6 +142,7 @@ class Driver:
         self._clock = clock
         self._names = {(*_split(name),): name for name in self.servers}
         self._memory = _Memory(next(iter(self.servers)))
+        self._following = Following()
         self._confirming = Confirming(self.servers, durability, clock)
         self._pool = ThreadPoolExecutor(len(self.servers), thread_name_prefix="shardkit-failover")
 
@@ -212,6 +211,7 @@ class Driver:
         """Ask every server, and return what is known."""
         memory, now = self._memory, self._clock.monotonic()
         memory.untouchable = {n: until for n, until in memory.untouchable.items() if now < until}
+        memory.unjoinable = {n: until for n, until in memory.unjoinable.items() if now < until}
         asked = {
             name: self._pool.submit(
                 server.look,
@@ -223,7 +223,7 @@ class Driver:
         }
         heard = {name: future.result() for name, future in asked.items()}
         self._note(heard, self._clock.monotonic(), now)
-        nodes = tuple(self._seen(each.node) for each in heard.values())
+        nodes = tuple(self._following.seen(each.node) for each in heard.values())
         intents = [each.intent for each in heard.values() if each.intent is not None]
         wanted = wish.to if wish.is_planned or wish.to else next(iter(intents), None)
         since = memory.failing_since
@@ -240,7 +240,9 @@ class Driver:
             fenced=frozenset(memory.fenced),
             untouchable=frozenset(memory.untouchable),
             pooled=memory.led if self._host.leads else None,
-            can_rejoin=frozenset(self.servers) if self._host.can_rejoin else frozenset(),
+            can_rejoin=frozenset(self.servers) - frozenset(memory.unjoinable)
+            if self._host.can_rejoin
+            else frozenset(),
         )
 
     def _note(self, heard: dict[str, Heard], now: float, began: float) -> None:
@@ -252,30 +254,16 @@ class Driver:
             memory.failures += 1
             memory.failing_since = began if memory.failing_since is None else memory.failing_since
         for name, each in heard.items():
-            node = each.node
-            if node.takes_writes:
+            if each.node.takes_writes:
                 memory.fenced.discard(name)
-            if node.is_standby and not node.streams:
-                memory.still_since.setdefault(name, now)
-            else:
-                memory.still_since.pop(name, None)
         newest = max((h.node.registered or 0 for h in heard.values()), default=0)
         nodes = [each.node for each in heard.values()]
-        lawful = [
-            n.name for n in nodes if n.takes_writes and n.registered == n.timeline == newest > 0
-        ]
-        if len(lawful) == 1 and lawful[0] != memory.leader:
-            memory.leader, memory.failures, memory.failing_since = lawful[0], 0, None
+        lawful = [n for n in nodes if n.takes_writes and n.registered == n.timeline == newest > 0]
+        self._following.note(nodes, lawful[0] if len(lawful) == 1 else None, now)
+        if len(lawful) == 1 and lawful[0].name != memory.leader:
+            memory.leader, memory.failures, memory.failing_since = lawful[0].name, 0, None
             memory.drained = None
             memory.untouchable.clear()
-
-    def _seen(self, node: Node) -> Node:
-        """Return a node with what only this driver has observed of it."""
-        since = self._memory.still_since.get(node.name)
-        is_still = since is not None and self._clock.monotonic() - since > _STUCK
-        if is_still and node.follows == self._memory.leader and node.name != self._memory.leader:
-            return replace(node, is_stuck=True)
-        return node
 
     # -- doing
 
@@ -311,11 +299,14 @@ class Driver:
             case machine.Lead(to):
                 self._host.lead(self.physical, to)
                 self._memory.led = to
-            case machine.Rejoin(node, to):
+            case machine.Rejoin(node, to, anew):
                 self.servers[node].forget()
-                self._host.rejoin(self.physical, node, to)
+                # One whose disk fails must not keep the others from their turn.
+                self._memory.unjoinable[node] = self._clock.monotonic() + _UNTOUCHABLE
+                self._host.rejoin(self.physical, node, to, anew=anew)
+                del self._memory.unjoinable[node]
                 self._memory.fenced.discard(node)
-                self._memory.still_since.pop(node, None)
+                self._following.rejoined(node, anew=anew)
         return None
 
     def _claim(self, nodes: tuple[str, ...]) -> str | None:

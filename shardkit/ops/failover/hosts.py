@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from shardkit.config import FailoverConfig
+from shardkit.errors import TryAgainError
 
 __all__ = ["CommandHost", "Host", "NoHost", "host_of"]
 
@@ -39,8 +40,15 @@ class Host(Protocol):
     def fence(self, physical: str, server: str) -> bool:
         """Stop a server; tell whether it surely does not run any more."""
 
-    def rejoin(self, physical: str, server: str, primary: str) -> None:
-        """Make a server that does not run a standby of the primary, and start it."""
+    def rejoin(self, physical: str, server: str, primary: str, *, anew: bool = False) -> None:
+        """Make a server a standby of the primary, and start it; it may still run.
+
+        Args:
+            physical: name of the physical shard.
+            server: which one.
+            primary: whose standby.
+            anew: by a new copy: pg_rewind ended well, and did not help.
+        """
 
     def lead(self, physical: str, primary: str) -> None:
         """Have poolers send to the primary."""
@@ -56,7 +64,7 @@ class NoHost:
         """Say that nobody knows."""
         return False
 
-    def rejoin(self, physical: str, server: str, primary: str) -> None:
+    def rejoin(self, physical: str, server: str, primary: str, *, anew: bool = False) -> None:
         """Do nothing; never called."""
 
     def lead(self, physical: str, primary: str) -> None:
@@ -85,9 +93,19 @@ class CommandHost:
             self._config.fence, physical, server, "", _SECONDS
         )
 
-    def rejoin(self, physical: str, server: str, primary: str) -> None:
-        """Run `failover.rejoin`."""
-        self._run(self._config.rejoin, physical, server, primary, _COPY)
+    def rejoin(self, physical: str, server: str, primary: str, *, anew: bool = False) -> None:
+        """Run `failover.rejoin`.
+
+        Raises:
+            TryAgainError: it failed.
+        """
+        how = {"how": "copy" if anew else "rewind"}
+        command = [_filled(word, how) for word in self._config.rejoin]
+        if not self._run(command, physical, server, primary, _COPY):
+            raise TryAgainError(
+                f"{server}: failover.rejoin did not make it a standby of {primary}",
+                hint="the log of the watcher has what the command said; it is run again",
+            )
 
     def lead(self, physical: str, primary: str) -> None:
         """Run `failover.lead`."""

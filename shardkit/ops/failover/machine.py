@@ -49,8 +49,11 @@ class Node:
         in_recovery: whether it is a standby.
         timeline: of its log; a standby's, of what it has received.
         position: end of its log: what a standby has flushed, what a primary has written; bytes.
+        reached: a standby's timeline and position again, of what it surely has only: a receiver
+            that begins says that it has all before, and may wait for what nobody has written.
         registered: the newest timeline that was registered, as far as it knows; None for none.
-        began: a primary's, where its timeline began; None for unknown, or for the first one.
+        began: a promoted one's, the most that it had as a standby, beginnings of records included;
+            None for unknown.
         follows: name of the server that it is told to follow; `CUT`, or None for unknown.
         streams: whether it receives the log.
         is_lost: a standby says that its primary is out of its reach.
@@ -59,7 +62,8 @@ class Node:
         is_closed: a primary that was told to take no writes.
         is_drained: and that by a switchover or a failover, not by a person.
         is_quiet: and on which nobody writes any more.
-        is_stuck: a standby that cannot follow: its log has something that the primary's has not.
+        is_stuck: a standby that does not follow, however often it connects: see `following`.
+        is_rewound: it was made a standby again by pg_rewind, and has not followed since.
         is_claimed: this driver, and no other, changes it now.
         since: seconds since the last failover that it knows of; None for none.
     """
@@ -69,6 +73,7 @@ class Node:
     in_recovery: bool = False
     timeline: int = 0
     position: int = 0
+    reached: tuple[int, int] = (0, 0)
     registered: int | None = None
     began: int | None = None
     follows: str | None = None
@@ -80,6 +85,7 @@ class Node:
     is_drained: bool = False
     is_quiet: bool = False
     is_stuck: bool = False
+    is_rewound: bool = False
     is_claimed: bool = False
     since: float | None = None
 
@@ -277,10 +283,14 @@ class Lead:
 
 @dataclass(frozen=True, slots=True)
 class Rejoin:
-    """A server whose log went another way, or that was stopped, becomes a standby."""
+    """A server whose log went another way, or that was stopped, becomes a standby.
+
+    By pg_rewind, or by a new copy where that did not help.
+    """
 
     node: str
     to: str
+    anew: bool = False
 
 
 Action = (
@@ -372,7 +382,9 @@ def _unsafe(view: View, policy: Policy, node: Node) -> Action | None:
         unclaimed = tuple(sorted(n.name for n in loose if not n.is_claimed))
         return Claim(unclaimed) if unclaimed else Cut(tuple(n.name for n in loose))
     began = node.position if node.began is None else node.began
-    ahead = [n for n in standbys if n.timeline < node.timeline and n.position > began]
+    # Who is on a timeline before the one that was lawful till then has nothing acknowledged alone.
+    late = range(node.registered or 0, node.timeline)
+    ahead = [n for n in standbys if n.timeline in late and n.position > began]
     if ahead:
         return Refuse(
             f"{_names(ahead)} has more of the log than {node.name}, which was promoted",
@@ -422,7 +434,7 @@ def _tended(view: View, policy: Policy, leader: Node, upstarts: list[Node]) -> A
         for node in others:
             is_behind = node.is_stuck or (not node.is_standby and node not in upstarts)
             if is_behind and node.name in view.can_rejoin:
-                return Rejoin(node.name, leader.name)
+                return Rejoin(node.name, leader.name, anew=node.is_stuck and node.is_rewound)
     if upstarts:
         return Wait(
             f"{_names(upstarts)} was promoted while {leader.name} lives; "

@@ -64,7 +64,9 @@ SELECT count(*) FROM pg_catalog.pg_stat_activity AS a WHERE a.backend_type = 'cl
 """
 
 # No lock. Columns that an older version lacks are read as JSON. What a standby has received may be
-# more than it has replayed, or less when it has just started.
+# more than it has replayed, or less when it has just started. `written_lsn` is null until a
+# receiver has written something; what it says beside may be where it was told to begin, which it
+# has not got. A promoted server remembers, until it is restarted, what it had as a standby.
 _LOOK: Final = f"""
 SELECT r.r, CASE WHEN r.r THEN greatest(coalesce(w.received_tli, 0), c.timeline_id,
         m.min_recovery_end_timeline, (to_jsonb(i) ->> 'timeline')::bigint) ELSE {TIMELINE} END,
@@ -78,10 +80,9 @@ SELECT r.r, CASE WHEN r.r THEN greatest(coalesce(w.received_tli, 0), c.timeline_
         WHERE s.name = 'default_transaction_read_only'),
     (SELECT s.setting::float8 / 1000 FROM pg_catalog.pg_settings AS s
         WHERE s.name = 'wal_receiver_timeout'),
-    ({_BUSY}),
-    CASE WHEN r.r THEN (SELECT pg_catalog.pg_last_wal_replay_lsn()::text
-        FROM pg_catalog.pg_stat_activity AS a WHERE a.backend_type = 'startup'
-        AND a.wait_event IN ('RecoveryRetrieveRetryInterval', 'RecoveryWalStream')) END,
+    ({_BUSY}), CASE WHEN r.r THEN pg_catalog.pg_last_wal_replay_lsn()
+        ELSE greatest(pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn())
+        END::text, w.received_tli, to_jsonb(w) ->> 'written_lsn',
     i.cluster, i.physical
 FROM (SELECT pg_catalog.pg_is_in_recovery()) AS r (r)
     CROSS JOIN pg_catalog.pg_control_checkpoint() AS c
@@ -212,23 +213,24 @@ class Server:
         if row is None or tuple(row[-2:]) != self._expected:
             return Heard(Node(self.name), error="it belongs to another cluster, or physical shard")
         in_recovery, timeline, lsn, registered, *others = row[:-2]
-        status, age, conninfo, closed, limit, busy, replayed = others
+        status, age, conninfo, closed, limit, busy, had, receives, written = others
         if writes and not in_recovery:
             connection.execute(_WRITE.encode())
         since, kind, to, noted = _last(connection)
         follows = self._followed(conninfo, names)
-        if follows == CUT and status != "streaming" and replayed is not None:
-            # It has replayed all that it has. What it received beyond is the beginning of a record,
-            # which a crash has cut short: whoever is promoted ends before it, too.
-            lsn = replayed
         streams = status == "streaming" and (age or 0) <= max(1.0, limit / 2 + 1)
         waited = None if self._renewed_at is None else self._clock.monotonic() - self._renewed_at
+        # Who has replayed the line that a timeline was registered by, has replayed on that.
+        replayed = (registered or timeline, lsn_of(had or "0/0"))
+        received = (receives, lsn_of(written)) if receives and written else replayed
         node = Node(
             self.name,
             answers=True,
             in_recovery=in_recovery,
             timeline=timeline,
             position=lsn_of(lsn or "0/0"),
+            reached=max(replayed, received) if in_recovery else (0, 0),
+            began=None if in_recovery or had is None else lsn_of(had),
             registered=registered,
             follows=follows,
             streams=in_recovery and streams,
@@ -328,6 +330,7 @@ class Server:
             found = self._registered(connection, detail)
         with self._patiently():
             self._set("default_transaction_read_only", None)  # of a switchover that went before
+            self._begin_file()
         return found
 
     def note(
@@ -420,6 +423,17 @@ class Server:
                 return promote(connection, server=self.name, detail=detail)
             self._ask(_TERMINATE)
         return promote(connection, server=self.name, detail=detail)
+
+    def _begin_file(self) -> None:
+        """Have the log go on in a new file.
+
+        A standby that has the beginning of a record up to the end of this one then gets the next,
+        finds that the record does not go on there, and receives this one again; see `following`.
+        """
+        try:
+            self._ask("SELECT pg_catalog.pg_switch_wal()::text")
+        except pg.InsufficientPrivilege as error:
+            _LOG.info("%s goes on in the same file of its log: %s", self.name, error)
 
     def _drop_stale_slots(self) -> None:
         try:

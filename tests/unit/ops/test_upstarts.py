@@ -54,6 +54,20 @@ def test_whoever_follows_the_old_primary_is_cut_before_the_promoted_one_is_regis
     assert "b has more" in ahead.why
 
 
+def test_the_beginning_of_a_record_is_no_reason_where_the_promoted_one_had_it_too() -> None:
+    gone, promoted = Node("a"), replace(UPSTART, position=400, began=460)
+    assert decide(view(gone, replace(STANDBY, position=450), promoted), POLICY) == Register("c")
+
+
+def test_a_standby_of_an_older_timeline_has_nothing_that_was_acknowledged_alone() -> None:
+    """A receiver that was told to begin there says that it has all before."""
+    gone = Node("a", answers=True, in_recovery=True, timeline=2, registered=2, follows=CUT)
+    promoted = replace(UPSTART, timeline=3, registered=2)
+    assert decide(view(gone, replace(STANDBY, position=999), promoted), POLICY) == Register("c")
+    ahead = replace(gone, position=401)
+    assert isinstance(decide(view(ahead, STANDBY, promoted), POLICY), Refuse)
+
+
 def test_too_few_servers_may_lack_what_was_confirmed_meanwhile() -> None:
     gone = Node("a"), Node("b")
     assert isinstance(decide(view(*gone, UPSTART), POLICY), Refuse)
