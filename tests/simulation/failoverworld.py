@@ -103,7 +103,7 @@ class FailoverWorld:
         ]
         simulation.network.lost = draw.choice((0.0, 0.002, 0.01))
         simulation.network.late = draw.choice((0.0, 0.01))
-        if "not the most advanced" in bugs:
+        if bugs & {"not the most advanced", "one standby is enough"}:
             simulation.network.lost = 0.1  # standbys differ for longer
         for _ in range(2):  # two faults at a time
             simulation.spawn("chaos", self._faults())

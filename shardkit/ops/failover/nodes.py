@@ -428,7 +428,8 @@ class Server:
         """Have the log go on in a new file.
 
         A standby that has the beginning of a record up to the end of this one then gets the next,
-        finds that the record does not go on there, and receives this one again; see `following`.
+        finds that the record does not go on there, and receives this one again, if need be after a
+        restart; see docs/failover.md.
         """
         try:
             self._ask("SELECT pg_catalog.pg_switch_wal()::text")
