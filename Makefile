@@ -43,11 +43,11 @@ POOLED_TOO ?= tests/integration/test_replica_reads.py tests/integration/test_out
 
 test-pooler: ## the tests of sessions and of servers that die, through PgBouncer
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --pooler=pgbouncer $(POOLED) $(ARGS)
 
 test-pooler-too: ## those of replicas, outbox and unique values as well; some minutes
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
 
 # A target of its own, since it needs what no package of this project brings: docs/docker.md.
 test-docker: setup ## bring the whole stack of docker/ up in containers, break it, tear it down

@@ -1,9 +1,8 @@
-"""Engines and pools: one per endpoint and purpose, and what sessions need around them.
+"""What sessions need of the servers: connections, who owns what, and statements of its own.
 
-Sessions ask here for the engine of a logical shard, which is a view of the endpoint's engine
-with that shard's schema, so that all logical shards of a server share one pool. Connections are
-checked when they are opened (the right cluster, the right role) and looked at when they leave
-the pool (a dead socket is replaced unseen): `shardkit.checks`.
+Sessions ask here for connections, which `shardkit.engines` opens, if the guard of the server lets
+them through; and where logical shards lie, which the watch of the shard map finds out. What a
+server does not do is told to those who have to know: guards, replicas, listeners.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from enum import Enum
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -27,8 +25,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from shardkit import deadlines, disks, fences, gates, parallel, races, scatter
-from shardkit.checks import checks_server, connection_error, end_transaction, replace_if_dead
+from shardkit import fences, gates, parallel, races
+from shardkit.checks import connection_error
 from shardkit.clock import SYSTEM, Clock
 from shardkit.config import (
     FAILOVER_PATIENCE,
@@ -40,6 +38,7 @@ from shardkit.config import (
     ReplicasConfig,
 )
 from shardkit.directories import Directories
+from shardkit.engines import ADMITTED, Engines, Purpose, connects
 from shardkit.errors import (
     ConfigurationError,
     EndpointUnavailableError,
@@ -57,19 +56,17 @@ from shardkit.keys import shown
 from shardkit.leasing import lease_ids
 from shardkit.loads import loads
 from shardkit.lookup import Lookups
-from shardkit.mapwatch import PATIENCE, AsyncMapWatch, MapWatch
+from shardkit.mapwatch import AsyncMapWatch, MapWatch
 from shardkit.minting import IdMinter
 from shardkit.owners import Owners
 from shardkit.placement import Placement, Policy, anywhere, bound
 from shardkit.plans import Plans
 from shardkit.pools import AsyncDeadlinePool, DeadlinePool
 from shardkit.probes import AsyncProbes, Probes
-from shardkit.replicas import Member, ReplicaSet
+from shardkit.replicas import ReplicaSet
 from shardkit.retry import MOVED
 from shardkit.router import Router
-from shardkit.schemas import SchemaPreparer
-from shardkit.topology import Endpoint, Role, ShardMap, Topology, schema_name
-from shardkit.warming import PoolState, n_missing
+from shardkit.topology import Endpoint, Role, ShardMap, Topology
 
 if TYPE_CHECKING:  # the `cache` extra
     from shardkit.rowcache import AsyncRowCache, RowCache
@@ -77,14 +74,6 @@ if TYPE_CHECKING:  # the `cache` extra
 __all__ = ["AsyncConnections", "Connections", "Purpose"]
 
 T = TypeVar("T")
-
-# A reader has no transaction to keep a timeout in: the server looks itself whether it is still
-# waited for, so that a query given up by cutting the connection ends within a second.
-_READ_OPTIONS = "-c default_transaction_read_only=on -c client_connection_check_interval=1s"
-
-
-_ADMITTED = "shardkit_guard"
-
 
 # What was committed on another connection, durably, lies before the end of what is flushed.
 _WRITTEN = """
@@ -94,40 +83,11 @@ SELECT (SELECT system_identifier FROM pg_catalog.pg_control_system()),
 """
 
 
-# A role, a database or somebody before us on the connection may have said otherwise.
-_CONFIRMED = (
-    b"pg_catalog.set_config('synchronous_commit', "
-    b"CASE pg_catalog.current_setting('synchronous_commit') WHEN 'remote_apply' "
-    b"THEN 'remote_apply' ELSE 'on' END, true)"
-)
-
-
-class Purpose(Enum):
-    """What a connection is for.
-
-    `WRITE`: transactions of writers. `READ`: single statements outside transactions, which is
-    what READ COMMITTED promises a reader anyway and spares it BEGIN and ROLLBACK. `LEASE`: the
-    one connection for what shardkit needs to know while a session holds its own: blocks of ids,
-    entries of directories, loads. `LOOKUP`: rows of unique values, one statement at a time, so
-    that nobody who holds one waits for anybody. `WAIT`: waits for transactions of others to end;
-    apart from `LOOKUP`, which those need to end.
-    """
-
-    WRITE = "write"
-    READ = "read"
-    LEASE = "lease"
-    LOOKUP = "lookup"
-    WAIT = "wait"
-
-
-class _Core:
+class _Core(Engines):
     """What both kinds share; everything here runs in a thread or in a greenlet alike."""
 
     _probes_class: type[Probes | AsyncProbes]
     _watch_class: type[MapWatch | AsyncMapWatch]
-    _cursor_class: type[gates.Cursor | gates.AsyncCursor]
-    _writing: ClassVar[Mapping[str, Any]]
-    """How connections that write are made, for the driver."""
 
     def __init__(
         self,
@@ -146,14 +106,13 @@ class _Core:
         clock: Clock = SYSTEM,
     ) -> None:
         reading = replicas or ReplicasConfig()
-        self._pool = pool or PoolConfig()
+        super().__init__(pool or PoolConfig(), patience=statement_timeout, is_sync=is_sync)
         self.topology = topology
         self.cache_config = cache or CacheConfig()
-        self._patience = statement_timeout
         self.max_rows = max_rows
         self.clock = clock
         self.listeners = Listeners()
-        ceiling = (pool or PoolConfig()).size + (pool or PoolConfig()).overflow
+        ceiling = self._pool.size + self._pool.overflow
         self._guards = partial(
             guards,
             listeners=self.listeners,
@@ -195,86 +154,12 @@ class _Core:
         self.lookups = Lookups(self, topology.n_logical_shards)
         self.ids = IdMinter(self.lease_ids, clock=clock)
         self.fingerprints = Fingerprints()
-        self._engines: dict[tuple[Endpoint, Purpose], Engine] = {}
         self._failover_wait = failover_wait
-        self._is_sync = is_sync
         self._away_since: dict[str, float] = {}
-        self._opened: dict[Endpoint, weakref.WeakSet[Any]] = {}
-        self._views: dict[tuple[Endpoint, Purpose, int | None], Engine] = {}
         self.physical = frozenset(topology.physical)
         self._changed(topology.shard_map)
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_connections(reference()))
-
-    # -- engines
-
-    def engine(self, endpoint: Endpoint, purpose: Purpose) -> Engine:
-        """Return the engine of an endpoint for a purpose, the same one each time."""
-        key = (endpoint, purpose)
-        if key not in self._engines:
-            options: dict[str, Any] = {
-                "pool_size": 1 if purpose is Purpose.LEASE else self._pool.size,
-                "max_overflow": 0 if purpose is Purpose.LEASE else self._pool.overflow,
-                "pool_timeout": self._pool.timeout,
-                "pool_use_lifo": True,
-                "hide_parameters": True,  # rows of users stay out of logs and errors
-                "connect_args": self._connect_args(endpoint, purpose),
-            }
-            if purpose is not Purpose.WRITE:
-                # Nothing is ever open on these connections, so nothing needs rolling back.
-                options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-            is_reader = purpose is Purpose.READ
-            url = endpoint.read_url if is_reader and endpoint.read_url else endpoint.url
-            engine = self._create_engine(url, options)
-            engine.dialect.identifier_preparer = SchemaPreparer(engine.dialect)
-            replicas = self.replica_sets[endpoint.physical]
-            check = checks_server(
-                self.topology,
-                endpoint,
-                self.fingerprints,
-                replicas.meets,
-                partial(self.held.believed, endpoint.physical),
-                is_reader=is_reader,
-            )
-            event.listen(engine, "connect", check)
-            if purpose is Purpose.WRITE and (self._is_sync or self._is_pooled(endpoint)):
-                event.listen(engine, "connect", _begins(partial(self._first_words, endpoint)))
-            if endpoint.role is Role.PRIMARY:
-                event.listen(engine, "connect", _noted(self._opened, endpoint))
-            if purpose is Purpose.READ and endpoint.role is Role.REPLICA:
-                event.listen(engine, "connect", _meters(replicas.members[endpoint]))
-            event.listen(engine, "checkout", replace_if_dead)
-            if self.guards[endpoint].limit is not None:
-                event.listen(engine, "checkin", _released)
-            event.listen(engine, "handle_error", fences.refuses(self.owners, endpoint))
-            event.listen(engine, "handle_error", disks.tells(self._catalog_of(endpoint), endpoint))
-            if purpose is not Purpose.WRITE:  # cursors of the server live in transactions
-                engine.dialect.supports_server_side_cursors = False
-            if purpose is Purpose.READ:
-                event.listen(engine, "reset", end_transaction)
-            self._engines.setdefault(key, engine)
-        return self._engines[key]
-
-    def view(self, endpoint: Endpoint, purpose: Purpose, logical_shard: int | None) -> Engine:
-        """Return a view of an endpoint's engine in which tables are those of a logical shard.
-
-        Args:
-            endpoint: the server.
-            purpose: what its connections are for.
-            logical_shard: whose schema it shows; None for statements over many schemas.
-        """
-        key = (endpoint, purpose, logical_shard)
-        view = self._views.get(key)
-        if view is None:
-            engine = self.engine(endpoint, purpose)
-            view = self._views[key] = (
-                scatter.view(engine)
-                if logical_shard is None
-                else engine.execution_options(
-                    schema_translate_map={None: schema_name(logical_shard)}
-                )
-            )
-        return view
 
     def physical_of(self, logical_shard: int) -> str:
         """Return the name of the physical shard that holds a logical shard.
@@ -335,40 +220,9 @@ class _Core:
             for endpoint in shard.replicas:
                 self.guards[endpoint].breaker.expect()
 
-    def make_ready(self, source: str, target: str, n_moving: int) -> None:
-        """Open connections to where logical shards are on their way; see `shardkit.warming`.
-
-        Raises:
-            sqlalchemy.exc.SQLAlchemyError: the server does not answer, or all are in use.
-        """
-        n_owned = len(self.topology.shard_map.owned_by(source))
-        for purpose in Purpose:
-            here = self._engines.get((self.primary_of(source), purpose))
-            if here is None:
-                continue
-            pool: Any = self.engine(self.primary_of(target), purpose).pool
-            state = _pool_state(pool)
-            missing = n_missing(_pool_state(here.pool), state, n_moving=n_moving, n_owned=n_owned)
-            with deadlines.deadline(PATIENCE), ExitStack() as stack:
-                for _ in range(state.idle + missing if missing else 0):
-                    if pool.checkedout() >= pool.size():
-                        break  # sessions need them now, and wait for nobody
-                    stack.callback(pool.connect().close)
-
     async def receive(self, source: str, target: str, n_moving: int) -> None:
         """Make ready for logical shards that are on their way, beside the sessions."""
         raise NotImplementedError
-
-    def _is_pooled(self, endpoint: Endpoint) -> bool:
-        return self.topology.physical[endpoint.physical].pooler is not None
-
-    def _first_words(self, endpoint: Endpoint) -> bytes | None:
-        """Return what a transaction that writes begins with; see `waits.Connection.preamble`."""
-        words = [_CONFIRMED] if self._is_sync else []
-        believed = self.held.believed(endpoint.physical)
-        if self._is_pooled(endpoint) and believed is not None and believed.tells:
-            words.append(b"shardkit.on_timeline(%d)" % believed.timeline)
-        return b", ".join(words) or None
 
     def waits_for(self, error: BaseException) -> float:
         """Return for how many seconds from now another primary is waited for after an error.
@@ -394,10 +248,6 @@ class _Core:
                 since = self._away_since[name] = now
             longest = max(longest, since + self._failover_wait - now)
         return longest
-
-    def primary_of(self, physical: str) -> Endpoint:
-        """Return the primary of a physical shard."""
-        return self.topology.physical[physical].primary
 
     def group(self, logical_shards: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
         """Return logical shards that are about to be read by physical shard.
@@ -458,16 +308,11 @@ class _Core:
             return check_out()
         try:
             connection = check_out()
-            connection.info[_ADMITTED] = guard  # whoever returns it tells the limit
+            connection.info[ADMITTED] = guard  # whoever returns it tells the limit
         except BaseException:
             guard.released()
             raise
         return connection
-
-    # -- to be provided
-
-    def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
-        raise NotImplementedError
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
         """Run tasks at the same time; return result or exception of each, in order."""
@@ -509,10 +354,6 @@ class _Core:
             if found is error:
                 raise
             raise found from error
-
-    def _catalog_of(self, endpoint: Endpoint) -> disks.Ask:
-        """Return what asks the catalogue of an endpoint's primary."""
-        return lambda query, given: self.ask(endpoint.physical, query, given, primary=True)
 
     def written(self, physical: str) -> tuple[int, gates.Position]:
         """Return which server a primary is, and a log position beyond all that it has committed.
@@ -596,29 +437,6 @@ class _Core:
     def _loads(self) -> dict[int, float]:
         return loads(self, range(self.router.total))
 
-    def _connect_args(self, endpoint: Endpoint, purpose: Purpose) -> dict[str, Any]:
-        pooler = self.topology.physical[endpoint.physical].pooler
-        arguments: dict[str, Any] = {
-            "connect_timeout": self._pool.connect_timeout,
-            "application_name": f"shardkit {purpose.value}",
-            "patience": self._patience,
-            "guard": self.guards[endpoint],
-        }
-        if purpose is Purpose.WRITE:
-            arguments |= self._writing
-        # The primary, too, refuses what slips past the session. PgBouncer refuses the option
-        # instead; its connections for readers are read-only by its own configuration.
-        if purpose is Purpose.READ and pooler is None:
-            arguments["options"] = _READ_OPTIONS
-        if purpose is Purpose.READ:
-            arguments["cursor_factory"] = self._cursor_class
-        prepares = self._pool.prepare_statements
-        if prepares is None:
-            prepares = pooler is None or pooler.carries_prepared_statements
-        if not prepares:
-            arguments["prepare_threshold"] = None
-        return arguments
-
 
 class Connections(_Core):
     """Connections for threads."""
@@ -654,7 +472,7 @@ class Connections(_Core):
 
     def _create_engine(self, url: URL, options: dict[str, Any]) -> Engine:
         engine = create_engine(url, poolclass=DeadlinePool, **options)
-        event.listen(engine, "do_connect", _connects)
+        event.listen(engine, "do_connect", connects)
         return engine
 
     def parallel(self, tasks: Sequence[Callable[[], T]]) -> list[T | Exception]:
@@ -747,55 +565,6 @@ def _rowcache() -> Any:
             f"[cache] needs {error.name}, which is not installed",
             hint="pip install 'shardkit[cache]'",
         ) from error
-
-
-def _pool_state(pool: Any) -> PoolState:
-    return PoolState(pool.checkedin(), pool.checkedout(), pool.size())
-
-
-def _released(connection: Any, record: Any) -> None:
-    """Tell the guard that a session gave its connection back."""
-    guard = record.info.pop(_ADMITTED, None)
-    if guard is not None:
-        driver_connection = getattr(connection, "driver_connection", connection)
-        guard.released(None if connection is None else driver_connection.first_answer())
-
-
-def _connects(_dialect: Any, _record: Any, arguments: Any, options: Any) -> gates.Connection:
-    writes = options.get("cursor_factory") is gates.WriteCursor
-    made: Any = gates.Writer if writes else gates.Connection
-    return made.open(*arguments, **options)  # type: ignore[no-any-return]  # one of the two
-
-
-def _meters(member: Member) -> Callable[[Any, Any], None]:
-    """Return what has a new connection tell a replica's member how long statements take."""
-
-    def meter(connection: Any, _record: Any) -> None:
-        driver: gates.Gated = getattr(connection, "driver_connection", connection)
-        driver.meter = member
-
-    return meter
-
-
-def _begins(words: Callable[[], bytes | None]) -> Callable[[Any, Any], None]:
-    """Return what has transactions of a new connection begin with some words."""
-
-    def begin(connection: Any, _record: Any) -> None:
-        getattr(connection, "driver_connection", connection).preamble = words
-
-    return begin
-
-
-def _noted(
-    opened: dict[Endpoint, weakref.WeakSet[Any]], endpoint: Endpoint
-) -> Callable[[Any, Any], None]:
-    """Return what remembers the connections that are open to a primary."""
-    held = opened.setdefault(endpoint, weakref.WeakSet())
-
-    def note(connection: Any, _record: Any) -> None:
-        held.add(getattr(connection, "driver_connection", connection))
-
-    return note
 
 
 def _cut(driver: Any) -> None:

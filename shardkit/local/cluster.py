@@ -265,6 +265,9 @@ class LocalCluster:
         replica that has crashed is started as it is, and recovers as a replica; if it cannot follow
         then, it runs and can be rewound.
 
+        A standby whose primary is gone by then is started as it was: what it has may be what the
+        next primary needs.
+
         Args:
             name: of the server.
             primary: name of a running one.
@@ -274,12 +277,19 @@ class LocalCluster:
             LocalServerError: the copy failed, or the server did not start.
         """
         server, leader = self._database_server(name), self._database_server(primary)
+        was_replica = server.role is Role.REPLICA
         server.stop()
         for other in self._running().members(leader.physical or ""):
             other.primary = None if other is leader else leader
-        is_kept = not anew and (server.is_crashed_replica or server.rewind(leader))
-        if not is_kept:
-            server.clone(leader)
+        try:
+            is_kept = not anew and (server.is_crashed_replica or server.rewind(leader))
+            if not is_kept:
+                server.clone(leader)
+        except LocalServerError:
+            if was_replica and server.has_data():
+                server.become_replica()
+                self.start_server(name)
+            raise
         server.become_replica()
         try:
             self.start_server(name)

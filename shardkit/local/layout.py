@@ -135,6 +135,15 @@ class Layout:
             shutil.rmtree(folder)
         return claim_folder(folder, 0o700, self.account)
 
+    def replace_folder(self, name: str, by: str) -> None:
+        """Have the folder of one name be that of another; what was in it is deleted."""
+        folder, old = self.folder(name), self.folder(f"{name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of an owner that was killed in the middle
+        if folder.exists():
+            folder.rename(old)
+        self.folder(by).rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
     def passwords(self) -> dict[str, str]:
         """Return the password of each role, made up on the first call.
 

@@ -56,6 +56,10 @@ _STATUS_LINE = 7
 """Line of postmaster.pid that says `ready`. Source: PostgreSQL, miscadmin.h."""
 
 
+_BEGUN = "servers diverged"
+"""What pg_rewind says before it changes anything. Source: PostgreSQL's pg_rewind.c."""
+
+
 def role_of(folder: Path) -> Role:
     """Return what the server of a data folder is; a promotion removes the signal file."""
     return Role.REPLICA if (folder / "standby.signal").exists() else Role.PRIMARY
@@ -116,21 +120,25 @@ class PostgresServer(ServerProcess):
         )
 
     def clone(self, primary: PostgresServer) -> None:
-        """Make a replica of a running primary; what was in the folder is deleted.
+        """Make a replica of a running primary; what was in the folder is deleted, once it is done.
+
+        What a standby has may be nowhere else by the time that the primary is gone in the middle.
 
         Raises:
-            LocalServerError: pg_basebackup failed.
+            LocalServerError: pg_basebackup failed; the folder is as it was.
         """
-        self.layout.empty_folder(self.name)
+        new = f"{self.name}.new"
         self._run(
             "pg_basebackup",
-            f"--pgdata={self.folder}",
+            f"--pgdata={self.layout.empty_folder(new)}",
             f"--dbname={self._conninfo(primary)}",
             "--checkpoint=fast",
             "--wal-method=stream",
             "--no-manifest",
             *(() if self.options.fsync else ("--no-sync",)),
+            cwd=self.layout.folder(new),
         )
+        self.layout.replace_folder(self.name, new)
         self.become_replica()
 
     def rewind(self, primary: PostgresServer) -> bool:
@@ -139,7 +147,11 @@ class PostgresServer(ServerProcess):
         What only this server has is lost; nothing else is copied. Not for replicas that have
         crashed: pg_rewind recovers by itself what has crashed, as a primary does, and the line
         that this adds to the log is on the same timeline and found by nobody.
+
+        Raises:
+            LocalServerError: the primary does not answer; a replica is as it was.
         """
+        role = self.role
         self._write_settings(None)
         # A crash is recovered from by a server that speaks to nobody, which cannot be a standby.
         (self.folder / "standby.signal").unlink(missing_ok=True)
@@ -151,10 +163,23 @@ class PostgresServer(ServerProcess):
                 f"--config-file={self._settings_file}",
                 *(() if self.options.fsync else ("--no-sync",)),
             )
-        except LocalServerError:
+        except LocalServerError as error:
+            if _BEGUN in str(error):
+                self.layout.empty_folder(self.name)  # half of it is the primary's: of no use
+            elif role is Role.REPLICA:
+                self.become_replica()
+            if not self._answers(primary):
+                raise
             return False
         # pg_rewind leaves these; on a replica nobody would drop them, and they hold back the log.
         self._drop_slots("")
+        return True
+
+    def _answers(self, primary: PostgresServer) -> bool:
+        try:
+            psycopg.connect(primary.superuser_dsn, dbname="postgres", connect_timeout=3).close()
+        except psycopg.Error:
+            return False
         return True
 
     def create_roles(self, passwords: Mapping[str, str]) -> None:
@@ -264,12 +289,12 @@ class PostgresServer(ServerProcess):
             application_name=self.name,
         )
 
-    def _run(self, tool: str, *arguments: str) -> None:
+    def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> None:
         run_tool(
             [self.program.tool(tool), *arguments],
             account=self.account,
             log=self.log,
-            cwd=self.folder,
+            cwd=cwd or self.folder,
         )
 
     def become_replica(self) -> None:

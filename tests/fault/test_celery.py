@@ -24,7 +24,7 @@ from shardkit.testing import wait_until
 from tests.fixtures.sharded import admin
 from tests.models import Photo, User
 
-pytestmark = [pytest.mark.integration, pytest.mark.fault]
+pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.slow]
 
 ANA = ids.compose(1, 5, 0)
 FAR = ids.compose(1, 40, 0)

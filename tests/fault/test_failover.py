@@ -134,6 +134,23 @@ def test_a_replica_that_crashed_comes_back_as_it_is(site: Site) -> None:
     mark.unlink()
 
 
+def test_a_standby_survives_a_primary_that_dies_while_it_is_made_anew(site: Site) -> None:
+    """It may have what nobody else has by then, and without it none could be promoted."""
+    before = site.primary()
+    standby = next(n for n in ("alpha_0", "alpha_1", "alpha_2") if n != before)
+    mark = site.local.config_path.parent / "data" / standby / "mark"
+    mark.touch()
+    site.local.kill_server(before)
+    with pytest.raises(LocalServerError, match="pg_rewind"):
+        site.local.rejoin_server(standby, before)
+    assert mark.exists(), "what it has is gone"
+    assert site.ask(standby, "SELECT pg_is_in_recovery()"), "it is a standby, and runs"
+    mark.unlink()
+    outcome = fail_over(site.config, site.topology, "alpha", host=LocalHost(site.local))
+    assert outcome.primary is not None
+    assert site.is_well()
+
+
 def test_an_old_primary_comes_back_without_its_slots(site: Site) -> None:
     """Nobody would drop them on a standby, and they hold the log back for ever."""
     before = site.primary()

@@ -9,7 +9,7 @@ import pytest
 from tests.fault.movegrid import CELLS, Cell, Grid, grid
 from tests.fixtures.folders import in_reach
 
-pytestmark = [pytest.mark.integration, pytest.mark.fault]
+pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.slow]
 
 SAMPLE = [
     cell

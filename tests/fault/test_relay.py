@@ -131,6 +131,7 @@ def work_poison(config: Path) -> None:
         Relay(cluster, {"t": handler}, backoff=Backoff(0.0, 0.0, attempts=2)).drain()
 
 
+@pytest.mark.slow
 def test_an_event_that_kills_its_relay_is_found_out_and_given_up(
     cluster: Cluster, cluster_file: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_server_that_takes_no_writes_for_a_while_is_relayed_again(
             superuser.execute("SELECT pg_reload_conf()")
 
 
+@pytest.mark.slow
 def test_the_run_under_kills_in_small(local_cluster: LocalCluster) -> None:
     """`make outbox-chaos`, which emits a million."""
     _, topology = load(local_cluster.config_path)

@@ -30,7 +30,7 @@ from shardkit.testing import wait_until
 from tests.fixtures.backups import IN_DOUBT, Home, Made, load_on
 from tests.models import Photo, User
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def numbers(sides: Sides) -> dict[str, set[int]]:

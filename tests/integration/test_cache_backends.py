@@ -411,6 +411,7 @@ def test_a_server_that_missed_a_write_is_not_read_before_it_is_clean(
         backend.close()
 
 
+@pytest.mark.slow
 def test_the_relay_repairs_a_server_while_nobody_reads_it(
     kind: str, mode: str, cache_server: NewServer, open_cache: Open
 ) -> None:

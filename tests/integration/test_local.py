@@ -386,6 +386,7 @@ def test_a_server_that_does_not_start_shows_its_log(
     assert read_status(tmp_path / "cluster").owner_pid is None
 
 
+@pytest.mark.slow
 def test_a_promoted_replica_is_the_primary_after_a_restart(new_cluster: NewCluster) -> None:
     cluster = new_cluster(**SMALL | {"replicas": 2})
     cluster.start()
@@ -408,6 +409,7 @@ def test_a_promoted_replica_is_the_primary_after_a_restart(new_cluster: NewClust
         wait_until(follows, 10, f"{name} follows the new primary")
 
 
+@pytest.mark.slow
 def test_a_former_primary_is_rebuilt_while_the_cluster_runs(new_cluster: NewCluster) -> None:
     cluster = new_cluster(**SMALL)
     cluster.start()
@@ -457,6 +459,7 @@ def test_detached_from_the_command_line(new_cluster: NewCluster, tmp_path: Path)
     assert not directory.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_foreground_command_and_its_servers(
     new_cluster: NewCluster, tmp_path: Path, number: signal.Signals
@@ -484,6 +487,7 @@ def test_a_signal_ends_the_foreground_command_and_its_servers(
     assert gone(found)
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     directory = tmp_path / "project"
     directory.mkdir(mode=0o755)
@@ -495,6 +499,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE(directory.stat().st_mode) == 0o755
 
 
+@pytest.mark.slow
 def test_a_copied_folder_does_not_end_the_servers_of_the_original(
     new_cluster: NewCluster, tmp_path: Path
 ) -> None:
@@ -511,6 +516,7 @@ def test_a_copied_folder_does_not_end_the_servers_of_the_original(
     assert ask(cluster.superuser_dsn("alpha_0"), "SELECT 1") == 1
 
 
+@pytest.mark.slow
 def test_a_long_path_has_its_sockets_elsewhere(new_cluster: NewCluster, tmp_path: Path) -> None:
     new_cluster()
     directory = tmp_path / ("long" * 20) / ("longer's " * 10)

@@ -123,6 +123,7 @@ def test_broadcasts_of_many_threads_leave_the_same_everywhere(cluster: Cluster) 
     assert in_doubt(cluster.connections, cluster.topology.physical) == ([], {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["prepared", "decided"])
 def test_a_killed_broadcast_ends_alike_and_holds_up_the_next(cluster: Cluster, step: str) -> None:
     child = os.fork()

@@ -41,7 +41,25 @@ def test_they_fail_for_lists_and_counts_too(protocol: str, column: str) -> None:
     assert result.verdict == LISTS[protocol][COLUMNS.index(column)], result.found
 
 
-@pytest.mark.parametrize("each", [*QUICK, *QUICK_LISTS], ids=str)
+LARGE = frozenset(
+    {
+        "P9 2W 1R none, 2 keys",
+        "P9 2W 1R late",
+        "P9 1W 2R 3lost, own writes",
+        "P9 2W 1R evict+crash, early markers",
+        "P9 2W 1R lost, early markers",
+    }
+)
+"""Those of over 80,000 states, which take seconds each."""
+
+
+@pytest.mark.parametrize(
+    "each",
+    [
+        pytest.param(each, id=str(each), marks=pytest.mark.slow if str(each) in LARGE else ())
+        for each in (*QUICK, *QUICK_LISTS)
+    ],
+)
 def test_nothing_old_is_ever_shown(each: Configuration) -> None:
     result = search(each)
     assert result.is_whole
