@@ -289,6 +289,9 @@ def test_an_old_primary_that_starts_again_takes_no_writes_of_clients(site: Site)
         wait_until(
             lambda: bool(site.primary()) and site.timeline() > timeline, PATIENCE, "another primary"
         )
+        # Registered is not followed yet, and whoever looks on stops here.
+        followed = "SELECT count(*) FROM pg_stat_replication"
+        wait_until(lambda: site.ask(site.primary(), followed) == 1, PATIENCE, "it is followed")
     site.local.start_server(before)  # as its supervisor would: nobody has told it anything
     assert site.ask(before, "SELECT NOT pg_is_in_recovery()")
     with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:

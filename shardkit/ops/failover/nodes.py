@@ -325,12 +325,13 @@ class Server:
         Whoever has written before waits for standbys, which follow only afterwards, and holds the
         locks of its rows meanwhile: such sessions are ended.
         """
+        with self._patiently():
+            self._begin_file()
         with self._patiently(_PROMOTION), self._opened(self._owner) as connection:
             connection.execute(f"SET lock_timeout = '{_BLOCKED}'".encode())
             found = self._registered(connection, detail)
         with self._patiently():
             self._set("default_transaction_read_only", None)  # of a switchover that went before
-            self._begin_file()
         return found
 
     def note(
