@@ -288,7 +288,7 @@ class RelayServer:
                         reason=failure.reason,
                     )
                 relay.step("failed")
-        relay.step("before finish")
+        relay.step("before finish" if release else "before renewal")
         lost = claims.finish(batch, done, now=relay.clock.monotonic(), release=release)
         for shard in lost:
             _LOG.warning("the claim of logical shard %d was taken over", shard)

@@ -57,6 +57,10 @@ SETTLED: Final = 10.0
 primary there may change together, and for a while a server, or a pooler that leads to the one
 before it, says what is no more. As long as a primary is waited for (`[failover] wait`)."""
 
+_WAITED: Final = 1.0
+"""Seconds after which an attempt that met a closed logical shard has waited for it, and asked
+hardly anybody: it takes no credit, or who waits for the longest would be the first to give up."""
+
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 1.0
 
@@ -220,6 +224,7 @@ class Attempts:
         self._clock = clock
         self._waits_until: float | None = None
         self._moves_until: float | None = None
+        self._begun = clock.monotonic()
         self._state: tenacity.RetryCallState | None = None
 
     def pause(self, error: BaseException) -> float:
@@ -241,11 +246,13 @@ class Attempts:
         state.set_exception((type(error), error, error.__traceback__))
         found: Any = cast("tenacity.Retrying", state.retry_object).iter(state)
         state.prepare_for_next_attempt()
-        if is_away(error) or not is_moving(error):
-            return float(found)
-        # Whoever waits for a move is told of its end: `shardkit.owners`.
-        is_soon = state.attempt_number <= _AT_ONCE + 1 or not isinstance(error, _TYPED)
-        return min(float(found), _MOVING if is_soon else _LONGEST_AWAY)
+        seconds = float(found)
+        if is_moving(error) and not is_away(error):
+            # Whoever waits for a move is told of its end: `shardkit.owners`.
+            is_soon = state.attempt_number <= _AT_ONCE + 1 or not isinstance(error, _TYPED)
+            seconds = min(seconds, _MOVING if is_soon else _LONGEST_AWAY)
+        self._begun = self._clock.monotonic() + seconds
+        return seconds
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         """Tell whether this was the last attempt; the credit is asked for last of all."""
@@ -260,8 +267,13 @@ class Attempts:
         return (
             (state.attempt_number >= limit and not self._may_settle(error))
             or (found is not None and found.left() <= state.upcoming_sleep)
-            or not self._spend(error)
+            or not (self._has_waited(error) or self._spend(error))
         )
+
+    def _has_waited(self, error: BaseException) -> bool:
+        """Tell whether an attempt did little but wait for a logical shard to be opened."""
+        is_long = self._clock.monotonic() - self._begun >= _WAITED
+        return is_long and isinstance(error, ShardFencedError) and self._may_settle(error)
 
     def _may_settle(self, error: BaseException) -> bool:
         """Tell whether who owns a logical shard may not have been settled yet.

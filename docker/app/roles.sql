@@ -21,6 +21,9 @@ GRANT EXECUTE ON FUNCTION pg_promote(boolean, integer), pg_reload_conf(), pg_wal
     pg_wal_replay_resume() TO shardkit_admin;
 GRANT ALTER SYSTEM ON PARAMETER primary_conninfo, synchronous_standby_names,
     recovery_min_apply_delay, default_transaction_read_only TO shardkit_admin;
+-- A subscription is made by a statement that has a password, and is logged when it fails: docs/moves.md.
+GRANT SET ON PARAMETER log_min_error_statement, log_statement, log_min_duration_statement
+    TO shardkit_admin;
 GRANT pg_monitor TO shardkit_monitor;
 
 -- PgBouncer asks for the verifiers of its clients by this function: docs/pgbouncer.md.

@@ -51,6 +51,9 @@ _PARAMETERS = (
 )
 """What `shardkit failover`, `doctor` and `backup` need beyond owning the database."""
 
+_SILENCED = "log_min_error_statement, log_statement, log_min_duration_statement"
+"""What keeps the passwords of subscriptions out of the log: docs/moves.md."""
+
 _READY = "ready"
 _STATUS_LINE = 7
 """Line of postmaster.pid that says `ready`. Source: PostgreSQL, miscadmin.h."""
@@ -339,6 +342,7 @@ class PostgresServer(ServerProcess):
             statements += [
                 f"GRANT pg_checkpoint TO {ADMIN_ROLE}",
                 f"GRANT ALTER SYSTEM ON PARAMETER {_PARAMETERS} TO {ADMIN_ROLE}",
+                f"GRANT SET ON PARAMETER {_SILENCED} TO {ADMIN_ROLE}",
             ]
         else:
             statements.append("REVOKE CREATE ON SCHEMA public FROM PUBLIC")

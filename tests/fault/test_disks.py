@@ -116,8 +116,11 @@ def test_row_10_a_full_disk_refuses_writes_and_serves_reads(
                 ) == n_before  # fmt: skip
             with closing(watcher(local, topology)) as driver:
                 taken = [driver.step()[1] for _ in range(5)]
-                assert isinstance(taken[-1], Rest), "a full disk is no reason for a failover"
-                assert not any(isinstance(each, Fence | Cut | Promote) for each in taken)
+                while not isinstance(taken[-1], Rest):  # the standby may be late on a busy machine
+                    assert len(taken) < 1000, taken[-5:]
+                    taken.append(driver.step()[1])
+                acts = [each for each in taken if isinstance(each, Fence | Cut | Promote)]
+                assert not acts, "a full disk is no reason for a failover"
             # A unit of work is run again while its time lasts, and is given up with the reason.
             with deadline(1.0), pytest.raises(DiskFullError):
                 cluster.run(partial(add_all, range(3000, 3020)))

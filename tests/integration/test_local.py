@@ -235,7 +235,11 @@ def test_a_paused_server_answers_nobody_until_it_is_resumed(local_cluster: Local
     dsn = local_cluster.superuser_dsn("beta_2")
     local_cluster.pause("beta_2")
     try:
-        assert local_cluster.server("beta_2").status is ServerStatus.PAUSED
+        wait_until(
+            lambda: local_cluster.server("beta_2").status is ServerStatus.PAUSED,
+            10.0,
+            "the signal has arrived",
+        )
         with pytest.raises(psycopg.OperationalError):
             psycopg.connect(dsn, connect_timeout=2)
     finally:

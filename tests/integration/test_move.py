@@ -28,6 +28,7 @@ from shardkit.local.account import server_account
 from shardkit.ops import moves
 from shardkit.ops.moves import driver, entries
 from shardkit.ops.moves.machine import FORWARD, Goal, Step
+from shardkit.ops.moves.replication import subscribe
 from shardkit.ops.moves.transitions import Move
 from shardkit.testing import wait_until
 from shardkit.topology import schema_name
@@ -591,3 +592,17 @@ def test_tasks_are_connected_to_the_target_before_it_opens(servers: Servers) -> 
             await cluster.run(unit)
 
     asyncio.run(work())
+
+
+def test_a_subscription_that_fails_leaves_no_password_in_the_log(servers: Servers) -> None:
+    """PostgreSQL logs each statement that fails, and this one is made with a password."""
+    url = servers.topology.physical["alpha"].admin_url
+    nobody = url.set(host="127.0.0.1", port=1)
+    log = servers.local.server("beta_0").log
+    with servers.admin("beta") as connection:
+        with pytest.raises(psycopg.OperationalError, match="could not connect to the publisher"):
+            subscribe(connection, 5, nobody)
+        assert connection.execute("SHOW log_min_error_statement").fetchone() == ("error",)
+    text = log.read_text(encoding="utf-8")
+    assert 'subscription "shardkit_move_0005" could not connect' in text
+    assert str(url.password) not in text

@@ -17,6 +17,7 @@ from shardkit.errors import (
     GatherError,
     OutcomeUnknownError,
     PoolTimeoutError,
+    ShardFencedError,
     ShardMovedError,
 )
 from shardkit.retry import (
@@ -197,6 +198,20 @@ def test_what_moves_is_tried_again_until_the_deadline() -> None:
         assert 39.0 <= sum(pauses_of(ShardMovedError(), clock)) <= 40.0
     with deadline(1.0, clock=clock):
         assert sum(pauses_of(ShardMovedError(), clock)) <= 1.0
+
+
+def test_who_has_waited_for_a_logical_shard_needs_no_credit() -> None:
+    """Whoever waits asks hardly anybody; else those that wait longest are given up first."""
+    clock, asked = FakeClock(), list[BaseException]()
+    attempts = Attempts(is_transient, asking(asked, grant=False), clock=clock)
+    with deadline(60.0, clock=clock):
+        for _ in range(5):
+            clock.advance(10.0)
+            attempts.pause(ShardFencedError())
+        assert asked == []
+        with pytest.raises(ShardFencedError):
+            attempts.pause(ShardFencedError())
+    assert len(asked) == 1, "at once, it is one more question"
 
 
 def test_a_table_that_does_not_exist_is_said_soon() -> None:

@@ -204,19 +204,32 @@ def drop_slot(connection: Connection, logical_shard: int, *, attempts: int = 100
     )
 
 
+# By default PostgreSQL logs every statement that fails, and this one has the password in it.
+_UNLOGGED: Final = """
+SELECT set_config(name, value, true) FROM (VALUES ('log_min_error_statement', 'panic'),
+    ('log_statement', 'none'), ('log_min_duration_statement', '-1')) AS wanted (name, value)
+WHERE has_parameter_privilege(current_user, name, 'SET')
+"""
+
+
 def subscribe(connection: Connection, logical_shard: int, url: URL) -> None:
-    """Make a subscription that does not run yet, unless it is there."""
+    """Make a subscription that does not run yet, unless it is there.
+
+    Its statement has the password of the mover. It is kept out of the server's log where the mover
+    may say so: docs/moves.md.
+    """
     name = name_of(logical_shard)
     if _following(connection, name) is not None:
         return
     # The list of tables is read over the connection; none is copied.
-    connection.execute(
-        sql.SQL(
-            "CREATE SUBSCRIPTION {} CONNECTION {} PUBLICATION {} WITH (create_slot = false, "
-            "slot_name = {}, copy_data = false, enabled = false, origin = none, "
-            "streaming = off, synchronous_commit = off)"
-        ).format(sql.Identifier(name), conninfo(url, logical_shard), sql.Identifier(name), name)
-    )
+    statement = sql.SQL(
+        "CREATE SUBSCRIPTION {} CONNECTION {} PUBLICATION {} WITH (create_slot = false, "
+        "slot_name = {}, copy_data = false, enabled = false, origin = none, "
+        "streaming = off, synchronous_commit = off)"
+    ).format(sql.Identifier(name), conninfo(url, logical_shard), sql.Identifier(name), name)
+    with connection.transaction():
+        connection.execute(_UNLOGGED)
+        connection.execute(statement)
 
 
 def enable(connection: Connection, logical_shard: int, url: URL | None = None) -> None:
@@ -224,7 +237,9 @@ def enable(connection: Connection, logical_shard: int, url: URL | None = None) -
     name = sql.Identifier(name_of(logical_shard))
     if url is not None:
         text = conninfo(url, logical_shard)
-        connection.execute(sql.SQL("ALTER SUBSCRIPTION {} CONNECTION {}").format(name, text))
+        with connection.transaction():
+            connection.execute(_UNLOGGED)
+            connection.execute(sql.SQL("ALTER SUBSCRIPTION {} CONNECTION {}").format(name, text))
     connection.execute(sql.SQL("ALTER SUBSCRIPTION {} ENABLE").format(name))
 
 
