@@ -153,6 +153,12 @@ class Known:
         return "resume or abort, if its mover has gone"
 
     @property
+    def is_decided(self) -> bool:
+        """Whether the source has handed over, as far as it answers."""
+        row = self.rows.get(self.source or "")
+        return row is not None and row.state is State.RETIRED and row.moved_to == self.target
+
+    @property
     def is_handed_over(self) -> bool:
         """Whether the target is open."""
         row = self.rows.get(self.target or "")

@@ -233,6 +233,8 @@ def _taken_up(
             hint="shardkit move rollback goes back, shardkit move clean forgets the old copy",
             logical_shard=known.logical_shard,
         )
+    if goal is Goal.ABORT and known.is_decided:
+        goal = Goal.MOVE  # there is no way but forward, to its very end
     work = _work(
         topology,
         known.logical_shard,
