@@ -39,6 +39,7 @@ T = TypeVar("T")
 _REMEMBERED = 10_000
 _CALL_TIMEOUT = 20.0
 _LOOPBACK = "127.0.0.1"
+_BACKLOG = 100
 
 
 class Address(Protocol):
@@ -98,7 +99,8 @@ class FaultProxy:
         self._errors: list[BaseException] = []
         self._links: dict[Link, asyncio.Task[None]] = {}
         self._socket: socket.socket | None = None
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._opening: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="shardkit-fault-proxy", daemon=True
@@ -252,8 +254,20 @@ class FaultProxy:
 
         return self._call(run())
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.count(connections=1)
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(BlockingIOError, ConnectionAbortedError):  # the client has gone
+            client, _ = listener.accept()
+            self.count(connections=1)
+            client.settimeout(0.0)
+            task = self._loop.create_task(self._open(client))
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+
+    async def _open(self, client: socket.socket) -> None:
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, client)
+        writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
         link = Link(self, self._conversation(), reader, writer)
         self._links[link] = asyncio.create_task(self._carry(link))
 
@@ -270,18 +284,24 @@ class FaultProxy:
         for link in list(self._links):
             link.suffer(fault)
 
-    async def _listen(self) -> None:
-        # A copy: the socket itself keeps the port while nobody listens.
+    def _listen(self) -> None:
+        # A copy: the socket itself keeps the port while nobody listens. Not a server of asyncio:
+        # one that is closed while it accepts a connection leaves that one open.
         assert self._socket is not None
-        self._listener = await asyncio.start_server(self._accept, sock=self._socket.dup())
+        self._listener = self._socket.dup()
+        self._listener.settimeout(0.0)
+        self._listener.listen(_BACKLOG)
+        self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _refuse(self) -> None:
         if self._listener is not None:
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
         with suppress(OSError):
             assert self._socket is not None
             self._socket.shutdown(socket.SHUT_RDWR)  # Linux: bound, and no longer listening
+        await asyncio.gather(*self._opening, return_exceptions=True)
         await self._end(list(self._links))
 
     async def _heal(self) -> None:
@@ -296,7 +316,7 @@ class FaultProxy:
         for link in self._links:
             link.black.clear()
         if self._listener is None:
-            await self._listen()
+            self._listen()
 
     async def _close(self) -> None:
         await self._refuse()
