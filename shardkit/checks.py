@@ -180,6 +180,14 @@ def checks_server(
         stored, is_read_only, in_recovery, pid, system, registered, timeline, *found = row
         _refuse_successors(endpoint, believed(), system, registered, timeline)
         if in_recovery is not (endpoint.role is Role.REPLICA):
+            # Nobody has told this process yet who the primary is; a pooler will lead to it.
+            is_pooled = topology.physical[endpoint.physical].pooler is not None
+            if is_pooled and in_recovery and believed() is None:
+                raise EndpointUnavailableError(
+                    "is a replica, but the configuration says primary",
+                    endpoint=str(endpoint),
+                    hint="a failover is under way, or its pooler leads to the wrong server",
+                )
             raise ConfigurationError(
                 f"is a {'replica' if in_recovery else 'primary'}, "
                 f"but the configuration says {endpoint.role}",
