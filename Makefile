@@ -20,19 +20,23 @@ run: setup ## start the embedded cluster, migrate, load a demo, serve it on 127.
 
 # Files go to two workers, each with servers of its own: tests wait more than they compute.
 WORKERS ?= 2
+# A worker that dies ends the run: with `loadfile`, one in its place leaves pytest-xdist waiting for
+# ever. A test that hangs for ten minutes shows its stacks and dies.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart=0 \
+	-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 test: ## the library's tests, on real servers; installs what they need when root on Debian
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" \
+	@$(PYTEST) -m "not slow" \
 		--ignore=tests/app --ignore=tests/web $(ARGS)
 
 test-app: ## the application's tests, on real servers and in a browser
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/app tests/web $(ARGS)
+	@$(PYTEST) -m "not slow" tests/app tests/web $(ARGS)
 
 test-slow: ## tests of both that take long: they kill, or compare with oracles, over and over
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 # What goes through it; tests that cannot say why (`unpooled`), and the run prints it.
 POOLED ?= tests/integration/test_session.py tests/integration/test_writes.py \
@@ -43,11 +47,11 @@ POOLED_TOO ?= tests/integration/test_replica_reads.py tests/integration/test_out
 
 test-pooler: ## the tests of sessions and of servers that die, through PgBouncer
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --pooler=pgbouncer $(POOLED) $(ARGS)
+	@$(PYTEST) --pooler=pgbouncer $(POOLED) $(ARGS)
 
 test-pooler-too: ## those of replicas, outbox and unique values as well; some minutes
 	@$(PYTHON) scripts/setup.py --system
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
+	@$(PYTEST) --pooler=pgbouncer $(POOLED_TOO) $(ARGS)
 
 # A target of its own, since it needs what no package of this project brings: docs/docker.md.
 test-docker: setup ## bring the whole stack of docker/ up in containers, break it, tear it down

@@ -17,6 +17,7 @@ pytest_plugins = [
     "tests.fixtures.skips",
     "tests.fixtures.sockets",
     "tests.fixtures.stack",
+    "tests.fixtures.unattended",
     "tests.fixtures.visitors",
     "tests.fixtures.backups",
     "tests.fixtures.blobs",

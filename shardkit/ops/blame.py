@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
+from psycopg import errors as pg
 
 from shardkit.ops.ledger import shard_script
 from shardkit.ops.revisions import Revision
@@ -18,6 +19,8 @@ from shardkit.topology import RoleNames, schema_name
 __all__ = ["blockers", "culprit", "first_line", "holders"]
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+
+_ATTEMPTS = 5
 
 
 def culprit(
@@ -42,21 +45,25 @@ def culprit(
         return about or "the admin schema"
     if len(revisions) == 1:
         return f"revision {revisions[0].id}"
-    name = "the objects of shardkit itself"
-    try:
-        connection.execute(begin.encode())
-        own = shard_script(logical_shard, own=True, roles=roles, revisions=())
-        connection.execute(own.encode())
-        for revision in revisions:
-            name = f"revision {revision.id}"
-            text = "\n;\n".join(at_once(revision.statements))
-            connection.execute(render(text, logical_shard).encode())
-    except psycopg.Error:
-        return name
-    finally:
-        if not connection.broken:
-            connection.rollback()
-    return f"revisions {', '.join(revision.id for revision in revisions)}"
+    for _ in range(_ATTEMPTS):
+        name = "the objects of shardkit itself"
+        try:
+            connection.execute(begin.encode())
+            own = shard_script(logical_shard, own=True, roles=roles, revisions=())
+            connection.execute(own.encode())
+            for revision in revisions:
+                name = f"revision {revision.id}"
+                text = "\n;\n".join(at_once(revision.statements))
+                connection.execute(render(text, logical_shard).encode())
+        except (pg.LockNotAvailable, pg.DeadlockDetected):
+            continue  # somebody is in the way, which is not what failed
+        except psycopg.Error:
+            return name
+        finally:
+            if not connection.broken:
+                connection.rollback()
+        break
+    return f"one of the revisions {', '.join(revision.id for revision in revisions)}"
 
 
 def holders(connection: Connection, logical_shard: int | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -331,13 +332,14 @@ def test_a_cancelled_wait_for_a_standby_is_no_success(
                     "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
                 ).fetchall()
             )
+            wait_until(
+                lambda: waits_for_a_standby(superuser, dsn), 20.0, "commits wait for a standby"
+            )
             with cluster.writer() as session:
                 session.get_one(User, user.id).name = "here only"
                 session.flush()
-                import threading
-
                 cancel = threading.Thread(
-                    target=wait_until, args=(waiting, 5.0, "COMMIT waits for a standby")
+                    target=wait_until, args=(waiting, 20.0, "COMMIT waits for a standby")
                 )
                 cancel.start()
                 with pytest.raises(OutcomeUnknownError):
