@@ -36,8 +36,9 @@ from app.middleware import (
     SecurityHeaders,
 )
 from app.origins import CrossOrigin
-from app.resources import Resources, open_resources
+from app.resources import Resources, open_resources, running
 from app.settings import Settings
+from app.stories.cleanup import keep_clean
 from app.timing import ServerTiming
 from app.web.rendering import Pages
 from shardkit.contrib.asgi import FreshReads
@@ -63,7 +64,9 @@ def create_app(settings: Settings, clock: Clock = utc_now) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         async with open_resources(settings, clock) as resources:
-            yield {"resources": resources}
+            sweeping = keep_clean(resources.cluster, resources.blobs, clock)
+            with running(sweeping):
+                yield {"resources": resources}
 
     service = FastAPI(
         title="Lightbox",

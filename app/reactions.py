@@ -90,7 +90,7 @@ class Reactions:
         """Tell who is followed, or asked; called with the events of the graph."""
         for event in events:
             kind = _OF_EDGES.get(Kind(event.payload["kind"]))
-            if kind is None:
+            if kind is None or not event.payload.get("is_news", True):
                 continue
             actor_id, user_id = int(event.payload["id1"]), int(event.payload["id2"])
             present = event.payload["at"] is not None

@@ -29,11 +29,10 @@ from app.search.cached import CachedSearch
 from app.search.postgres import PostgresSearch
 from app.search.protocol import SearchIndex
 from app.settings import Settings
-from app.stories.cleanup import keep_clean
 from shardkit import AsyncCluster
 from shardkit.idmap import AsyncIdMap
 
-__all__ = ["Resources", "open_resources"]
+__all__ = ["Resources", "open_resources", "running"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class Resources:
 
 @asynccontextmanager
 async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Resources]:
-    """Open everything a server needs, and close it at the end.
+    """Open everything a server or a command needs, and close it at the end.
 
     Raises:
         ConfigurationError: the configuration of the cluster is wrong.
@@ -115,7 +114,6 @@ async def open_resources(settings: Settings, clock: Clock) -> AsyncIterator[Reso
             stack.push_async_callback(builder.close)
             timelines = opened, builder
         hub = await stack.enter_async_context(hub_opened(cluster, redis_url, clock))
-        stack.enter_context(running(keep_clean(cluster, blobs, clock)))
         yield Resources(
             settings=settings,
             cluster=cluster,

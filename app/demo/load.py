@@ -2,7 +2,8 @@
 
 Called by `python -m app.demo` and by tests. Rows are grouped so that a transaction stays on one
 logical shard: the photos and their likes and comments by owner, the follows by follower; the relay
-writes their other side. Interrupting it at any point is safe: a rerun adds what is missing.
+writes their other side. What happened in the demo is past: nobody is notified but the account to
+try. Interrupting it at any point is safe: a rerun adds what is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from app.accounts.repository import AccountRepository
 from app.accounts.service import AccountService
 from app.clock import Clock
 from app.database import Database
-from app.demo.plan import DemoPlan
+from app.demo.plan import DEMO_PERSON, DemoPlan
 from app.demo.scenes import draw
 from app.graph import tao
 from app.graph.models import Assoc, Kind
@@ -203,7 +204,8 @@ class DemoLoader:
         async def forward(number: int) -> None:
             me, others = self._user_ids[number], self._ids(self._plan.follows[number])
             async with self._database.writer() as session:
-                added = await tao.on(session, _add_follows, me, others, self._now)
+                demo = self._user_ids[DEMO_PERSON]
+                added = await tao.on(session, _add_follows, me, others, self._now, demo)
                 if added:
                     await session.commit()
                     self._added.follows += added
@@ -248,7 +250,8 @@ class DemoLoader:
                 new_comments = self._new_comments(number, photo_id, time, comments)
                 if not new_likes and not new_comments:
                     continue
-                await tao.on(session, react, photo_id, new_likes, time)
+                is_news = self._plan.photos[number].owner == DEMO_PERSON
+                await tao.on(session, react, photo_id, new_likes, time, is_news=is_news)
                 session.add_all(new_comments)
                 photo = await session.get_one(Photo, photo_id, with_for_update={"key_share": True})
                 photo.comment_count += len(new_comments)
@@ -296,7 +299,9 @@ class DemoLoader:
                 group.create_task(one(item))
 
 
-def _add_follows(session: WriteSession, me: int, others: set[int], now: dt.datetime) -> int:
+def _add_follows(
+    session: WriteSession, me: int, others: set[int], now: dt.datetime, notified: int
+) -> int:
     """Add follows that lack; return how many."""
     user = tao.locked(session, me)
     keys = [(me, int(Kind.FOLLOWS), other) for other in sorted(others)]
@@ -307,5 +312,5 @@ def _add_follows(session: WriteSession, me: int, others: set[int], now: dt.datet
         if edge is None
     ]
     for other in missing:
-        tao.assoc_add(session, user, Kind.FOLLOWS, other, at)
+        tao.assoc_new(session, user, Kind.FOLLOWS, other, at, is_news=other == notified)
     return len(missing)

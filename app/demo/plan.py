@@ -10,10 +10,21 @@ from dataclasses import dataclass
 
 from app.demo import words
 
-__all__ = ["DEMO_USERNAME", "DemoPlan", "PlannedComment", "PlannedPerson", "PlannedPhoto", "make"]
+__all__ = [
+    "DEMO_PERSON",
+    "DEMO_USERNAME",
+    "DemoPlan",
+    "PlannedComment",
+    "PlannedPerson",
+    "PlannedPhoto",
+    "make",
+]
 
 DEMO_USERNAME = "demo"
 """The account to try; it follows many and has photos of its own."""
+
+DEMO_PERSON = 0
+"""Who that is, by position."""
 
 SPAN = dt.timedelta(days=21)
 """Over which the photos are spread, the newest some minutes old."""

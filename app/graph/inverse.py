@@ -125,6 +125,6 @@ def _settle(
     if change.at is None:
         tao.assoc_delete(session, user, Kind(key[1]), change.id1)
     elif edge is None:
-        tao.assoc_add(session, user, Kind(key[1]), change.id1, change.at)
+        tao.assoc_new(session, user, Kind(key[1]), change.id1, change.at)
     else:
         edge.at = change.at

@@ -64,9 +64,10 @@ COUNTED: Final[Mapping[Kind, str]] = {
 """Kinds that a person's row counts, and the column."""
 
 
-def told(id1: int, kind: Kind, id2: int, at: int | None) -> dict[str, Any]:
+def told(id1: int, kind: Kind, id2: int, at: int | None, *, is_news: bool = True) -> dict[str, Any]:
     """Return the payload that says whether an edge is there; `at` is None when it is not."""
-    return {"id1": str(id1), "kind": int(kind), "id2": str(id2), "at": at}
+    payload = {"id1": str(id1), "kind": int(kind), "id2": str(id2), "at": at}
+    return payload if is_news else payload | {"is_news": False}
 
 
 def key_of(id1: int, kind: Kind, id2: int) -> str:

@@ -40,6 +40,7 @@ __all__ = [
     "assoc_count",
     "assoc_delete",
     "assoc_get",
+    "assoc_new",
     "assoc_page",
     "assoc_range",
     "assoc_time_range",
@@ -305,10 +306,26 @@ def assoc_add(session: WriteSession, user: User, kind: Kind, id2: int, at: int) 
     """
     if session.get(Assoc, (user.id, int(kind), id2)) is not None:
         return False
+    assoc_new(session, user, kind, id2, at)
+    return True
+
+
+def assoc_new(
+    session: WriteSession, user: User, kind: Kind, id2: int, at: int, *, is_news: bool = True
+) -> None:
+    """Add an edge that is known not to be there; see `assoc_add`. Asks nothing: many are one flush.
+
+    Args:
+        session: the transaction.
+        user: whose edge; `locked`.
+        kind: of what kind.
+        id2: to whom.
+        at: since when; Unix milliseconds.
+        is_news: whether who it leads to is notified.
+    """
     session.add(Assoc(id1=user.id, atype=int(kind), id2=id2, at=at))
     _count(user, kind, 1)
-    announce(session, user.id, kind, id2, at)
-    return True
+    announce(session, user.id, kind, id2, at, is_news=is_news)
 
 
 def assoc_delete(session: WriteSession, user: User, kind: Kind, id2: int) -> bool:
@@ -333,11 +350,14 @@ def assoc_change_type(
     return True
 
 
-def announce(session: WriteSession, id1: int, kind: Kind, id2: int, at: int | None) -> None:
+def announce(
+    session: WriteSession, id1: int, kind: Kind, id2: int, at: int | None, *, is_news: bool = True
+) -> None:
     """Say what an edge is now to who has to know; see `app.graph.inverse`."""
     if kind in INVERSE or kind is Kind.BLOCKS:
         key = key_of(id1, kind, id2)
-        session.emit(ASSOC_CHANGED, told(id1, kind, id2, at), key=key, near=id1)
+        payload = told(id1, kind, id2, at, is_news=is_news)
+        session.emit(ASSOC_CHANGED, payload, key=key, near=id1)
 
 
 def _count(user: User, kind: Kind, n: int) -> None:

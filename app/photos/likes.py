@@ -79,7 +79,12 @@ class Reaction(NamedTuple):
 
 
 def react(
-    session: WriteSession, photo_id: int, reactions: Sequence[Reaction], now: dt.datetime
+    session: WriteSession,
+    photo_id: int,
+    reactions: Sequence[Reaction],
+    now: dt.datetime,
+    *,
+    is_news: bool = True,
 ) -> tuple[int, set[int]]:
     """Add and remove likes of one photo, in this transaction; the last one of a person counts.
 
@@ -88,6 +93,7 @@ def react(
         photo_id: of what.
         reactions: in order.
         now: time of the likes.
+        is_news: whether the owner is notified.
 
     Returns:
         How many like it now, and who may not, of whom nothing was written.
@@ -126,7 +132,7 @@ def react(
         )
         session.emit(LIKES_CHANGED, {"photo_id": str(photo_id)}, near=photo_id)
     total = _total(session, photo_id)
-    if total > MOST_TOLD:
+    if total > MOST_TOLD or not is_news:
         added = ()
     for some, liked in ((added, True), (removed, False)):
         for user_id in some:

@@ -59,3 +59,13 @@ def test_the_account_to_try_has_a_full_feed(service: Service) -> None:
         for photo in grid:
             comments = client.get(f"/api/v1/photos/{photo['id']}/comments").json()["items"]
             assert photo["comment_count"] == len(comments)
+
+
+def test_only_the_account_to_try_is_notified_of_what_is_past(service: Service) -> None:
+    people = plan.make(6, 3)
+    for person, n_told in ((people.people[0], True), (people.people[1], False)):
+        with service.client() as client:
+            credentials = {"username": person.username, "password": PASSWORD}
+            assert client.post("/api/v1/sessions", json=credentials).status_code == 201
+            told = client.get("/api/v1/me/notifications").json()["items"]
+            assert bool(told) is n_told
