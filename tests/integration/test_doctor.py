@@ -178,6 +178,12 @@ BROKEN: list[tuple[str, str, list[str], list[str]]] = [
         ["ALTER SYSTEM RESET autovacuum", RELOAD],
     ),
     (
+        "passwords-logged",
+        "beta_0",
+        ["REVOKE SET ON PARAMETER log_min_error_statement FROM shardkit_admin"],
+        ["GRANT SET ON PARAMETER log_min_error_statement TO shardkit_admin"],
+    ),
+    (
         "pending-restart",
         "alpha_1",
         ["ALTER SYSTEM SET max_connections = 201", RELOAD],

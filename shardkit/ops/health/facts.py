@@ -231,6 +231,8 @@ class State:
         widest: tables and indexes that a statement on one table locks over all of them.
         app: the application's role.
         admin_powers: of the admin's role, see `AppRole.powers`.
+        logged: settings by which statements that fail are logged and which the admin's role may
+            not change.
         role_changes: what `shardkit roles plan` would list, but for passwords.
     """
 
@@ -245,6 +247,7 @@ class State:
     widest: int
     app: AppRole
     admin_powers: tuple[str, ...] = ()
+    logged: tuple[str, ...] = ()
     role_changes: tuple[str, ...] = ()
 
 

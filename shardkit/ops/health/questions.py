@@ -105,6 +105,13 @@ _ID_TABLES = """
 SELECT n FROM unnest(%s::int[]) AS n
 WHERE to_regclass(format('shard_%%s.shardkit_id_state', lpad(n::text, 4, '0'))) IS NOT NULL
 """
+# Which of them is set so that a failed CREATE SUBSCRIPTION, with its password, goes to the log.
+_LOGGED = """
+SELECT name FROM pg_settings WHERE NOT has_parameter_privilege(%(role)s, name, 'SET')
+    AND CASE name WHEN 'log_min_error_statement' THEN setting NOT IN ('log', 'fatal', 'panic')
+        WHEN 'log_statement' THEN setting <> 'none'
+        WHEN 'log_min_duration_statement' THEN setting <> '-1' ELSE false END ORDER BY 1
+"""
 _POWERS = """
 SELECT array_remove(ARRAY[
     CASE WHEN rolsuper THEN 'SUPERUSER' END, CASE WHEN rolcreaterole THEN 'CREATEROLE' END,
@@ -232,6 +239,10 @@ def ask_state(topology: Topology, shard: PhysicalShard) -> State:
                 creates_in=_texts(connection, _CREATES, app),
             ),
             admin_powers=_powers(connection, shard.roles.admin),
+            # Before 15 there is no such privilege, and before 16 nothing is moved.
+            logged=_texts(connection, _LOGGED, shard.roles.admin)
+            if connection.info.server_version >= 160000
+            else (),
             role_changes=tuple(
                 change.what for change in decide(read_roles(connection, shard), shard.roles)
             ),

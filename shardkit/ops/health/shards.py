@@ -63,6 +63,15 @@ def admin_powers(facts: Facts) -> Iterator[Problem]:
             yield Problem(state.where, "the admin login is a superuser")
 
 
+@check(Severity.WARNING, "as a superuser: GRANT SET ON PARAMETER … TO the admin's role")
+def passwords_logged(facts: Facts) -> Iterator[Problem]:
+    """A subscription that cannot be made leaves the password of the mover in the server's log."""
+    for state in facts.states:
+        if state.logged:
+            what = f"the admin's role may not set {', '.join(state.logged)}"
+            yield Problem(state.where, f"{what}, so that a move that fails may log a password")
+
+
 @check(Severity.ERROR, "run `shardkit migrate apply`, or correct the address in shardkit.toml")
 def identity(facts: Facts) -> Iterator[Problem]:
     """A primary that shardkit has not used, or of another cluster or physical shard."""
@@ -239,7 +248,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 CHECKS = (
-    app_powers, app_owns, app_creates, roles_differ, admin_powers, identity, schema_missing,
-    schema_stray, unowned, misplaced, fenced, outdated, ids_missing, ids_ahead, reference_differs,
-    not_looked_at, lookup_incomplete, outbox_late, outbox_dead,
+    app_powers, app_owns, app_creates, roles_differ, admin_powers, passwords_logged, identity,
+    schema_missing, schema_stray, unowned, misplaced, fenced, outdated, ids_missing, ids_ahead,
+    reference_differs, not_looked_at, lookup_incomplete, outbox_late, outbox_dead,
 )  # fmt: skip

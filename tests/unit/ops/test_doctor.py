@@ -296,6 +296,7 @@ BROKEN: dict[str, Facts | tuple[Facts, ...]] = {
     "app-owns": on_app(owned=("table public.x",)),
     "app-creates": on_app(creates_in=("schema public",)),
     "admin-powers": on_state(admin_powers=("SUPERUSER",)),
+    "passwords-logged": on_state(logged=("log_statement",)),
     "identity": (
         on_ledger(identity=None),
         on_ledger(identity=Identity("other", "alpha", 4, 0)),
