@@ -56,9 +56,13 @@ SELECT i.cluster, i.physical, s.system_identifier, to_jsonb(i) ->> 'timeline',
     ARRAY(SELECT o.logical_shard FROM shardkit.ownership AS o WHERE o.state = 'fenced'
         AND (to_jsonb(o) ->> 'fenced_at')::timestamptz
             < pg_catalog.clock_timestamp() - interval '{LIFT_AFTER} s'),
-    pg_catalog.to_regprocedure('shardkit.on_timeline(bigint)') IS NOT NULL
+    pg_catalog.to_regprocedure('shardkit.on_timeline(bigint)') IS NOT NULL,
+    EXISTS (SELECT FROM pg_catalog.pg_stat_replication)
 FROM shardkit.identity AS i, pg_catalog.pg_control_system() AS s
 """
+
+_LOOK: Final = 3.0
+"""Seconds between two looks for another primary while nobody follows the one that answers."""
 
 _FIRST_POLL: Final = 0.002
 _LAST_POLL: Final = 0.02
@@ -118,11 +122,13 @@ class _Watcher:
         self._interval = held.max_age / 2
         self._calls: dict[str, asyncio.Event] = {}
         self._texts: dict[str, tuple[str, dict[int, Claimed]]] = {}
+        self._replaced: set[str] = set()
 
     async def run(self) -> None:
         """Ask until cancelled."""
         self._calls = {name: asyncio.Event() for name in self._topology.physical}
         self._polls, self._received = {}, {}
+        self._replaced.clear()
         async with asyncio.TaskGroup() as group:
             self._group = group
             for name in self._topology.physical:
@@ -170,12 +176,19 @@ class _Watcher:
         while True:
             try:
                 await self._follow(name)
+                continue
             except (psycopg.Error, OSError, TimeoutError, ValueError, _NotBelievedError) as error:
                 _LOG.debug("%s does not say what it owns: %s", name, error)
             if await self._changes(name):
                 continue
             self._held.silent(name, self._held.asking(name))
             await self._called(name, _AGAIN)
+
+    async def _look_around(self, name: str) -> None:
+        """Look for another primary while one answers."""
+        if await self._changes(name):
+            self._replaced.add(name)
+            self._calls[name].set()
 
     async def _changes(self, name: str) -> bool:
         """Look for another primary; tell whether there is one now."""
@@ -190,6 +203,14 @@ class _Watcher:
         return True
 
     async def _follow(self, name: str) -> None:
+        """Ask a primary until another one has taken its place.
+
+        Raises:
+            _NotBelievedError: it is no primary, or not the one that counts.
+            psycopg.Error: it does not answer.
+            OSError: the same.
+            TimeoutError: the same.
+        """
         url = self._topology.physical[name].primary.url
         connection: AsyncConnection[Any] | None = None
         try:
@@ -199,12 +220,22 @@ class _Watcher:
                     prepare_threshold=None,
                     **{"application_name": "shardkit map", **libpq_options(url)},
                 )
-            is_first = True
+            is_first, looked_at = True, -math.inf
             while True:
                 question, at = self._held.asking(name), self._clock.monotonic()
                 async with answered(PATIENCE, self._clock):
                     row: Any = await (await connection.execute(_ASK)).fetchone()
-                answer, expired = self._answer(name, row)
+                answer, expired, is_followed = self._answer(name, row)
+                if not is_followed and at >= looked_at + _LOOK:
+                    # An old one that somebody has started again looks like any other, but for this.
+                    looked_at, look = at, self._look_around(name)
+                    if is_first:
+                        await look
+                    else:
+                        self._group.create_task(look, context=contextvars.Context())
+                if name in self._replaced:
+                    self._replaced.remove(name)
+                    return
                 before = self._held.believed(name)
                 if not self._held.told(name, question, at, answer):
                     raise _NotBelievedError("its timeline is not registered, or not the newest")
@@ -225,15 +256,16 @@ class _Watcher:
             if connection is not None:
                 connection.pgconn.finish()  # at once: nothing is under way that matters
 
-    def _answer(self, name: str, row: Any) -> tuple[Answer, list[int]]:
+    def _answer(self, name: str, row: Any) -> tuple[Answer, list[int], bool]:
+        """Return what a row says, the fences that have expired, and whether anybody follows."""
         if row is None or tuple(row[:2]) != (self._topology.name, name) or row[4] is None:
             raise _NotBelievedError("it is another server, or no primary")
-        _, _, system, registered, timeline, text, expired, tells = row
+        _, _, system, registered, timeline, text, expired, tells, is_followed = row
         if name not in self._texts or self._texts[name][0] != text:
             self._texts[name] = (text, claims_of(text or ""))
         rows = self._texts[name][1]
         number = None if registered is None else int(registered)
-        return Answer(system, timeline, rows, number, tells), expired
+        return Answer(system, timeline, rows, number, tells), expired, is_followed
 
     async def _called(self, name: str, seconds: float) -> None:
         """Wait until somebody must know, or for a while."""

@@ -30,10 +30,11 @@ from shardkit.errors import (
 )
 from shardkit.local import LocalHost, ServerStatus
 from shardkit.local.processes import send
+from shardkit.local.settings import DATABASE
 from shardkit.ops.failover import adopt, fail_over, watch
 from shardkit.ops.failover.machine import Promote, Rejoin
 from shardkit.testing import create_tables, wait_until
-from shardkit.topology import libpq_options
+from shardkit.topology import Topology, libpq_options
 from shardkit.writer import WriteSession
 from tests.fixtures.failing import PATIENCE, QUICK, SHARDS, Site, Writers, healed, kept
 from tests.fixtures.servers import lend, options
@@ -294,7 +295,13 @@ def test_an_old_primary_that_starts_again_takes_no_writes_of_clients(site: Site)
         wait_until(lambda: site.ask(site.primary(), followed) == 1, PATIENCE, "it is followed")
     site.local.start_server(before)  # as its supervisor would: nobody has told it anything
     assert site.ask(before, "SELECT NOT pg_is_in_recovery()")
-    with Cluster(site.topology, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
+    # A process that starts now, from a configuration that was written before.
+    shard = site.topology.physical["alpha"].led_by(
+        f"127.0.0.1:{site.local.server(before).port}/{DATABASE}"
+    )
+    assert shard.primary.url.port == site.local.server(before).port
+    stale = Topology(site.topology.name, {"alpha": shard}, site.topology.shard_map)
+    with Cluster(stale, failover_wait=PATIENCE) as cluster, Writers(cluster) as writers:
         writers.go_on(20)
     kept(site, writers)
     site.local.end_server(before)

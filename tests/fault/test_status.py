@@ -42,7 +42,8 @@ def test_healthy_servers_are_all_shown(
         assert each["actual_role"] == each["role"] == endpoint.role
         # The primary's flushed position may lie a page beyond its last record.
         assert 0 <= int(str(each["lag_bytes"])) <= 8192
-        assert each["lag"] == 0.0
+        # A record that the servers write by themselves may be on its way.
+        assert 0.0 <= float(str(each["lag"])) < 10.0
         assert (each["epoch"], each["breaker"], each["error"]) == (1, "closed", None)
         assert isinstance(each["connections"], int)
 
