@@ -28,11 +28,11 @@ from shardkit.errors import (
     RefusedError,
     ShardkitError,
 )
-from shardkit.local import LocalHost, ServerStatus
+from shardkit.local import LocalCluster, LocalHost, ServerStatus
 from shardkit.local.processes import send
 from shardkit.local.settings import DATABASE
 from shardkit.ops.failover import adopt, fail_over, watch
-from shardkit.ops.failover.machine import Promote, Rejoin
+from shardkit.ops.failover.machine import Promote, Rejoin, Wait
 from shardkit.testing import create_tables, wait_until
 from shardkit.topology import Topology, libpq_options
 from shardkit.writer import WriteSession
@@ -350,6 +350,42 @@ def test_two_watchers_promote_once(site: Site) -> None:
         writers.go_on(30)
     kept(site, writers)
     assert site.timeline() == timeline + 1
+
+
+class Slow(LocalHost):
+    """A host that makes a standby when it is told to, and counts."""
+
+    def __init__(self, local: LocalCluster) -> None:
+        super().__init__(local)
+        self.go_on = threading.Event()
+        self.begun: list[str] = []
+
+    def rejoin(self, physical: str, server: str, primary: str, *, anew: bool = False) -> None:
+        self.begun.append(server)
+        assert self.go_on.wait(PATIENCE)
+        super().rejoin(physical, server, primary, anew=anew)
+
+
+def test_two_watchers_make_one_standby_once(site: Site) -> None:
+    """Two copies into one folder would be none."""
+    second, host, before = (
+        Site(site.local, site.config, site.topology),
+        Slow(site.local),
+        site.primary(),
+    )
+    at_work = f"another one is at work on 127.0.0.1:{site.local.server(before).port}"
+
+    def is_told() -> bool:
+        actions = [*site.actions, *second.actions]
+        return any(isinstance(each, Wait) and each.why == at_work for each in actions)
+
+    with site.watched(host), second.watched(host):
+        site.local.kill_server(before)
+        wait_until(is_told, PATIENCE, "the other watcher is told")
+        host.go_on.set()
+        wait_until(lambda: site.is_well() and second.is_well(), PATIENCE, "every server is well")
+    assert len(host.begun) == 1
+    assert site.ask(before, "SELECT pg_is_in_recovery()")
 
 
 def test_a_promotion_by_somebody_else_counts_when_it_is_adopted(site: Site) -> None:

@@ -300,13 +300,24 @@ class Driver:
                 self._host.lead(self.physical, to)
                 self._memory.led = to
             case machine.Rejoin(node, to, anew):
-                self.servers[node].forget()
-                # One whose disk fails must not keep the others from their turn.
-                self._memory.unjoinable[node] = self._clock.monotonic() + _UNTOUCHABLE
-                self._host.rejoin(self.physical, node, to, anew=anew)
-                del self._memory.unjoinable[node]
-                self._memory.fenced.discard(node)
-                self._following.rejoined(node, anew=anew)
+                return self._rejoin(node, to, anew=anew)
+        return None
+
+    def _rejoin(self, node: str, to: str, *, anew: bool) -> str | None:
+        server = self.servers[node]
+        with self.servers[to].rejoining(node) as is_alone:
+            if not is_alone:
+                return f"another one is at work on {node}"
+            now = server.look(self._names, fresh=False).node
+            if now.streams and now.follows == to and not anew:
+                return None  # another one has done it between our look and our turn
+            server.forget()
+            # One whose disk fails must not keep the others from their turn.
+            self._memory.unjoinable[node] = self._clock.monotonic() + _UNTOUCHABLE
+            self._host.rejoin(self.physical, node, to, anew=anew)
+            del self._memory.unjoinable[node]
+            self._memory.fenced.discard(node)
+            self._following.rejoined(node, anew=anew)
         return None
 
     def _claim(self, nodes: tuple[str, ...]) -> str | None:

@@ -38,6 +38,9 @@ _LOG: Final = logging.getLogger(__name__)
 KEY: Final = 0x5348_4B46_4F56
 """Of the advisory lock that claims a server for one driver."""
 
+_REJOINS: Final = 0x5348_524A
+"""First half of the advisory lock, on a primary, of who makes a standby of another server."""
+
 _IDLE: Final = 10
 """Seconds after which a server ends the session of a driver that is still, and so its claim."""
 
@@ -387,6 +390,22 @@ class Server:
         """Return the only value of the only row of a query."""
         with self._patiently():
             return self._ask(query)
+
+    @contextmanager
+    def rejoining(self, node: str) -> Iterator[bool]:
+        """Keep other drivers from making a standby of a server; yields whether this one may.
+
+        The lock is of a session on this server, a primary: the other one does not run meanwhile.
+        """
+        with self._patiently():
+            connection = self._connection(self._control)
+        try:
+            with self._patiently():
+                query = "SELECT pg_catalog.pg_try_advisory_lock(%s, pg_catalog.hashtext(%s))"
+                row = connection.execute(query, (_REJOINS, node)).fetchone()
+            yield row is not None and bool(row[0])
+        finally:
+            connection.pgconn.finish()
 
     # -- parts
 
