@@ -112,6 +112,7 @@ class Stumbling(LocalHost):
         super().rejoin(physical, server, primary, anew=anew)
 
 
+@pytest.mark.slow
 def test_a_watcher_outlives_a_host_that_fails(site: Site) -> None:
     host, before = Stumbling(site.local), site.primary()
     with site.watched(host):

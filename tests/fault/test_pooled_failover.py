@@ -39,6 +39,7 @@ def local(new_cluster: NewCluster) -> Iterator[LocalCluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_a_pooler_that_goes_back_to_the_old_primary_gets_no_writes(local: LocalCluster) -> None:
     config, topology = load(local.config_path)
     config = config.model_copy(update={"failover": FailoverConfig(every=0.0)})

@@ -84,6 +84,7 @@ def test_a_logical_shard_goes_there_and_back_and_migrations_go_on(
         assert kinds.fetchone() == (2,)
 
 
+@pytest.mark.slow
 def test_many_at_once_and_what_is_refused(site: Site, command: Command) -> None:
     found = command.json("start", "0-2", "beta", "--clean", "--at-once", "3", "--per-server", "3")
     assert sorted(each["logical_shard"] for each in found["moves"]) == [0, 1, 2]
