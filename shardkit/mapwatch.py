@@ -62,7 +62,9 @@ FROM shardkit.identity AS i, pg_catalog.pg_control_system() AS s
 """
 
 _LOOK: Final = 3.0
-"""Seconds between two looks for another primary while nobody follows the one that answers."""
+_SELDOM: Final = 60.0
+"""Seconds between the first two looks for another primary while nobody follows the one that
+answers, and at most: each pause is twice the one before. Where storage is shared nobody follows."""
 
 _FIRST_POLL: Final = 0.002
 _LAST_POLL: Final = 0.02
@@ -220,15 +222,18 @@ class _Watcher:
                     prepare_threshold=None,
                     **{"application_name": "shardkit map", **libpq_options(url)},
                 )
-            is_first, looked_at = True, -math.inf
+            is_first, look_at, pause = True, -math.inf, _LOOK
             while True:
                 question, at = self._held.asking(name), self._clock.monotonic()
                 async with answered(PATIENCE, self._clock):
                     row: Any = await (await connection.execute(_ASK)).fetchone()
                 answer, expired, is_followed = self._answer(name, row)
-                if not is_followed and at >= looked_at + _LOOK:
+                if is_followed:
+                    look_at, pause = -math.inf, _LOOK
+                elif at >= look_at:
                     # An old one that somebody has started again looks like any other, but for this.
-                    looked_at, look = at, self._look_around(name)
+                    look_at, pause = at + pause, min(2 * pause, _SELDOM)
+                    look = self._look_around(name)
                     if is_first:
                         await look
                     else:
