@@ -78,6 +78,12 @@ _SHUT: Final = frozenset({"57P01", "57P02", "57P03", READ_ONLY})
 _AGAIN: Final = frozenset({"40001", "40P01"}) | _SHUT
 """Serialization failure, deadlock, shutdowns; and class 08, lost connections."""
 
+_UNPUBLISHED: Final = ("XX000", "cache lookup failed for publication")
+"""What PostgreSQL says to who reads a table's description while a move drops its publication.
+
+Source: `RelationBuildPublicationDesc`, PostgreSQL 18: it reads a list and then each one of it.
+"""
+
 _TYPED: Final = (ShardFencedError, ShardMovedError)
 """What is sure to be about a logical shard that moves; a code may be about a missing table."""
 
@@ -137,7 +143,8 @@ def is_transient(error: BaseException) -> bool:
     """Tell whether a unit of work that failed before COMMIT was sent may succeed when run again.
 
     Errors of shardkit that say so, lost connections, deadlocks and serialization failures, servers
-    that shut down, and logical shards that have moved. A spent deadline is not: no time is left.
+    that shut down, and logical shards that have moved or whose move is being tidied up after. A
+    spent deadline is not: no time is left.
     """
     if isinstance(error, DeadlineExceededError):
         return False
@@ -150,6 +157,8 @@ def is_transient(error: BaseException) -> bool:
     code = getattr(error.orig, "sqlstate", None)
     if code is None:
         return _is_lost(error)
+    if code == _UNPUBLISHED[0]:
+        return _UNPUBLISHED[1] in str(error.orig)
     return code in MOVED or code in _AGAIN or code.startswith("08")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError
 
 from shardkit.deadlines import deadline
 from shardkit.errors import (
@@ -65,6 +65,15 @@ def test_a_connection_that_ends_while_a_statement_is_rolled_back_is_gone() -> No
     odd = DBAPIError.instance("SELECT", None, psycopg.ProgrammingError("odd"), psycopg.Error)
     assert not is_transient(odd)
     assert not is_away(odd)
+
+
+def test_a_publication_that_a_move_drops_in_between_is_passing() -> None:
+    for text, expected in (
+        ("cache lookup failed for publication 156187", True),
+        ("cache lookup failed for relation 156187", False),
+    ):
+        error = InternalError("UPDATE …", {}, psycopg.errors.InternalError_(text))
+        assert is_transient(error) is expected
 
 
 def test_without_successes_one_a_second_is_granted() -> None:
