@@ -110,12 +110,13 @@ _WRITE: Final = (
     "SELECT pg_catalog.pg_logical_emit_message(true, 'shardkit', 'alive'); COMMIT"
 )
 
+# One that has not said yet who it is may be ended by superusers only.
 _TERMINATE: Final = """
 SELECT count(pg_catalog.pg_terminate_backend(a.pid)) FROM pg_catalog.pg_stat_activity AS a
 WHERE a.backend_type = 'client backend' AND a.pid <> pg_catalog.pg_backend_pid()
     AND a.application_name <> 'shardkit failover'
     AND NOT coalesce((SELECT r.rolsuper FROM pg_catalog.pg_roles AS r
-        WHERE r.oid = a.usesysid), false)
+        WHERE r.oid = a.usesysid), true)
 """
 
 # Slots are of one server: on a standby they are of moves that it knew as a primary. They would hold
