@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -252,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", choices=("memcached", "redis"), default="memcached")
     parser.add_argument("--keep", type=Path, help="a new folder to leave the history in")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clients end with it
     with tempfile.TemporaryDirectory(prefix="history-") as made:
         folder = Path(made)
         folder.chmod(0o755)
