@@ -313,15 +313,9 @@ def assoc_add(session: WriteSession, user: User, kind: Kind, id2: int, at: int) 
 def assoc_new(
     session: WriteSession, user: User, kind: Kind, id2: int, at: int, *, is_news: bool = True
 ) -> None:
-    """Add an edge that is known not to be there; see `assoc_add`. Asks nothing: many are one flush.
+    """Add an edge that is known not to be there, as `assoc_add` does, and ask nothing.
 
-    Args:
-        session: the transaction.
-        user: whose edge; `locked`.
-        kind: of what kind.
-        id2: to whom.
-        at: since when; Unix milliseconds.
-        is_news: whether who it leads to is notified.
+    So many are one flush. `is_news` tells whether who it leads to is notified.
     """
     session.add(Assoc(id1=user.id, atype=int(kind), id2=id2, at=at))
     _count(user, kind, 1)

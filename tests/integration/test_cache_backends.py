@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -308,11 +309,15 @@ def test_a_hundred_keys_are_one_round_trip_a_server(
             proxy.forget()
             proxy.stall(Way.TO_CLIENT)
             asked = pool.submit(backend.run, [lease(key) for key in keys])
-            wait_until(lambda: proxy.counts.bytes_to_server == n_bytes, 20.0, "all is sent")  # noqa: B023
+            wait_until(partial(has_sent, proxy, n_bytes), 20.0, "all is sent")
             proxy.heal()
             assert [answer.payload for answer in asked.result(60.0)] == [k.encode() for k in keys]
-            assert proxy.counts.bytes_to_server == n_bytes
+            assert has_sent(proxy, n_bytes)
         backend.close()
+
+
+def has_sent(proxy: FaultProxy, n_bytes: int) -> bool:
+    return proxy.counts.bytes_to_server == n_bytes
 
 
 class _Greeter(http.server.BaseHTTPRequestHandler):
